@@ -1,0 +1,152 @@
+"""What a backend exports, documented once. A backend's own docstrings say only what is particular to it.
+
+A backend is a module-level object named `backend` in the package that the entry-point group
+"mamba_core.backends" names. Array means that framework's array type. Letters as in `mamba_core.spec.dims`.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+Array = Any
+Model = Any
+Observe = Callable[[str, Array], None]
+
+
+class LayerState(NamedTuple):
+    """What one Mamba layer carries from position to position.
+
+    conv: (b, k-1, e) in the compute dtype, the last inputs of the convolution, oldest first.
+    ssm: (b, e, n) float32, the state h of the recurrence.
+    """
+
+    conv: Array
+    ssm: Array
+
+
+class State(NamedTuple):
+    """What a model carries: a value, never changed in place, the same type for prefill, chunk and step.
+
+    layers: one entry a layer, a NamedTuple of arrays whose first axis is the batch.
+    segment: (b,) int32, the segment id of each row's last position that counted.
+    """
+
+    layers: tuple
+    segment: Array
+
+
+class Output(NamedTuple):
+    """logits: (b, l, v) float32, v the padded vocabulary. state: after the last position."""
+
+    logits: Array
+    state: State
+
+
+class Backend(Protocol):
+    """The functions of a backend.
+
+    Dtypes: x, delta, z, B, C in the compute dtype (float32, bfloat16, float16); A, D, delta_bias and the state
+    of the recurrence in float32. All arithmetic of the recurrence is float32; y returns in the dtype of x.
+    A float64 input is computed in float64 where the framework has it.
+    """
+
+    name: str
+
+    # --- the ops -----------------------------------------------------------------------------------
+
+    def selective_scan(
+        self,
+        x: Array,
+        delta: Array,
+        A: Array,
+        B: Array,
+        C: Array,
+        D: Array | None = None,
+        *,
+        z: Array | None = None,
+        delta_bias: Array | None = None,
+        delta_softplus: bool = False,
+        initial_state: Array | None = None,
+        return_final_state: bool = False,
+        mask: Array | None = None,
+        segment_ids: Array | None = None,
+        kernel: str = "auto",
+    ) -> Array | tuple[Array, Array]:
+        """The S6 recurrence over a sequence (Gu and Dao 2023, equations 2 and 4).
+
+            step_t = softplus(delta_t + delta_bias)                      softplus only if delta_softplus
+            h_t    = exp(step_t * A) * h_{t-1} + step_t * B_t * x_t
+            y_t    = (sum_n C_t h_t + D * x_t) * silu(z_t)               D and z only if given
+
+        Args:
+            x, delta, z: (b, l, e).
+            A: (e, n), negative.
+            B, C: (b, l, n).
+            D, delta_bias: (e,).
+            initial_state: (b, e, n), h before the first position; zeros if None.
+            mask: (b, l) bool. A False position leaves h as it was and yields zero, wherever it stands.
+            segment_ids: (b, l) int. h restarts from zero at a position that counts whose id differs from that
+                of the last position that counted. The first position goes on from initial_state.
+            kernel: a name from `kernels()`, or "auto" for the fastest that runs on x's device.
+
+        Returns:
+            y (b, l, e) in x's dtype, and if return_final_state also h (b, e, n) float32 after the last position
+            (the initial state where l is 0). Differentiable in every real argument, through y and the final state.
+
+        Raises:
+            ValueError, TypeError: as `mamba_core.spec.checks.check_scan`; a kernel that cannot run here.
+        """
+
+    def selective_step(
+        self, x, delta, A, B, C, D=None, *, z=None, delta_bias=None, delta_softplus=False, state
+    ) -> tuple[Array, Array]:
+        """One position of `selective_scan`: x, delta, z (b, e); B, C (b, n); state (b, e, n) -> y (b, e), new state."""
+
+    def causal_conv(
+        self,
+        x: Array,
+        weight: Array,
+        bias: Array | None = None,
+        *,
+        activation: str | None = None,
+        initial_state: Array | None = None,
+        return_final_state: bool = False,
+        mask: Array | None = None,
+        segment_ids: Array | None = None,
+    ) -> Array | tuple[Array, Array]:
+        """A causal filter of width k for each channel: y_t = activation(bias + sum_j weight[:, j] * x_{t-k+1+j}).
+
+        Args:
+            x: (b, l, e). weight: (e, k), the newest input's tap last. bias: (e,).
+            activation: None or "silu".
+            initial_state: (b, k-1, e), the inputs before the first position, oldest first; zeros if None.
+            mask, segment_ids: as in `selective_scan`. A position that does not count is absent from every window
+                and yields zero; a restart begins from a window of zeros.
+
+        Returns:
+            y (b, l, e) in x's dtype, and if return_final_state also the last k-1 inputs that counted (b, k-1, e)
+            in x's dtype. Differentiable in x, weight, bias and initial_state, through both results.
+        """
+
+    def causal_conv_step(self, x, weight, bias=None, *, activation=None, state) -> tuple[Array, Array]:
+        """One position of `causal_conv`: x (b, e), state (b, k-1, e) -> y (b, e), new state."""
+
+    # --- arrays ------------------------------------------------------------------------------------
+
+    def devices(self) -> list[str]:
+        """What can be computed on here, the default first: "cpu", "cuda", "mps", "gpu", "tpu"."""
+
+    def kernels(self, device: str | None = None) -> dict[str, str | None]:
+        """Scan kernels, fastest first for that device: name -> None if it runs there, else why it does not."""
+
+    def from_numpy(self, value, dtype: str | None = None, device: str | None = None) -> Array:
+        """A NumPy array (ml_dtypes for bfloat16) as an array of this framework, copied."""
+
+    def to_numpy(self, array: Array) -> Any:
+        """The array as NumPy, on the host; bfloat16 as `ml_dtypes.bfloat16`."""
+
+    def vjp(self, function: Callable, arguments: Sequence[Array], cotangents: Sequence[Array]) -> tuple[list, list]:
+        """(outputs, gradients) of a function of arrays that returns a tuple of arrays, all as NumPy.
+
+        gradients[i] is that of sum_j <outputs[j], cotangents[j]> with respect to arguments[i]; the framework's
+        own differentiation is what is run. What the conformance suite compares.
+        """

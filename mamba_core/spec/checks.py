@@ -1,0 +1,106 @@
+"""Argument checks of the ops, shared by the reference and every backend.
+
+They look at `.shape` and `.dtype` only, so any framework's arrays pass through. The message says which
+argument, what it was and what was expected.
+"""
+
+
+def check_scan(x, delta, A, B, C, D, z, delta_bias, initial_state, mask, segment_ids) -> None:
+    """Check the arguments of `selective_scan`; see `mamba_core.backend` for their shapes.
+
+    Raises:
+        TypeError: an argument is not an array, or is complex, or `mask` is not boolean.
+        ValueError: a shape does not fit, or the batch is empty.
+    """
+    batch, length, channels = _shape("x", x, ("b", "l", "e"))
+    _, states = _shape("A", A, ("e", "n"))
+    if batch == 0:
+        raise ValueError("x has batch 0; expected at least one row")
+    sequence = {"delta": delta, "z": z}
+    for name, value in sequence.items():
+        _expect(name, value, (batch, length, channels), "(b, l, e)")
+    _expect("A", A, (channels, states), "(e, n)")
+    for name, value in {"B": B, "C": C}.items():
+        _expect(name, value, (batch, length, states), "(b, l, n)")
+    for name, value in {"D": D, "delta_bias": delta_bias}.items():
+        _expect(name, value, (channels,), "(e,)")
+    _expect("initial_state", initial_state, (batch, channels, states), "(b, e, n)")
+    _check_positions(batch, length, mask, segment_ids)
+    for name, value in {"x": x, "A": A, "B": B, "C": C, **sequence}.items():
+        if value is not None and "complex" in str(value.dtype):
+            raise TypeError(f"{name} is {value.dtype}; the selective scan is defined for real arrays")
+
+
+def check_step(x, delta, A, B, C, D, z, delta_bias, state) -> None:
+    """Check the arguments of `selective_step`: those of one position, without the length axis."""
+    batch, channels = _shape("x", x, ("b", "e"))
+    _, states = _shape("A", A, ("e", "n"))
+    if batch == 0:
+        raise ValueError("x has batch 0; expected at least one row")
+    for name, value in {"delta": delta, "z": z}.items():
+        _expect(name, value, (batch, channels), "(b, e)")
+    _expect("A", A, (channels, states), "(e, n)")
+    for name, value in {"B": B, "C": C}.items():
+        _expect(name, value, (batch, states), "(b, n)")
+    for name, value in {"D": D, "delta_bias": delta_bias}.items():
+        _expect(name, value, (channels,), "(e,)")
+    if state is None:
+        raise ValueError("selective_step needs state=(b, e, n); start from zeros")
+    _expect("state", state, (batch, channels, states), "(b, e, n)")
+
+
+def check_conv(x, weight, bias, activation, initial_state, mask, segment_ids) -> None:
+    """Check the arguments of `causal_conv`."""
+    batch, length, channels = _shape("x", x, ("b", "l", "e"))
+    if batch == 0:
+        raise ValueError("x has batch 0; expected at least one row")
+    _check_filter(channels, weight, bias, activation)
+    _expect("initial_state", initial_state, (batch, weight.shape[1] - 1, channels), "(b, k-1, e)")
+    _check_positions(batch, length, mask, segment_ids)
+
+
+def check_conv_step(x, weight, bias, activation, state) -> None:
+    """Check the arguments of `causal_conv_step`."""
+    batch, channels = _shape("x", x, ("b", "e"))
+    if batch == 0:
+        raise ValueError("x has batch 0; expected at least one row")
+    _check_filter(channels, weight, bias, activation)
+    if state is None:
+        raise ValueError("causal_conv_step needs state=(b, k-1, e); start from zeros")
+    _expect("state", state, (batch, weight.shape[1] - 1, channels), "(b, k-1, e)")
+
+
+def _check_filter(channels, weight, bias, activation) -> None:
+    _, width = _shape("weight", weight, ("e", "k"))
+    if width < 1:
+        raise ValueError("weight has width 0; expected at least one tap")
+    _expect("weight", weight, (channels, width), "(e, k)")
+    _expect("bias", bias, (channels,), "(e,)")
+    if activation not in (None, "silu"):
+        raise ValueError(f"activation is {activation!r}; expected None or 'silu'")
+
+
+def _check_positions(batch, length, mask, segment_ids) -> None:
+    _expect("mask", mask, (batch, length), "(b, l)")
+    _expect("segment_ids", segment_ids, (batch, length), "(b, l)")
+    if mask is not None and "bool" not in str(mask.dtype):
+        raise TypeError(f"mask is {mask.dtype}; expected bool, True where a position counts (try mask != 0)")
+    if segment_ids is not None and "int" not in str(segment_ids.dtype):
+        raise TypeError(f"segment_ids is {segment_ids.dtype}; expected integers")
+
+
+def _shape(name, value, letters) -> tuple[int, ...]:
+    if value is None or not hasattr(value, "shape"):
+        raise TypeError(f"{name} is {type(value).__name__}; expected an array ({', '.join(letters)})")
+    if len(value.shape) != len(letters):
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; expected ({', '.join(letters)})")
+    return tuple(value.shape)
+
+
+def _expect(name, value, shape, letters) -> None:
+    if value is None:
+        return
+    if not hasattr(value, "shape"):
+        raise TypeError(f"{name} is {type(value).__name__}; expected an array {letters} = {shape}")
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; expected {letters} = {shape}")
