@@ -1,0 +1,37 @@
+"""One Mamba for PyTorch, MLX and JAX: build, load, train, generate, convert and compare.
+
+Importing this package imports no framework; a backend is imported when it is first asked for.
+"""
+
+from mamba_core import backends
+from mamba_core.backend import LayerState, Output, State
+from mamba_core.config import PRESETS, MambaConfig
+from mamba_core.factory import build, load, load_state, save, save_state
+from mamba_core.generation import generate, stream
+from mamba_core.ops import selective_scan, selective_step
+from mamba_core.training import TrainSettings, train
+from mamba_core.version import VERSION
+from mamba_core.weights.convert import convert, inspect
+
+__all__ = [
+    "PRESETS",
+    "LayerState",
+    "MambaConfig",
+    "Output",
+    "State",
+    "TrainSettings",
+    "backends",
+    "build",
+    "convert",
+    "generate",
+    "inspect",
+    "load",
+    "load_state",
+    "save",
+    "save_state",
+    "selective_scan",
+    "selective_step",
+    "stream",
+    "train",
+]
+__version__ = VERSION

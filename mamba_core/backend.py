@@ -150,3 +150,69 @@ class Backend(Protocol):
         gradients[i] is that of sum_j <outputs[j], cotangents[j]> with respect to arguments[i]; the framework's
         own differentiation is what is run. What the conformance suite compares.
         """
+
+    # --- models ------------------------------------------------------------------------------------
+
+    def build(
+        self,
+        config,
+        parameters: Iterable[tuple[str, Any]],
+        *,
+        dtype: str = "float32",
+        device: str | None = None,
+        kernels: str = "auto",
+    ) -> Model:
+        """The framework's own module with these values.
+
+        Args:
+            config: such as `MambaConfig`.
+            parameters: (canonical name, NumPy array) for every parameter, taken one at a time and not kept.
+            dtype: the compute dtype; parameters that the table keeps in float32 stay so.
+            kernels: a scan kernel by name, or "auto".
+
+        The model has `backend` (the backend's name), `config`, `dtype`, `device` and `kernels` (strings),
+        `init_state(batch) -> State`, and
+
+            model(input_ids, state=None, *, mask=None, segment_ids=None, observe=None) -> Output
+
+        input_ids (b, l) int, mask and segment_ids as in `selective_scan`; with a state it goes on exactly where that
+        left off, and without segment_ids in the segment where that left off. logits are zero at masked positions;
+        a row of input_ids outside the vocabulary raises or gives NaN, never numbers. observe(name, array) is called
+        with the value of every node of the block graph.
+        """
+
+    def parameters(self, model: Model) -> Iterable[tuple[str, Any]]:
+        """(canonical name, NumPy array in the stored dtype) of every parameter, in the table's order, one at a time."""
+
+    def loss_and_gradients(self, model: Model, tokens, mask=None) -> tuple[float, dict[str, Any]]:
+        """Mean cross-entropy of tokens[:, 1:] given tokens[:, :-1], and its gradient by canonical name, as NumPy.
+
+        tokens (b, l+1) and mask (b, l+1) are NumPy; the mean is over the targets that count.
+        """
+
+    # --- decoding and training ---------------------------------------------------------------------
+
+    def decode(self, model: Model, prompts, mask, sampling, state: State | None = None) -> Iterable[tuple[Any, Any]]:
+        """The prompts' continuations, without end: ((b,) int tokens, (b,) float32 log-probabilities) as NumPy.
+
+        Args:
+            prompts: (b, l) NumPy ints, right-padded; mask: (b, l) bool, False at the padding.
+            sampling: a `mamba_core.generation.Sampling`; its filters, order and random stream are documented there.
+            state: what the prompts go on from.
+        """
+
+    def trainer(self, model: Model, settings) -> "Trainer":
+        """An AdamW trainer of the model, with `mamba_core.training.TrainSettings`."""
+
+
+class Trainer(Protocol):
+    """A compiled training step and the optimizer's state. Trains the model that it was given in place."""
+
+    def step(self, tokens) -> tuple[float, float]:
+        """One update from tokens (b, l+1) NumPy ints; returns (loss, gradient norm before clipping)."""
+
+    def state(self) -> dict[str, Any]:
+        """NumPy arrays: "step", and the moments "m.<name>" and "v.<name>" in float32. The same on every backend."""
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state()` of any backend."""

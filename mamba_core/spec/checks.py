@@ -104,3 +104,34 @@ def _expect(name, value, shape, letters) -> None:
         raise TypeError(f"{name} is {type(value).__name__}; expected an array {letters} = {shape}")
     if tuple(value.shape) != shape:
         raise ValueError(f"{name} has shape {tuple(value.shape)}; expected {letters} = {shape}")
+
+
+def check_tokens(input_ids, mask, segment_ids) -> None:
+    """Check the arguments of a model's call.
+
+    Raises:
+        TypeError: input_ids or segment_ids are not integers, or `mask` is not boolean.
+        ValueError: a shape does not fit, or the batch is empty.
+    """
+    batch, length = _shape("input_ids", input_ids, ("b", "l"))
+    if batch == 0:
+        raise ValueError("input_ids has batch 0; expected at least one row")
+    if "int" not in str(input_ids.dtype):
+        raise TypeError(f"input_ids is {input_ids.dtype}; expected integers")
+    _check_positions(batch, length, mask, segment_ids)
+
+
+def choose_kernel(kernel: str, available: dict[str, str | None]) -> str:
+    """The kernel of that name, or for "auto" the first that runs, of `Backend.kernels`.
+
+    Raises:
+        ValueError: no such kernel, or it cannot run here.
+    """
+    running = [name for name, reason in available.items() if reason is None]
+    if kernel == "auto":
+        return running[0]
+    if kernel not in available:
+        raise ValueError(f"no kernel {kernel!r}; expected 'auto' or one of {', '.join(available)}")
+    if kernel not in running:
+        raise ValueError(f"kernel {kernel!r} cannot run here: {available[kernel]}; these can: {', '.join(running)}")
+    return kernel

@@ -1,0 +1,17 @@
+"""The backends, one package each, imported when asked for. The package is also the function `mamba_core.backends()`."""
+
+import sys
+from types import ModuleType
+
+from mamba_core import registry
+
+
+class _Backends(ModuleType):
+    """A package that answers a call, because importing `mamba_core.backends.torch` binds this name to the package."""
+
+    def __call__(self) -> dict[str, registry.BackendInfo]:
+        """What is installed, on which devices, with which kernels, and why not; see `mamba_core.registry`."""
+        return registry.backends()
+
+
+sys.modules[__name__].__class__ = _Backends

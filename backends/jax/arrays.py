@@ -1,0 +1,44 @@
+"""Arrays in and out of JAX: devices, dtypes, NumPy, and the vector-Jacobian product that the tests compare."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def devices() -> list[str]:
+    """The platforms JAX sees, its default first: "gpu" for CUDA and ROCm alike, "tpu", "cpu"."""
+    found = [jax.default_backend()]
+    try:
+        found.append(jax.devices("cpu")[0].platform)
+    except RuntimeError:  # JAX_PLATFORMS may leave the CPU out
+        pass
+    return list(dict.fromkeys(found))
+
+
+def dtype_of(name: str) -> np.dtype:
+    """float64 and int64 need jax_enable_x64; JAX would otherwise halve them without a word."""
+    dtype = jnp.dtype(name)
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise ValueError(f"dtype {name!r} needs jax.config.update('jax_enable_x64', True)")
+    return dtype
+
+
+def dtype_name(dtype) -> str:
+    return jnp.dtype(dtype).name
+
+
+def from_numpy(value, dtype: str | None = None, device: str | None = None) -> jax.Array:
+    """Without `dtype`, 64-bit values come in as 32-bit ones unless jax_enable_x64 is on, as everywhere in JAX."""
+    place = None if device is None else jax.devices(device)[0]
+    return jnp.array(value, None if dtype is None else dtype_of(dtype), device=place)
+
+
+def to_numpy(array) -> np.ndarray:
+    return np.asarray(array)
+
+
+def vjp(function, arguments, cotangents) -> tuple[list, list]:
+    """By `jax.vjp`."""
+    outputs, pullback = jax.vjp(function, *arguments)
+    gradients = pullback(tuple(jnp.asarray(value, out.dtype) for value, out in zip(cotangents, outputs, strict=True)))
+    return [to_numpy(out) for out in outputs], [to_numpy(gradient) for gradient in gradients]

@@ -1,0 +1,232 @@
+"""The S6 recurrence in JAX (Gu and Dao 2023, equations 2 and 4): position by position, and by chunks.
+
+By chunks, only the state before each chunk is kept; the gradient recomputes the rest. Inside a chunk the channels
+come last and the states before them, which is what vector units and TPU tiles want.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mamba_core.backends.jax.arrays import devices
+from mamba_core.backends.jax.positions import restarts
+from mamba_core.spec.checks import check_scan, check_step
+
+# On a CPU a chunk's (t, b, n, e) arrays should stay in cache; elsewhere few and large operations pay.
+LOOP_CHUNK = 32
+TREE_CHUNK = 256
+
+# Not jnp.einsum's default: on GPU and TPU that rounds float32 to TF32 or bfloat16.
+_einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+
+
+def selective_scan(
+    x,
+    delta,
+    A,
+    B,
+    C,
+    D=None,
+    *,
+    z=None,
+    delta_bias=None,
+    delta_softplus=False,
+    initial_state=None,
+    return_final_state=False,
+    mask=None,
+    segment_ids=None,
+    kernel="auto",
+):
+    """kernel="auto" is resolved for the platform that the computation is lowered for, also by `jax.export`."""
+    check_scan(x, delta, A, B, C, D, z, delta_bias, initial_state, mask, segment_ids)
+    if kernel not in ("auto", *KERNELS):
+        raise ValueError(f"kernel is {kernel!r}; those that run here: auto, {', '.join(kernels())}")
+    y, h = _selective_scan(
+        *(x, delta, A, B, C, D, z, delta_bias, initial_state, mask, segment_ids),
+        delta_softplus=bool(delta_softplus),
+        kernel=kernel,
+    )
+    return (y, h) if return_final_state else y
+
+
+def selective_step(x, delta, A, B, C, D=None, *, z=None, delta_bias=None, delta_softplus=False, state):
+    check_step(x, delta, A, B, C, D, z, delta_bias, state)
+    dtype = x.dtype
+    A, D, delta_bias, h = _in_compute_dtype(dtype, A, D, delta_bias, state)
+    x, step, B, C, z = _prepare(x, delta, B, C, z, delta_bias, None, delta_softplus)
+    linear, h = _advance(h, x, step, A, B, C)
+    return _output(linear, x, D, z).astype(dtype), h
+
+
+def kernels(device: str | None = None) -> dict[str, str | None]:
+    """All are made of JAX's own operations and run on every device."""
+    fastest = "chunked" if (device or devices()[0]) == "cpu" else "associative"
+    return dict.fromkeys([fastest, *KERNELS])
+
+
+def _auto(*arguments, delta_softplus):
+    run_cpu, run_other = (functools.partial(run, delta_softplus=delta_softplus) for run in (chunked, associative))
+    return lax.platform_dependent(*arguments, cpu=run_cpu, default=run_other)
+
+
+def sequential(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, *, delta_softplus):
+    """One `lax.scan` over time. Its gradient keeps every state: for short sequences, and as the plain twin."""
+    x, step, B, C, z = _prepare(x, delta, B, C, z, delta_bias, mask, delta_softplus)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def position(h, inputs):
+        x, step, B, C, restart = inputs
+        linear, h = _advance(_restarted(restart, h), x, step, A, B, C)
+        return h, linear
+
+    inputs = jax.tree.map(lambda value: jnp.moveaxis(value, 1, 0), (x, step, B, C, restart))
+    h, linear = lax.scan(position, h0, inputs)
+    return _output(jnp.moveaxis(linear, 0, 1), x, D, z), h
+
+
+def chunked(*arguments, delta_softplus):
+    """In a chunk everything in bulk but h = decay * h + increment, which is a `lax.scan`: the fastest on CPU."""
+    return _by_chunks(_loop, LOOP_CHUNK, *arguments, delta_softplus)
+
+
+def associative(*arguments, delta_softplus):
+    """In a chunk `lax.associative_scan`: few long operations, the fastest where each costs a launch."""
+    return _by_chunks(_tree, TREE_CHUNK, *arguments, delta_softplus)
+
+
+KERNELS = {"chunked": chunked, "associative": associative, "sequential": sequential}
+
+
+@functools.partial(jax.jit, static_argnames=("delta_softplus", "kernel"))
+def _selective_scan(x, delta, A, B, C, D, z, delta_bias, initial_state, mask, segment_ids, *, delta_softplus, kernel):
+    A, D, delta_bias, h0 = _in_compute_dtype(x.dtype, A, D, delta_bias, initial_state)
+    if h0 is None:
+        h0 = jnp.zeros((x.shape[0], *A.shape), A.dtype)
+    run = _auto if kernel == "auto" else KERNELS[kernel]
+    restart = restarts(mask, segment_ids)
+    y, h = run(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, delta_softplus=delta_softplus)
+    return _where_valid(mask, y).astype(x.dtype), h
+
+
+def _by_chunks(recurrence, longest, x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, delta_softplus):
+    """`recurrence` is `_loop` or `_tree`."""
+    batch, length, channels = x.shape
+    if length == 0:
+        return x, h0
+    chunks = -(-length // longest)
+    padding = -length % chunks
+    if padding and mask is None:
+        mask = jnp.ones((batch, length), bool)
+
+    def split(value):
+        """(b, l, ...) -> (chunks, t, b, ...); what is added at the end does not count."""
+        value = jnp.pad(value, [(0, 0), (0, padding)] + [(0, 0)] * (value.ndim - 2))
+        return jnp.moveaxis(value, 1, 0).reshape(chunks, -1, batch, *value.shape[2:])
+
+    # What the gradient keeps is the inputs as they came and the state before each chunk.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def chunk(h, inputs):
+        x, delta, B, C, z, mask, restart = inputs
+        dtype = x.dtype
+        x, step, B, C, z = _prepare(x, delta, B, C, z, delta_bias, mask, delta_softplus)
+        linear, h = _chunk(recurrence, x, step, A.mT, B, C, h, restart)
+        return h, _output(linear, x, D, z).astype(dtype)
+
+    h, y = lax.scan(chunk, h0.mT, jax.tree.map(split, (x, delta, B, C, z, mask, restart)))
+    y = jnp.moveaxis(y.reshape(-1, batch, channels), 0, 1)
+    return y[:, :length], h.mT
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunk(recurrence, x, step, A, B, C, h, restart):
+    """(sum_n C h, the last h): x, step (t, b, e); A (n, e); B, C (t, b, n); h (b, n, e)."""
+    outputs, _ = _chunk_forward(recurrence, x, step, A, B, C, h, restart)
+    return outputs
+
+
+def _chunk_forward(recurrence, x, step, A, B, C, h, restart):
+    decay = jnp.exp(step[:, :, None] * A)
+    states = recurrence(decay, (step * x)[:, :, None] * B[..., None], h, restart)
+    linear = _einsum("tbne,tbn->tbe", states, C)
+    return (linear, states[-1]), (x, step, A, B, C, h, restart, decay, states)
+
+
+def _chunk_backward(recurrence, saved, cotangents):
+    """As `mamba_core.spec.recurrence.selective_scan_vjp`; sums are products, as XLA's reductions are slow on CPU."""
+    x, step, A, B, C, h, restart, decay, states = saved
+    dlinear, dh = cotangents
+    # g_t = C_t dlinear_t + passed_{t+1}, with passed_t = decay_t g_t: again the recurrence, from the end.
+    own = dlinear[:, :, None] * C[..., None]
+    passed = recurrence(decay, _restarted(restart, decay * own), dh, restart, reverse=True)
+    g = own + jnp.concatenate([passed[1:], dh[None]])
+    before = _restarted(restart, jnp.concatenate([h[None], states[:-1]]))
+    dlog_decay = passed * before
+    dC = _einsum("tbne,tbe->tbn", states, dlinear)
+    dB = _einsum("tbne,tbe->tbn", g, step * x)
+    gB = _einsum("tbne,tbn->tbe", g, B)
+    dA = _einsum("tbne,tb->ne", dlog_decay * step[:, :, None], jnp.ones_like(step[..., 0]))
+    dstep = _einsum("tbne,tbn->tbe", dlog_decay * A, jnp.ones_like(B)) + gB * x
+    return gB * step, dstep, dA, dB, dC, passed[0], None
+
+
+_chunk.defvjp(_chunk_forward, _chunk_backward)
+
+
+def _loop(decay, increment, h, restart, reverse=False):
+    """Every h_t = decay_t h_{t-1} + increment_t from h (b, n, e), in the order of time or against it."""
+
+    def position(h, inputs):
+        decay, increment, restart = inputs
+        h = decay * _restarted(restart, h) + increment
+        return h, h
+
+    return lax.scan(position, h, (decay, increment, restart), reverse=reverse)[1]
+
+
+def _tree(decay, increment, h, restart, reverse=False):
+    """`_loop` in about 2 log2(t) operations."""
+
+    def combine(first, then):
+        decay, increment, restart = then
+        increment = increment + decay * _restarted(restart, first[1])
+        return decay * first[0], increment, None if restart is None else restart | first[2]
+
+    start = -1 if reverse else 0
+    h = h if restart is None else _restarted(restart[start], h)
+    increment = increment.at[start].add(decay[start] * h)
+    return lax.associative_scan(combine, (decay, increment, restart), reverse=reverse)[1]
+
+
+def _in_compute_dtype(dtype, *values):
+    dtype = jnp.promote_types(dtype, jnp.float32)
+    return [None if value is None else value.astype(dtype) for value in values]
+
+
+def _prepare(x, delta, B, C, z, delta_bias, mask, delta_softplus):
+    """(x, step, B, C, z) to compute with. Zeros where masked, as what stands there may be NaN, and 0 * NaN is not 0."""
+    values = _in_compute_dtype(x.dtype, x, delta, B, C, z)
+    x, delta, B, C, z = (_where_valid(mask, value) for value in values)
+    step = delta if delta_bias is None else delta + delta_bias
+    step = jax.nn.softplus(step) if delta_softplus else step
+    return x, _where_valid(mask, step), B, C, z
+
+
+def _where_valid(mask, value):
+    return value if mask is None or value is None else jnp.where(mask[..., None], value, 0)
+
+
+def _restarted(restart, h):
+    return h if restart is None else jnp.where(restart[..., None, None], 0, h)
+
+
+def _advance(h, x, step, A, B, C):
+    """(sum_n C h, h) after one position: x, step (b, e); B, C (b, n); h (b, e, n)."""
+    h = jnp.exp(step[..., None] * A) * h + (step * x)[..., None] * B[:, None]
+    return _einsum("ben,bn->be", h, C), h
+
+
+def _output(linear, x, D, z):
+    linear = linear if D is None else linear + D * x
+    return linear if z is None else linear * jax.nn.silu(z)

@@ -1,0 +1,66 @@
+"""NumPy in and out, dtypes, devices and differentiation in MLX."""
+
+import ml_dtypes
+import mlx.core as mx
+import numpy as np
+
+DTYPES = {
+    "float32": mx.float32,
+    "bfloat16": mx.bfloat16,
+    "float16": mx.float16,
+    "int8": mx.int8,
+    "int16": mx.int16,
+    "int32": mx.int32,
+    "int64": mx.int64,
+    "uint8": mx.uint8,
+    "uint16": mx.uint16,
+    "uint32": mx.uint32,
+    "uint64": mx.uint64,
+    "bool": mx.bool_,
+}
+
+
+def devices() -> list[str]:
+    """ "gpu" (Metal or CUDA) where there is one, and "cpu"."""
+    gpu = mx.metal.is_available() or mx.cuda.is_available()
+    return ["gpu", "cpu"] if gpu else ["cpu"]
+
+
+def check_device(device: str | None) -> None:
+    if device is not None and device not in devices():
+        raise ValueError(f"device is {device!r}; MLX has {' and '.join(devices())} here")
+
+
+def dtype_named(name: str) -> mx.Dtype:
+    """float64 is refused: no MLX GPU has it."""
+    if name not in DTYPES:
+        raise ValueError(f"dtype is {name!r}; on MLX expected one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def dtype_name(dtype: mx.Dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.").removesuffix("_")
+
+
+def from_numpy(value, dtype: str | None = None, device: str | None = None) -> mx.array:
+    """float64 becomes float32. MLX arrays live in memory that every device sees: `device` is only checked."""
+    check_device(device)
+    value = np.asarray(value)
+    name = dtype or ("float32" if value.dtype == np.float64 else value.dtype.name)
+    if value.dtype == ml_dtypes.bfloat16:
+        # MLX does not read NumPy's bfloat16: the same bytes under a name that both know.
+        array = mx.array(value.view(np.uint16)).view(mx.bfloat16)
+    else:
+        array = mx.array(value)
+    return array.astype(dtype_named(name))
+
+
+def to_numpy(array: mx.array) -> np.ndarray:
+    if array.dtype == mx.bfloat16:
+        return np.array(array.view(mx.uint16)).view(ml_dtypes.bfloat16)
+    return np.array(array)
+
+
+def vjp(function, arguments, cotangents) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    outputs, gradients = mx.vjp(function, list(arguments), list(cotangents))
+    return [to_numpy(output) for output in outputs], [to_numpy(gradient) for gradient in gradients]

@@ -1,0 +1,82 @@
+"""The causal depthwise convolution before the scan, as shifted multiply-adds (Gu and Dao 2023, figure 3)."""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mamba_core.backends.mlx.positions import compaction, restarts
+from mamba_core.spec.checks import check_conv, check_conv_step
+
+
+def causal_conv(
+    x,
+    weight,
+    bias=None,
+    *,
+    activation=None,
+    initial_state=None,
+    return_final_state=False,
+    mask=None,
+    segment_ids=None,
+):
+    check_conv(x, weight, bias, activation, initial_state, mask, segment_ids)
+    batch, length, channels = x.shape
+    carried = weight.shape[1] - 1
+    run = _runs(mask, segment_ids)
+    if mask is not None:
+        order, inverse = compaction(mask)
+        x = _permute(mx.where(mask[..., None], x, mx.array(0, x.dtype)), order)
+        run = None if run is None else mx.take_along_axis(run, order, axis=1)
+    state = mx.zeros((batch, carried, channels), x.dtype) if initial_state is None else initial_state.astype(x.dtype)
+    inputs = mx.concatenate([state, x], axis=1)
+    # What the initial state holds belongs to the first run.
+    runs = None if run is None else mx.pad(run, ((0, 0), (carried, 0)))
+    windows = [slice(tap, tap + length) for tap in range(carried + 1)]
+    if runs is None:
+        taps = [inputs[:, window] for window in windows]
+    else:
+        taps = [_in_run(inputs[:, window], runs[:, window], runs[:, carried:]) for window in windows]
+    y = _filter(taps, weight, bias, activation).astype(x.dtype)
+    if mask is not None:
+        y = mx.where(mask[..., None], _permute(y, inverse), mx.array(0, y.dtype))
+    return (y, _last_inputs(inputs, runs, mask, carried)) if return_final_state else y
+
+
+def causal_conv_step(x, weight, bias=None, *, activation=None, state):
+    check_conv_step(x, weight, bias, activation, state)
+    inputs = mx.concatenate([state.astype(x.dtype), x[:, None]], axis=1)
+    y = _filter([inputs[:, tap] for tap in range(weight.shape[1])], weight, bias, activation)
+    return y.astype(x.dtype), inputs[:, 1:]
+
+
+@mx.compile
+def _filter(taps, weight, bias, activation):
+    """In float32."""
+    weight = weight.astype(mx.float32)
+    total = sum(tap.astype(mx.float32) * weight[:, j] for j, tap in enumerate(taps))
+    total = total if bias is None else total + bias.astype(mx.float32)
+    return nn.silu(total) if activation == "silu" else total
+
+
+def _runs(mask, segment_ids):
+    """(b, l) int: how many restarts there were up to here."""
+    restart = restarts(mask, segment_ids)
+    return None if restart is None else mx.cumsum(restart.astype(mx.int32), axis=1)
+
+
+def _in_run(inputs, run, current):
+    """Zero where the input belongs to another run than the position (or state) that asks for it."""
+    return inputs if run is None else mx.where((run == current)[..., None], inputs, mx.array(0, inputs.dtype))
+
+
+def _last_inputs(inputs, runs, mask, carried):
+    """The last inputs that counted, of the last run."""
+    if mask is None:
+        last, run = inputs[:, inputs.shape[1] - carried :], None if runs is None else runs[:, runs.shape[1] - carried :]
+    else:
+        index = mask.sum(axis=1, keepdims=True) + mx.arange(carried)
+        last, run = _permute(inputs, index), None if runs is None else mx.take_along_axis(runs, index, axis=1)
+    return last if run is None or carried == 0 else _in_run(last, run, runs.max(axis=1, keepdims=True))
+
+
+def _permute(value, order):
+    return mx.take_along_axis(value, order[..., None], axis=1)

@@ -1,0 +1,25 @@
+"""Which positions count and where a segment begins, resolved from `mask` and `segment_ids`."""
+
+import mlx.core as mx
+
+
+def restarts(mask: mx.array | None, segment_ids: mx.array | None) -> mx.array | None:
+    """(b, l) bool: the position counts and its segment is not that of the last position that counted."""
+    if segment_ids is None:
+        return None
+    batch, length = segment_ids.shape
+    position = mx.arange(length)
+    last = mx.broadcast_to(position, (batch, length)) if mask is None else mx.cummax(mx.where(mask, position, -1), axis=1)
+    before = mx.concatenate([mx.full((batch, 1), -1, dtype=last.dtype), last[:, :-1]], axis=1)
+    previous = mx.take_along_axis(segment_ids, mx.maximum(before, 0), axis=1)
+    restart = (before >= 0) & (segment_ids != previous)
+    return restart if mask is None else restart & mask
+
+
+def compaction(mask: mx.array) -> tuple[mx.array, mx.array]:
+    """(order, inverse), both (b, l): row[order] has the positions that count first, row[order][inverse] is row."""
+    counting = mask.astype(mx.int32)
+    rank = mx.cumsum(counting, axis=1) - 1
+    rank_of_others = counting.sum(axis=1, keepdims=True) + mx.cumsum(1 - counting, axis=1) - 1
+    inverse = mx.where(mask, rank, rank_of_others)
+    return mx.argsort(inverse, axis=1), inverse

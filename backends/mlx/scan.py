@@ -1,0 +1,318 @@
+"""The S6 recurrence in MLX (Gu and Dao 2023, equations 2 and 4).
+
+h_t = exp(step_t A) h_{t-1} + step_t B_t x_t;  y_t = (C_t h_t + D x_t) * silu(z_t).
+"""
+
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mamba_core.backends.mlx.arrays import check_device
+from mamba_core.backends.mlx.positions import restarts
+from mamba_core.spec.checks import check_scan, check_step
+
+# Positions a chunk, and elements an operation works on: enough to fill a device, few enough to bound the memory.
+CHUNK = 16
+WIDTH = 2**19
+
+
+def selective_scan(
+    x,
+    delta,
+    A,
+    B,
+    C,
+    D=None,
+    *,
+    z=None,
+    delta_bias=None,
+    delta_softplus=False,
+    initial_state=None,
+    return_final_state=False,
+    mask=None,
+    segment_ids=None,
+    kernel="auto",
+):
+    """Computed in float32, a float64 x too: MLX has no float64 on a GPU."""
+    check_scan(x, delta, A, B, C, D, z, delta_bias, initial_state, mask, segment_ids)
+    run = _kernel(kernel)
+    dtype = x.dtype
+    if mask is not None:
+        # Not by a factor of zero: what stands at a masked position may be Inf or NaN.
+        x, delta, B, C, z = (_where_valid(mask, value) for value in (x, delta, B, C, z))
+    x, A, B, C, D, z = (_float32(value) for value in (x, A, B, C, D, z))
+    step = _where_valid(mask, _step_size(delta, delta_bias, delta_softplus))
+    h = mx.zeros((x.shape[0], *A.shape)) if initial_state is None else _float32(initial_state)
+    y = x
+    if x.shape[1] > 0:
+        y, h = run(x, step, A, B, C, D, z, h, restarts(mask, segment_ids))
+    y = _where_valid(mask, y).astype(dtype)
+    return (y, h) if return_final_state else y
+
+
+def selective_step(x, delta, A, B, C, D=None, *, z=None, delta_bias=None, delta_softplus=False, state):
+    check_step(x, delta, A, B, C, D, z, delta_bias, state)
+    dtype = x.dtype
+    x, A, B, C, D, z, state = (_float32(value) for value in (x, A, B, C, D, z, state))
+    step = _step_size(delta, delta_bias, delta_softplus)
+    h = _advance(state, mx.exp(step[..., None] * A), step * x, B, None)
+    return _output(_contract(h, C), x, D, z).astype(dtype), h
+
+
+def kernels(device: str | None = None) -> dict[str, str | None]:
+    """Both are made of MLX's own operations and run on every device."""
+    check_device(device)
+    return dict.fromkeys(KERNELS)
+
+
+def sequential(x, step, A, B, C, D, z, h0, restart):
+    """A loop over time, differentiated by MLX, which keeps every state: for short sequences and as the plain twin."""
+    h, linear = h0, []
+    for t in range(x.shape[1]):
+        decay = mx.exp(step[:, t, :, None] * A)
+        h = _advance(h, decay, step[:, t] * x[:, t], B[:, t], None if restart is None else restart[:, t, None])
+        linear.append(_contract(h, C[:, t]))
+    return _output(mx.stack(linear, axis=1), x, D, z), h
+
+
+def chunked(x, step, A, B, C, D, z, h0, restart):
+    """Chunks side by side: from a zero state, then from their true first states, which follow from one another.
+
+    Done in blocks of chunks, one after another, so that memory is bounded whatever the length. The gradient is by
+    hand; it keeps the state before each chunk only.
+    """
+    linear, h, _ = _chunked_scan(x, step, A, B, C, h0, restart)
+    return _output(linear, x, D, z), h
+
+
+KERNELS = {"chunked": chunked, "sequential": sequential}
+
+
+@mx.custom_function
+def _chunked_scan(x, step, A, B, C, h0, restart):
+    """Returns C_t h_t (b, l, e), the last state and the state before every chunk (blocks, b * chunks, e, n)."""
+    plan = _plan(x, A)
+    h, firsts, linear = h0, [], []
+    for block in _blocks(plan, x, step, B, C, restart):
+        decay = _decays(block, A, h)
+        first = _first_states(plan, block, decay, A, h)
+        states = _states(block, decay, first)
+        linear.append(mx.stack([_contract(state, c) for state, c in zip(states[1:], block.C, strict=True)]))
+        firsts.append(first)
+        h = _by_chunk(plan, states[-1])[:, -1]
+    return _join(plan, mx.stack(linear)), h, mx.stack(firsts)
+
+
+@_chunked_scan.vjp
+def _chunked_scan_vjp(arguments, cotangents, outputs):
+    """As `mamba_core.spec.recurrence.selective_scan_vjp`, a block at a time from the last to the first."""
+    x, step, A, B, C, h0, restart = arguments
+    dlinear, g, _ = cotangents
+    plan = _plan(x, A)
+    dA, gradients = mx.zeros_like(A), []
+    blocks = zip(_blocks(plan, x, step, B, C, restart), _split(plan, dlinear), outputs[2], strict=True)
+    for block, dy, first in reversed(list(blocks)):
+        decay = _decays(block, A, g)
+        states = _states(block, decay, first)
+        after = _gradients_after_chunks(plan, block, decay, A, dy, g)
+        g, dA, *rest = _block_vjp(plan, block, decay, A, states, dy, after, dA)
+        gradients.append(rest)
+    dx, dstep, dB, dC = (_join(plan, mx.stack(parts[::-1])) for parts in zip(*gradients, strict=True))
+    return dx, dstep, dA, dB, dC, g, None if restart is None else mx.zeros_like(restart)
+
+
+class _Plan(NamedTuple):
+    """The length as blocks of chunks of positions; what is missing at the end is filled with steps of size zero."""
+
+    batch: int
+    length: int
+    blocks: int
+    chunks: int
+    positions: int
+
+
+class _Block(NamedTuple):
+    """Position first, the batch and the chunks as one axis: x, step (t, r, e); B, C (t, r, n); restart (t, r, 1)."""
+
+    x: mx.array
+    step: mx.array
+    B: mx.array
+    C: mx.array
+    restart: mx.array | None
+
+
+def _plan(x, A) -> _Plan:
+    batch, length, channels = x.shape
+    positions = min(CHUNK, length)
+    chunks = -(-length // positions)
+    side_by_side = min(chunks, max(1, WIDTH // (batch * A.size)))
+    blocks = -(-chunks // side_by_side)
+    return _Plan(batch, length, blocks, -(-chunks // blocks), positions)
+
+
+def _blocks(plan, x, step, B, C, restart) -> list[_Block]:
+    parts = [_split(plan, value) for value in (x, step, B, C)]
+    parts.append([None] * plan.blocks if restart is None else _split(plan, restart[..., None]))
+    return [_Block(*block) for block in zip(*parts, strict=True)]
+
+
+def _split(plan, value):
+    """(b, l, c) -> (blocks, positions, b * chunks, c)."""
+    missing = plan.blocks * plan.chunks * plan.positions - plan.length
+    value = mx.pad(value, ((0, 0), (0, missing), (0, 0)))
+    value = value.reshape(plan.batch, plan.blocks, plan.chunks, plan.positions, -1).transpose(1, 3, 0, 2, 4)
+    return value.reshape(plan.blocks, plan.positions, plan.batch * plan.chunks, -1)
+
+
+def _join(plan, value):
+    """The inverse of `_split`."""
+    value = value.reshape(plan.blocks, plan.positions, plan.batch, plan.chunks, -1).transpose(2, 0, 3, 1, 4)
+    return value.reshape(plan.batch, plan.blocks * plan.chunks * plan.positions, -1)[:, : plan.length]
+
+
+def _by_chunk(plan, value):
+    return value.reshape(plan.batch, plan.chunks, *value.shape[1:])
+
+
+def _decays(block, A, after):
+    """exp(step_t A) of every position. `after` keeps the scheduler from beginning with all blocks at once."""
+    (step,) = mx.depends([block.step], [after])
+    return [_decay(step_t, A) for step_t in step]
+
+
+def _states(block, decay, first):
+    """The state before the first and after every position, of all chunks."""
+    states = [first]
+    for t in range(len(decay)):
+        states.append(_advance(states[-1], decay[t], block.step[t] * block.x[t], block.B[t], _at(block.restart, t)))
+    return states
+
+
+def _first_states(plan, block, decay, A, h):
+    """The state before each chunk, from the one before the block."""
+    if plan.chunks == 1:
+        return h
+    ends = _states(block, decay, mx.zeros((len(block.x[0]), *A.shape)))[-1]
+    return _carry(plan, block, A, h, ends, range(plan.chunks))
+
+
+def _gradients_after_chunks(plan, block, decay, A, dy, g):
+    """The gradient of the state after each chunk, without what its own positions add, from that after the block."""
+    if plan.chunks == 1:
+        return g
+    starts = mx.zeros((len(block.x[0]), *A.shape))
+    for t in reversed(range(len(decay))):
+        starts = _retreat(starts, decay[t], dy[t], block.C[t], _at(block.restart, t))
+    return _carry(plan, block, A, g, starts, reversed(range(plan.chunks)))
+
+
+def _carry(plan, block, A, value, added, order):
+    """What enters each chunk: what entered the one before it in `order`, decayed over that chunk, plus its `added`."""
+    decay = _by_chunk(plan, _decay(block.step.sum(axis=0), A))
+    restart = None if block.restart is None else _by_chunk(plan, block.restart.any(axis=0))
+    added = _by_chunk(plan, added)
+    entering = {}
+    for chunk in order:
+        entering[chunk] = value
+        value = _decayed(value, decay[:, chunk], None if restart is None else restart[:, chunk]) + added[:, chunk]
+    return mx.stack([entering[chunk] for chunk in range(plan.chunks)], axis=1).reshape(-1, *A.shape)
+
+
+def _block_vjp(plan, block, decay, A, states, dy, g, dA):
+    parts = []
+    for t in reversed(range(len(decay))):
+        x, step, B, C, restart = (_at(value, t) for value in block)
+        g, dA, *rest = _position_vjp(g, dA, x, step, A, B, C, restart, decay[t], states[t], states[t + 1], dy[t])
+        parts.append(rest)
+    return _by_chunk(plan, g)[:, 0], dA, *(mx.stack(part[::-1]) for part in zip(*parts, strict=True))
+
+
+@mx.compile
+def _position_vjp(g, dA, x, step, A, B, C, restart, decay, before, state, dy):
+    g = g + dy[..., None] * C[:, None]
+    dbefore = _decayed(g, decay, restart)
+    dlog_decay = dbefore * (before if restart is None else mx.where(restart[..., None], 0.0, before))
+    dA = dA + (dlog_decay * step[..., None]).sum(axis=0)
+    gB = _contract(g, B)
+    dx = gB * step
+    dstep = (dlog_decay * A).sum(axis=-1) + gB * x
+    dB = (g * (step * x)[..., None]).sum(axis=1)
+    dC = (state * dy[..., None]).sum(axis=1)
+    return dbefore, dA, dx, dstep, dB, dC
+
+
+@mx.compile
+def _advance(h, decay, dx, B, restart):
+    return _decayed(h, decay, restart) + dx[..., None] * B[:, None]
+
+
+@mx.compile
+def _retreat(g, decay, dy, C, restart):
+    return _decayed(g + dy[..., None] * C[:, None], decay, restart)
+
+
+def _decayed(value, decay, restart):
+    """Where a restart stands nothing passes, Inf and NaN neither."""
+    return decay * (value if restart is None else mx.where(restart[..., None], 0.0, value))
+
+
+def _contract(h, C):
+    """sum_n C_n h_n."""
+    return (h * C[:, None]).sum(axis=-1)
+
+
+def _decay(step, A):
+    exponential = _exp if mx.default_device().type == mx.cpu else mx.exp
+    return exponential(step[..., None] * A)
+
+
+@mx.compile
+def _exp(value):
+    """exp in float32 to 1.2e-7 of its value; on a CPU MLX's own takes four times as long and errs up to 4e-6.
+
+    exp(value) = 2^k exp(f), k a whole number, |f| <= ln(2) / 2. Zero below 2^-126.
+    """
+    value = mx.clip(value, -88.0, 89.0)
+    # Adding 1.5 * 2^23 leaves the nearest whole number in the last bits of the sum.
+    shifted = value * 1.4426950408889634 + 12582912.0
+    k = shifted - 12582912.0
+    f = (value - k * 0.693359375) + k * 2.12194440e-4
+    # 1 + f + f^2 q(f), q fitted so that the largest relative error is least.
+    q = (0.0013814467 * f + 0.0083687804) * f + 0.041668394
+    q = (q * f + 0.1666652) * f + 0.49999993
+    series = (q * f + 1.0) * f + 1.0
+    power = ((shifted.view(mx.int32) - (0x4B400000 - 127)) << 23).view(mx.float32)
+    return series * power
+
+
+def _output(linear, x, D, z):
+    """(C h + D x) * silu(z)."""
+    linear = linear if D is None else linear + D * x
+    return linear if z is None else linear * nn.silu(z)
+
+
+def _step_size(delta, delta_bias, delta_softplus):
+    delta = _float32(delta)
+    delta = delta if delta_bias is None else delta + _float32(delta_bias)
+    return mx.logaddexp(delta, 0.0) if delta_softplus else delta
+
+
+def _kernel(name):
+    if name == "auto":
+        return next(iter(KERNELS.values()))
+    if name not in KERNELS:
+        raise ValueError(f"kernel is {name!r}; on MLX expected 'auto' or one of {', '.join(KERNELS)}")
+    return KERNELS[name]
+
+
+def _where_valid(mask, value):
+    return value if mask is None or value is None else mx.where(mask[..., None], value, mx.array(0, value.dtype))
+
+
+def _float32(value):
+    return None if value is None else value.astype(mx.float32)
+
+
+def _at(values, t):
+    return None if values is None else values[t]

@@ -1,0 +1,69 @@
+"""NumPy in and out, dtypes, devices and differentiation; the section "arrays" of `mamba_core.backend`."""
+
+import ml_dtypes
+import numpy as np
+import torch
+from torch import Tensor
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "int16": torch.int16,
+    "int8": torch.int8,
+    "uint8": torch.uint8,
+    "bool": torch.bool,
+}
+
+
+def devices() -> list[str]:
+    """"cuda" and "mps" where this torch and this machine have them; "cpu" always."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    return [name for name, present in available.items() if present]
+
+
+def from_numpy(value, dtype: str | None = None, device: str | None = None) -> Tensor:
+    """MPS has no float64: ask for dtype="float32" there."""
+    value = np.array(value, order="C")
+    if value.dtype == ml_dtypes.bfloat16:
+        tensor = torch.from_numpy(value.view(np.int16)).view(torch.bfloat16)
+    else:
+        tensor = torch.from_numpy(value)
+    return tensor.to(device or devices()[0], None if dtype is None else dtype_of(dtype))
+
+
+def to_numpy(array: Tensor) -> np.ndarray:
+    """A copy, also on the CPU: the array's own memory may be a parameter's."""
+    array = array.detach().to("cpu", copy=True)
+    if array.dtype == torch.bfloat16:
+        return array.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return array.numpy()
+
+
+def dtype_of(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise ValueError(f"dtype is {name!r}; expected one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def dtype_name(array: Tensor) -> str:
+    return str(array.dtype).removeprefix("torch.")
+
+
+def vjp(function, arguments, cotangents) -> tuple[list, list]:
+    """By `torch.autograd.grad`; the gradient of an argument that no output depends on is zero."""
+    arguments = [argument.detach().requires_grad_() for argument in arguments]
+    outputs = function(*arguments)
+    # An output that depends on no argument has no graph, and autograd refuses it.
+    connected = [pair for pair in zip(outputs, cotangents, strict=True) if pair[0].requires_grad]
+    gradients = torch.autograd.grad(
+        [output for output, _ in connected],
+        arguments,
+        [cotangent for _, cotangent in connected],
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return [to_numpy(output) for output in outputs], [to_numpy(gradient) for gradient in gradients]

@@ -1,0 +1,284 @@
+"""The S6 recurrence in PyTorch (Gu and Dao 2023, equations 2 and 4): a plain form and a chunked one.
+
+The chunked form is one opaque operator to autograd and the compiler. It keeps the state at chunk boundaries only;
+its gradient is by hand, as in `mamba_core.spec.recurrence.selective_scan_vjp`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mamba_core.backends.torch.positions import restarts
+from mamba_core.spec.checks import check_scan, check_step
+
+# Short enough that the buffers of a chunk, (b, CHUNK, n, e) each, stay in a CPU's cache.
+CHUNK = 16
+
+
+def selective_scan(
+    x,
+    delta,
+    A,
+    B,
+    C,
+    D=None,
+    *,
+    z=None,
+    delta_bias=None,
+    delta_softplus=False,
+    initial_state=None,
+    return_final_state=False,
+    mask=None,
+    segment_ids=None,
+    kernel="auto",
+):
+    """Gradients of gradients need kernel="sequential", which keeps every state."""
+    check_scan(x, delta, A, B, C, D, z, delta_bias, initial_state, mask, segment_ids)
+    run = _kernel(kernel, x.device.type)
+    dtype = x.dtype
+    restart = restarts(mask, segment_ids)
+    x, delta, A, B, C, D, z, delta_bias, h0 = _in_compute_dtype(x, delta, A, B, C, D, z, delta_bias, initial_state)
+    # Zeros where masked, not only in the step: what stands there may be NaN, and 0 * NaN is not 0.
+    x, delta, B, C, z = (_where_valid(mask, value) for value in (x, delta, B, C, z))
+    step = _where_valid(mask, _step_size(delta, delta_bias, delta_softplus))
+    if h0 is None:
+        h0 = x.new_zeros(x.shape[0], *A.shape)
+    y, h = run(x, step, A, B, C, D, z, h0, restart)
+    y = _where_valid(mask, y).to(dtype)
+    return (y, h) if return_final_state else y
+
+
+def selective_step(x, delta, A, B, C, D=None, *, z=None, delta_bias=None, delta_softplus=False, state):
+    """Plain differentiable operations."""
+    check_step(x, delta, A, B, C, D, z, delta_bias, state)
+    dtype = x.dtype
+    x, delta, A, B, C, D, z, delta_bias, h = _in_compute_dtype(x, delta, A, B, C, D, z, delta_bias, state)
+    linear, h = _advance(h, x, _step_size(delta, delta_bias, delta_softplus), A, B, C)
+    return _output(linear, x, D, z).to(dtype), h
+
+
+def kernels(device: str | None = None) -> dict[str, str | None]:
+    """Both run on every device."""
+    return dict.fromkeys(KERNELS)
+
+
+def sequential(x, step, A, B, C, D, z, h0, restart):
+    """One position at a time in plain operations, differentiable any number of times."""
+    h, outputs = h0, []
+    # unbind, because the gradient of each x[:, t] would be an array as large as x.
+    positions = zip(*(value.unbind(1) for value in (x, step, B, C)), strict=True)
+    for t, (x_t, step_t, B_t, C_t) in enumerate(positions):
+        if restart is not None:
+            h = torch.where(restart[:, t, None, None], 0.0, h)
+        linear, h = _advance(h, x_t, step_t, A, B_t, C_t)
+        outputs.append(linear)
+    linear = torch.stack(outputs, dim=1) if outputs else x
+    return _output(linear, x, D, z), h
+
+
+def chunked(x, step, A, B, C, D, z, h0, restart):
+    """Over a chunk everything in bulk but h = decay * h + increment; channels last, as n is short for a vector."""
+    y, h, _ = _scan(x, step, A, B, C, D, z, h0, restart)
+    return y, h
+
+
+# Fastest first.
+KERNELS = {"chunked": chunked, "sequential": sequential}
+
+
+@torch.library.custom_op("mamba_core::selective_scan", mutates_args=())
+def _scan(
+    x: Tensor,
+    step: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    h0: Tensor,
+    restart: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, h_last, boundaries); boundaries (b, chunks + 1, n, e) holds the state before and after every chunk."""
+    y, boundaries, A = x.new_empty(x.shape), _empty_boundaries(x, A), A.mT.contiguous()
+    boundaries[:, 0] = h0.mT
+    buffers = _empty_buffers(2, x, A)
+    for index, part in enumerate(_parts(x)):
+        x_part, z_part, restart_part = x[:, part], _part(z, part), _part(restart, part)
+        decay, states = (buffer[:, : x_part.shape[1]] for buffer in buffers)
+        _chunk_states(x_part, step[:, part], A, B[:, part], boundaries[:, index], restart_part, decay, states)
+        boundaries[:, index + 1] = states[:, -1]
+        y[:, part] = _output(states.mul_(C[:, part, :, None]).sum(2), x_part, D, z_part)
+    return y, boundaries[:, -1].mT.clone(memory_format=torch.contiguous_format), boundaries
+
+
+@torch.library.custom_op("mamba_core::selective_scan_backward", mutates_args=())
+def _scan_backward(
+    dy: Tensor,
+    dh_last: Tensor | None,
+    x: Tensor,
+    step: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    restart: Tensor | None,
+    boundaries: Tensor,
+) -> list[Tensor]:
+    """Gradients of x, step, A, B, C and h0, then of D and z where given."""
+    dx, dstep, dB, dC = (value.new_empty(value.shape) for value in (x, step, B, C))
+    A = A.mT.contiguous()
+    dA = torch.zeros_like(A)
+    dD = None if D is None else torch.zeros_like(D)
+    dz = None if z is None else z.new_empty(z.shape)
+    # What a chunk's states receive from all that follows it.
+    arriving = torch.zeros_like(boundaries[:, 0]) if dh_last is None else dh_last.mT.clone()
+    buffers = _empty_buffers(4, x, A)
+    for index, part in reversed(list(enumerate(_parts(x)))):
+        x_part, step_part, restart_part, dlinear = x[:, part], step[:, part], _part(restart, part), dy[:, part]
+        B_part, C_part = B[:, part, :, None], C[:, part, :, None]
+        before = boundaries[:, index]
+        decay, states, g, product = (buffer[:, : x_part.shape[1]] for buffer in buffers)
+        _chunk_states(x_part, step_part, A, B[:, part], before, restart_part, decay, states)
+        if z is not None:
+            linear = _output(torch.mul(states, C_part, out=product).sum(2), x_part, D, None)
+            dz[:, part] = dlinear * linear * _silu_derivative(z[:, part])
+            dlinear = dlinear * F.silu(z[:, part])
+        if D is not None:
+            dD += (dlinear * x_part).sum((0, 1))
+        dC[:, part] = torch.mul(states, dlinear[:, :, None], out=product).sum(3)
+        torch.mul(C_part, dlinear[:, :, None], out=g)
+        dlog_decay, arriving = _chunk_gradients(g, decay, states, arriving, before, restart_part)
+        dA += torch.mul(dlog_decay, step_part[:, :, None], out=product).sum((0, 1))
+        gB = torch.mul(g, B_part, out=product).sum(2)
+        dstep[:, part] = torch.mul(dlog_decay, A, out=product).sum(2) + gB * x_part
+        dB[:, part] = torch.mul(g, (step_part * x_part)[:, :, None], out=product).sum(3)
+        dx[:, part] = gB * step_part if D is None else gB * step_part + dlinear * D
+    given = [value for value in (dD, dz) if value is not None]
+    return [dx, dstep, dA.mT.contiguous(), dB, dC, arriving.mT.contiguous(), *given]
+
+
+def _chunk_states(x, step, A, B, before, restart, decay, states):
+    """(decay, states), (b, t, n, e) each, of one chunk that the state `before` enters."""
+    torch.mul(step[:, :, None], A, out=decay).exp_()
+    torch.mul((step * x)[:, :, None], B[..., None], out=states)
+    h = before
+    for t, (decay_t, states_t) in enumerate(zip(decay.unbind(1), states.unbind(1), strict=True)):
+        if restart is not None:
+            h = h.masked_fill(restart[:, t, None, None], 0.0)
+        h = states_t.addcmul_(decay_t, h)
+
+
+def _chunk_gradients(g, decay, states, arriving, before, restart):
+    """Adds to g what comes from the right."""
+    g[:, -1] += arriving
+    g_, decay_ = g.unbind(1), decay.unbind(1)
+    for t in reversed(range(len(g_))):
+        decayed = decay_[t].mul_(g_[t])
+        if restart is not None:
+            decayed.masked_fill_(restart[:, t, None, None], 0.0)
+        if t:
+            g_[t - 1].add_(decayed)
+    arriving = decayed.clone()
+    decay[:, 0] *= before
+    decay[:, 1:] *= states[:, :-1]
+    if restart is not None:
+        decay.masked_fill_(restart[:, :, None, None], 0.0)
+    return decay, arriving
+
+
+@_scan.register_fake
+def _(x, step, A, B, C, D, z, h0, restart):
+    return x.new_empty(x.shape), h0.new_empty(h0.shape), _empty_boundaries(x, A)
+
+
+@_scan_backward.register_fake
+def _(dy, dh_last, x, step, A, B, C, D, z, restart, boundaries):
+    h0 = A.new_empty(x.shape[0], *A.shape)
+    return [value.new_empty(value.shape) for value in (x, step, A, B, C, h0, D, z) if value is not None]
+
+
+def _save_for_gradient(ctx, inputs, output):
+    x, step, A, B, C, D, z, _, restart = inputs
+    ctx.save_for_backward(x, step, A, B, C, D, z, restart, output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _scan_gradient(ctx, dy, dh_last, _):
+    x, step, A, B, C, D, z, restart, boundaries = ctx.saved_tensors
+    if dy is None:
+        dy = torch.zeros_like(x)
+    dx, dstep, dA, dB, dC, dh0, *given = _scan_backward(
+        dy, dh_last, x, step, A, B, C, D, z, restart, boundaries
+    )
+    dD = None if D is None else given.pop(0)
+    dz = None if z is None else given.pop(0)
+    return dx, dstep, dA, dB, dC, dD, dz, dh0, None
+
+
+def _refuse_second_gradient(ctx, *_):
+    raise NotImplementedError(
+        'kernel "chunked" of selective_scan has no second derivative; pass kernel="sequential" for it'
+    )
+
+
+_scan.register_autograd(_scan_gradient, setup_context=_save_for_gradient)
+_scan_backward.register_autograd(_refuse_second_gradient)
+
+
+def _parts(x):
+    return [slice(start, start + CHUNK) for start in range(0, x.shape[1], CHUNK)]
+
+
+def _part(value, part):
+    return None if value is None else value[:, part]
+
+
+def _empty_buffers(count, x, A):
+    batch, length, channels = x.shape
+    return [x.new_empty(batch, min(CHUNK, length), A.shape[0], channels) for _ in range(count)]
+
+
+def _empty_boundaries(x, A):
+    batch, length, channels = x.shape
+    return x.new_empty(batch, -(-length // CHUNK) + 1, A.shape[1], channels)
+
+
+def _kernel(name, device):
+    runs = [kernel for kernel, obstacle in kernels(device).items() if obstacle is None]
+    if name == "auto":
+        name = runs[0]
+    if name not in runs:
+        raise ValueError(f"kernel {name!r} does not run on {device}; those that do: auto, {', '.join(runs)}")
+    return KERNELS[name]
+
+
+def _in_compute_dtype(x, *others):
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return [None if value is None else value.to(dtype) for value in (x, *others)]
+
+
+def _where_valid(mask, value):
+    return value if mask is None or value is None else torch.where(mask[..., None], value, 0.0)
+
+
+def _step_size(delta, delta_bias, delta_softplus):
+    raw = delta if delta_bias is None else delta + delta_bias
+    # Beyond the threshold softplus is the identity: at PyTorch's own, 20, that is not exact in float64.
+    return F.softplus(raw, threshold=40.0) if delta_softplus else raw
+
+
+def _advance(h, x, step, A, B, C):
+    """(C h, h) after one position: x, step (b, e); B, C (b, n). No matmul, which autocast and TF32 would round."""
+    h = torch.exp(step[..., None] * A) * h + (step * x)[..., None] * B[:, None]
+    return (h * C[:, None]).sum(-1), h
+
+
+def _output(linear, x, D, z):
+    linear = linear if D is None else linear + D * x
+    return linear if z is None else linear * F.silu(z)
+
+
+def _silu_derivative(value):
+    gate = torch.sigmoid(value)
+    return gate * (1.0 + value * (1.0 - gate))

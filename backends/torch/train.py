@@ -1,0 +1,82 @@
+"""Loss, gradients and the AdamW step, by `torch.optim`."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from mamba_core.backends.torch.arrays import from_numpy, to_numpy
+from mamba_core.spec.params import parameter_table
+
+
+def loss(model, tokens, mask=None) -> torch.Tensor:
+    """Mean cross-entropy of tokens[:, 1:] given tokens[:, :-1] over the targets that count; tokens (b, l+1)."""
+    logits = model(tokens[:, :-1], mask=None if mask is None else mask[:, :-1]).logits
+    targets = tokens[:, 1:].long()
+    if mask is not None:
+        targets = targets.masked_fill(~mask[:, 1:], -100)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+
+
+def loss_and_gradients(model, tokens, mask=None) -> tuple[float, dict[str, np.ndarray]]:
+    tokens = from_numpy(tokens, device=model.device)
+    value = loss(model, tokens, None if mask is None else from_numpy(mask, device=model.device))
+    names = list(parameter_table(model.config))
+    gradients = torch.autograd.grad(value, [model.get_parameter(name) for name in names])
+    return value.item(), {name: to_numpy(gradient) for name, gradient in zip(names, gradients, strict=True)}
+
+
+class Trainer:
+    """AdamW with the decay of the parameter table."""
+
+    def __init__(self, model, settings):
+        self.model = model
+        self.settings = settings
+        self.parameters = {name: model.get_parameter(name) for name in parameter_table(model.config)}
+        self.count = 0
+        self.optimizer = self._optimizer()
+
+    def step(self, tokens) -> tuple[float, float]:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.rate(self.count)
+        self.optimizer.zero_grad()
+        value = loss(self.model, from_numpy(tokens, device=self.model.device))
+        value.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip_norm)
+        self.optimizer.step()
+        self.count += 1
+        return value.item(), norm.item()
+
+    def state(self) -> dict[str, np.ndarray]:
+        arrays = {"step": np.array(self.count, np.int64)}
+        for name, parameter in self.parameters.items():
+            moments = self.optimizer.state.get(parameter, {})
+            for prefix, key in _MOMENTS.items():
+                value = moments.get(key, torch.zeros_like(parameter))
+                arrays[f"{prefix}.{name}"] = to_numpy(value.float())
+        return arrays
+
+    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
+        self.count = int(state["step"])
+        for name, parameter in self.parameters.items():
+            moments = {key: _like(state[f"{prefix}.{name}"], parameter) for prefix, key in _MOMENTS.items()}
+            self.optimizer.state[parameter] = moments | {"step": torch.tensor(float(self.count))}
+
+    def _optimizer(self) -> torch.optim.AdamW:
+        s, table = self.settings, parameter_table(self.model.config)
+        groups = [
+            {
+                "params": [value for name, value in self.parameters.items() if table[name].decay == decay],
+                "weight_decay": s.weight_decay if decay else 0.0,
+            }
+            for decay in (True, False)
+        ]
+        return torch.optim.AdamW(groups, lr=s.learning_rate, betas=(s.beta1, s.beta2), eps=s.eps)
+
+
+_MOMENTS = {"m": "exp_avg", "v": "exp_avg_sq"}
+
+
+def _like(value, parameter):
+    return from_numpy(value, device=str(parameter.device)).to(parameter.dtype)

@@ -1,0 +1,31 @@
+"""Canonical names <-> the module tree. They are the same names, so this is only construction and iteration."""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from torch import nn
+
+from mamba_core.backends.torch.arrays import devices, from_numpy, to_numpy
+from mamba_core.backends.torch.model import LanguageModel
+from mamba_core.backends.torch.scan import kernels as scan_kernels
+from mamba_core.spec.checks import choose_kernel
+from mamba_core.spec.params import checked, parameter_table
+
+
+def build(config, parameters: Iterable[tuple[str, np.ndarray]], *, dtype="float32", device=None, kernels="auto"):
+    """The module is made on the meta device, so that its values exist once."""
+    device = device or devices()[0]
+    kernels = choose_kernel(kernels, scan_kernels(torch.device(device).type))
+    with torch.device("meta"):
+        model = LanguageModel(config, kernels)
+    for parameter, value in checked(config, parameters):
+        owner, _, leaf = parameter.name.rpartition(".")
+        tensor = from_numpy(value, dtype=parameter.dtype(dtype), device=device)
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
+    return model
+
+
+def parameters(model: LanguageModel) -> Iterator[tuple[str, np.ndarray]]:
+    for name in parameter_table(model.config):
+        yield name, to_numpy(model.get_parameter(name))

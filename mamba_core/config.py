@@ -1,0 +1,256 @@
+"""Model configurations: frozen dataclasses, one an architecture, with the sizes that follow from them.
+
+`from_dict` reads our own fields, those of Hugging Face transformers and those of mamba_ssm; `to_hf` and
+`to_mamba_ssm` write theirs.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True)
+class MambaConfig:
+    """Mamba-1 (Gu and Dao 2023, section 3.4), with the defaults of mamba_ssm and the size of mamba-130m.
+
+    Attributes:
+        d_model: width of the residual stream.
+        n_layer: number of residual blocks.
+        vocab_size: entries that can be produced; the embedding has `padded_vocab_size` rows.
+        d_state: states per channel.
+        d_conv: width of the short convolution.
+        expand: d_inner = int(expand * d_model).
+        dt_rank: rank of the step-size projection, "auto" for ceil(d_model / 16).
+        dt_min, dt_max, dt_init_floor: initial step sizes are log-uniform in [dt_min, dt_max], at least the floor.
+        dt_init, dt_scale: initial dt_proj.weight, "random" or "constant", scaled by dt_scale / sqrt(dt_rank).
+        bias, conv_bias: whether in_proj and out_proj, and the convolution, have a bias.
+        norm_eps: added to the mean square in the norms.
+        residual_in_fp32: keep the residual stream in float32 whatever the compute dtype.
+        tie_embeddings: the head is the embedding.
+        pad_vocab_size_multiple: the embedding's rows are padded up to a multiple of this.
+        rescale_prenorm_residual: divide the initial out_proj.weight by sqrt(n_layer).
+        initializer_range: standard deviation of the initial embedding.
+        bos_token_id, eos_token_id, pad_token_id: of the tokenizer, where the checkpoint says.
+        extra: fields of a checkpoint's config that mean nothing to the model; kept, and written back.
+    """
+
+    d_model: int = 768
+    n_layer: int = 24
+    vocab_size: int = 50277
+    d_state: int = 16
+    d_conv: int = 4
+    expand: float = 2
+    dt_rank: int | str = "auto"
+    dt_min: float = 0.001
+    dt_max: float = 0.1
+    dt_init: str = "random"
+    dt_scale: float = 1.0
+    dt_init_floor: float = 1e-4
+    bias: bool = False
+    conv_bias: bool = True
+    norm_eps: float = 1e-5
+    residual_in_fp32: bool = True
+    tie_embeddings: bool = True
+    pad_vocab_size_multiple: int = 8
+    rescale_prenorm_residual: bool = True
+    initializer_range: float = 0.02
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    architecture: ClassVar[str] = "mamba"
+
+    def __post_init__(self):
+        for name in ("d_model", "n_layer", "vocab_size", "d_state", "d_conv", "pad_vocab_size_multiple"):
+            _expect(self, name, "a positive integer", lambda value: _is_int(value) and value > 0)
+        for name in ("expand", "dt_min", "dt_max", "dt_scale", "norm_eps", "initializer_range"):
+            _expect(self, name, "a positive number", lambda value: _is_number(value) and 0 < value < math.inf)
+        for name in ("bias", "conv_bias", "residual_in_fp32", "tie_embeddings", "rescale_prenorm_residual"):
+            _expect(self, name, "true or false", lambda value: isinstance(value, bool))
+        _expect(self, "dt_rank", "a positive integer or 'auto'", lambda v: v == "auto" or (_is_int(v) and v > 0))
+        _expect(self, "dt_init", "'random' or 'constant'", lambda value: value in ("random", "constant"))
+        _expect(self, "dt_init_floor", "a number >= 0", lambda value: _is_number(value) and value >= 0)
+        _expect(self, "dt_max", f"at least dt_min={self.dt_min!r}", lambda value: value >= self.dt_min)
+        if self.d_inner < 1:
+            raise ValueError(f"expand={self.expand!r} of d_model={self.d_model} leaves no channels")
+
+    @property
+    def d_inner(self) -> int:
+        return int(self.expand * self.d_model)
+
+    @property
+    def dt_rank_size(self) -> int:
+        return math.ceil(self.d_model / 16) if self.dt_rank == "auto" else self.dt_rank
+
+    @property
+    def padded_vocab_size(self) -> int:
+        multiple = self.pad_vocab_size_multiple
+        return -(-self.vocab_size // multiple) * multiple
+
+    def to_dict(self) -> dict[str, Any]:
+        """Our own fields, as `from_dict` reads them."""
+        return {"architecture": self.architecture} | dataclasses.asdict(self)
+
+    @classmethod
+    def from_hf(cls, fields: Mapping[str, Any]) -> "MambaConfig":
+        """From the config.json of transformers' MambaForCausalLM; absent fields take that library's defaults."""
+        fields = dict(fields)
+        model_type = fields.pop("model_type", "mamba")
+        if model_type != "mamba":
+            raise ValueError(f"config has model_type {model_type!r}; this version reads 'mamba'")
+        if (activation := fields.pop("hidden_act", "silu")) not in ("silu", "swish"):
+            raise ValueError(f"config has hidden_act {activation!r}; Mamba's activation is 'silu'")
+        known = {ours: fields.pop(theirs, default) for ours, (theirs, default) in _HF_FIELDS.items()}
+        if known["dt_rank"] == math.ceil(known["d_model"] / 16):
+            known["dt_rank"] = "auto"
+        padded, ours = known["vocab_size"], fields.pop("mamba_core", {})
+        inner = fields.pop("intermediate_size", None)
+        config = cls(**known | {"pad_vocab_size_multiple": 1} | ours, extra=fields)
+        if config.padded_vocab_size != padded:
+            raise ValueError(f"config has vocab_size {padded}, but its mamba_core fields give {ours}")
+        if inner is not None and inner != config.d_inner:
+            raise ValueError(
+                f"config has intermediate_size {inner}; expand={config.expand} of hidden_size={config.d_model} "
+                f"is {config.d_inner}"
+            )
+        return config
+
+    def to_hf(self) -> dict[str, Any]:
+        """As transformers reads it: vocab_size counts the padded rows; what it has no field for is under mamba_core."""
+        ours = {"vocab_size": self.vocab_size, "pad_vocab_size_multiple": self.pad_vocab_size_multiple}
+        known = {theirs: getattr(self, name) for name, (theirs, _) in _HF_FIELDS.items()}
+        derived = {
+            "model_type": "mamba",
+            "architectures": ["MambaForCausalLM"],
+            "hidden_act": "silu",
+            "intermediate_size": self.d_inner,
+            "time_step_rank": self.dt_rank_size,
+            "vocab_size": self.padded_vocab_size,
+        }
+        return known | dict(self.extra) | derived | {"mamba_core": ours}
+
+    @classmethod
+    def from_mamba_ssm(cls, fields: Mapping[str, Any]) -> "MambaConfig":
+        """From the config.json of mamba_ssm's MambaLMHeadModel, `ssm_cfg` included."""
+        fields = dict(fields)
+        ssm = dict(fields.pop("ssm_cfg", None) or {})
+        if (layer := ssm.pop("layer", "Mamba1")) != "Mamba1":
+            raise ValueError(f"config has ssm_cfg layer {layer!r}; this version reads 'Mamba1'")
+        for name, plain in _MAMBA_SSM_PLAIN.items():
+            if (value := fields.pop(name, plain)) not in (plain, None):
+                raise ValueError(f"config has {name}={value!r}; this version reads {name}={plain!r} only")
+        for name in _MAMBA_SSM_SPEED:
+            fields.pop(name, None)
+            ssm.pop(name, None)
+        if unknown := sorted(set(ssm) - set(_SSM_FIELDS)):
+            raise ValueError(f"config has unknown fields in ssm_cfg: {', '.join(unknown)}")
+        top = {name: fields.pop(name, default) for name, default in _MAMBA_SSM_FIELDS.items()}
+        return cls(**top, **ssm, extra=fields)
+
+    def to_mamba_ssm(self) -> dict[str, Any]:
+        """As mamba_ssm reads it. Its norms have a fixed eps, so a config with another cannot be written."""
+        if self.norm_eps != 1e-5:
+            raise ValueError(f"norm_eps={self.norm_eps} cannot be written: mamba_ssm fixes it at 1e-05")
+        top = {name: getattr(self, name) for name in _MAMBA_SSM_FIELDS}
+        defaults = MambaConfig()
+        chosen = {name: getattr(self, name) for name in _SSM_FIELDS}
+        ssm = {name: value for name, value in chosen.items() if value != getattr(defaults, name)}
+        return top | {"ssm_cfg": ssm, "rms_norm": True, "fused_add_norm": True}
+
+
+# ours -> (the name in transformers' MambaConfig, its default there)
+_HF_FIELDS = {
+    "d_model": ("hidden_size", 768),
+    "n_layer": ("num_hidden_layers", 32),
+    "vocab_size": ("vocab_size", 50280),
+    "d_state": ("state_size", 16),
+    "d_conv": ("conv_kernel", 4),
+    "expand": ("expand", 2),
+    "dt_rank": ("time_step_rank", "auto"),
+    "dt_min": ("time_step_min", 0.001),
+    "dt_max": ("time_step_max", 0.1),
+    "dt_init": ("time_step_init_scheme", "random"),
+    "dt_scale": ("time_step_scale", 1.0),
+    "dt_init_floor": ("time_step_floor", 1e-4),
+    "bias": ("use_bias", False),
+    "conv_bias": ("use_conv_bias", True),
+    "norm_eps": ("layer_norm_epsilon", 1e-5),
+    "residual_in_fp32": ("residual_in_fp32", True),
+    "tie_embeddings": ("tie_word_embeddings", True),
+    "rescale_prenorm_residual": ("rescale_prenorm_residual", False),
+    "initializer_range": ("initializer_range", 0.1),
+    "bos_token_id": ("bos_token_id", 0),
+    "eos_token_id": ("eos_token_id", 0),
+    "pad_token_id": ("pad_token_id", 0),
+}
+
+_MAMBA_SSM_FIELDS = {
+    "d_model": 2560,
+    "n_layer": 64,
+    "vocab_size": 50277,
+    "residual_in_fp32": True,
+    "tie_embeddings": True,
+    "pad_vocab_size_multiple": 8,
+}
+_SSM_FIELDS = (
+    *("d_state", "d_conv", "expand", "dt_rank", "dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor"),
+    *("bias", "conv_bias"),
+)
+# Fields that would change the function, with the one value that this architecture has; and those that change speed only.
+_MAMBA_SSM_PLAIN = {"rms_norm": True, "d_intermediate": 0, "attn_layer_idx": [], "attn_cfg": {}}
+_MAMBA_SSM_SPEED = ("fused_add_norm", "use_fast_path")
+
+
+def from_dict(fields: Mapping[str, Any]) -> MambaConfig:
+    """A config from a parsed JSON object in our own fields, those of transformers or those of mamba_ssm.
+
+    Raises:
+        ValueError: the fields are of none of the three, or a value is out of range.
+    """
+    if "hidden_size" in fields or "model_type" in fields:
+        return MambaConfig.from_hf(fields)
+    if "ssm_cfg" in fields or "fused_add_norm" in fields or "rms_norm" in fields:
+        return MambaConfig.from_mamba_ssm(fields)
+    fields = dict(fields)
+    architecture = fields.pop("architecture", "mamba")
+    if architecture not in CONFIGS:
+        raise ValueError(f"config has architecture {architecture!r}; known: {', '.join(CONFIGS)}")
+    known = {item.name for item in dataclasses.fields(CONFIGS[architecture])}
+    if unknown := sorted(set(fields) - known):
+        raise ValueError(f"config has unknown fields: {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+    return CONFIGS[architecture](**fields)
+
+
+def preset(name: str) -> MambaConfig:
+    """The config of a published model, such as "mamba-130m"."""
+    if name not in PRESETS:
+        raise ValueError(f"no preset {name!r}; expected one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def _expect(config, name, expected, holds) -> None:
+    value = getattr(config, name)
+    if not holds(value):
+        raise ValueError(f"{name} is {value!r}; expected {expected}")
+
+
+def _is_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+CONFIGS = {"mamba": MambaConfig}
+
+PRESETS: dict[str, MambaConfig] = {
+    "mamba-130m": MambaConfig(d_model=768, n_layer=24),
+    "mamba-370m": MambaConfig(d_model=1024, n_layer=48),
+    "mamba-790m": MambaConfig(d_model=1536, n_layer=48),
+    "mamba-1.4b": MambaConfig(d_model=2048, n_layer=48),
+    "mamba-2.8b": MambaConfig(d_model=2560, n_layer=64),
+}

@@ -1,0 +1,70 @@
+"""The parameter table of a config: everything that is known of a parameter before it has a value.
+
+Names are canonical (those of Hugging Face's MambaForCausalLM). The table's order is the order of the file.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter.
+
+    Attributes:
+        name: canonical name.
+        axes: the letter of each axis (`spec.dims`), for sharding rules and reports.
+        shape: the size of each axis.
+        init: draws the initial value from a generator, float32.
+        float32: stored in float32 whatever the compute dtype.
+        decay: weight decay applies.
+        mup_role: "input", "hidden", "output" or "vector", what muP scales by.
+    """
+
+    name: str
+    axes: str
+    shape: tuple[int, ...]
+    init: Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
+    float32: bool = False
+    decay: bool = True
+    mup_role: str = "vector"
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape))
+
+    def dtype(self, compute: str) -> str:
+        """The dtype it is stored in for a compute dtype."""
+        return "float32" if self.float32 else compute
+
+
+def parameter_table(config) -> dict[str, Parameter]:
+    """Every parameter of a model by canonical name, in order."""
+    architecture = import_module(f"mamba_core.spec.{config.architecture}")
+    return {parameter.name: parameter for parameter in architecture.parameters(config)}
+
+
+def parameter_count(config) -> int:
+    return sum(parameter.size for parameter in parameter_table(config).values())
+
+
+def checked(config, parameters: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[Parameter, np.ndarray]]:
+    """The same values with their table entries.
+
+    Raises:
+        ValueError: when one is unknown, repeated or mis-shaped, and at the end when some are missing.
+    """
+    table = parameter_table(config)
+    waiting = dict(table)
+    for name, value in parameters:
+        if name not in waiting:
+            raise ValueError(f"parameter {name!r} is {'repeated' if name in table else 'not one of this config'}")
+        parameter = waiting.pop(name)
+        if tuple(value.shape) != parameter.shape:
+            raise ValueError(f"parameter {name!r} has shape {tuple(value.shape)}; expected {parameter.shape}")
+        yield parameter, value
+    if waiting:
+        raise ValueError(f"parameters missing: {', '.join(waiting)}")

@@ -1,0 +1,177 @@
+"""What the checkpoint formats share: the table of dtypes, a tensor's place in a mapped file, the error, strict JSON."""
+
+import json
+import math
+import mmap
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+MAX_JSON_BYTES = 100_000_000  # the limit that safetensors itself sets on a header
+MAX_AXES = 64  # NumPy's limit, and torch's
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or written: one line that names the file and the fault."""
+
+
+class DType(NamedTuple):
+    """The names of one dtype. `torch_storage` is None where torch saves it as untyped bytes."""
+
+    safetensors: str
+    torch_storage: str | None
+    numpy: np.dtype
+
+
+DTYPES = {
+    "float64": DType("F64", "DoubleStorage", np.dtype("<f8")),
+    "float32": DType("F32", "FloatStorage", np.dtype("<f4")),
+    "float16": DType("F16", "HalfStorage", np.dtype("<f2")),
+    "bfloat16": DType("BF16", "BFloat16Storage", np.dtype(ml_dtypes.bfloat16)),
+    "float8_e4m3fn": DType("F8_E4M3", None, np.dtype(ml_dtypes.float8_e4m3fn)),
+    "float8_e5m2": DType("F8_E5M2", None, np.dtype(ml_dtypes.float8_e5m2)),
+    "int64": DType("I64", "LongStorage", np.dtype("<i8")),
+    "int32": DType("I32", "IntStorage", np.dtype("<i4")),
+    "int16": DType("I16", "ShortStorage", np.dtype("<i2")),
+    "int8": DType("I8", "CharStorage", np.dtype("i1")),
+    "uint64": DType("U64", None, np.dtype("<u8")),
+    "uint32": DType("U32", None, np.dtype("<u4")),
+    "uint16": DType("U16", None, np.dtype("<u2")),
+    "uint8": DType("U8", "ByteStorage", np.dtype("u1")),
+    "bool": DType("BOOL", "BoolStorage", np.dtype("?")),
+}
+
+
+class Header(NamedTuple):
+    """What a file says of a tensor without its data being read."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+
+
+class StoredTensor(NamedTuple):
+    """A tensor's place in a mapped file: `offset` in bytes, `strides` in elements, None for row-major."""
+
+    buffer: mmap.mmap
+    offset: int
+    shape: tuple[int, ...]
+    dtype: str
+    strides: tuple[int, ...] | None = None
+
+    def header(self) -> Header:
+        return Header(self.shape, self.dtype, count_bytes(self.shape, self.dtype))
+
+    def array(self) -> np.ndarray:
+        """A read-only view of the file."""
+        dtype = DTYPES[self.dtype].numpy
+        strides = None if self.strides is None else tuple(stride * dtype.itemsize for stride in self.strides)
+        return np.ndarray(self.shape, dtype, self.buffer, self.offset, strides)
+
+
+class FileContents(NamedTuple):
+    """The tensors and the metadata of one file."""
+
+    tensors: dict[str, StoredTensor]
+    metadata: dict[str, str]
+
+
+class TensorSource(NamedTuple):
+    """A tensor to be written; `read` is called once, when its turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], np.ndarray]
+
+
+def sources_of(arrays: Mapping[str, np.ndarray]) -> Iterator[TensorSource]:
+    """The sources of a mapping of arrays. Of an opened checkpoint they touch no data until written."""
+    for name in arrays:
+        array = arrays[name]
+        yield TensorSource(name, array.shape, array.dtype.name, lambda name=name: arrays[name])
+
+
+def checked_sources(target, tensors: Iterable[TensorSource]) -> list[TensorSource]:
+    """The sources as a list, every fault of their names, shapes and dtypes raised together."""
+    sources, faults, seen = [], [], set()
+    for source in (TensorSource(*tensor) for tensor in tensors):
+        source = source._replace(shape=tuple(source.shape))
+        if source.name in seen:
+            faults.append(f"{source.name!r} is given twice")
+        seen.add(source.name)
+        try:
+            count_bytes(source.shape, source.dtype)
+        except ValueError as fault:
+            faults.append(f"{source.name!r}: {fault}")
+        sources.append(source)
+    if faults:
+        raise CheckpointError(f"{target}: cannot be written: {'; '.join(faults)}")
+    return sources
+
+
+def read_bytes(source: TensorSource) -> np.ndarray:
+    """The bytes of a source, row-major."""
+    array = np.asarray(source.read())
+    if array.shape != source.shape or array.dtype != DTYPES[source.dtype].numpy:
+        raise CheckpointError(
+            f"tensor {source.name!r} was announced as {source.dtype} {source.shape} but is {array.dtype} {array.shape}"
+        )
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def count_bytes(shape, dtype: str) -> int:
+    """The size of a tensor. Raises ValueError for a shape or dtype that no array can have."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is unknown; expected one of {', '.join(DTYPES)}")
+    if not all(type(length) is int and length >= 0 for length in shape):
+        raise ValueError(f"shape {_shorten(shape)} has an axis that is not a non-negative integer")
+    itemsize = DTYPES[dtype].numpy.itemsize
+    # NumPy multiplies out the other axes of an empty array too.
+    if len(shape) > MAX_AXES or math.prod(length for length in shape if length) * itemsize >= 2**63:
+        raise ValueError(f"shape {_shorten(shape)} is too large for an array")
+    return math.prod(shape) * itemsize
+
+
+def map_file(file) -> mmap.mmap:
+    """The open file, mapped. The map outlives the file's name, so a checkpoint can be replaced while it is read."""
+    try:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except ValueError:
+        raise CheckpointError(f"{file.name}: the file is empty") from None
+
+
+def parse_json(data: bytes) -> dict:
+    """A JSON object in UTF-8. Raises ValueError, also for a key that appears twice."""
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys)
+    except (json.JSONDecodeError, UnicodeDecodeError) as fault:
+        raise ValueError(f"not valid JSON: {fault}") from None
+    except RecursionError:
+        raise ValueError("not valid JSON: nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return value
+
+
+def list_names(names: Iterable[str], limit: int = 8) -> str:
+    """Names for an error message, quoted, the first few of many."""
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(_shorten(name) for name in names[:limit]) + more
+
+
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        raise ValueError(f"keys that appear twice: {list_names(key for key in counts if counts[key] > 1)}")
+    return value
+
+
+def _shorten(value, limit: int = 120) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[:limit] + "..."

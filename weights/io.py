@@ -1,0 +1,148 @@
+"""Checkpoint files: open one or a folder of them as a mapping of memory-mapped arrays; write them; replace them safely.
+
+No framework is imported, and nothing in a pickled file is executed.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from mamba_core.weights.atomic import atomic_file, atomic_folder
+from mamba_core.weights.formats import (
+    DTYPES,
+    MAX_JSON_BYTES,
+    CheckpointError,
+    DType,
+    FileContents,
+    Header,
+    StoredTensor,
+    TensorSource,
+    list_names,
+    parse_json,
+    sources_of,
+)
+from mamba_core.weights.safetensors_file import read_safetensors, write_safetensors, write_safetensors_file
+from mamba_core.weights.torch_file import read_torch, write_torch
+
+__all__ = [
+    "DTYPES",
+    "Checkpoint",
+    "CheckpointError",
+    "DType",
+    "Header",
+    "TensorSource",
+    "atomic_file",
+    "atomic_folder",
+    "open_checkpoint",
+    "sources_of",
+    "write_safetensors",
+    "write_safetensors_file",
+    "write_torch",
+]
+
+_READERS = {".safetensors": read_safetensors, ".bin": read_torch, ".pt": read_torch, ".pth": read_torch}
+_INDEX_SUFFIX = ".index.json"
+# In the order in which transformers looks for them.
+_FOLDER_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_SHARD_NAME = re.compile(r"\w[\w.+ -]*")
+
+
+class Checkpoint(Mapping[str, np.ndarray]):
+    """A read-only mapping of tensor name to array. An array is a view of the mapped file: indexing reads no data.
+
+    files: the files opened, in order. metadata: the text that safetensors files carry, {} for torch's.
+    """
+
+    def __init__(self, tensors: dict[str, StoredTensor], files: tuple[Path, ...], metadata: dict[str, str]) -> None:
+        self._tensors = tensors
+        self.files = files
+        self.metadata = metadata
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._tensors[name].array()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({len(self)} tensors, files={[str(path) for path in self.files]})"
+
+    def header(self, name: str) -> Header:
+        """Shape, dtype name and size in bytes, from the file's header alone."""
+        return self._tensors[name].header()
+
+
+def open_checkpoint(path) -> Checkpoint:
+    """Open a .safetensors, .bin, .pt or .pth file, an index of shards, or a folder that holds one of these.
+
+    Raises:
+        CheckpointError: the path, the index, or any header is at fault; no tensor has been read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = _find_in_folder(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file or folder")
+    if path.name.endswith(_INDEX_SUFFIX):
+        return _open_shards(path)
+    contents = _read_file(path)
+    return Checkpoint(contents.tensors, (path,), contents.metadata)
+
+
+def _find_in_folder(folder: Path) -> Path:
+    for name in _FOLDER_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    raise CheckpointError(f"{folder}: the folder holds none of {', '.join(_FOLDER_FILES)}")
+
+
+def _read_file(path: Path) -> FileContents:
+    reader = _READERS.get(path.suffix)
+    if reader is None:
+        raise CheckpointError(f"{path}: unknown kind of file; expected one of {', '.join(_READERS)}")
+    return reader(path)
+
+
+def _open_shards(index: Path) -> Checkpoint:
+    weight_map = _read_weight_map(index)
+    shards = {name: index.parent / name for name in sorted(set(weight_map.values()))}
+    missing = [name for name, path in shards.items() if not path.is_file()]
+    if missing:
+        raise CheckpointError(f"{index}: shards that are missing from the folder: {', '.join(map(repr, missing))}")
+    contents = {name: _read_file(path) for name, path in shards.items()}
+    held = {(tensor, name) for name in contents for tensor in contents[name].tensors}
+    faults = [f"{tensor!r} is listed in {name!r} but not there" for tensor, name in sorted(weight_map.items() - held)]
+    faults += [f"{tensor!r} is in {name!r} but not listed there" for tensor, name in sorted(held - weight_map.items())]
+    if faults:
+        raise CheckpointError(f"{index}: {'; '.join(faults)}")
+    tensors = {tensor: contents[name].tensors[tensor] for tensor, name in weight_map.items()}
+    metadata = {key: text for name in contents for key, text in contents[name].metadata.items()}
+    return Checkpoint(tensors, tuple(shards.values()), metadata)
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    if index.stat().st_size > MAX_JSON_BYTES:
+        raise CheckpointError(f"{index}: larger than {MAX_JSON_BYTES} bytes; this is not an index of shards")
+    try:
+        weight_map = parse_json(index.read_bytes()).get("weight_map")
+    except ValueError as fault:
+        raise CheckpointError(f"{index}: {fault}") from None
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index}: no weight_map of tensor name to file name")
+    outside = [name for name in dict.fromkeys(weight_map.values()) if not _SHARD_NAME.fullmatch(name)]
+    if outside:
+        raise CheckpointError(f"{index}: shards that are not plain file names: {list_names(outside)}")
+    return weight_map

@@ -1,0 +1,207 @@
+"""Torch checkpoints (.bin, .pt, .pth), read through a memory map and written one tensor at a time, without torch.
+
+A file is a zip of stored records: NAME/data.pkl, the dictionary; NAME/data/KEY, the bytes of a storage;
+NAME/byteorder; NAME/version.
+"""
+
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from mamba_core.weights.formats import (
+    DTYPES,
+    CheckpointError,
+    FileContents,
+    StoredTensor,
+    TensorSource,
+    checked_sources,
+    count_bytes,
+    list_names,
+    map_file,
+    read_bytes,
+)
+from mamba_core.weights.pickle_file import PickledTensor, dump_state_dict, load_pickle
+
+# 250 bytes a tensor are usual. An opcode of one byte can make a value of 64, so this bounds the memory at 1 GiB.
+MAX_PICKLE_BYTES = 16 * 2**20
+_ALIGNMENT = 64  # what torch.save aligns records to
+_LOCAL_HEADER = struct.Struct("<4s22xHH")
+_EXTRA_FIELD = struct.Struct("<2sH")
+_ZIP64_FIELD_BYTES = 20
+_ENCRYPTED = 1
+
+
+def read_torch(path: Path) -> FileContents:
+    """The tensors of one file, nothing loaded and nothing executed. Raises CheckpointError.
+
+    The file holds a dictionary of tensors, or a dictionary with exactly one such dictionary in it
+    ({"model": {...}, "epoch": 3}). Tensors that share a storage share their bytes.
+    """
+    with open(path, "rb") as file:
+        buffer = map_file(file)
+        try:
+            with zipfile.ZipFile(file) as archive:
+                return FileContents(_read_records(archive.infolist(), buffer), {})
+        except ValueError as fault:
+            raise CheckpointError(f"{path}: {fault}") from None
+        except (zipfile.BadZipFile, NotImplementedError, EOFError, OverflowError, struct.error) as fault:
+            raise CheckpointError(f"{path}: {_explain(buffer, fault)}") from None
+
+
+def write_torch(path, tensors: Iterable[TensorSource]) -> None:
+    """Write a state dict that `torch.load(path, weights_only=True)` reads; one tensor is in memory at a time."""
+    sources = checked_sources(path, tensors)
+    with open(path, "wb") as file, zipfile.ZipFile(file, "w") as archive:
+        _write_record(archive, file.tell(), "data.pkl", dump_state_dict(sources))
+        _write_record(archive, file.tell(), "byteorder", b"little")
+        for number, source in enumerate(sources):
+            _write_record(archive, file.tell(), f"data/{number}", read_bytes(source))
+        _write_record(archive, file.tell(), "version", b"3\n")
+
+
+# --- reading ---------------------------------------------------------------------------------------
+
+
+def _explain(buffer, fault: Exception) -> str:
+    if buffer[:2] == b"PK":
+        return f"the zip is broken or cut short: {fault}"
+    if buffer[:1] == b"\x80":
+        return (
+            "this is torch's format from before version 1.6, which is not read; re-save it with "
+            "torch.save(torch.load(path, weights_only=True), path)"
+        )
+    return "this is not a torch checkpoint: it is no zip"
+
+
+def _read_records(directory: list[zipfile.ZipInfo], buffer) -> dict[str, StoredTensor]:
+    records = {record.filename: record for record in directory}
+    if len(records) < len(directory):
+        raise ValueError("the zip has two records of one name")
+    pickles = [name for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise ValueError(f"this is not a torch checkpoint: the zip has {len(pickles)} records NAME/data.pkl, not one")
+    prefix = pickles[0].removesuffix("data.pkl")
+    _check_byteorder(buffer, records.get(prefix + "byteorder"))
+    tensors = _find_tensors(load_pickle(_read_small(buffer, records[pickles[0]], MAX_PICKLE_BYTES)))
+    return {name: _place(name, tensor, buffer, records, prefix) for name, tensor in tensors.items()}
+
+
+def _check_byteorder(buffer, record: zipfile.ZipInfo | None) -> None:
+    if record is not None and (order := _read_small(buffer, record, 16)) != b"little":
+        raise ValueError(f"the byte order is {order!r}; only b'little' is read; re-save it on a little-endian machine")
+
+
+def _read_small(buffer, record: zipfile.ZipInfo, limit: int) -> bytes:
+    start = _record_start(buffer, record)
+    if record.file_size > limit:
+        raise ValueError(f"record {record.filename!r} has {record.file_size} bytes; at most {limit} are read")
+    data = buffer[start : start + record.file_size]
+    if zlib.crc32(data) != record.CRC:
+        raise ValueError(f"record {record.filename!r} is damaged: its checksum does not fit")
+    return data
+
+
+def _check_stored(record: zipfile.ZipInfo) -> None:
+    if record.flag_bits & _ENCRYPTED:
+        raise ValueError(f"record {record.filename!r} is encrypted")
+    if record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size:
+        raise ValueError(f"record {record.filename!r} is compressed and cannot be mapped; re-save it with torch.save")
+
+
+def _find_tensors(value) -> dict[str, PickledTensor]:
+    """The dictionary of tensors that is the value, or the only one that is an entry of the value."""
+    if not isinstance(value, dict):
+        raise ValueError(f"the file holds a {type(value).__name__}, not a dictionary of tensors")
+    if any(isinstance(entry, PickledTensor) for entry in value.values()) or not value:
+        others = [name for name, entry in value.items() if not _is_named_tensor(name, entry)]
+        if others:
+            raise ValueError(f"entries that are not tensors under a text name: {list_names(others)}")
+        return value
+    nested = [name for name, entry in value.items() if _is_state_dict(entry)]
+    if len(nested) != 1:
+        found = list_names(nested) or f"none among {list_names(value)}"
+        raise ValueError(f"expected one dictionary of tensors, found {found}; save the one that is meant by itself")
+    return value[nested[0]]
+
+
+def _is_named_tensor(name, entry) -> bool:
+    return isinstance(name, str) and isinstance(entry, PickledTensor)
+
+
+def _is_state_dict(entry) -> bool:
+    return isinstance(entry, dict) and bool(entry) and all(_is_named_tensor(*item) for item in entry.items())
+
+
+def _place(name: str, tensor: PickledTensor, buffer, records: dict[str, zipfile.ZipInfo], prefix: str) -> StoredTensor:
+    try:
+        record = records.get(f"{prefix}data/{tensor.storage.key}")
+        if record is None:
+            raise ValueError(f"its storage {tensor.storage.key!r} is not in the file")
+        start = _record_start(buffer, record)
+        _check_view(tensor, record.file_size)
+        empty = 0 in tensor.shape
+        offset = 0 if empty else tensor.offset * DTYPES[tensor.dtype].numpy.itemsize
+        strides = None if empty or _is_row_major(tensor) else _plain_strides(tensor)
+        return StoredTensor(buffer, start + offset, tensor.shape, tensor.dtype, strides)
+    except ValueError as fault:
+        raise ValueError(f"tensor {list_names([name])}: {fault}") from None
+
+
+def _record_start(buffer, record: zipfile.ZipInfo) -> int:
+    """Where a record's bytes begin. The local header is asked: its padding is not in the directory."""
+    _check_stored(record)
+    begin = record.header_offset
+    header = buffer[begin : begin + _LOCAL_HEADER.size] if begin >= 0 else b""
+    if len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
+        raise ValueError(f"record {record.filename!r} has no local header at byte {begin}")
+    _, name_length, extra_length = _LOCAL_HEADER.unpack(header)
+    start = begin + _LOCAL_HEADER.size + name_length + extra_length
+    if start + record.file_size > len(buffer):
+        raise ValueError(f"record {record.filename!r} runs past the end of the file")
+    return start
+
+
+def _check_view(tensor: PickledTensor, record_bytes: int) -> None:
+    """The tensor lies within its storage, and the storage is the record."""
+    count_bytes(tensor.shape, tensor.dtype)
+    itemsize = DTYPES[tensor.dtype].numpy.itemsize
+    storage_bytes = tensor.storage.length * (1 if tensor.storage.dtype is None else itemsize)
+    if storage_bytes != record_bytes:
+        raise ValueError(f"its storage is {storage_bytes} bytes long but the record has {record_bytes}")
+    if len(tensor.strides) != len(tensor.shape):
+        raise ValueError("its shape and its strides have not the same number of axes")
+    if not all(type(number) is int and number >= 0 for number in (tensor.offset, *tensor.strides)):
+        raise ValueError("its offset or a stride is not a non-negative integer")
+    reach = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.strides, strict=True))
+    if 0 not in tensor.shape and (tensor.offset + reach + 1) * itemsize > storage_bytes:
+        raise ValueError(f"it reaches beyond its storage of {storage_bytes} bytes")
+
+
+def _is_row_major(tensor: PickledTensor) -> bool:
+    expected = 1
+    for length, stride in zip(reversed(tensor.shape), reversed(tensor.strides), strict=True):
+        if length != 1 and stride != expected:
+            return False
+        expected *= length
+    return True
+
+
+def _plain_strides(tensor: PickledTensor) -> tuple[int, ...]:
+    # Torch lets the stride of an axis of one element be any number, NumPy wants it within 64 bits.
+    return tuple(stride if length > 1 else 0 for length, stride in zip(tensor.shape, tensor.strides, strict=True))
+
+
+# --- writing ---------------------------------------------------------------------------------------
+
+
+def _write_record(archive: zipfile.ZipFile, begin: int, name: str, data) -> None:
+    """Write a stored record whose bytes begin at a multiple of 64, padded by an extra field as torch.save does."""
+    info = zipfile.ZipInfo(f"archive/{name}")
+    # The 64-bit sizes are forced, so that the length of the local header is known before the data.
+    unpadded = begin + _LOCAL_HEADER.size + len(info.filename) + _ZIP64_FIELD_BYTES + _EXTRA_FIELD.size
+    padding = -unpadded % _ALIGNMENT
+    info.extra = _EXTRA_FIELD.pack(b"FB", padding) + b"Z" * padding
+    with archive.open(info, "w", force_zip64=True) as record:
+        record.write(data)
