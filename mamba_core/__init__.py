@@ -9,6 +9,7 @@ from mamba_core.config import PRESETS, MambaConfig
 from mamba_core.factory import build, load, load_state, save, save_state
 from mamba_core.generation import generate, stream
 from mamba_core.ops import selective_scan, selective_step
+from mamba_core.parity import parity
 from mamba_core.training import TrainSettings, train
 from mamba_core.version import VERSION
 from mamba_core.weights.convert import convert, inspect
@@ -27,6 +28,7 @@ __all__ = [
     "inspect",
     "load",
     "load_state",
+    "parity",
     "save",
     "save_state",
     "selective_scan",

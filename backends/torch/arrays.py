@@ -20,7 +20,7 @@ DTYPES = {
 
 
 def devices() -> list[str]:
-    """"cuda" and "mps" where this torch and this machine have them; "cpu" always."""
+    """CUDA and MPS where this torch and this machine have them, the CPU always."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     return [name for name, present in available.items() if present]
 
@@ -51,6 +51,12 @@ def dtype_of(name: str) -> torch.dtype:
 
 def dtype_name(array: Tensor) -> str:
     return str(array.dtype).removeprefix("torch.")
+
+
+def in_compute_dtype(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:
+    """All in float64 where x is, else in float32: what the ops compute in."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return [None if value is None else value.to(dtype) for value in (x, *others)]
 
 
 def vjp(function, arguments, cotangents) -> tuple[list, list]:

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mamba_core.backends.torch.positions import compaction, restarts
+from mamba_core.backends.torch.arrays import in_compute_dtype
+from mamba_core.backends.torch.positions import compaction, restarts, where_counting
 from mamba_core.spec.checks import check_conv, check_conv_step
 
 
@@ -26,19 +27,18 @@ def causal_conv(
     check_conv(x, weight, bias, activation, initial_state, mask, segment_ids)
     dtype = x.dtype
     restart = restarts(mask, segment_ids)
-    x, weight, bias, state = _in_compute_dtype(x, weight, bias, initial_state)
+    x, weight, bias, state = in_compute_dtype(x, weight, bias, initial_state)
     if state is None:
         state = x.new_zeros(x.shape[0], weight.shape[1] - 1, x.shape[2])
     if mask is not None:
         order, inverse = compaction(mask)
-        # Zeros where masked: what stands there may be NaN, and the weight's gradient would meet it.
-        x = _take(torch.where(mask[..., None], x, 0.0), order)
+        x = _take(where_counting(mask, x), order)
         restart = None if restart is None else restart.gather(1, order)
     inputs = torch.cat([state, x], dim=1)
     runs = None if restart is None else _runs(restart, state.shape[1])
     y = _activate(_filter(inputs, weight, bias, runs), activation)
     if mask is not None:
-        y = torch.where(mask[..., None], _take(y, inverse), 0.0)
+        y = where_counting(mask, _take(y, inverse))
     y = y.to(dtype)
     return (y, _last_inputs(inputs, state.shape[1], mask, runs).to(dtype)) if return_final_state else y
 
@@ -47,7 +47,7 @@ def causal_conv_step(x, weight, bias=None, *, activation=None, state):
     """Plain differentiable operations."""
     check_conv_step(x, weight, bias, activation, state)
     dtype = x.dtype
-    x, weight, bias, state = _in_compute_dtype(x, weight, bias, state)
+    x, weight, bias, state = in_compute_dtype(x, weight, bias, state)
     inputs = torch.cat([state, x[:, None]], dim=1)
     y = _activate(_filter(inputs, weight, bias, None), activation)
     return y[:, 0].to(dtype), inputs[:, 1:].to(dtype)
@@ -93,8 +93,3 @@ def _take(values, positions):
 
 def _activate(value, activation):
     return F.silu(value) if activation == "silu" else value
-
-
-def _in_compute_dtype(x, *others):
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return [None if value is None else value.to(dtype) for value in (x, *others)]

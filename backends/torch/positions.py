@@ -21,6 +21,11 @@ def compaction(mask: Tensor) -> tuple[Tensor, Tensor]:
     return order, torch.argsort(order, dim=1)
 
 
+def where_counting(mask: Tensor | None, value: Tensor | None) -> Tensor | None:
+    """(b, l, channels), zero where masked: what stands there may be NaN, and 0 * NaN is not 0."""
+    return value if mask is None or value is None else torch.where(mask[..., None], value, 0.0)
+
+
 def _differs_from_previous(segment_ids: Tensor) -> Tensor:
     differs = torch.zeros_like(segment_ids, dtype=torch.bool)
     differs[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]

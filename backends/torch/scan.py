@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mamba_core.backends.torch.positions import restarts
-from mamba_core.spec.checks import check_scan, check_step
+from mamba_core.backends.torch.arrays import in_compute_dtype
+from mamba_core.backends.torch.positions import restarts, where_counting
+from mamba_core.spec.checks import check_scan, check_step, choose_kernel
 
-# Short enough that the buffers of a chunk, (b, CHUNK, n, e) each, stay in a CPU's cache.
-CHUNK = 16
+# Positions computed in bulk: more cost memory and cache, fewer cost calls.
+CHUNK = 64
 
 
 def selective_scan(
@@ -34,17 +35,17 @@ def selective_scan(
 ):
     """Gradients of gradients need kernel="sequential", which keeps every state."""
     check_scan(x, delta, A, B, C, D, z, delta_bias, initial_state, mask, segment_ids)
-    run = _kernel(kernel, x.device.type)
+    run = KERNELS[choose_kernel(kernel, kernels(x.device.type))]
     dtype = x.dtype
     restart = restarts(mask, segment_ids)
-    x, delta, A, B, C, D, z, delta_bias, h0 = _in_compute_dtype(x, delta, A, B, C, D, z, delta_bias, initial_state)
+    x, delta, A, B, C, D, z, delta_bias, h0 = in_compute_dtype(x, delta, A, B, C, D, z, delta_bias, initial_state)
     # Zeros where masked, not only in the step: what stands there may be NaN, and 0 * NaN is not 0.
-    x, delta, B, C, z = (_where_valid(mask, value) for value in (x, delta, B, C, z))
-    step = _where_valid(mask, _step_size(delta, delta_bias, delta_softplus))
+    x, delta, B, C, z = (where_counting(mask, value) for value in (x, delta, B, C, z))
+    step = where_counting(mask, _step_size(delta, delta_bias, delta_softplus))
     if h0 is None:
         h0 = x.new_zeros(x.shape[0], *A.shape)
     y, h = run(x, step, A, B, C, D, z, h0, restart)
-    y = _where_valid(mask, y).to(dtype)
+    y = where_counting(mask, y).to(dtype)
     return (y, h) if return_final_state else y
 
 
@@ -52,7 +53,7 @@ def selective_step(x, delta, A, B, C, D=None, *, z=None, delta_bias=None, delta_
     """Plain differentiable operations."""
     check_step(x, delta, A, B, C, D, z, delta_bias, state)
     dtype = x.dtype
-    x, delta, A, B, C, D, z, delta_bias, h = _in_compute_dtype(x, delta, A, B, C, D, z, delta_bias, state)
+    x, delta, A, B, C, D, z, delta_bias, h = in_compute_dtype(x, delta, A, B, C, D, z, delta_bias, state)
     linear, h = _advance(h, x, _step_size(delta, delta_bias, delta_softplus), A, B, C)
     return _output(linear, x, D, z).to(dtype), h
 
@@ -98,14 +99,14 @@ def _scan(
     h0: Tensor,
     restart: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, h_last, boundaries); boundaries (b, chunks + 1, n, e) holds the state before and after every chunk."""
+    """(y, h_last, boundaries): boundaries (b, chunks + 1, n, e) holds the state before and after every chunk."""
     y, boundaries, A = x.new_empty(x.shape), _empty_boundaries(x, A), A.mT.contiguous()
     boundaries[:, 0] = h0.mT
-    buffers = _empty_buffers(2, x, A)
+    buffers, restarting = _empty_buffers(2, x, A), _restarting_rows(restart, x)
     for index, part in enumerate(_parts(x)):
-        x_part, z_part, restart_part = x[:, part], _part(z, part), _part(restart, part)
+        x_part, z_part = x[:, part], None if z is None else z[:, part]
         decay, states = (buffer[:, : x_part.shape[1]] for buffer in buffers)
-        _chunk_states(x_part, step[:, part], A, B[:, part], boundaries[:, index], restart_part, decay, states)
+        _states(x_part, step[:, part], A, B[:, part], boundaries[:, index], restarting[part], decay, states)
         boundaries[:, index + 1] = states[:, -1]
         y[:, part] = _output(states.mul_(C[:, part, :, None]).sum(2), x_part, D, z_part)
     return y, boundaries[:, -1].mT.clone(memory_format=torch.contiguous_format), boundaries
@@ -125,66 +126,67 @@ def _scan_backward(
     restart: Tensor | None,
     boundaries: Tensor,
 ) -> list[Tensor]:
-    """Gradients of x, step, A, B, C and h0, then of D and z where given."""
+    """Gradients of x, step, A, B, C and h0, then of D and z where given; names as in the reference."""
     dx, dstep, dB, dC = (value.new_empty(value.shape) for value in (x, step, B, C))
     A = A.mT.contiguous()
-    dA = torch.zeros_like(A)
-    dD = None if D is None else torch.zeros_like(D)
+    dA, dD = torch.zeros_like(A), None if D is None else torch.zeros_like(D)
     dz = None if z is None else z.new_empty(z.shape)
-    # What a chunk's states receive from all that follows it.
     arriving = torch.zeros_like(boundaries[:, 0]) if dh_last is None else dh_last.mT.clone()
-    buffers = _empty_buffers(4, x, A)
+    buffers, restarting = _empty_buffers(4, x, A), _restarting_rows(restart, x)
     for index, part in reversed(list(enumerate(_parts(x)))):
-        x_part, step_part, restart_part, dlinear = x[:, part], step[:, part], _part(restart, part), dy[:, part]
+        x_part, step_part, dlinear, before = x[:, part], step[:, part], dy[:, part], boundaries[:, index]
         B_part, C_part = B[:, part, :, None], C[:, part, :, None]
-        before = boundaries[:, index]
         decay, states, g, product = (buffer[:, : x_part.shape[1]] for buffer in buffers)
-        _chunk_states(x_part, step_part, A, B[:, part], before, restart_part, decay, states)
+        _states(x_part, step_part, A, B[:, part], before, restarting[part], decay, states)
         if z is not None:
             linear = _output(torch.mul(states, C_part, out=product).sum(2), x_part, D, None)
             dz[:, part] = dlinear * linear * _silu_derivative(z[:, part])
             dlinear = dlinear * F.silu(z[:, part])
-        if D is not None:
-            dD += (dlinear * x_part).sum((0, 1))
         dC[:, part] = torch.mul(states, dlinear[:, :, None], out=product).sum(3)
-        torch.mul(C_part, dlinear[:, :, None], out=g)
-        dlog_decay, arriving = _chunk_gradients(g, decay, states, arriving, before, restart_part)
+        torch.mul(C_part, dlinear[:, :, None], out=g)[:, -1] += arriving
+        arriving, dlog_decay = _state_gradients(before, restarting[part], decay, states, g)
         dA += torch.mul(dlog_decay, step_part[:, :, None], out=product).sum((0, 1))
         gB = torch.mul(g, B_part, out=product).sum(2)
-        dstep[:, part] = torch.mul(dlog_decay, A, out=product).sum(2) + gB * x_part
         dB[:, part] = torch.mul(g, (step_part * x_part)[:, :, None], out=product).sum(3)
-        dx[:, part] = gB * step_part if D is None else gB * step_part + dlinear * D
+        dstep[:, part] = torch.mul(dlog_decay, A, out=product).sum(2) + gB * x_part
+        dx[:, part] = gB * step_part
+        if D is not None:
+            dx[:, part] += dlinear * D
+            dD += (dlinear * x_part).sum((0, 1))
     given = [value for value in (dD, dz) if value is not None]
     return [dx, dstep, dA.mT.contiguous(), dB, dC, arriving.mT.contiguous(), *given]
 
 
-def _chunk_states(x, step, A, B, before, restart, decay, states):
-    """(decay, states), (b, t, n, e) each, of one chunk that the state `before` enters."""
+def _states(x, step, A, B, before, restarting, decay, states):
+    """Fills decay and states, (b, t, n, e) each, of a chunk that starts from the state `before`."""
     torch.mul(step[:, :, None], A, out=decay).exp_()
     torch.mul((step * x)[:, :, None], B[..., None], out=states)
     h = before
-    for t, (decay_t, states_t) in enumerate(zip(decay.unbind(1), states.unbind(1), strict=True)):
-        if restart is not None:
-            h = h.masked_fill(restart[:, t, None, None], 0.0)
+    for rows, decay_t, states_t in zip(restarting, decay.unbind(1), states.unbind(1), strict=True):
+        if rows is not None:
+            h = h.masked_fill(rows, 0.0)
         h = states_t.addcmul_(decay_t, h)
 
 
-def _chunk_gradients(g, decay, states, arriving, before, restart):
-    """Adds to g what comes from the right."""
-    g[:, -1] += arriving
-    g_, decay_ = g.unbind(1), decay.unbind(1)
-    for t in reversed(range(len(g_))):
-        decayed = decay_[t].mul_(g_[t])
-        if restart is not None:
-            decayed.masked_fill_(restart[:, t, None, None], 0.0)
-        if t:
-            g_[t - 1].add_(decayed)
-    arriving = decayed.clone()
-    decay[:, 0] *= before
-    decay[:, 1:] *= states[:, :-1]
-    if restart is not None:
-        decay.masked_fill_(restart[:, :, None, None], 0.0)
-    return decay, arriving
+def _state_gradients(before, restarting, decay, states, g):
+    """Adds to g, at first C_t dy_t, what comes from later positions.
+
+    Returns what goes on to the chunk before, and in the memory of decay the gradient of its logarithm.
+    """
+    decay_t, g_t = decay.unbind(1), g.unbind(1)
+    for t in reversed(range(len(g_t))):
+        decay_t[t].mul_(g_t[t])
+        if restarting[t] is not None:
+            decay_t[t].masked_fill_(restarting[t], 0.0)
+        if t > 0:
+            g_t[t - 1].add_(decay_t[t])
+    leaving = decay_t[0].clone()
+    decay_t[0].mul_(before)
+    decay[:, 1:].mul_(states[:, :-1])
+    for t, rows in enumerate(restarting):
+        if rows is not None:
+            decay_t[t].masked_fill_(rows, 0.0)
+    return leaving, decay
 
 
 @_scan.register_fake
@@ -208,9 +210,7 @@ def _scan_gradient(ctx, dy, dh_last, _):
     x, step, A, B, C, D, z, restart, boundaries = ctx.saved_tensors
     if dy is None:
         dy = torch.zeros_like(x)
-    dx, dstep, dA, dB, dC, dh0, *given = _scan_backward(
-        dy, dh_last, x, step, A, B, C, D, z, restart, boundaries
-    )
+    dx, dstep, dA, dB, dC, dh0, *given = _scan_backward(dy, dh_last, x, step, A, B, C, D, z, restart, boundaries)
     dD = None if D is None else given.pop(0)
     dz = None if z is None else given.pop(0)
     return dx, dstep, dA, dB, dC, dD, dz, dh0, None
@@ -230,8 +230,12 @@ def _parts(x):
     return [slice(start, start + CHUNK) for start in range(0, x.shape[1], CHUNK)]
 
 
-def _part(value, part):
-    return None if value is None else value[:, part]
+def _restarting_rows(restart, x):
+    """For every position the rows that restart there, (b, 1, 1) bool, or None where none does."""
+    if restart is None:
+        return [None] * x.shape[1]
+    some = restart.any(0).tolist()
+    return [rows if some[t] else None for t, rows in enumerate(restart[..., None, None].unbind(1))]
 
 
 def _empty_buffers(count, x, A):
@@ -242,24 +246,6 @@ def _empty_buffers(count, x, A):
 def _empty_boundaries(x, A):
     batch, length, channels = x.shape
     return x.new_empty(batch, -(-length // CHUNK) + 1, A.shape[1], channels)
-
-
-def _kernel(name, device):
-    runs = [kernel for kernel, obstacle in kernels(device).items() if obstacle is None]
-    if name == "auto":
-        name = runs[0]
-    if name not in runs:
-        raise ValueError(f"kernel {name!r} does not run on {device}; those that do: auto, {', '.join(runs)}")
-    return KERNELS[name]
-
-
-def _in_compute_dtype(x, *others):
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return [None if value is None else value.to(dtype) for value in (x, *others)]
-
-
-def _where_valid(mask, value):
-    return value if mask is None or value is None else torch.where(mask[..., None], value, 0.0)
 
 
 def _step_size(delta, delta_bias, delta_softplus):
@@ -275,7 +261,7 @@ def _advance(h, x, step, A, B, C):
 
 
 def _output(linear, x, D, z):
-    linear = linear if D is None else linear + D * x
+    linear = linear if D is None else torch.addcmul(linear, D, x)
     return linear if z is None else linear * F.silu(z)
 
 

@@ -391,9 +391,9 @@ def test_an_unaligned_file_of_others_is_read(tmp_path):
 def test_a_file_cut_short_anywhere(tmp_path, name):
     write(tmp_path / name, {"w": np.arange(6.0).reshape(2, 3), "v": np.ones(3, ml_dtypes.bfloat16)})
     whole = (tmp_path / name).read_bytes()
-    for length in range(len(whole)):
+    for length in (*range(0, len(whole), 7), *range(len(whole) - 64, len(whole))):
         (tmp_path / name).write_bytes(whole[:length])
-        assert_fault(tmp_path / name)
+        assert_fault(tmp_path / name, "cut short" if length else "empty")
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "a.bin"])
@@ -402,7 +402,7 @@ def test_a_changed_byte_is_an_error_or_harmless(tmp_path, name):
     whole = (tmp_path / name).read_bytes()
     random = np.random.default_rng(0)
     messages = []
-    for _ in range(1000):
+    for _ in range(500):
         changed = bytearray(whole)
         changed[random.integers(len(whole))] = random.integers(256)
         (tmp_path / name).write_bytes(changed)
@@ -411,7 +411,7 @@ def test_a_changed_byte_is_an_error_or_harmless(tmp_path, name):
                 array.tobytes()
         except CheckpointError as fault:
             messages.append(str(fault))
-    assert len(messages) > 200
+    assert len(messages) > 100
     assert not any("\n" in message for message in messages)
 
 
@@ -568,7 +568,7 @@ def test_faults_of_the_zip(torch_path):
     torch_path.write_bytes(b"not a zip")
     assert_fault(torch_path, "it is no zip")
     torch_path.write_bytes(whole.replace(b"PK\x03\x04", b"PK\x03\x05"))
-    assert_fault(torch_path, "broken")
+    assert_fault(torch_path, "has no local header")
 
 
 def test_encrypted_records_are_refused(torch_path):

@@ -1,0 +1,47 @@
+"""mamba-core generate: continue a prompt with a checkpoint."""
+
+import argparse
+import dataclasses
+import sys
+
+from mamba_core import factory
+from mamba_core.cli.output import add_backend, add_json, print_json
+from mamba_core.generation import generate, stream
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="CHECKPOINT", help="a folder, a file or a hub id")
+    parser.add_argument("prompt", metavar="PROMPT", help="text; - reads standard input")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0 for all")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    parser.add_argument("--min-p", type=float, default=0.0, metavar="P")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; repeatable")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--revision", help="of a hub repository")
+    add_backend(parser)
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    model = factory.load(
+        arguments.source,
+        backend=arguments.backend,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        kernels=arguments.kernels,
+        revision=arguments.revision,
+    )
+    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "seed")
+    settings = {name: getattr(arguments, name) for name in names}
+    if arguments.json:
+        print_json({"prompt": prompt} | dataclasses.asdict(generate(model, prompt, **settings)))
+        return 0
+    print(prompt, end="", flush=True)
+    for piece in stream(model, prompt, **settings):
+        print(piece, end="", flush=True)
+    print()
+    return 0

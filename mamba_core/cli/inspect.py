@@ -1,0 +1,32 @@
+"""mamba-core inspect: what a checkpoint holds, from its headers alone."""
+
+import argparse
+
+from mamba_core.cli.output import add_json, console, print_json, print_table
+from mamba_core.weights.convert import inspect
+from mamba_core.weights.layouts import LAYOUTS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="CHECKPOINT", help="a folder, a file or a hub id")
+    parser.add_argument("--from", dest="layout", choices=sorted(LAYOUTS), help="its layout; detected")
+    parser.add_argument("--revision", help="of a hub repository")
+    parser.add_argument("--tensors", action="store_true", help="list every tensor")
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    found = inspect(arguments.source, layout=arguments.layout, revision=arguments.revision)
+    if arguments.json:
+        print(found.to_json())
+        return 0
+    console.print(f"layout      {found.layout}")
+    console.print(f"files       {', '.join(found.files)} ({found.nbytes / 1e6:,.1f} MB of tensors)")
+    console.print(f"parameters  {found.parameters:,}")
+    console.print(f"dtypes      {', '.join(f'{count} {dtype}' for dtype, count in found.dtypes.items())}")
+    shown = {key: value for key, value in found.config.items() if key != "extra"}
+    print_table("config", ["field", "value"], [[key, value] for key, value in shown.items()])
+    if arguments.tensors:
+        rows = [[name, "x".join(map(str, shape)), dtype] for name, (shape, dtype) in found.tensors.items()]
+        print_table("tensors", ["name", "shape", "dtype"], rows)
+    return 0
