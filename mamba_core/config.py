@@ -119,8 +119,12 @@ class MambaConfig:
         return config
 
     def to_hf(self) -> dict[str, Any]:
-        """As transformers reads it: vocab_size counts the padded rows; what it has no field for is under mamba_core."""
-        ours = {"vocab_size": self.vocab_size, "pad_vocab_size_multiple": self.pad_vocab_size_multiple}
+        """As transformers reads it: vocab_size counts the padded rows; what it has no use for is under mamba_core.
+
+        rescale_prenorm_residual is written as false, because transformers 5 divides the out_proj.weight that it
+        loads by sqrt(n_layer) where it is true.
+        """
+        ours = {name: getattr(self, name) for name in _HF_HIDDEN}
         known = {theirs: getattr(self, name) for name, (theirs, _) in _HF_FIELDS.items()}
         derived = {
             "model_type": "mamba",
@@ -129,6 +133,7 @@ class MambaConfig:
             "intermediate_size": self.d_inner,
             "time_step_rank": self.dt_rank_size,
             "vocab_size": self.padded_vocab_size,
+            "rescale_prenorm_residual": False,
         }
         return known | dict(self.extra) | derived | {"mamba_core": ours}
 
@@ -187,6 +192,8 @@ _HF_FIELDS = {
     "pad_token_id": ("pad_token_id", 0),
 }
 
+_HF_HIDDEN = ("vocab_size", "pad_vocab_size_multiple", "rescale_prenorm_residual")
+
 _MAMBA_SSM_FIELDS = {
     "d_model": 2560,
     "n_layer": 64,
@@ -199,7 +206,7 @@ _SSM_FIELDS = (
     *("d_state", "d_conv", "expand", "dt_rank", "dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor"),
     *("bias", "conv_bias"),
 )
-# Fields that would change the function, with the one value that this architecture has; and those that change speed only.
+# Fields that would change the function, with the one value that this architecture has; then those of speed only.
 _MAMBA_SSM_PLAIN = {"rms_norm": True, "d_intermediate": 0, "attn_layer_idx": [], "attn_cfg": {}}
 _MAMBA_SSM_SPEED = ("fused_add_norm", "use_fast_path")
 

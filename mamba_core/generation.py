@@ -41,7 +41,9 @@ class Sampling:
         if not (isinstance(self.top_k, int) and self.top_k >= 0):
             raise ValueError(f"top_k is {self.top_k!r}; expected an integer >= 0, 0 for all")
         if not 0 < self.repetition_penalty < math.inf:
-            raise ValueError(f"repetition_penalty is {self.repetition_penalty!r}; expected a positive number, 1 for none")
+            raise ValueError(
+                f"repetition_penalty is {self.repetition_penalty!r}; expected a positive number, 1 for none"
+            )
 
     @property
     def greedy(self) -> bool:
@@ -82,7 +84,9 @@ class ByteTokenizer:
     def decoder(self):
         """A function from a token to the whole characters that it completes; `None` flushes."""
         incremental = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        return lambda token: incremental.decode(b"", final=True) if token is None else incremental.decode(bytes([token]))
+        return lambda token: (
+            incremental.decode(b"", final=True) if token is None else incremental.decode(bytes([token]))
+        )
 
 
 class SubwordTokenizer:

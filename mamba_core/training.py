@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-
 from safetensors.numpy import save_file
 
 from mamba_core import factory, registry

@@ -1,4 +1,4 @@
-"""Conversion between layouts, one tensor at a time, bytes preserved; and what a checkpoint holds, without loading it."""
+"""Conversion between layouts, a tensor at a time, bytes preserved; and what a checkpoint holds, from its headers."""
 
 import json
 from collections import Counter

@@ -15,7 +15,14 @@ import numpy as np
 from mamba_core.config import MambaConfig
 from mamba_core.spec.params import Parameter, parameter_table
 from mamba_core.weights.formats import parse_json
-from mamba_core.weights.io import Checkpoint, CheckpointError, TensorSource, open_checkpoint, write_safetensors, write_torch
+from mamba_core.weights.io import (
+    Checkpoint,
+    CheckpointError,
+    TensorSource,
+    open_checkpoint,
+    write_safetensors,
+    write_torch,
+)
 from mamba_core.weights.names import EMBEDDING, HEAD, RENAMED, WRITES_TIED_HEAD, names
 
 FLOATS = ("float32", "bfloat16", "float16", "float64")

@@ -75,7 +75,9 @@ class LanguageModel(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits in float32 from the backbone's output."""
-        return (F.linear(hidden, self.backbone.embeddings.weight) if self.lm_head is None else self.lm_head(hidden)).float()
+        return (
+            F.linear(hidden, self.backbone.embeddings.weight) if self.lm_head is None else self.lm_head(hidden)
+        ).float()
 
     def _apply(self, fn, recurse=True):
         float32 = {name for name, parameter in parameter_table(self.config).items() if parameter.float32}

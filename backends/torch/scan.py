@@ -100,9 +100,9 @@ def _scan(
     restart: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, h_last, boundaries): boundaries (b, chunks + 1, n, e) holds the state before and after every chunk."""
-    y, boundaries, A = x.new_empty(x.shape), _empty_boundaries(x, A), A.mT.contiguous()
+    y, boundaries, A = x.new_empty(x.shape), _empty_boundaries(x, A.shape[1]), A.mT.contiguous()
     boundaries[:, 0] = h0.mT
-    buffers, restarting = _empty_buffers(2, x, A), _restarting_rows(restart, x)
+    buffers, restarting = _empty_buffers(2, x, A.shape[0]), _restarting_rows(restart, x)
     for index, part in enumerate(_parts(x)):
         x_part, z_part = x[:, part], None if z is None else z[:, part]
         decay, states = (buffer[:, : x_part.shape[1]] for buffer in buffers)
@@ -132,7 +132,7 @@ def _scan_backward(
     dA, dD = torch.zeros_like(A), None if D is None else torch.zeros_like(D)
     dz = None if z is None else z.new_empty(z.shape)
     arriving = torch.zeros_like(boundaries[:, 0]) if dh_last is None else dh_last.mT.clone()
-    buffers, restarting = _empty_buffers(4, x, A), _restarting_rows(restart, x)
+    buffers, restarting = _empty_buffers(4, x, A.shape[0]), _restarting_rows(restart, x)
     for index, part in reversed(list(enumerate(_parts(x)))):
         x_part, step_part, dlinear, before = x[:, part], step[:, part], dy[:, part], boundaries[:, index]
         B_part, C_part = B[:, part, :, None], C[:, part, :, None]
@@ -191,7 +191,7 @@ def _state_gradients(before, restarting, decay, states, g):
 
 @_scan.register_fake
 def _(x, step, A, B, C, D, z, h0, restart):
-    return x.new_empty(x.shape), h0.new_empty(h0.shape), _empty_boundaries(x, A)
+    return x.new_empty(x.shape), h0.new_empty(h0.shape), _empty_boundaries(x, A.shape[1])
 
 
 @_scan_backward.register_fake
@@ -238,14 +238,14 @@ def _restarting_rows(restart, x):
     return [rows if some[t] else None for t, rows in enumerate(restart[..., None, None].unbind(1))]
 
 
-def _empty_buffers(count, x, A):
+def _empty_buffers(count, x, n):
     batch, length, channels = x.shape
-    return [x.new_empty(batch, min(CHUNK, length), A.shape[0], channels) for _ in range(count)]
+    return [x.new_empty(batch, min(CHUNK, length), n, channels) for _ in range(count)]
 
 
-def _empty_boundaries(x, A):
+def _empty_boundaries(x, n):
     batch, length, channels = x.shape
-    return x.new_empty(batch, -(-length // CHUNK) + 1, A.shape[1], channels)
+    return x.new_empty(batch, -(-length // CHUNK) + 1, n, channels)
 
 
 def _step_size(delta, delta_bias, delta_softplus):

@@ -31,5 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(done.to_json())
     else:
-        console.print(f"{len(done.tensors)} tensors from {done.source_layout} to {done.target_layout}: {arguments.target}")
+        console.print(
+            f"{len(done.tensors)} tensors from {done.source_layout} to {done.target_layout}: {arguments.target}"
+        )
     return 0

@@ -2,7 +2,7 @@
 
 import argparse
 
-from mamba_core.cli.output import add_json, console, print_json, print_table
+from mamba_core.cli.output import add_json, console, print_table
 from mamba_core.weights.convert import inspect
 from mamba_core.weights.layouts import LAYOUTS
 

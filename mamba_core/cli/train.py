@@ -17,8 +17,12 @@ _DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainSett
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", required=True, type=Path, metavar="PATH", help="a text file, a folder of them, or .npy ids")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the checkpoint; written as training goes")
+    parser.add_argument(
+        "--data", required=True, type=Path, metavar="PATH", help="a text file, a folder of them, or .npy ids"
+    )
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="DIR", help="the checkpoint; written as training goes"
+    )
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--preset", choices=sorted(PRESETS), help="a published size")
     model.add_argument("--config", type=Path, metavar="FILE", help="a config as JSON, in any of the known forms")
@@ -80,7 +84,9 @@ def _resumed(path: Path, given: dict) -> TrainSettings:
     settings = load_settings(path)
     for name, value in given.items():
         if getattr(settings, name) != value:
-            raise ValueError(f"{_option(name)} {value} differs from the run's {getattr(settings, name)}; a run resumes as is")
+            raise ValueError(
+                f"{_option(name)} {value} differs from the run's {getattr(settings, name)}; a run resumes as is"
+            )
     return settings
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from mamba_core.config import MambaConfig
 from mamba_core.spec.graph import Node
-from mamba_core.spec.init import log_arange, normal, ones, step_bias, constant, uniform, zeros
+from mamba_core.spec.init import constant, log_arange, normal, ones, step_bias, uniform, zeros
 from mamba_core.spec.params import Parameter
 
 

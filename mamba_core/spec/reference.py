@@ -79,7 +79,7 @@ class ReferenceModel:
         ids = np.asarray(input_ids)
         if ids.ndim != 2 or ids.shape[0] == 0:
             raise ValueError(f"input_ids has shape {ids.shape}; expected (b, l) with at least one row")
-        if ids.size and not (0 <= ids.min() and ids.max() < self.config.padded_vocab_size):
+        if ids.size and not (ids.min() >= 0 and ids.max() < self.config.padded_vocab_size):
             raise ValueError(f"input_ids holds ids outside 0..{self.config.padded_vocab_size - 1}")
         before, _ = self._entering(ids, state, mask, segment_ids)
         positions = Positions(mask, segment_ids)

@@ -1,4 +1,4 @@
-"""The one table of tolerances: the relative L2 error against the float64 reference that a backend may have.
+"""The one table of tolerances: the relative L2 error against the float64 reference that is allowed.
 
 relative L2 is ||value - reference|| / ||reference||. The float32 numbers are the project's requirement (1e-6 for values,
 1e-5 for gradients). The others follow from the rounding of the compute dtype (2^-9 for bfloat16, 2^-12 for

@@ -1,0 +1,34 @@
+# make demo and make test are all the set-up there is: each makes .venv on its first run.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.demo
+	$(BIN)/mamba-core demo --backends torch,mlx,jax
+
+test: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest $(PYTEST)
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# torch first and pinned: without it a dependency would bring a build with several gigabytes of CUDA.
+$(VENV)/.demo: pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed; set PYTHON=')"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) --editable ".[all]"
+	touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(PIP) --editable ".[all,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo-out

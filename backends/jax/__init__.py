@@ -1,0 +1,31 @@
+"""The JAX backend: CPU, GPU and TPU. Models are `flax.nnx.Module`s."""
+
+from mamba_core.backends.jax.arrays import devices, from_numpy, to_numpy, vjp
+from mamba_core.backends.jax.conv import causal_conv, causal_conv_step
+from mamba_core.backends.jax.decode import decode
+from mamba_core.backends.jax.scan import kernels, selective_scan, selective_step
+from mamba_core.backends.jax.train import Trainer, loss_and_gradients
+from mamba_core.backends.jax.weights import build, parameters
+
+
+class JaxBackend:
+    """`mamba_core.backend.Backend` for JAX."""
+
+    name = "jax"
+    selective_scan = staticmethod(selective_scan)
+    selective_step = staticmethod(selective_step)
+    causal_conv = staticmethod(causal_conv)
+    causal_conv_step = staticmethod(causal_conv_step)
+    devices = staticmethod(devices)
+    kernels = staticmethod(kernels)
+    from_numpy = staticmethod(from_numpy)
+    to_numpy = staticmethod(to_numpy)
+    vjp = staticmethod(vjp)
+    build = staticmethod(build)
+    parameters = staticmethod(parameters)
+    loss_and_gradients = staticmethod(loss_and_gradients)
+    decode = staticmethod(decode)
+    trainer = staticmethod(Trainer)
+
+
+backend = JaxBackend()

@@ -1,0 +1,131 @@
+"""The norm, the Mamba-1 mixer and the residual block, as `flax.nnx` modules with flax's own parameter names."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from mamba_core.backend import LayerState
+from mamba_core.backends.jax.conv import causal_conv, causal_conv_step
+from mamba_core.backends.jax.scan import selective_scan, selective_step
+
+
+def precision(dtype: str) -> lax.Precision | None:
+    """Of products of that dtype: by default GPU and TPU would round float32 to TF32 or bfloat16."""
+    return lax.Precision.HIGHEST if dtype == "float32" else None
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * scale in float32, returned in the dtype given. `nnx.RMSNorm` would round x to it first."""
+
+    def __init__(self, size: int, eps: float, dtype: str):
+        self.scale = nnx.Param(jnp.ones(size, dtype))
+        self.eps = eps
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        scale = lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + self.eps)
+        return (x * scale * self.scale[...].astype(jnp.float32)).astype(self.dtype)
+
+
+class MambaMixer(nnx.Module):
+    """The mixer of Mamba-1 (Gu and Dao 2023, figure 3)."""
+
+    def __init__(self, config, dtype: str, kernels: str, rngs: nnx.Rngs):
+        d, e, n, k, r = config.d_model, config.d_inner, config.d_state, config.d_conv, config.dt_rank_size
+        self.splits = (r, r + n)
+        self.kernels = kernels
+        options = {"dtype": dtype, "param_dtype": dtype, "precision": precision(dtype), "rngs": rngs}
+        self.in_proj = nnx.Linear(d, 2 * e, use_bias=config.bias, **options)
+        self.conv1d = nnx.Conv(
+            e, e, k, padding="CAUSAL", feature_group_count=e, use_bias=config.conv_bias, **options
+        )
+        self.x_proj = nnx.Linear(e, r + 2 * n, use_bias=False, **options)
+        self.dt_proj = nnx.Linear(r, e, **options)
+        self.A_log = nnx.Param(jnp.zeros((e, n)))
+        self.D = nnx.Param(jnp.ones(e))
+        self.out_proj = nnx.Linear(e, d, use_bias=config.bias, **options)
+
+    def __call__(self, hidden: jax.Array, state: LayerState, mask, segment_ids, observe):
+        """hidden (b, l, d) -> (b, l, d) and the state after the last position."""
+        xz = observe("in_proj", self.in_proj(hidden))
+        x, z = jnp.split(xz, 2, axis=-1)
+        x, z = observe("x", x), observe("z", z)
+        one = hidden.shape[1] == 1 and mask is None
+        x, conv = self._conv_one(x, state) if one else self._conv(x, state, mask, segment_ids)
+        dtbc = observe("x_proj", self.x_proj(observe("conv", x)))
+        dt, B, C = jnp.split(dtbc, self.splits, axis=-1)
+        dt, B, C = observe("dt", dt), observe("B", B), observe("C", C)
+        # The bias of dt_proj enters in float32 inside the scan, before the softplus.
+        delta = observe("dt_proj", jnp.matmul(dt, self.dt_proj.kernel[...], precision=self.dt_proj.precision))
+        scan = (x, delta, B, C, z)
+        y, ssm = self._scan_one(*scan, state) if one else self._scan(*scan, state, mask, segment_ids)
+        return observe("out_proj", self.out_proj(observe("scan", y))), LayerState(conv, ssm)
+
+    def _conv(self, x, state, mask, segment_ids):
+        return causal_conv(
+            x,
+            *self._filter(),
+            activation="silu",
+            initial_state=state.conv,
+            return_final_state=True,
+            mask=mask,
+            segment_ids=segment_ids,
+        )
+
+    def _conv_one(self, x, state):
+        y, conv = causal_conv_step(x[:, 0], *self._filter(), activation="silu", state=state.conv)
+        return y[:, None], conv
+
+    def _filter(self):
+        bias = self.conv1d.bias
+        return self.conv1d.kernel[...][:, 0].T, None if bias is None else bias[...]
+
+    def _scan(self, x, delta, B, C, z, state, mask, segment_ids):
+        return selective_scan(
+            x,
+            delta,
+            -jnp.exp(self.A_log[...]),
+            B,
+            C,
+            self.D[...],
+            z=z,
+            delta_bias=self.dt_proj.bias[...],
+            delta_softplus=True,
+            initial_state=state.ssm,
+            return_final_state=True,
+            mask=mask,
+            segment_ids=segment_ids,
+            kernel=self.kernels,
+        )
+
+    def _scan_one(self, x, delta, B, C, z, state):
+        y, ssm = selective_step(
+            x[:, 0],
+            delta[:, 0],
+            -jnp.exp(self.A_log[...]),
+            B[:, 0],
+            C[:, 0],
+            self.D[...],
+            z=z[:, 0],
+            delta_bias=self.dt_proj.bias[...],
+            delta_softplus=True,
+            state=state.ssm,
+        )
+        return y[:, None], ssm
+
+
+class Block(nnx.Module):
+    """residual + mixer(norm(residual))."""
+
+    def __init__(self, config, dtype: str, kernels: str, rngs: nnx.Rngs):
+        self.norm = RMSNorm(config.d_model, config.norm_eps, dtype)
+        self.mixer = MIXERS[config.architecture](config, dtype, kernels, rngs)
+
+    def __call__(self, residual: jax.Array, state: LayerState, mask, segment_ids, observe):
+        hidden, state = self.mixer(observe("norm", self.norm(residual)), state, mask, segment_ids, observe)
+        return observe("residual", residual + hidden), state
+
+
+MIXERS = {"mamba": MambaMixer}

@@ -1,0 +1,71 @@
+"""Canonical names <-> the module tree. Flax calls the weights otherwise, and keeps its kernels transposed."""
+
+from collections.abc import Iterable, Iterator
+
+import jax
+import numpy as np
+from flax import nnx
+
+from mamba_core.backends.jax.arrays import devices, from_numpy, to_numpy
+from mamba_core.backends.jax.layers import RMSNorm
+from mamba_core.backends.jax.model import LanguageModel
+from mamba_core.backends.jax.scan import kernels as scan_kernels
+from mamba_core.spec.checks import choose_kernel
+from mamba_core.spec.params import checked, parameter_table
+
+
+def build(config, parameters: Iterable[tuple[str, np.ndarray]], *, dtype="float32", device=None, kernels="auto"):
+    """The module is made by `nnx.eval_shape`, so that its values exist once."""
+    device = device or devices()[0]
+    kernels = choose_kernel(kernels, scan_kernels(device))
+    model = nnx.eval_shape(lambda: LanguageModel(config, dtype, kernels, nnx.Rngs(0)))
+    for parameter, value in checked(config, parameters):
+        *owner, leaf = path(model, parameter.name)
+        value = transposed(model, parameter.name, value)
+        array = from_numpy(value, dtype=parameter.dtype(dtype), device=device)
+        setattr(_module(model, owner), leaf, nnx.Param(array))
+    return model
+
+
+def parameters(model: LanguageModel) -> Iterator[tuple[str, np.ndarray]]:
+    for name, value in named(model, nnx.state(model, nnx.Param)).items():
+        yield name, canonical(model, name, value)
+
+
+def named(model: LanguageModel, state: nnx.State) -> dict[str, jax.Array]:
+    """The arrays of the parameters' state, or of one like it such as gradients, by canonical name."""
+    values = dict(nnx.to_flat_state(state))
+    return {name: values[path(model, name)][...] for name in parameter_table(model.config)}
+
+
+def assign(model: LanguageModel, name: str, value: jax.Array) -> None:
+    """Change the parameter of that canonical name in place."""
+    *owner, leaf = path(model, name)
+    getattr(_module(model, owner), leaf)[...] = value
+
+
+def canonical(model: LanguageModel, name: str, value: jax.Array) -> np.ndarray:
+    """That parameter, its gradient or a moment, with the axes of the parameter table."""
+    return np.ascontiguousarray(transposed(model, name, to_numpy(value)))
+
+
+def transposed(model: LanguageModel, name: str, value):
+    """From the table's axes to flax's, or back: a kernel has those of the weight in reverse, (in, out) or (k, 1, e)."""
+    return value.T if path(model, name)[-1] == "kernel" else value
+
+
+def path(model: LanguageModel, name: str) -> tuple[str | int, ...]:
+    """The keys under which `nnx.state` has the parameter of that canonical name."""
+    *owner, leaf = (int(key) if key.isdigit() else key for key in name.split("."))
+    if leaf == "weight":
+        leaf = _WEIGHTS[type(_module(model, owner))]
+    return (*owner, leaf)
+
+
+_WEIGHTS = {nnx.Linear: "kernel", nnx.Conv: "kernel", nnx.Embed: "embedding", RMSNorm: "scale"}
+
+
+def _module(model, keys) -> nnx.Module:
+    for key in keys:
+        model = model[key] if isinstance(key, int) else getattr(model, key)
+    return model

@@ -1,0 +1,31 @@
+"""The MLX backend: Apple silicon, CUDA and CPU. Models are `mlx.nn.Module`s."""
+
+from mamba_core.backends.mlx.arrays import devices, from_numpy, to_numpy, vjp
+from mamba_core.backends.mlx.conv import causal_conv, causal_conv_step
+from mamba_core.backends.mlx.decode import decode
+from mamba_core.backends.mlx.scan import kernels, selective_scan, selective_step
+from mamba_core.backends.mlx.train import Trainer, loss_and_gradients
+from mamba_core.backends.mlx.weights import build, parameters
+
+
+class MlxBackend:
+    """`mamba_core.backend.Backend` for MLX."""
+
+    name = "mlx"
+    selective_scan = staticmethod(selective_scan)
+    selective_step = staticmethod(selective_step)
+    causal_conv = staticmethod(causal_conv)
+    causal_conv_step = staticmethod(causal_conv_step)
+    devices = staticmethod(devices)
+    kernels = staticmethod(kernels)
+    from_numpy = staticmethod(from_numpy)
+    to_numpy = staticmethod(to_numpy)
+    vjp = staticmethod(vjp)
+    build = staticmethod(build)
+    parameters = staticmethod(parameters)
+    loss_and_gradients = staticmethod(loss_and_gradients)
+    decode = staticmethod(decode)
+    trainer = staticmethod(Trainer)
+
+
+backend = MlxBackend()

@@ -1,0 +1,131 @@
+"""The norm, the Mamba-1 mixer and the residual block, as `mlx.nn` modules with the canonical parameter names."""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mamba_core.backend import LayerState
+from mamba_core.backends.mlx.conv import causal_conv, causal_conv_step
+from mamba_core.backends.mlx.scan import selective_scan, selective_step
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight in float32, returned in the dtype of the weight."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        normed = mx.fast.rms_norm(x.astype(mx.float32), self.weight.astype(mx.float32), self.eps)
+        return normed.astype(self.weight.dtype)
+
+
+class StepProjection(nn.Module):
+    """dt_proj without its bias, which the scan adds.
+
+    Not an `nn.Linear`, so that `nn.quantize` leaves it alone: its rank is small and seldom a multiple of a group.
+    """
+
+    def __init__(self, rank: int, channels: int):
+        super().__init__()
+        self.weight = mx.zeros((channels, rank))
+        self.bias = mx.zeros((channels,))
+
+    def __call__(self, dt: mx.array) -> mx.array:
+        return dt @ self.weight.T
+
+
+class MambaMixer(nn.Module):
+    """The mixer of Mamba-1 (Gu and Dao 2023, figure 3)."""
+
+    def __init__(self, config, kernels: str):
+        super().__init__()
+        d, e, n, k, r = config.d_model, config.d_inner, config.d_state, config.d_conv, config.dt_rank_size
+        self.dt_rank = r
+        self.d_state = n
+        self.kernels = kernels
+        self.in_proj = nn.Linear(d, 2 * e, bias=config.bias)
+        self.conv1d = nn.Conv1d(e, e, k, groups=e, padding=k - 1, bias=config.conv_bias)
+        self.x_proj = nn.Linear(e, r + 2 * n, bias=False)
+        self.dt_proj = StepProjection(r, e)
+        self.A_log = mx.zeros((e, n))
+        self.D = mx.ones((e,))
+        self.out_proj = nn.Linear(e, d, bias=config.bias)
+
+    def __call__(self, hidden: mx.array, state: LayerState, mask, segment_ids, observe) -> tuple[mx.array, LayerState]:
+        """hidden (b, l, d) -> (b, l, d) and the state after the last position."""
+        xz = observe("in_proj", self.in_proj(hidden))
+        x, z = mx.split(xz, 2, axis=-1)
+        x, z = observe("x", x), observe("z", z)
+        one = hidden.shape[1] == 1 and mask is None
+        x, conv = self._conv_one(x, state) if one else self._conv(x, state, mask, segment_ids)
+        dtbc = observe("x_proj", self.x_proj(observe("conv", x)))
+        dt, B, C = mx.split(dtbc, [self.dt_rank, self.dt_rank + self.d_state], axis=-1)
+        dt, B, C = observe("dt", dt), observe("B", B), observe("C", C)
+        # The bias of dt_proj enters in float32 inside the scan, before the softplus.
+        delta = observe("dt_proj", self.dt_proj(dt))
+        scan = (x, delta, B, C, z)
+        y, ssm = self._scan_one(*scan, state) if one else self._scan(*scan, state, mask, segment_ids)
+        return observe("out_proj", self.out_proj(observe("scan", y))), LayerState(conv, ssm)
+
+    def _conv(self, x, state, mask, segment_ids):
+        return causal_conv(
+            x,
+            self.conv1d.weight[..., 0],
+            self.conv1d.get("bias"),
+            activation="silu",
+            initial_state=state.conv,
+            return_final_state=True,
+            mask=mask,
+            segment_ids=segment_ids,
+        )
+
+    def _conv_one(self, x, state):
+        weight, bias = self.conv1d.weight[..., 0], self.conv1d.get("bias")
+        y, conv = causal_conv_step(x[:, 0], weight, bias, activation="silu", state=state.conv)
+        return y[:, None], conv
+
+    def _scan(self, x, delta, B, C, z, state, mask, segment_ids):
+        return selective_scan(
+            x,
+            delta,
+            -mx.exp(self.A_log),
+            B,
+            C,
+            self.D,
+            z=z,
+            delta_bias=self.dt_proj.bias,
+            delta_softplus=True,
+            initial_state=state.ssm,
+            return_final_state=True,
+            mask=mask,
+            segment_ids=segment_ids,
+            kernel=self.kernels,
+        )
+
+    def _scan_one(self, x, delta, B, C, z, state):
+        y, ssm = selective_step(
+            x[:, 0],
+            delta[:, 0],
+            -mx.exp(self.A_log),
+            B[:, 0],
+            C[:, 0],
+            self.D,
+            z=z[:, 0],
+            delta_bias=self.dt_proj.bias,
+            delta_softplus=True,
+            state=state.ssm,
+        )
+        return y[:, None], ssm
+
+
+class Block(nn.Module):
+    """residual + mixer(norm(residual))."""
+
+    def __init__(self, config, kernels: str):
+        super().__init__()
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.mixer = MIXERS[config.architecture](config, kernels)
+
+    def __call__(self, residual: mx.array, state: LayerState, mask, segment_ids, observe) -> tuple[mx.array, LayerState]:
+        hidden, state = self.mixer(observe("norm", self.norm(residual)), state, mask, segment_ids, observe)
+        return observe("residual", residual + hidden), state
+
+
+MIXERS = {"mamba": MambaMixer}

@@ -1,0 +1,102 @@
+"""Loss, gradients and the AdamW step, by `mlx.optimizers`."""
+
+from collections.abc import Mapping
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path
+
+from mamba_core.backends.mlx.arrays import from_numpy
+from mamba_core.backends.mlx.weights import canonical, convolution_weights, swap_axes
+from mamba_core.spec.params import parameter_table
+
+
+def loss(model, tokens, mask=None) -> mx.array:
+    """Mean cross-entropy of tokens[:, 1:] given tokens[:, :-1] over the targets that count; tokens (b, l+1)."""
+    logits = model(tokens[:, :-1], mask=None if mask is None else mask[:, :-1]).logits
+    losses = nn.losses.cross_entropy(logits, tokens[:, 1:])
+    if mask is None:
+        return losses.mean()
+    counts = mask[:, 1:]
+    return mx.where(counts, losses, 0.0).sum() / counts.sum()
+
+
+def loss_and_gradients(model, tokens, mask=None) -> tuple[float, dict[str, np.ndarray]]:
+    tokens, mask = _checked(model, tokens), None if mask is None else from_numpy(mask)
+    with model.on_device():
+        value, gradients = nn.value_and_grad(model, loss)(model, tokens, mask)
+    return value.item(), dict(canonical(model, tree_flatten(gradients, destination={})))
+
+
+class Trainer:
+    """AdamW with the decay of the parameter table, its moments and its arithmetic in float32."""
+
+    def __init__(self, model, settings):
+        self.model = model
+        self.settings = settings
+        self.count = 0
+        self.optimizer = self._optimizer()
+        self.optimizer.init(tree_map(lambda value: mx.zeros(value.shape), model.trainable_parameters()))
+
+    def step(self, tokens) -> tuple[float, float]:
+        self.optimizer.learning_rate = self.settings.rate(self.count)
+        with self.model.on_device():
+            value, norm = self._update(_checked(self.model, tokens))
+            mx.eval(value, norm, self.model.state, self.optimizer.state)
+        self.count += 1
+        return value.item(), norm.item()
+
+    def state(self) -> dict[str, np.ndarray]:
+        arrays = {"step": np.array(self.count, np.int64)}
+        for moment in _MOMENTS:
+            suffix = f".{moment}"
+            values = {path.removesuffix(suffix): value for path, value in self._slots() if path.endswith(suffix)}
+            arrays |= {f"{moment}.{name}": value for name, value in canonical(self.model, values)}
+        return arrays
+
+    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
+        self.count = int(state["step"])
+        convolutions = convolution_weights(self.model)
+
+        def stored(path, value):
+            name, _, moment = path.rpartition(".")
+            if moment not in _MOMENTS:
+                return mx.array(self.count, value.dtype) if path == "step" else value
+            array = state[f"{moment}.{name}"]
+            return from_numpy(swap_axes(array) if name in convolutions else array, dtype="float32")
+
+        for optimizer in self.optimizer.optimizers:
+            optimizer.state = tree_map_with_path(stored, optimizer.state)
+
+    def _update(self, tokens) -> tuple[mx.array, mx.array]:
+        value, gradients = nn.value_and_grad(self.model, loss)(self.model, tokens)
+        gradients = tree_map(lambda gradient: gradient.astype(mx.float32), gradients)
+        gradients, norm = optim.clip_grad_norm(gradients, self.settings.clip_norm)
+        updated = self.optimizer.apply_gradients(gradients, self.model)
+        self.model.update(tree_map(lambda new, old: new.astype(old.dtype), updated, self.model))
+        return value, norm
+
+    def _slots(self) -> list[tuple[str, mx.array]]:
+        """(path, array) of all that the optimizers keep: each moment is at its parameter's name, then "m" or "v"."""
+        return [slot for optimizer in self.optimizer.optimizers for slot in tree_flatten(optimizer.state)]
+
+    def _optimizer(self) -> optim.MultiOptimizer:
+        s, table = self.settings, parameter_table(self.model.config)
+
+        def adamw(weight_decay):
+            return optim.AdamW(s.learning_rate, [s.beta1, s.beta2], s.eps, weight_decay, bias_correction=True)
+
+        return optim.MultiOptimizer([adamw(s.weight_decay), adamw(0.0)], [lambda name, _: table[name].decay])
+
+
+_MOMENTS = ("m", "v")
+
+
+def _checked(model, tokens) -> mx.array:
+    """MLX does not check the index of a target, it reads whatever memory is there."""
+    rows = model.config.padded_vocab_size
+    if tokens.size and not (0 <= tokens.min() and tokens.max() < rows):
+        raise ValueError(f"tokens are from {tokens.min()} to {tokens.max()}; expected 0 to {rows - 1}")
+    return from_numpy(tokens)

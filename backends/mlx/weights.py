@@ -1,0 +1,52 @@
+"""Canonical names <-> the module tree. The names are the same; a convolution's axes are not."""
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mamba_core.backends.mlx.arrays import check_device, from_numpy, to_numpy
+from mamba_core.backends.mlx.model import LanguageModel
+from mamba_core.backends.mlx.scan import kernels as scan_kernels
+from mamba_core.spec.checks import choose_kernel
+from mamba_core.spec.params import checked, parameter_table
+
+
+def build(config, parameters: Iterable[tuple[str, np.ndarray]], *, dtype="float32", device=None, kernels="auto"):
+    """device: MLX's default device if None. The values the module is made with are lazy and never computed."""
+    check_device(device)
+    device = device or mx.default_device().type.name
+    model = LanguageModel(config, choose_kernel(kernels, scan_kernels(device)), device)
+    convolutions = convolution_weights(model)
+    weights = []
+    for parameter, value in checked(config, parameters):
+        value = swap_axes(value) if parameter.name in convolutions else value
+        array = from_numpy(value, dtype=parameter.dtype(dtype), device=device)
+        # A cast that waits would keep what it is cast from.
+        mx.eval(array)
+        weights.append((parameter.name, array))
+    return model.load_weights(weights)
+
+
+def parameters(model: LanguageModel) -> Iterator[tuple[str, np.ndarray]]:
+    return canonical(model, tree_flatten(model.parameters(), destination={}))
+
+
+def canonical(model: LanguageModel, values: Mapping[str, mx.array]) -> Iterator[tuple[str, np.ndarray]]:
+    """Arrays of the parameters' shapes, by name, as NumPy in the canonical layout and the table's order."""
+    convolutions = convolution_weights(model)
+    for name in parameter_table(model.config):
+        value = to_numpy(values[name])
+        yield name, swap_axes(value) if name in convolutions else value
+
+
+def convolution_weights(model: LanguageModel) -> set[str]:
+    """The names of the weights that MLX keeps as (out, k, in) where the canonical layout has (out, in, k)."""
+    return {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Conv1d)}
+
+
+def swap_axes(value: np.ndarray) -> np.ndarray:
+    """From either layout of a convolution's weight to the other."""
+    return np.ascontiguousarray(value.swapaxes(1, 2))

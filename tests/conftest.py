@@ -1,0 +1,48 @@
+"""What all tests share: the options --slow and --backend, and Hypothesis's profiles."""
+
+import os
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from mamba_core import registry
+
+settings.register_profile(
+    "ci", max_examples=15, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("local", max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests that take minutes too")
+    parser.addoption("--backend", action="append", help="test this backend only; repeatable")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow; run with --slow"))
+
+
+def pytest_generate_tests(metafunc):
+    if "backend" in metafunc.fixturenames:
+        names = metafunc.config.getoption("--backend") or registry.names()
+        metafunc.parametrize("backend", names, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
+def backend(request):
+    """A backend under test; skipped where its framework is not installed."""
+    if missing := registry.missing_packages(request.param):
+        pytest.skip(f"{', '.join(missing)} not installed")
+    return registry.get(request.param)
+
+
+def pytest_report_header(config):
+    names = config.getoption("--backend") or registry.names()
+    return "backends: " + ", ".join(
+        f"{name} (missing {', '.join(missing)})" if (missing := registry.missing_packages(name)) else name
+        for name in names
+    )
