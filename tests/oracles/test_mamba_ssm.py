@@ -51,7 +51,8 @@ def draw(seed, batch, length, channels, states):
     sizes |= {"B": (batch, length, states), "C": (batch, length, states)}
     sizes |= {"D": (channels,), "z": (batch, length, channels), "delta_bias": (channels,)}
     arrays = {name: rng.normal(size=shape) for name, shape in sizes.items()}
-    return arrays | {"A": -np.exp(arrays["A"])}
+    # A step is positive; a negative one, without the softplus, would let the state grow without bound.
+    return arrays | {"A": -np.exp(arrays["A"]), "delta": np.abs(arrays["delta"])}
 
 
 @given(

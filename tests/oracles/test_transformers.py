@@ -15,7 +15,7 @@ from mamba_core.weights.layouts import open_model
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-BASE = MambaConfig(d_model=32, n_layer=3, vocab_size=61, initializer_range=0.5)
+BASE = MambaConfig(d_model=32, n_layer=3, vocab_size=61, initializer_range=0.1)
 VARIANTS = {
     "base": {},
     "untied": {"tie_embeddings": False},
