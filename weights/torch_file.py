@@ -24,7 +24,7 @@ from mamba_core.weights.formats import (
 )
 from mamba_core.weights.pickle_file import PickledTensor, dump_state_dict, load_pickle
 
-# 250 bytes a tensor are usual. An opcode of one byte can make a value of 64, so this bounds the memory at 1 GiB.
+# 250 bytes a tensor are usual. An opcode of one byte can make a value of 64, so this bounds the memory near 1 GiB.
 MAX_PICKLE_BYTES = 16 * 2**20
 _ALIGNMENT = 64  # what torch.save aligns records to
 _LOCAL_HEADER = struct.Struct("<4s22xHH")

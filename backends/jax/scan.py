@@ -5,6 +5,8 @@ come last and the states before them, which is what vector units and TPU tiles w
 """
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from mamba_core.backends.jax.positions import restarts
 from mamba_core.spec.checks import check_scan, check_step
 
 # On a CPU a chunk's (t, b, n, e) arrays should stay in cache; elsewhere few and large operations pay.
-LOOP_CHUNK = 32
+LOOP_CHUNK = 16
 TREE_CHUNK = 256
 
 # Not jnp.einsum's default: on GPU and TPU that rounds float32 to TF32 or bfloat16.
@@ -88,12 +90,12 @@ def sequential(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, *, delta_
 
 def chunked(*arguments, delta_softplus):
     """In a chunk everything in bulk but h = decay * h + increment, which is a `lax.scan`: the fastest on CPU."""
-    return _by_chunks(_loop, LOOP_CHUNK, *arguments, delta_softplus)
+    return _by_chunks(_LOOP, LOOP_CHUNK, *arguments, delta_softplus)
 
 
 def associative(*arguments, delta_softplus):
     """In a chunk `lax.associative_scan`: few long operations, the fastest where each costs a launch."""
-    return _by_chunks(_tree, TREE_CHUNK, *arguments, delta_softplus)
+    return _by_chunks(_TREE, TREE_CHUNK, *arguments, delta_softplus)
 
 
 KERNELS = {"chunked": chunked, "associative": associative, "sequential": sequential}
@@ -111,7 +113,6 @@ def _selective_scan(x, delta, A, B, C, D, z, delta_bias, initial_state, mask, se
 
 
 def _by_chunks(recurrence, longest, x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, delta_softplus):
-    """`recurrence` is `_loop` or `_tree`."""
     batch, length, channels = x.shape
     if length == 0:
         return x, h0
@@ -148,7 +149,7 @@ def _chunk(recurrence, x, step, A, B, C, h, restart):
 
 def _chunk_forward(recurrence, x, step, A, B, C, h, restart):
     decay = jnp.exp(step[:, :, None] * A)
-    states = recurrence(decay, (step * x)[:, :, None] * B[..., None], h, restart)
+    states = recurrence.states(decay, (step * x)[:, :, None] * B[..., None], h, restart)
     linear = _einsum("tbne,tbn->tbe", states, C)
     return (linear, states[-1]), (x, step, A, B, C, h, restart, decay, states)
 
@@ -157,37 +158,51 @@ def _chunk_backward(recurrence, saved, cotangents):
     """As `mamba_core.spec.recurrence.selective_scan_vjp`; sums are products, as XLA's reductions are slow on CPU."""
     x, step, A, B, C, h, restart, decay, states = saved
     dlinear, dh = cotangents
-    # g_t = C_t dlinear_t + passed_{t+1}, with passed_t = decay_t g_t: again the recurrence, from the end.
-    own = dlinear[:, :, None] * C[..., None]
-    passed = recurrence(decay, _restarted(restart, decay * own), dh, restart, reverse=True)
-    g = own + jnp.concatenate([passed[1:], dh[None]])
     before = _restarted(restart, jnp.concatenate([h[None], states[:-1]]))
-    dlog_decay = passed * before
+    g, dlog_decay, dh = recurrence.gradient(decay, dlinear[:, :, None] * C[..., None], before, dh, restart)
     dC = _einsum("tbne,tbe->tbn", states, dlinear)
     dB = _einsum("tbne,tbe->tbn", g, step * x)
     gB = _einsum("tbne,tbn->tbe", g, B)
     dA = _einsum("tbne,tb->ne", dlog_decay * step[:, :, None], jnp.ones_like(step[..., 0]))
     dstep = _einsum("tbne,tbn->tbe", dlog_decay * A, jnp.ones_like(B)) + gB * x
-    return gB * step, dstep, dA, dB, dC, passed[0], None
+    return gB * step, dstep, dA, dB, dC, dh, None
 
 
 _chunk.defvjp(_chunk_forward, _chunk_backward)
 
 
-def _loop(decay, increment, h, restart, reverse=False):
-    """Every h_t = decay_t h_{t-1} + increment_t from h (b, n, e), in the order of time or against it."""
+class _Recurrence(NamedTuple):
+    """states(decay, increment, h, restart): every h_t = decay_t h_{t-1} + increment_t from h (b, n, e).
 
+    gradient(decay, own, before, dh, restart): (g, dlog_decay, gradient of h), where g_t = own_t + passed_{t+1},
+    passed_t = decay_t g_t, the last passed on is dh, and dlog_decay_t = passed_t before_t.
+    """
+
+    states: Callable
+    gradient: Callable
+
+
+def _loop_states(decay, increment, h, restart):
     def position(h, inputs):
         decay, increment, restart = inputs
         h = decay * _restarted(restart, h) + increment
         return h, h
 
-    return lax.scan(position, h, (decay, increment, restart), reverse=reverse)[1]
+    return lax.scan(position, h, (decay, increment, restart))[1]
 
 
-def _tree(decay, increment, h, restart, reverse=False):
-    """`_loop` in about 2 log2(t) operations."""
+def _loop_gradient(decay, own, before, dh, restart):
+    def position(passed, inputs):
+        decay, own, before, restart = inputs
+        g = own + passed
+        passed = _restarted(restart, decay * g)
+        return passed, (g, passed * before)
 
+    dh, (g, dlog_decay) = lax.scan(position, dh, (decay, own, before, restart), reverse=True)
+    return g, dlog_decay, dh
+
+
+def _tree_states(decay, increment, h, restart, reverse=False):
     def combine(first, then):
         decay, increment, restart = then
         increment = increment + decay * _restarted(restart, first[1])
@@ -197,6 +212,15 @@ def _tree(decay, increment, h, restart, reverse=False):
     h = h if restart is None else _restarted(restart[start], h)
     increment = increment.at[start].add(decay[start] * h)
     return lax.associative_scan(combine, (decay, increment, restart), reverse=reverse)[1]
+
+
+def _tree_gradient(decay, own, before, dh, restart):
+    passed = _tree_states(decay, _restarted(restart, decay * own), dh, restart, reverse=True)
+    return own + jnp.concatenate([passed[1:], dh[None]]), passed * before, passed[0]
+
+
+_LOOP = _Recurrence(_loop_states, _loop_gradient)
+_TREE = _Recurrence(_tree_states, _tree_gradient)
 
 
 def _in_compute_dtype(dtype, *values):

@@ -21,12 +21,14 @@ def causal_conv(
     check_conv(x, weight, bias, activation, initial_state, mask, segment_ids)
     batch, length, channels = x.shape
     carried = weight.shape[1] - 1
+    state = mx.zeros((batch, carried, channels), x.dtype) if initial_state is None else initial_state.astype(x.dtype)
+    if length == 0:
+        return (x, state) if return_final_state else x
     run = _runs(mask, segment_ids)
     if mask is not None:
         order, inverse = compaction(mask)
         x = _permute(mx.where(mask[..., None], x, mx.array(0, x.dtype)), order)
         run = None if run is None else mx.take_along_axis(run, order, axis=1)
-    state = mx.zeros((batch, carried, channels), x.dtype) if initial_state is None else initial_state.astype(x.dtype)
     inputs = mx.concatenate([state, x], axis=1)
     # What the initial state holds belongs to the first run.
     runs = None if run is None else mx.pad(run, ((0, 0), (carried, 0)))
@@ -69,13 +71,13 @@ def _in_run(inputs, run, current):
 
 
 def _last_inputs(inputs, runs, mask, carried):
-    """The last inputs that counted, of the last run."""
-    if mask is None:
-        last, run = inputs[:, inputs.shape[1] - carried :], None if runs is None else runs[:, runs.shape[1] - carried :]
-    else:
-        index = mask.sum(axis=1, keepdims=True) + mx.arange(carried)
-        last, run = _permute(inputs, index), None if runs is None else mx.take_along_axis(runs, index, axis=1)
-    return last if run is None or carried == 0 else _in_run(last, run, runs.max(axis=1, keepdims=True))
+    """The last inputs that counted, zero where they belong to another run than the last of them."""
+    end = inputs.shape[1] if mask is None else carried + mask.sum(axis=1, keepdims=True)
+    index = mx.broadcast_to(end - carried + mx.arange(carried), (len(inputs), carried))
+    last = _permute(inputs, index)
+    if runs is None or carried == 0:
+        return last
+    return _in_run(last, mx.take_along_axis(runs, index, axis=1), runs.max(axis=1, keepdims=True))
 
 
 def _permute(value, order):
