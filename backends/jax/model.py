@@ -47,11 +47,7 @@ class LanguageModel(nnx.Module):
         self.dtype = dtype
         self.kernels = kernels
         self.backbone = Backbone(config, dtype, kernels, rngs)
-        self.lm_head = None
-        if not config.tie_embeddings:
-            self.lm_head = nnx.Linear(
-                *(config.d_model, config.padded_vocab_size), use_bias=False, param_dtype=dtype, rngs=rngs
-            )
+        self.lm_head = None if config.tie_embeddings else _head(config, dtype, rngs)
 
     @property
     def device(self) -> str:
@@ -76,6 +72,10 @@ class LanguageModel(nnx.Module):
         """Logits in float32 from the backbone's output."""
         weight = self.backbone.embeddings.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
         return jnp.matmul(hidden, weight, precision=precision(self.dtype), preferred_element_type=jnp.float32)
+
+
+def _head(config, dtype, rngs) -> nnx.Linear:
+    return nnx.Linear(config.d_model, config.padded_vocab_size, use_bias=False, param_dtype=dtype, rngs=rngs)
 
 
 def _nothing(name, value):

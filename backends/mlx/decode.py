@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from itertools import count
-from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -12,37 +11,27 @@ from mamba_core.backends.mlx.arrays import from_numpy, to_numpy
 from mamba_core.generation import Sampling, uniforms
 
 
-class _Step(NamedTuple):
-    """tokens, logprobs (b,); seen (b, v) bool: the token stood in the row before; state: before the tokens."""
-
-    tokens: mx.array
-    logprobs: mx.array
-    seen: mx.array
-    state: State
-
-
 def decode(model, prompts, mask, sampling: Sampling, state: State | None = None) -> Iterator[tuple]:
-    """A token is handed out while the next is being computed, so the last to be asked for is followed by one in vain."""
+    """A token is handed out while the next is under way: what follows the last that is asked for is in vain."""
+    vocabulary = model.config.vocab_size
 
-    def choose_next(hidden, seen, state, uniform):
-        logits = model.head(hidden)[:, : model.config.vocab_size]
-        return _Step(*choose(logits, seen, uniform, sampling), seen, state)
+    def advance(tokens, state):
+        hidden, state = _forward(model, tokens[:, None], None, state)
+        return model.head(hidden[:, 0]), state
 
-    def advance(step, uniform):
-        seen = step.seen | (mx.arange(step.seen.shape[1]) == step.tokens[:, None])
-        hidden, state = _forward(model, step.tokens[:, None], None, step.state)
-        return choose_next(hidden[:, 0], seen, state, uniform)
-
-    advance = mx.compile(advance)
+    advance = mx.compile(advance, inputs=model.state)
     with model.on_device():
         hidden, state = _prefill(model, prompts, mask, state)
-        step = choose_next(hidden, _seen(prompts, mask, model.config.vocab_size), state, _uniform(sampling, 0, prompts))
-    for index in count(1):
+        logits, seen = model.head(hidden), _seen(prompts, mask, vocabulary)
+    for step in count():
         with model.on_device():
-            following = advance(step, _uniform(sampling, index, prompts))
-        mx.async_eval(following)
-        yield to_numpy(step.tokens), to_numpy(step.logprobs)
-        step = following
+            uniform = None if sampling.greedy else from_numpy(uniforms(sampling.seed, step, len(prompts)))
+            tokens, logprobs = choose(logits[:, :vocabulary], seen, uniform, sampling)
+            mx.async_eval(tokens, logprobs)
+            seen = seen | (mx.arange(vocabulary) == tokens[:, None])
+            logits, state = advance(tokens, state)
+            mx.async_eval(logits, state, seen)
+        yield to_numpy(tokens), to_numpy(logprobs)
 
 
 def choose(logits: mx.array, seen: mx.array, uniform: mx.array | None, sampling: Sampling) -> tuple[mx.array, mx.array]:
@@ -96,7 +85,3 @@ def _seen(prompts, mask, vocabulary) -> mx.array:
     rows, positions = mask.nonzero()
     seen[rows, prompts[rows, positions]] = True
     return from_numpy(seen)
-
-
-def _uniform(sampling, step, prompts) -> mx.array | None:
-    return None if sampling.greedy else from_numpy(uniforms(sampling.seed, step, len(prompts)))

@@ -123,7 +123,9 @@ class Block(nn.Module):
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.mixer = MIXERS[config.architecture](config, kernels)
 
-    def __call__(self, residual: mx.array, state: LayerState, mask, segment_ids, observe) -> tuple[mx.array, LayerState]:
+    def __call__(
+        self, residual: mx.array, state: LayerState, mask, segment_ids, observe
+    ) -> tuple[mx.array, LayerState]:
         hidden, state = self.mixer(observe("norm", self.norm(residual)), state, mask, segment_ids, observe)
         return observe("residual", residual + hidden), state
 

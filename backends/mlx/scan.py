@@ -95,7 +95,7 @@ def _chunked_scan(x, step, A, B, C, h0, restart):
     plan = _plan(x, A)
     h, firsts, linear = h0, [], []
     for block in _blocks(plan, x, step, B, C, restart):
-        decay = _decays(block, A, h)
+        decay = _decays(block, A, after=[h])
         first = _first_states(plan, block, decay, A, h)
         states = _states(block, decay, first)
         linear.append(mx.stack([_contract(state, c) for state, c in zip(states[1:], block.C, strict=True)]))
@@ -110,10 +110,10 @@ def _chunked_scan_vjp(arguments, cotangents, outputs):
     x, step, A, B, C, h0, restart = arguments
     dlinear, g, _ = cotangents
     plan = _plan(x, A)
-    dA, gradients = mx.zeros_like(A), []
+    dA, rest, gradients = mx.zeros_like(A), [], []
     blocks = zip(_blocks(plan, x, step, B, C, restart), _split(plan, dlinear), outputs[2], strict=True)
     for block, dy, first in reversed(list(blocks)):
-        decay = _decays(block, A, g)
+        decay = _decays(block, A, after=[g, *rest])
         states = _states(block, decay, first)
         after = _gradients_after_chunks(plan, block, decay, A, dy, g)
         g, dA, *rest = _block_vjp(plan, block, decay, A, states, dy, after, dA)
@@ -176,8 +176,8 @@ def _by_chunk(plan, value):
 
 
 def _decays(block, A, after):
-    """exp(step_t A) of every position. `after` keeps the scheduler from beginning with all blocks at once."""
-    (step,) = mx.depends([block.step], [after])
+    """exp(step_t A) of every position. `after`: the scheduler would begin with all blocks at once and hold them all."""
+    (step,) = mx.depends([block.step], after)
     return [_decay(step_t, A) for step_t in step]
 
 

@@ -1,0 +1,276 @@
+"""The model of a backend against the float64 reference, and the laws that it obeys."""
+
+import functools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import mamba_core as mc
+from mamba_core.backend import State
+from mamba_core.spec.init import initial_values
+from mamba_core.spec.params import parameter_table
+from mamba_core.spec.reference import ReferenceModel, cross_entropy
+
+from .assertions import assert_close
+from .strategies import CONFIGS, tokens
+
+BATCH, LENGTH = 3, 20
+
+
+@functools.cache
+def built(backend, name: str, dtype: str = "float32"):
+    return mc.build(CONFIGS[name], backend=backend.name, dtype=dtype, seed=1)
+
+
+@functools.cache
+def reference(name: str):
+    return ReferenceModel(CONFIGS[name], dict(initial_values(CONFIGS[name], 1)))
+
+
+def call(backend, model, ids, state=None, **positions):
+    """(logits, state) as NumPy. The state given and returned is the backend's own."""
+    native = {name: backend.from_numpy(value, device=model.device) for name, value in positions.items()}
+    out = model(backend.from_numpy(ids, device=model.device), state, **native)
+    return backend.to_numpy(out.logits), out.state
+
+
+def flat(backend, state):
+    """Name -> NumPy array of a state's layers."""
+    to_numpy = backend.to_numpy if backend else np.asarray
+    named = {}
+    for index, layer in enumerate(state.layers):
+        named |= {f"layers.{index}.{field}": to_numpy(value) for field, value in layer._asdict().items()}
+    return named
+
+
+def assert_states(value: dict, expected: dict, what: str, dtype="float32"):
+    for name, reference_value in expected.items():
+        assert_close(value[name], reference_value, dtype, "value", f"{what}: state {name}")
+
+
+def rows(value, keep):
+    return {name: array[keep] for name, array in value.items()}
+
+
+@pytest.fixture(params=CONFIGS)
+def name(request):
+    return request.param
+
+
+def test_every_node_equals_the_reference(backend, name):
+    ids = tokens(CONFIGS[name], BATCH, LENGTH)
+    expected, observed = {}, {}
+    wanted = reference(name)(ids, observe=expected.__setitem__)
+    model = built(backend, name)
+    out = model(
+        backend.from_numpy(ids, device=model.device),
+        observe=lambda node, value: observed.__setitem__(node, backend.to_numpy(value)),
+    )
+    assert list(observed) == list(expected)
+    for node, value in expected.items():
+        assert_close(observed[node], value, "float32", "value", node, config=name)
+    assert_states(flat(backend, out.state), flat(None, wanted.state), "after the last position")
+    assert backend.to_numpy(out.logits).dtype == np.float32
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_equals_the_reference(backend, name, dtype):
+    ids = tokens(CONFIGS[name], BATCH, LENGTH)
+    logits, state = call(backend, built(backend, name, dtype), ids)
+    assert_close(logits, reference(name)(ids).logits, dtype, "value", "logits", config=name)
+    assert logits.dtype == np.float32
+    for layer in state.layers:
+        assert backend.to_numpy(layer.ssm).dtype == np.float32
+
+
+def test_parameters_are_the_table(backend, name):
+    table = parameter_table(CONFIGS[name])
+    for dtype in ("float32", "bfloat16"):
+        found = dict(backend.parameters(built(backend, name, dtype)))
+        assert list(found) == list(table)
+        for key, value in found.items():
+            assert value.shape == table[key].shape
+            assert value.dtype.name == table[key].dtype(dtype), key
+
+
+def test_initial_values_are_the_streams_bit_for_bit(backend, name):
+    for (key, value), (wanted_key, wanted) in zip(
+        backend.parameters(built(backend, name)), initial_values(CONFIGS[name], 1), strict=True
+    ):
+        assert key == wanted_key
+        np.testing.assert_array_equal(value, wanted)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_equal_the_reference(backend, name, masked):
+    ids = tokens(CONFIGS[name], BATCH, LENGTH + 1)
+    mask = None
+    if masked:
+        mask = np.arange(LENGTH + 1) < np.array([LENGTH + 1, 9, 4])[:, None]
+    loss, gradients = backend.loss_and_gradients(built(backend, name), ids, mask)
+    inside = None if mask is None else mask[:, :-1]
+    wanted, dlogits = cross_entropy(
+        reference(name)(ids[:, :-1], mask=inside).logits, ids[:, 1:], None if mask is None else mask[:, 1:]
+    )
+    expected, _ = reference(name).vjp(dlogits, ids[:, :-1], mask=inside)
+    assert loss == pytest.approx(wanted, rel=1e-6)
+    assert list(gradients) == list(expected)
+    for key, value in expected.items():
+        norm = np.linalg.norm(value)
+        assert np.linalg.norm(gradients[key].astype(np.float64) - value) <= 1e-5 * max(norm, 1e-3), key
+
+
+@given(at=st.sampled_from((0, 1, 2, 7, LENGTH - 1, LENGTH)), seed=st.integers(0, 5))
+def test_split_with_the_carried_state_is_the_whole(backend, name, at, seed):
+    """With segments too, and a boundary that may fall on the split itself."""
+    rng = np.random.default_rng(seed)
+    ids = tokens(CONFIGS[name], BATCH, LENGTH, seed)
+    segment_ids = np.cumsum(rng.random(ids.shape) < 0.2, axis=1).astype(np.int32)
+    segment_ids[0, at:] += 7
+    model = built(backend, name)
+    logits, state = call(backend, model, ids, segment_ids=segment_ids)
+    head, carried = call(backend, model, ids[:, :at], segment_ids=segment_ids[:, :at])
+    tail, last = call(backend, model, ids[:, at:], carried, segment_ids=segment_ids[:, at:])
+    assert_close(np.concatenate([head, tail], 1), logits, "float32", "value", f"split at {at}")
+    assert_states(flat(backend, last), flat(backend, state), f"split at {at}")
+    np.testing.assert_array_equal(backend.to_numpy(last.segment), backend.to_numpy(state.segment))
+    assert_close(logits, reference(name)(ids, segment_ids=segment_ids).logits, "float32", "value", "packed")
+
+
+def test_prefill_and_steps_are_the_whole(backend, name):
+    ids = tokens(CONFIGS[name], BATCH, LENGTH)
+    model = built(backend, name)
+    whole, state = call(backend, model, ids)
+    logits, carried = call(backend, model, ids[:, :11])
+    for t in range(11, LENGTH):
+        step, carried = call(backend, model, ids[:, t : t + 1], carried)
+        assert_close(step[:, 0], whole[:, t], "float32", "value", f"step {t}")
+    assert_close(logits, whole[:, :11], "float32", "value", "prefill")
+    assert_states(flat(backend, carried), flat(backend, state), "after the steps")
+
+
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_a_padded_row_is_the_row_alone(backend, name, side):
+    """Values, states, and going on from a carried state."""
+    model = built(backend, name)
+    ids = tokens(CONFIGS[name], BATCH, LENGTH)
+    lengths = (LENGTH, 8, 1)
+    starts = [{"left": LENGTH - n, "right": 0, "both": (LENGTH - n) // 2}[side] for n in lengths]
+    mask = np.zeros(ids.shape, bool)
+    for row, (start, count) in enumerate(zip(starts, lengths, strict=True)):
+        mask[row, start : start + count] = True
+    _, before = call(backend, model, tokens(CONFIGS[name], BATCH, 5, seed=9))
+    for state in (None, before):
+        logits, after = call(backend, model, ids, state, mask=mask)
+        assert not logits[~mask].any(), "logits at masked positions are zero"
+        for row, (start, count) in enumerate(zip(starts, lengths, strict=True)):
+            single = None if state is None else row_of(state, row)
+            alone, alone_after = call(backend, model, ids[row : row + 1, start : start + count], single)
+            assert_close(logits[row, start : start + count], alone[0], "float32", "value", f"row {row}")
+            assert_states(rows(flat(backend, after), slice(row, row + 1)), flat(backend, alone_after), f"row {row}")
+
+
+def test_an_empty_row_leaves_its_state(backend, name):
+    model = built(backend, name)
+    ids = tokens(CONFIGS[name], BATCH, 6)
+    _, before = call(backend, model, ids)
+    mask = np.array([[True] * 6, [False] * 6, [True] * 6])
+    _, after = call(backend, model, ids, before, mask=mask)
+    assert_states(rows(flat(backend, after), slice(1, 2)), rows(flat(backend, before), slice(1, 2)), "empty row")
+
+
+def row_of(state, row):
+    layers = tuple(type(layer)(*(value[row : row + 1] for value in layer)) for layer in state.layers)
+    return State(layers, state.segment[row : row + 1])
+
+
+def test_packed_segments_are_the_sequences_apart(backend, name):
+    model = built(backend, name)
+    ids = tokens(CONFIGS[name], 1, LENGTH)
+    segment_ids = np.repeat([4, 2, 9, 2], [1, 6, 2, 11])[None].astype(np.int32)
+    packed, after = call(backend, model, ids, segment_ids=segment_ids)
+    for start, stop in ((0, 1), (1, 7), (7, 9), (9, 20)):
+        alone, alone_after = call(backend, model, ids[:, start:stop])
+        assert_close(packed[:, start:stop], alone, "float32", "value", f"segment {start}:{stop}")
+    assert_states(flat(backend, after), flat(backend, alone_after), "last segment")
+
+
+def test_masks_and_segments_together_equal_the_reference(backend, name):
+    rng = np.random.default_rng(3)
+    ids = tokens(CONFIGS[name], BATCH, LENGTH)
+    positions = {"mask": rng.random(ids.shape) < 0.7, "segment_ids": np.cumsum(rng.random(ids.shape) < 0.2, 1)}
+    positions["segment_ids"] = positions["segment_ids"].astype(np.int32)
+    logits, state = call(backend, built(backend, name), ids, **positions)
+    wanted = reference(name)(ids, **positions)
+    assert_close(logits, wanted.logits, "float32", "value", "logits")
+    assert_states(flat(backend, state), flat(None, wanted.state), "mask and segments")
+    np.testing.assert_array_equal(backend.to_numpy(state.segment), wanted.state.segment)
+
+
+@pytest.mark.parametrize("length", [0, 1, 2])
+def test_short_sequences(backend, name, length):
+    ids = tokens(CONFIGS[name], BATCH, length)
+    logits, state = call(backend, built(backend, name), ids)
+    wanted = reference(name)(ids)
+    assert_close(logits, wanted.logits, "float32", "value", "logits")
+    assert_states(flat(backend, state), flat(None, wanted.state), "short")
+
+
+def test_the_given_state_is_not_changed(backend, name):
+    model = built(backend, name)
+    _, state = call(backend, model, tokens(CONFIGS[name], BATCH, 5))
+    before = {key: value.copy() for key, value in flat(backend, state).items()}
+    for length in (1, 4):
+        call(backend, model, tokens(CONFIGS[name], BATCH, length, seed=2), state)
+    for key, value in flat(backend, state).items():
+        np.testing.assert_array_equal(value, before[key])
+
+
+def test_causal(backend, name):
+    model = built(backend, name)
+    ids = tokens(CONFIGS[name], BATCH, LENGTH)
+    changed = ids.copy()
+    changed[:, 12:] = (changed[:, 12:] + 1) % CONFIGS[name].vocab_size
+    before, _ = call(backend, model, ids)
+    after, _ = call(backend, model, changed)
+    np.testing.assert_array_equal(after[:, :12], before[:, :12])
+    assert np.abs(after[:, 12:] - before[:, 12:]).min(axis=-1).max() > 0
+
+
+def test_bad_input_is_refused_or_gives_no_number(backend, name):
+    model = built(backend, name)
+    with pytest.raises(ValueError, match="batch 0"):
+        call(backend, model, np.zeros((0, 4), np.int32))
+    with pytest.raises(ValueError, match="expected"):
+        call(backend, model, np.zeros(4, np.int32))
+    with pytest.raises(TypeError, match="integers"):
+        call(backend, model, np.zeros((1, 4), np.float32))
+    ids = tokens(CONFIGS[name], 1, 6)
+    for outside in (-1, CONFIGS[name].padded_vocab_size):
+        ids[0, 3] = outside
+        try:
+            logits, _ = call(backend, model, ids)
+        except (IndexError, ValueError):
+            continue
+        assert np.isnan(logits[0, 3:]).all(), outside
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("layout", ["hf", "mamba_ssm"])
+def test_saved_and_loaded_bit_for_bit(backend, name, dtype, layout, tmp_path):
+    config = CONFIGS[name]
+    if layout == "mamba_ssm" and config.norm_eps != 1e-5:
+        with pytest.raises(ValueError, match="norm_eps"):
+            mc.save(built(backend, name, dtype), tmp_path / "one", layout=layout)
+        assert not list(tmp_path.iterdir())
+        return
+    mc.save(built(backend, name, dtype), tmp_path / "one", layout=layout)
+    loaded = mc.load(tmp_path / "one", backend=backend.name)
+    assert loaded.dtype == dtype
+    mc.save(loaded, tmp_path / "two", layout=layout)
+    names = {path.name for path in (tmp_path / "one").iterdir()}
+    assert names == {path.name for path in (tmp_path / "two").iterdir()}
+    for file in names:
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
