@@ -91,17 +91,18 @@ KERNELS = {"chunked": chunked, "sequential": sequential}
 
 @mx.custom_function
 def _chunked_scan(x, step, A, B, C, h0, restart):
-    """Returns C_t h_t (b, l, e), the last state and the state before every chunk (blocks, b * chunks, e, n)."""
+    """Returns C_t h_t (b, l, e), the last state, and the state before every chunk (b * chunks, e, n), a block an array."""
     plan = _plan(x, A)
     h, firsts, linear = h0, [], []
-    for block in _blocks(plan, x, step, B, C, restart):
+    for index in range(plan.blocks):
+        block = _block(plan, index, x, step, B, C, restart)
         decay = _decays(block, A, after=[h])
         first = _first_states(plan, block, decay, A, h)
         states = _states(block, decay, first)
-        linear.append(mx.stack([_contract(state, c) for state, c in zip(states[1:], block.C, strict=True)]))
+        linear.append(_merge(plan, [_contract(state, c) for state, c in zip(states[1:], block.C, strict=True)]))
         firsts.append(first)
         h = _by_chunk(plan, states[-1])[:, -1]
-    return _join(plan, mx.stack(linear)), h, mx.stack(firsts)
+    return _join(plan, linear), h, firsts
 
 
 @_chunked_scan.vjp
@@ -110,15 +111,16 @@ def _chunked_scan_vjp(arguments, cotangents, outputs):
     x, step, A, B, C, h0, restart = arguments
     dlinear, g, _ = cotangents
     plan = _plan(x, A)
-    dA, rest, gradients = mx.zeros_like(A), [], []
-    blocks = zip(_blocks(plan, x, step, B, C, restart), _split(plan, dlinear), outputs[2], strict=True)
-    for block, dy, first in reversed(list(blocks)):
-        decay = _decays(block, A, after=[g, *rest])
-        states = _states(block, decay, first)
+    dA, parts = mx.zeros_like(A), [()]
+    for index in reversed(range(plan.blocks)):
+        block = _block(plan, index, x, step, B, C, restart)
+        dy = _slice(plan, index, dlinear)
+        decay = _decays(block, A, after=[g, *parts[-1]])
+        states = _states(block, decay, outputs[2][index])
         after = _gradients_after_chunks(plan, block, decay, A, dy, g)
-        g, dA, *rest = _block_vjp(plan, block, decay, A, states, dy, after, dA)
-        gradients.append(rest)
-    dx, dstep, dB, dC = (_join(plan, mx.stack(parts[::-1])) for parts in zip(*gradients, strict=True))
+        g, dA, *part = _block_vjp(plan, block, decay, A, states, dy, after, dA)
+        parts.append(part)
+    dx, dstep, dB, dC = (_join(plan, part[::-1]) for part in zip(*parts[1:], strict=True))
     return dx, dstep, dA, dB, dC, g, None if restart is None else mx.zeros_like(restart)
 
 
@@ -143,7 +145,7 @@ class _Block(NamedTuple):
 
 
 def _plan(x, A) -> _Plan:
-    batch, length, channels = x.shape
+    batch, length, _ = x.shape
     positions = min(CHUNK, length)
     chunks = -(-length // positions)
     side_by_side = min(chunks, max(1, WIDTH // (batch * A.size)))
@@ -151,24 +153,28 @@ def _plan(x, A) -> _Plan:
     return _Plan(batch, length, blocks, -(-chunks // blocks), positions)
 
 
-def _blocks(plan, x, step, B, C, restart) -> list[_Block]:
-    parts = [_split(plan, value) for value in (x, step, B, C)]
-    parts.append([None] * plan.blocks if restart is None else _split(plan, restart[..., None]))
-    return [_Block(*block) for block in zip(*parts, strict=True)]
+def _block(plan, index, x, step, B, C, restart) -> _Block:
+    restart = None if restart is None else _slice(plan, index, restart[..., None])
+    return _Block(*(_slice(plan, index, value) for value in (x, step, B, C)), restart)
 
 
-def _split(plan, value):
-    """(b, l, c) -> (blocks, positions, b * chunks, c)."""
-    missing = plan.blocks * plan.chunks * plan.positions - plan.length
-    value = mx.pad(value, ((0, 0), (0, missing), (0, 0)))
-    value = value.reshape(plan.batch, plan.blocks, plan.chunks, plan.positions, -1).transpose(1, 3, 0, 2, 4)
-    return value.reshape(plan.blocks, plan.positions, plan.batch * plan.chunks, -1)
+def _slice(plan, index, value):
+    """(b, l, c) -> (positions, b * chunks, c) of one block."""
+    size = plan.chunks * plan.positions
+    value = value[:, index * size : (index + 1) * size]
+    value = mx.pad(value, ((0, 0), (0, size - value.shape[1]), (0, 0)))
+    value = value.reshape(plan.batch, plan.chunks, plan.positions, -1)
+    return value.transpose(2, 0, 1, 3).reshape(plan.positions, plan.batch * plan.chunks, -1)
 
 
-def _join(plan, value):
-    """The inverse of `_split`."""
-    value = value.reshape(plan.blocks, plan.positions, plan.batch, plan.chunks, -1).transpose(2, 0, 3, 1, 4)
-    return value.reshape(plan.batch, plan.blocks * plan.chunks * plan.positions, -1)[:, : plan.length]
+def _merge(plan, values):
+    """The inverse of `_slice`, from a list of positions."""
+    value = mx.stack(values).reshape(plan.positions, plan.batch, plan.chunks, -1)
+    return value.transpose(1, 2, 0, 3).reshape(plan.batch, plan.chunks * plan.positions, -1)
+
+
+def _join(plan, blocks):
+    return mx.concatenate(blocks, axis=1)[:, : plan.length]
 
 
 def _by_chunk(plan, value):
@@ -225,7 +231,7 @@ def _block_vjp(plan, block, decay, A, states, dy, g, dA):
         x, step, B, C, restart = (_at(value, t) for value in block)
         g, dA, *rest = _position_vjp(g, dA, x, step, A, B, C, restart, decay[t], states[t], states[t + 1], dy[t])
         parts.append(rest)
-    return _by_chunk(plan, g)[:, 0], dA, *(mx.stack(part[::-1]) for part in zip(*parts, strict=True))
+    return _by_chunk(plan, g)[:, 0], dA, *(_merge(plan, part[::-1]) for part in zip(*parts, strict=True))
 
 
 @mx.compile

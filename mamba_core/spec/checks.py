@@ -9,7 +9,7 @@ def check_scan(x, delta, A, B, C, D, z, delta_bias, initial_state, mask, segment
     """Check the arguments of `selective_scan`; see `mamba_core.backend` for their shapes.
 
     Raises:
-        TypeError: an argument is not an array, or is complex, or `mask` is not boolean.
+        TypeError: an argument is not an array, or not of real floating-point numbers, or `mask` is not boolean.
         ValueError: a shape does not fit, or the batch is empty.
     """
     batch, length, channels = _shape("x", x, ("b", "l", "e"))
@@ -26,9 +26,7 @@ def check_scan(x, delta, A, B, C, D, z, delta_bias, initial_state, mask, segment
         _expect(name, value, (channels,), "(e,)")
     _expect("initial_state", initial_state, (batch, channels, states), "(b, e, n)")
     _check_positions(batch, length, mask, segment_ids)
-    for name, value in {"x": x, "A": A, "B": B, "C": C, **sequence}.items():
-        if value is not None and "complex" in str(value.dtype):
-            raise TypeError(f"{name} is {value.dtype}; the selective scan is defined for real arrays")
+    _expect_floats({"x": x, "A": A, "B": B, "C": C, **sequence})
 
 
 def check_step(x, delta, A, B, C, D, z, delta_bias, state) -> None:
@@ -47,6 +45,7 @@ def check_step(x, delta, A, B, C, D, z, delta_bias, state) -> None:
     if state is None:
         raise ValueError("selective_step needs state=(b, e, n); start from zeros")
     _expect("state", state, (batch, channels, states), "(b, e, n)")
+    _expect_floats({"x": x, "delta": delta, "A": A, "B": B, "C": C, "z": z})
 
 
 def check_conv(x, weight, bias, activation, initial_state, mask, segment_ids) -> None:
@@ -57,6 +56,7 @@ def check_conv(x, weight, bias, activation, initial_state, mask, segment_ids) ->
     _check_filter(channels, weight, bias, activation)
     _expect("initial_state", initial_state, (batch, weight.shape[1] - 1, channels), "(b, k-1, e)")
     _check_positions(batch, length, mask, segment_ids)
+    _expect_floats({"x": x, "weight": weight})
 
 
 def check_conv_step(x, weight, bias, activation, state) -> None:
@@ -87,6 +87,12 @@ def _check_positions(batch, length, mask, segment_ids) -> None:
         raise TypeError(f"mask is {mask.dtype}; expected bool, True where a position counts (try mask != 0)")
     if segment_ids is not None and "int" not in str(segment_ids.dtype):
         raise TypeError(f"segment_ids is {segment_ids.dtype}; expected integers")
+
+
+def _expect_floats(arrays: dict) -> None:
+    for name, value in arrays.items():
+        if value is not None and "float" not in str(value.dtype):
+            raise TypeError(f"{name} is {value.dtype}; expected real floating-point numbers")
 
 
 def _shape(name, value, letters) -> tuple[int, ...]:
