@@ -181,8 +181,8 @@ class Backend(Protocol):
         with the value of every node of the block graph.
         """
 
-    def parameters(self, model: Model) -> Iterable[tuple[str, Any]]:
-        """(canonical name, NumPy array in the stored dtype) of every parameter, in the table's order, one at a time."""
+    def parameters(self, model: Model) -> Mapping[str, Any]:
+        """Canonical name -> NumPy array in the stored dtype, in the table's order; copied when it is asked for."""
 
     def loss_and_gradients(self, model: Model, tokens, mask=None) -> tuple[float, dict[str, Any]]:
         """Mean cross-entropy of tokens[:, 1:] given tokens[:, :-1], and its gradient by canonical name, as NumPy.

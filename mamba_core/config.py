@@ -103,6 +103,7 @@ class MambaConfig:
             raise ValueError(f"config has model_type {model_type!r}; this version reads 'mamba'")
         if (activation := fields.pop("hidden_act", "silu")) not in ("silu", "swish"):
             raise ValueError(f"config has hidden_act {activation!r}; Mamba's activation is 'silu'")
+        fields.pop("architectures", None)
         known = {ours: fields.pop(theirs, default) for ours, (theirs, default) in _HF_FIELDS.items()}
         if known["dt_rank"] == math.ceil(known["d_model"] / 16):
             known["dt_rank"] = "auto"

@@ -5,7 +5,7 @@ A layout is a row in `LAYOUTS` and a table in `names.py`.
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -121,20 +121,13 @@ def open_model(source: str | Path, *, layout: str | None = None, revision: str |
     return OpenedModel(layout, config, folder, checkpoint)
 
 
-def write_model(folder: Path, config, parameters: Iterable[tuple[str, np.ndarray]], *, layout: str, dtype: str) -> None:
-    """Write config.json and the tensors, given in the table's order, into a folder that exists.
+def write_model(folder: Path, config, parameters: Mapping[str, np.ndarray], *, layout: str, dtype: str) -> None:
+    """Write config.json and the tensors of a model into a folder that exists.
 
-    dtype: the compute dtype of the parameters.
+    parameters: by canonical name, asked for one at a time. dtype: their compute dtype.
     """
-    pending = iter(parameters)
-
-    def take(expected):
-        name, value = next(pending)
-        assert name == expected, f"parameters are out of order: {name}, expected {expected}"
-        return value
-
     sources = [
-        TensorSource(name, parameter.shape, parameter.dtype(dtype), lambda name=name: take(name))
+        TensorSource(name, parameter.shape, parameter.dtype(dtype), lambda name=name: parameters[name])
         for name, parameter in parameter_table(config).items()
     ]
     write_layout(folder, config, sources, layout)
@@ -166,16 +159,8 @@ def _renamed(config, sources: list[TensorSource], layout: str) -> list[TensorSou
     theirs = names(config, layout)
     written = [source._replace(name=theirs[source.name]) for source in sources]
     if config.tie_embeddings and WRITES_TIED_HEAD[layout]:
-        kept = {}
-        index = next(index for index, source in enumerate(sources) if source.name == EMBEDDING)
-        embedding = written[index]
-
-        def read_and_keep():
-            kept["value"] = embedding.read()
-            return kept["value"]
-
-        written[index] = embedding._replace(read=read_and_keep)
-        written.append(embedding._replace(name=HEAD, read=lambda: kept.pop("value")))
+        embedding = next(source for source in sources if source.name == EMBEDDING)
+        written.append(embedding._replace(name=HEAD))
     return written
 
 

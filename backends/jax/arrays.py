@@ -1,5 +1,7 @@
 """Arrays in and out of JAX: devices, dtypes, NumPy, and the vector-Jacobian product that the tests compare."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,10 +10,8 @@ import numpy as np
 def devices() -> list[str]:
     """The platforms JAX sees, its default first: "gpu" for CUDA and ROCm alike, "tpu", "cpu"."""
     found = [jax.default_backend()]
-    try:
+    with contextlib.suppress(RuntimeError):  # JAX_PLATFORMS may leave the CPU out
         found.append(jax.devices("cpu")[0].platform)
-    except RuntimeError:  # JAX_PLATFORMS may leave the CPU out
-        pass
     return list(dict.fromkeys(found))
 
 

@@ -61,16 +61,59 @@ def _causal_conv(x, weight, bias, state, mask, segment_ids, *, activation):
     return y, state
 
 
-@functools.partial(jax.checkpoint, static_argnums=4)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _filter(inputs, weight, bias, run, activation):
-    """Over inputs (b, k-1+l, e) in float32; `run` (b, k-1+l) counts the restarts up to each. Keeps only its inputs."""
-    dtype = jnp.promote_types(inputs.dtype, jnp.float32)
-    width = weight.shape[1]
-    length = inputs.shape[1] - width + 1
-    y = 0 if bias is None else bias.astype(dtype)
-    for tap in range(width):
-        value = inputs[:, tap : tap + length].astype(dtype)
-        if run is not None:
-            value = jnp.where((run[:, tap : tap + length] == run[:, width - 1 :])[..., None], value, 0)
-        y = y + weight[:, tap].astype(dtype) * value
-    return jax.nn.silu(y) if activation == "silu" else y
+    """Over inputs (b, k-1+l, e) in float32; `run` (b, k-1+l) counts the restarts up to each.
+
+    The gradient is by hand: from JAX's own, XLA makes a sum for each tap that is seven times slower on CPU.
+    """
+    return _activate(_linear(_windows(inputs, weight, run), weight, bias), activation)
+
+
+def _filter_forward(inputs, weight, bias, run, activation):
+    return _filter(inputs, weight, bias, run, activation), (inputs, weight, bias, run)
+
+
+def _filter_backward(activation, saved, dy):
+    inputs, weight, bias, run = saved
+    windows = _windows(inputs, weight, run)
+    _, pullback = jax.vjp(lambda linear: _activate(linear, activation), _linear(windows, weight, bias))
+    (g,) = pullback(dy)
+    dweight = jnp.stack([(g * window).sum((0, 1)) for window in windows], axis=1).astype(weight.dtype)
+    dbias = None if bias is None else g.sum((0, 1)).astype(bias.dtype)
+    # An input gets its gradient from the k positions at and after it: the same filter the other way round.
+    carried = weight.shape[1] - 1
+    g = jnp.pad(g, ((0, 0), (carried, carried), (0, 0)))
+    ends = None if run is None else jnp.pad(run[:, carried:], ((0, 0), (carried, carried)), constant_values=-1)
+    taps = range(carried + 1)
+    dinputs = sum(weight[:, tap] * _shifted(g, carried - tap, inputs.shape[1], ends, run) for tap in taps)
+    return dinputs.astype(inputs.dtype), dweight, dbias, None
+
+
+_filter.defvjp(_filter_forward, _filter_backward)
+
+
+def _windows(inputs, weight, run):
+    """For each tap what it sees: (b, l, e), zero from before the last restart."""
+    inputs = inputs.astype(jnp.promote_types(inputs.dtype, jnp.float32))
+    carried = weight.shape[1] - 1
+    ends = None if run is None else run[:, carried:]
+    return [_shifted(inputs, tap, inputs.shape[1] - carried, run, ends) for tap in range(carried + 1)]
+
+
+def _shifted(values, start, length, runs, wanted):
+    """`length` of the values from `start` on, zero where their run is not the wanted one."""
+    part = values[:, start : start + length]
+    if runs is None:
+        return part
+    return jnp.where((runs[:, start : start + length] == wanted)[..., None], part, 0)
+
+
+def _linear(windows, weight, bias):
+    weight = weight.astype(windows[0].dtype)
+    total = sum(weight[:, tap] * window for tap, window in enumerate(windows))
+    return total if bias is None else total + bias.astype(total.dtype)
+
+
+def _activate(linear, activation):
+    return jax.nn.silu(linear) if activation == "silu" else linear

@@ -36,9 +36,9 @@ class Trainer:
     def __init__(self, model, settings):
         self.model = model
         self.settings = settings
-        self.count = 0
         parameters = named(model, nnx.state(model, nnx.Param))
         self.moments = _optimizer(model.config, settings).init(_float32(parameters))
+        self._begin(0)
 
     def step(self, tokens) -> tuple[float, float]:
         tokens, rate = from_numpy(tokens, device=self.model.device), self.settings.rate(self.count)
@@ -55,9 +55,14 @@ class Trainer:
         return arrays
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
-        self.count = int(state["step"])
         moments = {key: self._moments(prefix, state) for prefix, key in _MOMENTS.items()}
-        self.moments = optax.tree_utils.tree_set(self.moments, count=jnp.array(self.count, jnp.int32), **moments)
+        self._begin(int(state["step"]), **moments)
+
+    def _begin(self, count, **moments):
+        self.count = count
+        # Placed where the step will leave it; otherwise the second step compiles again.
+        placed = from_numpy(count, dtype="int32", device=self.model.device)
+        self.moments = optax.tree_utils.tree_set(self.moments, count=placed, **moments)
 
     def _moments(self, prefix, state) -> dict[str, jax.Array]:
         values = {name: np.asarray(state[f"{prefix}.{name}"]) for name in parameter_table(self.model.config)}

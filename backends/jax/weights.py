@@ -1,6 +1,6 @@
 """Canonical names <-> the module tree. Flax calls the weights otherwise, and keeps its kernels transposed."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import jax
 import numpy as np
@@ -11,7 +11,7 @@ from mamba_core.backends.jax.layers import RMSNorm
 from mamba_core.backends.jax.model import LanguageModel
 from mamba_core.backends.jax.scan import kernels as scan_kernels
 from mamba_core.spec.checks import choose_kernel
-from mamba_core.spec.params import checked, parameter_table
+from mamba_core.spec.params import Values, checked, parameter_table
 
 
 def build(config, parameters: Iterable[tuple[str, np.ndarray]], *, dtype="float32", device=None, kernels="auto"):
@@ -27,9 +27,9 @@ def build(config, parameters: Iterable[tuple[str, np.ndarray]], *, dtype="float3
     return model
 
 
-def parameters(model: LanguageModel) -> Iterator[tuple[str, np.ndarray]]:
-    for name, value in named(model, nnx.state(model, nnx.Param)).items():
-        yield name, canonical(model, name, value)
+def parameters(model: LanguageModel) -> Values:
+    values = named(model, nnx.state(model, nnx.Param))
+    return Values(model.config, lambda name: canonical(model, name, values[name]))
 
 
 def named(model: LanguageModel, state: nnx.State) -> dict[str, jax.Array]:

@@ -49,10 +49,8 @@ def from_numpy(value, dtype: str | None = None, device: str | None = None) -> mx
     name = dtype or ("float32" if value.dtype == np.float64 else value.dtype.name)
     if value.dtype == ml_dtypes.bfloat16:
         # MLX does not read NumPy's bfloat16: the same bytes under a name that both know.
-        array = mx.array(value.view(np.uint16)).view(mx.bfloat16)
-    else:
-        array = mx.array(value)
-    return array.astype(dtype_named(name))
+        return mx.array(value.view(np.uint16)).view(mx.bfloat16).astype(dtype_named(name))
+    return mx.array(value).astype(dtype_named(name))
 
 
 def to_numpy(array: mx.array) -> np.ndarray:

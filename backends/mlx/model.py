@@ -38,6 +38,8 @@ class Backbone(nn.Module):
 
     def _embed(self, input_ids):
         """NaN for an id outside the vocabulary: MLX does not check an index, it reads whatever memory is there."""
+        # As int64: the size of the vocabulary need not fit into the dtype of the ids.
+        input_ids = input_ids.astype(mx.int64)
         inside = (input_ids >= 0) & (input_ids < self.vocabulary)
         embedded = self.embeddings(mx.where(inside, input_ids, 0))
         return mx.where(inside[..., None], embedded, mx.array(mx.nan, embedded.dtype))

@@ -9,7 +9,8 @@ def restarts(mask: mx.array | None, segment_ids: mx.array | None) -> mx.array | 
         return None
     batch, length = segment_ids.shape
     position = mx.arange(length)
-    last = mx.broadcast_to(position, (batch, length)) if mask is None else mx.cummax(mx.where(mask, position, -1), axis=1)
+    last = mx.broadcast_to(position if mask is None else mx.where(mask, position, -1), (batch, length))
+    last = mx.cummax(last, axis=1)
     before = mx.concatenate([mx.full((batch, 1), -1, dtype=last.dtype), last[:, :-1]], axis=1)
     previous = mx.take_along_axis(segment_ids, mx.maximum(before, 0), axis=1)
     restart = (before >= 0) & (segment_ids != previous)

@@ -12,9 +12,10 @@ from mamba_core.backends.mlx.arrays import check_device
 from mamba_core.backends.mlx.positions import restarts
 from mamba_core.spec.checks import check_scan, check_step
 
-# Positions a chunk, and elements an operation works on: enough to fill a device, few enough to bound the memory.
+# Positions a chunk.
 CHUNK = 16
-WIDTH = 2**19
+# Elements that an operation works on: on a CPU those that its cache holds, on a GPU enough to fill it.
+WIDTH = {"cpu": 2**17, "gpu": 2**20}
 
 
 def selective_scan(
@@ -91,7 +92,7 @@ KERNELS = {"chunked": chunked, "sequential": sequential}
 
 @mx.custom_function
 def _chunked_scan(x, step, A, B, C, h0, restart):
-    """Returns C_t h_t (b, l, e), the last state, and the state before every chunk (b * chunks, e, n), a block an array."""
+    """C_t h_t (b, l, e), the last state (b, e, n), and a block at a time the states before chunks (b * chunks, e, n)."""
     plan = _plan(x, A)
     h, firsts, linear = h0, [], []
     for index in range(plan.blocks):
@@ -108,7 +109,7 @@ def _chunked_scan(x, step, A, B, C, h0, restart):
 @_chunked_scan.vjp
 def _chunked_scan_vjp(arguments, cotangents, outputs):
     """As `mamba_core.spec.recurrence.selective_scan_vjp`, a block at a time from the last to the first."""
-    x, step, A, B, C, h0, restart = arguments
+    x, step, A, B, C, _, restart = arguments
     dlinear, g, _ = cotangents
     plan = _plan(x, A)
     dA, parts = mx.zeros_like(A), [()]
@@ -122,6 +123,16 @@ def _chunked_scan_vjp(arguments, cotangents, outputs):
         parts.append(part)
     dx, dstep, dB, dC = (_join(plan, part[::-1]) for part in zip(*parts[1:], strict=True))
     return dx, dstep, dA, dB, dC, g, None if restart is None else mx.zeros_like(restart)
+
+
+@_chunked_scan.vmap
+def _chunked_scan_vmap(arguments, axes):
+    raise NotImplementedError("kernel 'chunked' has no vmap: use the batch axis, or kernel='sequential'")
+
+
+@_chunked_scan.jvp
+def _chunked_scan_jvp(arguments, tangents):
+    raise NotImplementedError("kernel 'chunked' has no forward-mode derivative: use kernel='sequential'")
 
 
 class _Plan(NamedTuple):
@@ -148,7 +159,7 @@ def _plan(x, A) -> _Plan:
     batch, length, _ = x.shape
     positions = min(CHUNK, length)
     chunks = -(-length // positions)
-    side_by_side = min(chunks, max(1, WIDTH // (batch * A.size)))
+    side_by_side = min(chunks, max(1, WIDTH[_device()] // (batch * A.size)))
     blocks = -(-chunks // side_by_side)
     return _Plan(batch, length, blocks, -(-chunks // blocks), positions)
 
@@ -269,7 +280,7 @@ def _contract(h, C):
 
 
 def _decay(step, A):
-    exponential = _exp if mx.default_device().type == mx.cpu else mx.exp
+    exponential = _exp if _device() == "cpu" else mx.exp
     return exponential(step[..., None] * A)
 
 
@@ -277,7 +288,7 @@ def _decay(step, A):
 def _exp(value):
     """exp in float32 to 1.2e-7 of its value; on a CPU MLX's own takes four times as long and errs up to 4e-6.
 
-    exp(value) = 2^k exp(f), k a whole number, |f| <= ln(2) / 2. Zero below 2^-126.
+    exp(value) = 2^k exp(f), k a whole number, |f| <= ln(2) / 2. Zero below 2^-126, Inf from 2^127.5.
     """
     value = mx.clip(value, -88.0, 89.0)
     # Adding 1.5 * 2^23 leaves the nearest whole number in the last bits of the sum.
@@ -290,6 +301,10 @@ def _exp(value):
     series = (q * f + 1.0) * f + 1.0
     power = ((shifted.view(mx.int32) - (0x4B400000 - 127)) << 23).view(mx.float32)
     return series * power
+
+
+def _device():
+    return mx.default_device().type.name
 
 
 def _output(linear, x, D, z):

@@ -57,7 +57,7 @@ class Trainer:
         for moment in _MOMENTS:
             suffix = f".{moment}"
             values = {path.removesuffix(suffix): value for path, value in self._slots() if path.endswith(suffix)}
-            arrays |= {f"{moment}.{name}": value for name, value in canonical(self.model, values)}
+            arrays |= {f"{moment}.{name}": value for name, value in canonical(self.model, values).items()}
         return arrays
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:

@@ -1,6 +1,6 @@
 """Canonical names <-> the module tree. The names are the same; a convolution's axes are not."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,7 +11,7 @@ from mamba_core.backends.mlx.arrays import check_device, from_numpy, to_numpy
 from mamba_core.backends.mlx.model import LanguageModel
 from mamba_core.backends.mlx.scan import kernels as scan_kernels
 from mamba_core.spec.checks import choose_kernel
-from mamba_core.spec.params import checked, parameter_table
+from mamba_core.spec.params import Values, checked
 
 
 def build(config, parameters: Iterable[tuple[str, np.ndarray]], *, dtype="float32", device=None, kernels="auto"):
@@ -30,16 +30,19 @@ def build(config, parameters: Iterable[tuple[str, np.ndarray]], *, dtype="float3
     return model.load_weights(weights)
 
 
-def parameters(model: LanguageModel) -> Iterator[tuple[str, np.ndarray]]:
+def parameters(model: LanguageModel) -> Values:
     return canonical(model, tree_flatten(model.parameters(), destination={}))
 
 
-def canonical(model: LanguageModel, values: Mapping[str, mx.array]) -> Iterator[tuple[str, np.ndarray]]:
-    """Arrays of the parameters' shapes, by name, as NumPy in the canonical layout and the table's order."""
+def canonical(model: LanguageModel, values: Mapping[str, mx.array]) -> Values:
+    """Arrays of the parameters' shapes, by name, as NumPy in the canonical layout."""
     convolutions = convolution_weights(model)
-    for name in parameter_table(model.config):
+
+    def read(name):
         value = to_numpy(values[name])
-        yield name, swap_axes(value) if name in convolutions else value
+        return swap_axes(value) if name in convolutions else value
+
+    return Values(model.config, read)
 
 
 def convolution_weights(model: LanguageModel) -> set[str]:

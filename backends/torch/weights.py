@@ -1,6 +1,6 @@
 """Canonical names <-> the module tree. They are the same names, so this is only construction and iteration."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from mamba_core.backends.torch.arrays import devices, from_numpy, to_numpy
 from mamba_core.backends.torch.model import LanguageModel
 from mamba_core.backends.torch.scan import kernels as scan_kernels
 from mamba_core.spec.checks import choose_kernel
-from mamba_core.spec.params import checked, parameter_table
+from mamba_core.spec.params import Values, checked
 
 
 def build(config, parameters: Iterable[tuple[str, np.ndarray]], *, dtype="float32", device=None, kernels="auto"):
@@ -26,6 +26,5 @@ def build(config, parameters: Iterable[tuple[str, np.ndarray]], *, dtype="float3
     return model
 
 
-def parameters(model: LanguageModel) -> Iterator[tuple[str, np.ndarray]]:
-    for name in parameter_table(model.config):
-        yield name, to_numpy(model.get_parameter(name))
+def parameters(model: LanguageModel) -> Values:
+    return Values(model.config, lambda name: to_numpy(model.get_parameter(name)))

@@ -142,7 +142,7 @@ def _report(data, history, compared, exact, texts, failures, seconds) -> dict:
         node, error = entry.worst
         speed = texts[entry.backend]["tokens_per_second"]
         rows[entry.backend] = {"device": entry.device, "kernels": entry.kernels, "tokens_per_second": speed}
-        rows[entry.backend] |= {"largest_error": error, "where": node, "limit": entry.limit, "passed": entry.passed}
+        rows[entry.backend] |= {"largest_error": error, "where": node, "limit": entry.limits[node], "passed": entry.passed}
         rows[entry.backend] |= {"errors": entry.errors, "text": texts[entry.backend]["text"]}
     return {
         "version": VERSION,

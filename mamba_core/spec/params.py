@@ -3,7 +3,7 @@
 Names are canonical (those of Hugging Face's MambaForCausalLM). The table's order is the order of the file.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -49,6 +49,25 @@ def parameter_table(config) -> dict[str, Parameter]:
 
 def parameter_count(config) -> int:
     return sum(parameter.size for parameter in parameter_table(config).values())
+
+
+class Values(Mapping[str, np.ndarray]):
+    """The parameters of a model by canonical name, in the table's order, each made NumPy when it is asked for."""
+
+    def __init__(self, config, read: Callable[[str], np.ndarray]):
+        self._table = parameter_table(config)
+        self._read = read
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._table:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._table)
+
+    def __len__(self) -> int:
+        return len(self._table)
 
 
 def checked(config, parameters: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[Parameter, np.ndarray]]:

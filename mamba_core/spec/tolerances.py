@@ -1,22 +1,23 @@
 """The one table of tolerances: the relative L2 error against the float64 reference that is allowed.
 
-relative L2 is ||value - reference|| / ||reference||. The float32 numbers are the project's requirement (1e-6 for values,
-1e-5 for gradients). The others follow from the rounding of the compute dtype (2^-9 for bfloat16, 2^-12 for
-float16) at every projection, in a model of a few layers.
+relative L2 is ||value - reference|| / ||reference||. The float32 numbers for values and gradients are the project's
+requirement; an inner node may have more than the logits, because some are differences of larger numbers (a projection
+of 512 products rounds to 3e-7, and there are four in a layer). Those of half precision follow from its rounding at every
+projection (2^-9 for bfloat16, 2^-12 for float16), in a model of a few layers.
 """
 
 import numpy as np
 
 TOLERANCES = {
-    "float64": {"value": 1e-12, "gradient": 1e-11},
-    "float32": {"value": 1e-6, "gradient": 1e-5},
-    "float16": {"value": 4e-3, "gradient": 2e-2},
-    "bfloat16": {"value": 2e-2, "gradient": 1e-1},
+    "float64": {"value": 1e-12, "node": 3e-12, "gradient": 1e-11},
+    "float32": {"value": 1e-6, "node": 3e-6, "gradient": 1e-5},
+    "float16": {"value": 4e-3, "node": 1e-2, "gradient": 2e-2},
+    "bfloat16": {"value": 2e-2, "node": 5e-2, "gradient": 1e-1},
 }
 
 
 def tolerance(dtype: str, kind: str = "value") -> float:
-    """kind: "value" for outputs, states and nodes, "gradient" for gradients."""
+    """kind: "value" for results and states, "node" for inner nodes of the graph, "gradient" for gradients."""
     return TOLERANCES[dtype][kind]
 
 

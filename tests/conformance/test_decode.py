@@ -82,7 +82,7 @@ def chosen(backend, model, logits, sampling, uniform, seen=None):
 
 def kept(logits, sampling):
     """The probabilities after the filters, by the definition in `mamba_core.generation`, one at a time."""
-    p = np.exp(np.float64(logits) / sampling.temperature)
+    p = np.exp((np.float64(logits) - logits.max()) / sampling.temperature)
     p /= p.sum()
     order = sorted(range(len(p)), key=lambda token: (-p[token], token))
     order = order[: sampling.top_k or len(order)]
