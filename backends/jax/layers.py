@@ -16,7 +16,7 @@ def precision(dtype: str) -> lax.Precision | None:
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * scale in float32, returned in the dtype given. `nnx.RMSNorm` would round x to it first."""
+    """x / sqrt(mean(x^2) + eps) * scale in float32, returned in `dtype`; `nnx.RMSNorm` would first round x to it."""
 
     def __init__(self, size: int, eps: float, dtype: str):
         self.scale = nnx.Param(jnp.ones(size, dtype))
@@ -38,9 +38,7 @@ class MambaMixer(nnx.Module):
         self.kernels = kernels
         options = {"dtype": dtype, "param_dtype": dtype, "precision": precision(dtype), "rngs": rngs}
         self.in_proj = nnx.Linear(d, 2 * e, use_bias=config.bias, **options)
-        self.conv1d = nnx.Conv(
-            e, e, k, padding="CAUSAL", feature_group_count=e, use_bias=config.conv_bias, **options
-        )
+        self.conv1d = nnx.Conv(e, e, k, padding="CAUSAL", feature_group_count=e, use_bias=config.conv_bias, **options)
         self.x_proj = nnx.Linear(e, r + 2 * n, use_bias=False, **options)
         self.dt_proj = nnx.Linear(r, e, **options)
         self.A_log = nnx.Param(jnp.zeros((e, n)))

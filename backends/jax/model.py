@@ -15,9 +15,7 @@ class Backbone(nnx.Module):
 
     def __init__(self, config, dtype: str, kernels: str, rngs: nnx.Rngs):
         self.residual_in_fp32 = config.residual_in_fp32
-        self.embeddings = nnx.Embed(
-            config.padded_vocab_size, config.d_model, dtype=dtype, param_dtype=dtype, rngs=rngs
-        )
+        self.embeddings = nnx.Embed(config.padded_vocab_size, config.d_model, dtype=dtype, param_dtype=dtype, rngs=rngs)
         self.layers = nnx.List([Block(config, dtype, kernels, rngs) for _ in range(config.n_layer)])
         self.norm_f = RMSNorm(config.d_model, config.norm_eps, dtype)
 
@@ -70,12 +68,16 @@ class LanguageModel(nnx.Module):
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """Logits in float32 from the backbone's output."""
-        weight = self.backbone.embeddings.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
+        if self.lm_head is not None:
+            return self.lm_head(hidden)
+        weight = self.backbone.embeddings.embedding[...].T
         return jnp.matmul(hidden, weight, precision=precision(self.dtype), preferred_element_type=jnp.float32)
 
 
 def _head(config, dtype, rngs) -> nnx.Linear:
-    return nnx.Linear(config.d_model, config.padded_vocab_size, use_bias=False, param_dtype=dtype, rngs=rngs)
+    options = {"dtype": dtype, "param_dtype": dtype, "precision": precision(dtype), "rngs": rngs}
+    sizes = (config.d_model, config.padded_vocab_size)
+    return nnx.Linear(*sizes, use_bias=False, preferred_element_type=jnp.float32, **options)
 
 
 def _nothing(name, value):

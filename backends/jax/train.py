@@ -22,8 +22,8 @@ def loss(model, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
 
 
 def loss_and_gradients(model, tokens, mask=None) -> tuple[float, dict[str, np.ndarray]]:
-    tokens = from_numpy(tokens, device=model.device)
-    value, gradients = _loss_and_gradients(model, tokens, None if mask is None else from_numpy(mask, device=model.device))
+    tokens, mask = (None if given is None else from_numpy(given, device=model.device) for given in (tokens, mask))
+    value, gradients = _loss_and_gradients(model, tokens, mask)
     return float(value), {name: canonical(model, name, gradient) for name, gradient in named(model, gradients).items()}
 
 

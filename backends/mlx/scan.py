@@ -92,7 +92,8 @@ KERNELS = {"chunked": chunked, "sequential": sequential}
 
 @mx.custom_function
 def _chunked_scan(x, step, A, B, C, h0, restart):
-    """C_t h_t (b, l, e), the last state (b, e, n), and a block at a time the states before chunks (b * chunks, e, n)."""
+    """C_t h_t (b, l, e), the last state (b, e, n) and, block by block, the states before chunks (b * chunks, e, n)."""
+    x, step, A, B, C, h0 = _first_derivative_only((x, step, A, B, C, h0))
     plan = _plan(x, A)
     h, firsts, linear = h0, [], []
     for index in range(plan.blocks):
@@ -122,17 +123,22 @@ def _chunked_scan_vjp(arguments, cotangents, outputs):
         g, dA, *part = _block_vjp(plan, block, decay, A, states, dy, after, dA)
         parts.append(part)
     dx, dstep, dB, dC = (_join(plan, part[::-1]) for part in zip(*parts[1:], strict=True))
-    return dx, dstep, dA, dB, dC, g, None if restart is None else mx.zeros_like(restart)
+    gradients = _first_derivative_only((dx, dstep, dA, dB, dC, g))
+    return *gradients, None if restart is None else mx.zeros_like(restart)
 
 
-@_chunked_scan.vmap
-def _chunked_scan_vmap(arguments, axes):
-    raise NotImplementedError("kernel 'chunked' has no vmap: use the batch axis, or kernel='sequential'")
+@mx.custom_function
+def _first_derivative_only(values):
+    """The values, guarded: MLX would differentiate the kernel's own operations, and lose the gradient of `firsts`."""
+    return values
 
 
-@_chunked_scan.jvp
-def _chunked_scan_jvp(arguments, tangents):
-    raise NotImplementedError("kernel 'chunked' has no forward-mode derivative: use kernel='sequential'")
+def _refuse(*_):
+    raise NotImplementedError("kernel 'chunked' has a first gradient only and no vmap; use kernel='sequential'")
+
+
+for transform in (_first_derivative_only.vjp, _first_derivative_only.jvp, _first_derivative_only.vmap):
+    transform(_refuse)
 
 
 class _Plan(NamedTuple):
@@ -286,7 +292,7 @@ def _decay(step, A):
 
 @mx.compile
 def _exp(value):
-    """exp in float32 to 1.2e-7 of its value; on a CPU MLX's own takes four times as long and errs up to 4e-6.
+    """exp in float32 to 1e-7 of its value; on a CPU MLX's own takes four times as long and errs up to 4e-6.
 
     exp(value) = 2^k exp(f), k a whole number, |f| <= ln(2) / 2. Zero below 2^-126, Inf from 2^127.5.
     """

@@ -165,7 +165,7 @@ def test_writing_holds_one_tensor(tmp_path, name):
         __hash__ = object.__hash__
 
     def read():
-        array = np.ones(8, np.float32).view(Tracked)
+        array = Tracked(8, np.float32)
         alive.add(array)
         most.append(len(alive))
         return array
@@ -220,7 +220,7 @@ def test_metadata_that_is_not_text_and_a_reserved_name(tmp_path):
 
 
 def write_shards(folder) -> dict[str, np.ndarray]:
-    arrays = {f"w{number}": np.full(10, number, np.float32) for number in range(5)} | {"large": np.zeros(100)}
+    arrays = {"large": np.zeros(100)} | {f"w{number}": np.full(10, number, np.float32) for number in range(5)}
     write_safetensors(folder, sources_of(arrays), shard_bytes=100)
     return arrays
 
@@ -230,7 +230,7 @@ def test_shards_and_their_index(tmp_path):
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     shards = [f"model-0000{number}-of-00004.safetensors" for number in range(1, 5)]
     assert index["metadata"] == {"total_size": 5 * 40 + 800}
-    assert index["weight_map"] == dict(zip(arrays, [shards[i] for i in (0, 0, 1, 1, 2, 3)], strict=True))
+    assert index["weight_map"] == dict(zip(arrays, [shards[i] for i in (0, 1, 1, 2, 2, 3)], strict=True))
     for path in (tmp_path, tmp_path / "model.safetensors.index.json"):
         opened = open_checkpoint(path)
         assert_same({name: opened[name] for name in arrays}, arrays)
@@ -303,6 +303,7 @@ def test_faults_of_an_index(tmp_path, text, word):
 
 
 def test_paths_that_are_no_checkpoint(tmp_path):
+    assert issubclass(CheckpointError, ValueError)
     (tmp_path / "a.npz").write_bytes(b"x")
     assert_fault(tmp_path / "absent.bin", "no such file or folder")
     assert_fault(tmp_path, "holds none of model.safetensors")
@@ -332,6 +333,7 @@ def entry(shape=(2,), begin=0, end=8, dtype="F32", **more):
     ("header", "word"),
     [
         (b"[]", "not a JSON object"),
+        (b" {}", "not a JSON object"),
         (b'{"w": ', "not valid JSON"),
         (b'{"w": "\xff"}', "not valid JSON"),
         (b'{"w": {"dtype": "F32", "shape": [2], "dtype": "F32", "data_offsets": [0, 8]}}', "twice: 'dtype'"),
@@ -427,8 +429,8 @@ def test_views_and_parameters_that_torch_saves(tmp_path):
         "transposed": base.t(),
         "sliced": base[1:, ::2],
         "expanded": base[:1, :1].expand(3, 5),
-        "odd_stride": torch.as_strided(base, (2, 1), (1, 2**61)),
-        "empty": base[:, 6:],
+        "odd_stride": torch.as_strided(base, (2, 1), (3, 2**61)),
+        "empty": torch.zeros(5, 0),
         "parameter": torch.nn.Parameter(base[2].clone()),
         "marked": marked,
         "half": base.to(torch.bfloat16),
@@ -574,6 +576,19 @@ def test_encrypted_records_are_refused(torch_path):
         whole[found.start() + 8] |= 1
     torch_path.write_bytes(whole)
     assert_fault(torch_path, "is encrypted")
+
+
+def test_a_pickle_that_does_not_fit_its_checksum(torch_path):
+    torch_path.write_bytes(torch_path.read_bytes().replace(b"X\1\0\0\0w", b"X\1\0\0\0v"))
+    assert_fault(torch_path, "'archive/data.pkl' is damaged")
+
+
+def test_records_before_the_file(torch_path):
+    """A directory that claims to begin later than it does moves every record by as much towards the front."""
+    whole = torch_path.read_bytes()
+    (begin,) = struct.unpack("<I", whole[-6:-2])
+    torch_path.write_bytes(whole[:-6] + struct.pack("<I", begin + len(whole)) + whole[-2:])
+    assert_fault(torch_path, "no local header at byte -")
 
 
 def test_a_record_beyond_the_file(torch_path):
