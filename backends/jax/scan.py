@@ -185,7 +185,7 @@ class _Recurrence(NamedTuple):
 
 
 def _loop_outputs(x, step, A, B, C, h, restart):
-    # For inference and training's first pass, which keep no decay and states: faster in one pass than in bulk.
+    # Without a gradient there is no need of decay and states in bulk: one pass in cache is faster.
     def position(h, inputs):
         x, step, B, C, restart = inputs
         linear, h = _advance(_restarted(restart, h), x, step, A.mT, B, C)

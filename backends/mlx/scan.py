@@ -97,8 +97,10 @@ def _chunked_scan(x, step, A, B, C, h0, restart):
     plan = _plan(x, A)
     h, firsts, linear = h0, [], []
     for index in range(plan.blocks):
-        block = _block(plan, index, x, step, B, C, restart)
-        decay = _decays(block, A, after=[h])
+        # MLX would begin with all blocks at once, and hold what they compute: each waits for the one before.
+        waiting = mx.depends([x, step, B, C], [h])
+        block = _block(plan, index, *waiting, restart)
+        decay = _decays(block, A)
         first = _first_states(plan, block, decay, A, h)
         states = _states(block, decay, first)
         linear.append(_merge(plan, [_contract(state, c) for state, c in zip(states[1:], block.C, strict=True)]))
@@ -115,9 +117,9 @@ def _chunked_scan_vjp(arguments, cotangents, outputs):
     plan = _plan(x, A)
     dA, parts = mx.zeros_like(A), [()]
     for index in reversed(range(plan.blocks)):
-        block = _block(plan, index, x, step, B, C, restart)
-        dy = _slice(plan, index, dlinear)
-        decay = _decays(block, A, after=[g, *parts[-1]])
+        *waiting, dy = mx.depends([x, step, B, C, dlinear], [g, *parts[-1]])
+        block, dy = _block(plan, index, *waiting, restart), _slice(plan, index, dy)
+        decay = _decays(block, A)
         states = _states(block, decay, outputs[2][index])
         after = _gradients_after_chunks(plan, block, decay, A, dy, g)
         g, dA, *part = _block_vjp(plan, block, decay, A, states, dy, after, dA)
@@ -198,10 +200,8 @@ def _by_chunk(plan, value):
     return value.reshape(plan.batch, plan.chunks, *value.shape[1:])
 
 
-def _decays(block, A, after):
-    """exp(step_t A) of every position. `after`: the scheduler would begin with all blocks at once and hold them all."""
-    (step,) = mx.depends([block.step], after)
-    return [_decay(step_t, A) for step_t in step]
+def _decays(block, A):
+    return [_decay(step, A) for step in block.step]
 
 
 def _states(block, decay, first):

@@ -1,0 +1,178 @@
+"""The command line: every subcommand, its JSON, and its exit status."""
+
+import json
+import os
+
+import pytest
+
+import mamba_core as mc
+from mamba_core.cli import COMMANDS, main
+
+pytest.importorskip("rich")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "a.py").write_text("def main():\n    return 'äöü'\n" * 200)
+    (folder / "picture.bin").write_bytes(b"\xff\xfe\x00")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "config.json"
+    path.write_text(json.dumps({"d_model": 16, "n_layer": 1, "vocab_size": 256, "d_state": 4}))
+    return path
+
+
+def train(backend, text, config_file, out, *more):
+    sizes = ["--steps", "6", "--batch-size", "2", "--length", "16", "--warmup-steps", "2"]
+    return main(["train", "--data", str(text), "--out", str(out), "--backend", backend, "--config", str(config_file),
+                 *sizes, *more])  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def checkpoint(backend, text, config_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "out"
+    assert train(backend.name, text, config_file, out) == 0
+    return out
+
+
+def test_every_command_explains_itself(capsys):
+    for name in COMMANDS:
+        with pytest.raises(SystemExit) as stopped:
+            main([name, "--help"])
+        assert stopped.value.code == 0
+        assert COMMANDS[name] in " ".join(capsys.readouterr().out.split())
+
+
+def test_info(capsys):
+    assert main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["backends"]) >= {"torch", "mlx", "jax"}
+    assert main(["info"]) == 0
+    assert "kernels" in capsys.readouterr().out
+
+
+def test_train_inspect_convert_generate(backend, checkpoint, tmp_path, capsys):
+    capsys.readouterr()
+    assert main(["inspect", str(checkpoint), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["layout"] == "hf"
+    assert found["config"]["d_model"] == 16
+    assert main(["convert", str(checkpoint), str(tmp_path / "ssm"), "--to", "mamba_ssm", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["target_layout"] == "mamba_ssm"
+    assert (tmp_path / "ssm" / "pytorch_model.bin").is_file()
+    for source in (checkpoint, tmp_path / "ssm"):
+        arguments = ["generate", str(source), "def ", "--max-new-tokens", "5", "--backend", backend.name]
+        assert main([*arguments, "--json"]) == 0
+        result = json.loads(capsys.readouterr().out)
+        assert len(result["tokens"][0]) == 5
+        assert main(arguments) == 0
+        assert capsys.readouterr().out == f"def {result['text'][0]}\n"
+
+
+def test_generate_reads_the_prompt_from_standard_input(backend, checkpoint, monkeypatch, capsys):
+    import io
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("def "))
+    assert main(["generate", str(checkpoint), "-", "--max-new-tokens", "1", "--backend", backend.name]) == 0
+    assert capsys.readouterr().out.startswith("def ")
+
+
+def test_resume_is_exact(backend, text, config_file, tmp_path, capsys):
+    """A run stopped by an interrupt after its checkpoint at step 4 ends with the bits of one that was not stopped."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert train(backend.name, text, config_file, whole, "--json") == 0
+    expected = json.loads(capsys.readouterr().out)["history"]
+
+    real = mc.training.save_checkpoint
+
+    def save_and_interrupt(*arguments):
+        real(*arguments)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mc.training, "save_checkpoint", save_and_interrupt)
+        assert train(backend.name, text, config_file, stopped, "--checkpoint-every", "4") == 130
+    capsys.readouterr()
+    resume = ["train", "--data", str(text), "--out", str(stopped), "--resume", "--backend", backend.name, "--json"]
+    assert main(resume) == 0
+    assert json.loads(capsys.readouterr().out)["history"] == expected
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (whole / name).read_bytes() == (stopped / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "nowhere"], "nowhere: no such file or folder"),
+        (["convert", "nowhere", "there", "--to", "hf"], "nowhere: no such file or folder"),
+        (["generate", "nowhere", "x"], "nowhere: no such file or folder"),
+        (["train", "--data", "nowhere", "--out", "out"], "nowhere: no such file or folder"),
+        (["demo", "nowhere"], "nowhere: no such file or folder"),
+        (["demo", "--backends", "abacus"], "no backend 'abacus'"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not os.listdir(tmp_path), "nothing is left behind"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max-new-tokens", "-1"], "max_new_tokens is -1"),
+        (["--temperature", "-0.5"], "temperature is -0.5"),
+        (["--temperature", "nan"], "temperature is nan"),
+        (["--top-p", "1.5"], "top_p is 1.5"),
+        (["--top-k", "-3"], "top_k is -3"),
+        (["--kernels", "nonsense"], "no kernel 'nonsense'"),
+        (["--stop", ""], "empty text"),
+    ],
+)
+def test_bad_settings_of_generate(checkpoint, backend, options, message, capsys):
+    assert main(["generate", str(checkpoint), "x", "--backend", backend.name, *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_train_does_not_overwrite_a_run(backend, text, config_file, checkpoint, capsys):
+    assert train(backend.name, text, config_file, checkpoint) == 2
+    assert "--resume" in capsys.readouterr().err
+    resume = ["train", "--data", str(text), "--out", str(checkpoint), "--resume", "--learning-rate", "1"]
+    assert main(resume) == 2
+    assert "a run resumes as is" in capsys.readouterr().err
+
+
+def test_demo(backend, text, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["demo", str(text), "--steps", "2", "--new-tokens", "5", "--out", str(out), "--backends", backend.name]
+    assert main([*arguments, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report == json.loads((out / "report.json").read_text())
+    assert report["conversion_exact"] is True
+    assert report["backends"][backend.name]["passed"] is True
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_fails_when_a_backend_is_wrong(backend, text, tmp_path, monkeypatch, capsys):
+    from mamba_core.cli import demo
+
+    real = demo._continue
+
+    def wrong(name, *arguments):
+        result = real(name, *arguments)
+        return result | {"tokens": [*result["tokens"][:-1], -1]} if name == "jax" else result
+
+    monkeypatch.setattr(demo, "_continue", wrong)
+    monkeypatch.setattr(demo, "_converts_exactly", lambda *arguments: False)
+    arguments = ["demo", str(text), "--steps", "1", "--new-tokens", "3", "--out", str(tmp_path / "out"), "--backends"]
+    assert main([*arguments, f"{backend.name},jax" if backend.name != "jax" else "torch,jax"]) == 1
+    shown = capsys.readouterr().out
+    assert "other tokens" in shown
+    assert "changed bits" in shown

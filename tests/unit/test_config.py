@@ -1,0 +1,107 @@
+"""Configs: sizes, translation to and from the other libraries' fields, and refusals."""
+
+import dataclasses
+import json
+
+import pytest
+
+from mamba_core.config import PRESETS, MambaConfig, from_dict, preset
+from mamba_core.spec.params import parameter_count
+
+CHANGED = MambaConfig(
+    d_model=40, n_layer=3, vocab_size=101, d_state=7, d_conv=3, expand=3, dt_rank=5, dt_min=0.002, dt_max=0.2,
+    dt_init="constant", dt_scale=2.0, dt_init_floor=1e-3, bias=True, conv_bias=False, residual_in_fp32=False,
+    tie_embeddings=False, pad_vocab_size_multiple=16,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("mamba-130m", 129_135_360),
+        ("mamba-370m", 371_516_416),
+        ("mamba-790m", 793_204_224),
+        ("mamba-1.4b", 1_372_178_432),
+        ("mamba-2.8b", 2_768_345_600),
+    ],
+)
+def test_presets_have_the_published_sizes(name, count):
+    assert parameter_count(preset(name)) == count
+    assert preset(name).padded_vocab_size == 50280
+
+
+@pytest.mark.parametrize("config", [*PRESETS.values(), CHANGED, dataclasses.replace(CHANGED, norm_eps=1e-3)])
+def test_hf_fields_and_back(config):
+    assert from_dict(json.loads(json.dumps(config.to_hf()))) == config
+
+
+@pytest.mark.parametrize("config", [*PRESETS.values(), CHANGED])
+def test_mamba_ssm_fields_and_back(config):
+    assert from_dict(json.loads(json.dumps(config.to_mamba_ssm()))) == config
+
+
+@pytest.mark.parametrize("config", [*PRESETS.values(), CHANGED])
+def test_own_fields_and_back(config):
+    assert from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_published_hf_config_is_read():
+    """The fields of state-spaces/mamba-130m-hf."""
+    fields = {
+        "architectures": ["MambaForCausalLM"], "bos_token_id": 0, "conv_kernel": 4, "d_inner": 1536, "d_model": 768,
+        "eos_token_id": 0, "expand": 2, "fused_add_norm": True, "hidden_act": "silu", "hidden_size": 768,
+        "initializer_range": 0.1, "intermediate_size": 1536, "layer_norm_epsilon": 1e-05, "model_type": "mamba",
+        "n_layer": 24, "num_hidden_layers": 24, "pad_token_id": 0, "pad_vocab_size_multiple": 8,
+        "rescale_prenorm_residual": False, "residual_in_fp32": True, "rms_norm": True, "ssm_cfg": {}, "state_size": 16,
+        "time_step_floor": 0.0001, "time_step_init_scheme": "random", "time_step_max": 0.1, "time_step_min": 0.001,
+        "time_step_rank": 48, "time_step_scale": 1.0, "torch_dtype": "float32", "use_bias": False, "use_cache": True,
+        "use_conv_bias": True, "vocab_size": 50280,
+    }  # fmt: skip
+    config = from_dict(fields)
+    assert parameter_count(config) == 129_135_360
+    assert config.extra["ssm_cfg"] == {}
+    assert config.to_hf()["torch_dtype"] == "float32"
+    assert from_dict(config.to_hf()) == config
+
+
+def test_published_mamba_ssm_config_is_read():
+    """The fields of state-spaces/mamba-130m."""
+    fields = {"d_model": 768, "n_layer": 24, "vocab_size": 50277, "ssm_cfg": {}, "rms_norm": True}
+    fields |= {"residual_in_fp32": True, "fused_add_norm": True, "pad_vocab_size_multiple": 8}
+    assert from_dict(fields) == PRESETS["mamba-130m"]
+    assert from_dict(fields | {"ssm_cfg": {"d_state": 8, "dt_rank": 3, "use_fast_path": False}}).d_state == 8
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "falcon_mamba"}, "model_type 'falcon_mamba'"),
+        ({"model_type": "mamba", "hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"model_type": "mamba", "hidden_size": 64, "intermediate_size": 100}, "intermediate_size 100"),
+        ({"d_model": 64, "ssm_cfg": {"layer": "Mamba2"}}, "layer 'Mamba2'"),
+        ({"d_model": 64, "ssm_cfg": {"ngroups": 8}}, "ngroups"),
+        ({"d_model": 64, "ssm_cfg": {}, "rms_norm": False}, "rms_norm=False"),
+        ({"d_model": 64, "ssm_cfg": {}, "attn_layer_idx": [3]}, "attn_layer_idx"),
+        ({"d_model": 64, "layers": 3}, "unknown fields: layers"),
+        ({"d_model": 0}, "d_model is 0; expected a positive integer"),
+        ({"d_model": True}, "d_model is True"),
+        ({"dt_min": 0.5}, "dt_max is 0.1"),
+        ({"dt_rank": "full"}, "dt_rank is 'full'"),
+        ({"norm_eps": -1.0}, "norm_eps is -1.0"),
+        ({"architecture": "transformer"}, "architecture 'transformer'"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        from_dict(fields)
+
+
+def test_unknown_preset_lists_the_known():
+    with pytest.raises(ValueError, match=r"mamba-130m.*mamba-2.8b"):
+        preset("mamba-3b")
+
+
+def test_transformers_must_not_rescale_what_it_loads():
+    assert CHANGED.rescale_prenorm_residual
+    assert CHANGED.to_hf()["rescale_prenorm_residual"] is False
+    assert from_dict(CHANGED.to_hf()).rescale_prenorm_residual
