@@ -97,8 +97,8 @@ def _chunked_scan(x, step, A, B, C, h0, restart):
     plan = _plan(x, A)
     h, firsts, linear = h0, [], []
     for index in range(plan.blocks):
-        # MLX would begin with all blocks at once, and hold what they compute: each waits for the one before.
-        waiting = mx.depends([x, step, B, C], [h])
+        # MLX may run h through all blocks first and hold their states for the outputs: each waits for the one before.
+        waiting = mx.depends([x, step, B, C], [h, *linear[-1:]])
         block = _block(plan, index, *waiting, restart)
         decay = _decays(block, A)
         first = _first_states(plan, block, decay, A, h)
@@ -117,7 +117,7 @@ def _chunked_scan_vjp(arguments, cotangents, outputs):
     plan = _plan(x, A)
     dA, parts = mx.zeros_like(A), [()]
     for index in reversed(range(plan.blocks)):
-        *waiting, dy = mx.depends([x, step, B, C, dlinear], [g, *parts[-1]])
+        *waiting, dy = mx.depends([x, step, B, C, dlinear], [g, dA, *parts[-1]])
         block, dy = _block(plan, index, *waiting, restart), _slice(plan, index, dy)
         decay = _decays(block, A)
         states = _states(block, decay, outputs[2][index])
