@@ -12,7 +12,7 @@ from mamba_core.backends.mlx.arrays import check_device
 from mamba_core.backends.mlx.positions import restarts
 from mamba_core.spec.checks import check_scan, check_step
 
-# Positions a chunk.
+# In positions. The state before each chunk is kept: with 16 of them and 16 states a channel, as much as x.
 CHUNK = 16
 # Elements that an operation works on: on a CPU those that its cache holds, on a GPU enough to fill it.
 WIDTH = {"cpu": 2**17, "gpu": 2**20}
@@ -80,8 +80,8 @@ def sequential(x, step, A, B, C, D, z, h0, restart):
 def chunked(x, step, A, B, C, D, z, h0, restart):
     """Chunks side by side: from a zero state, then from their true first states, which follow from one another.
 
-    Done in blocks of chunks, one after another, so that memory is bounded whatever the length. The gradient is by
-    hand; it keeps the state before each chunk only.
+    Done in blocks of chunks, one after another, so that one block's states are held and no more. The gradient is by
+    hand; it keeps the state before each chunk only. No vmap, no forward mode and no second derivative: they raise.
     """
     linear, h, _ = _chunked_scan(x, step, A, B, C, h0, restart)
     return _output(linear, x, D, z), h
