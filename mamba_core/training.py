@@ -98,7 +98,7 @@ def train(
     Returns:
         What was logged, one entry an update, those before the resumption included.
     """
-    if data.size and not (0 <= int(data.min()) and int(data.max()) < model.config.vocab_size):
+    if data.size and not (int(data.min()) >= 0 and int(data.max()) < model.config.vocab_size):
         raise ValueError(f"the data holds tokens {data.min()} to {data.max()}; vocab_size is {model.config.vocab_size}")
     trainer = registry.get(model.backend).trainer(model, settings)
     history = []

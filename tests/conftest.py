@@ -7,6 +7,9 @@ from hypothesis import HealthCheck, settings
 
 from mamba_core import registry
 
+# The tests' arrays are too small for threads to pay, and on a busy machine they wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 settings.register_profile(
     "ci", max_examples=15, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )

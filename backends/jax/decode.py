@@ -17,6 +17,7 @@ from jax import lax
 from mamba_core.backend import State
 from mamba_core.backends.jax.arrays import from_numpy, to_numpy
 from mamba_core.generation import Sampling, uniforms
+from mamba_core.observe import unobserved
 
 # Tokens between two looks of the host, which cost a fraction of a millisecond each.
 BLOCK = 16
@@ -115,7 +116,7 @@ def _chosen(model, hidden, state, seen, uniform, sampling) -> _Carry:
 
 
 def _forward(model, tokens, mask, state):
-    return model.backbone(tokens, state, mask, None, lambda name, value: value)
+    return model.backbone(tokens, state, mask, None, unobserved)
 
 
 def _seen(prompts, mask, vocabulary) -> jax.Array:

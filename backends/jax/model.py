@@ -7,6 +7,7 @@ from flax import nnx
 from mamba_core.backend import Output, State
 from mamba_core.backends.jax import state as states
 from mamba_core.backends.jax.layers import Block, RMSNorm, precision
+from mamba_core.observe import reporting, within
 from mamba_core.spec.checks import check_tokens
 
 
@@ -29,7 +30,7 @@ class Backbone(nnx.Module):
         for index, (block, carried) in enumerate(
             zip(self.layers, states.entering(state, mask, segment_ids), strict=True)
         ):
-            residual, carried = block(residual, carried, mask, segment_ids, _within(f"layers.{index}.", observe))
+            residual, carried = block(residual, carried, mask, segment_ids, within(f"layers.{index}.", observe))
             layers.append(carried)
         hidden = observe("norm_f", self.norm_f(residual))
         return hidden, states.leaving(tuple(layers), state, mask, segment_ids)
@@ -58,7 +59,7 @@ class LanguageModel(nnx.Module):
         self, input_ids: jax.Array, state: State | None = None, *, mask=None, segment_ids=None, observe=None
     ) -> Output:
         check_tokens(input_ids, mask, segment_ids)
-        observe = _nothing if observe is None else _reporting(observe)
+        observe = reporting(observe)
         state = self.init_state(input_ids.shape[0]) if state is None else state
         hidden, state = self.backbone(input_ids, state, mask, segment_ids, observe)
         logits = self.head(hidden)
@@ -78,19 +79,3 @@ def _head(config, dtype, rngs) -> nnx.Linear:
     options = {"dtype": dtype, "param_dtype": dtype, "precision": precision(dtype), "rngs": rngs}
     sizes = (config.d_model, config.padded_vocab_size)
     return nnx.Linear(*sizes, use_bias=False, preferred_element_type=jnp.float32, **options)
-
-
-def _nothing(name, value):
-    return value
-
-
-def _reporting(observe):
-    def report(name, value):
-        observe(name, value)
-        return value
-
-    return report
-
-
-def _within(prefix, observe):
-    return observe if observe is _nothing else lambda name, value: observe(prefix + name, value)

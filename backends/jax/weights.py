@@ -10,13 +10,13 @@ from mamba_core.backends.jax.arrays import devices, from_numpy, to_numpy
 from mamba_core.backends.jax.layers import RMSNorm
 from mamba_core.backends.jax.model import LanguageModel
 from mamba_core.backends.jax.scan import kernels as scan_kernels
-from mamba_core.spec.checks import choose_kernel
+from mamba_core.spec.checks import choose_device, choose_kernel
 from mamba_core.spec.params import Values, checked, parameter_table
 
 
 def build(config, parameters: Iterable[tuple[str, np.ndarray]], *, dtype="float32", device=None, kernels="auto"):
     """The module is made by `nnx.eval_shape`, so that its values exist once."""
-    device = device or devices()[0]
+    device = choose_device(device, devices())
     kernels = choose_kernel(kernels, scan_kernels(device))
     model = nnx.eval_shape(lambda: LanguageModel(config, dtype, kernels, nnx.Rngs(0)))
     for parameter, value in checked(config, parameters):

@@ -9,6 +9,7 @@ import numpy as np
 from mamba_core.backend import State
 from mamba_core.backends.mlx.arrays import from_numpy, to_numpy
 from mamba_core.generation import Sampling, uniforms
+from mamba_core.observe import unobserved
 
 
 def decode(model, prompts, mask, sampling: Sampling, state: State | None = None) -> Iterator[tuple]:
@@ -43,10 +44,13 @@ def choose(logits: mx.array, seen: mx.array, uniform: mx.array | None, sampling:
     if sampling.greedy:
         tokens = mx.argmax(logits, axis=-1)
     else:
-        running = mx.cumsum(filtered(logits / sampling.temperature, sampling), axis=-1)
-        tokens = (running <= uniform[:, None] * running[:, -1:]).sum(axis=-1)
-        # Rounding can put u times the total at the total itself: then the last token that was kept.
-        tokens = mx.minimum(tokens, (running < running[:, -1:]).sum(axis=-1))
+        probabilities = filtered(logits / sampling.temperature, sampling)
+        running = mx.cumsum(probabilities, axis=-1)
+        # A sum in parallel may rise by rounding where nothing is added, or stay below u times the total at the end.
+        kept = probabilities > 0
+        reached = kept & (running > uniform[:, None] * running[:, -1:])
+        last = kept.shape[-1] - 1 - mx.argmax(kept[:, ::-1], axis=-1)
+        tokens = mx.where(reached.any(axis=-1), mx.argmax(reached, axis=-1), last)
     tokens = tokens.astype(mx.int32)
     return tokens, mx.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
 
@@ -76,7 +80,7 @@ def _prefill(model, prompts, mask, state) -> tuple[mx.array, State]:
 
 
 def _forward(model, tokens, mask, state):
-    return model.backbone(tokens, state, mask, None, lambda name, value: value)
+    return model.backbone(tokens, state, mask, None, unobserved)
 
 
 def _seen(prompts, mask, vocabulary) -> mx.array:

@@ -8,6 +8,7 @@ from mamba_core.backend import Output, State
 from mamba_core.backends.mlx import state as states
 from mamba_core.backends.mlx.arrays import dtype_name
 from mamba_core.backends.mlx.layers import Block, RMSNorm
+from mamba_core.observe import reporting, within
 from mamba_core.spec.checks import check_tokens
 from mamba_core.spec.params import parameter_table
 
@@ -31,7 +32,7 @@ class Backbone(nn.Module):
         for index, (block, carried) in enumerate(
             zip(self.layers, states.entering(state, mask, segment_ids), strict=True)
         ):
-            residual, carried = block(residual, carried, mask, segment_ids, _within(f"layers.{index}.", observe))
+            residual, carried = block(residual, carried, mask, segment_ids, within(f"layers.{index}.", observe))
             layers.append(carried)
         hidden = observe("norm_f", self.norm_f(residual))
         return hidden, states.leaving(tuple(layers), state, mask, segment_ids)
@@ -79,7 +80,7 @@ class LanguageModel(nn.Module):
         self, input_ids: mx.array, state: State | None = None, *, mask=None, segment_ids=None, observe=None
     ) -> Output:
         check_tokens(input_ids, mask, segment_ids)
-        observe = _nothing if observe is None else _reporting(observe)
+        observe = reporting(observe)
         state = self.init_state(input_ids.shape[0]) if state is None else state
         with self.on_device():
             hidden, state = self.backbone(input_ids, state, mask, segment_ids, observe)
@@ -98,19 +99,3 @@ class LanguageModel(nn.Module):
         kept = [(name, value) for name, value in tree_flatten(self.parameters()) if name in float32]
         super().set_dtype(dtype, predicate)
         self.load_weights(kept, strict=False)
-
-
-def _nothing(name, value):
-    return value
-
-
-def _reporting(observe):
-    def report(name, value):
-        observe(name, value)
-        return value
-
-    return report
-
-
-def _within(prefix, observe):
-    return observe if observe is _nothing else lambda name, value: observe(prefix + name, value)

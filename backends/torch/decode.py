@@ -8,6 +8,7 @@ from torch import Tensor
 from mamba_core.backend import State
 from mamba_core.backends.torch.arrays import from_numpy
 from mamba_core.generation import Sampling, uniforms
+from mamba_core.observe import unobserved
 
 
 @torch.inference_mode()
@@ -38,10 +39,13 @@ def choose(logits: Tensor, seen: Tensor, uniform: Tensor | None, sampling: Sampl
     if sampling.greedy:
         tokens = logits.argmax(-1)
     else:
-        running = filtered(logits / sampling.temperature, sampling).cumsum(-1)
-        tokens = (running <= uniform[:, None] * running[:, -1:]).sum(-1)
-        # Rounding can put u times the total at the total itself: then the last token that was kept.
-        tokens = torch.minimum(tokens, (running < running[:, -1:]).sum(-1))
+        probabilities = filtered(logits / sampling.temperature, sampling)
+        running = probabilities.cumsum(-1)
+        # A sum in parallel may rise by rounding where nothing is added, or stay below u times the total at the end.
+        kept = probabilities > 0
+        reached = kept & (running > uniform[:, None] * running[:, -1:])
+        last = kept.shape[-1] - 1 - kept.flip(-1).int().argmax(-1)
+        tokens = torch.where(reached.any(-1), reached.int().argmax(-1), last)
     return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
 
 
@@ -69,7 +73,7 @@ def _prefill(model, prompts, mask, state) -> tuple[Tensor, State]:
 
 
 def _forward(model, tokens, mask, state):
-    return model.backbone(tokens, state, mask, None, lambda name, value: value)
+    return model.backbone(tokens, state, mask, None, unobserved)
 
 
 def _seen(prompts, mask, vocabulary) -> Tensor:

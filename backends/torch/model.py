@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from mamba_core.backend import Output, State
 from mamba_core.backends.torch import state as states
 from mamba_core.backends.torch.layers import Block, RMSNorm
+from mamba_core.observe import reporting, within
 from mamba_core.spec.checks import check_tokens
 from mamba_core.spec.params import parameter_table
 
@@ -29,7 +30,7 @@ class Backbone(nn.Module):
         for index, (block, carried) in enumerate(
             zip(self.layers, states.entering(state, mask, segment_ids), strict=True)
         ):
-            residual, carried = block(residual, carried, mask, segment_ids, _within(f"layers.{index}.", observe))
+            residual, carried = block(residual, carried, mask, segment_ids, within(f"layers.{index}.", observe))
             layers.append(carried)
         hidden = observe("norm_f", self.norm_f(residual))
         return hidden, states.leaving(tuple(layers), state, mask, segment_ids)
@@ -65,7 +66,7 @@ class LanguageModel(nn.Module):
         self, input_ids: Tensor, state: State | None = None, *, mask=None, segment_ids=None, observe=None
     ) -> Output:
         check_tokens(input_ids, mask, segment_ids)
-        observe = _nothing if observe is None else _reporting(observe)
+        observe = reporting(observe)
         state = self.init_state(input_ids.shape[0]) if state is None else state
         hidden, state = self.backbone(input_ids, state, mask, segment_ids, observe)
         logits = self.head(hidden)
@@ -89,19 +90,3 @@ class LanguageModel(nn.Module):
             return tensor.to(changed.device) if narrowed else changed
 
         return super()._apply(keep_float32, recurse)
-
-
-def _nothing(name, value):
-    return value
-
-
-def _reporting(observe):
-    def report(name, value):
-        observe(name, value)
-        return value
-
-    return report
-
-
-def _within(prefix, observe):
-    return observe if observe is _nothing else lambda name, value: observe(prefix + name, value)

@@ -28,38 +28,45 @@ def loss_and_gradients(model, tokens, mask=None) -> tuple[float, dict[str, np.nd
 
 
 class Trainer:
-    """AdamW with the decay of the parameter table."""
+    """AdamW with the decay of the parameter table, its moments and its arithmetic in float32."""
 
     def __init__(self, model, settings):
         self.model = model
         self.settings = settings
+        # What the optimizer sees: the parameters themselves, or float32 copies of those in half precision.
         self.parameters = {name: model.get_parameter(name) for name in parameter_table(model.config)}
+        self.updated = {name: _in_float32(parameter) for name, parameter in self.parameters.items()}
         self.count = 0
         self.optimizer = self._optimizer()
 
     def step(self, tokens) -> tuple[float, float]:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.rate(self.count)
-        self.optimizer.zero_grad()
+        self.model.zero_grad()
         value = loss(self.model, from_numpy(tokens, device=self.model.device))
         value.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip_norm)
+        halves = [name for name, parameter in self.parameters.items() if self.updated[name] is not parameter]
+        for name in halves:
+            self.updated[name].data.copy_(self.parameters[name].data)
+            self.updated[name].grad = self.parameters[name].grad.float()
+        norm = torch.nn.utils.clip_grad_norm_(self.updated.values(), self.settings.clip_norm)
         self.optimizer.step()
+        for name in halves:
+            self.parameters[name].data.copy_(self.updated[name].data)
         self.count += 1
         return value.item(), norm.item()
 
     def state(self) -> dict[str, np.ndarray]:
         arrays = {"step": np.array(self.count, np.int64)}
-        for name, parameter in self.parameters.items():
+        for name, parameter in self.updated.items():
             moments = self.optimizer.state.get(parameter, {})
             for prefix, key in _MOMENTS.items():
-                value = moments.get(key, torch.zeros_like(parameter))
-                arrays[f"{prefix}.{name}"] = to_numpy(value.float())
+                arrays[f"{prefix}.{name}"] = to_numpy(moments.get(key, torch.zeros_like(parameter)))
         return arrays
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         self.count = int(state["step"])
-        for name, parameter in self.parameters.items():
+        for name, parameter in self.updated.items():
             moments = {key: _like(state[f"{prefix}.{name}"], parameter) for prefix, key in _MOMENTS.items()}
             self.optimizer.state[parameter] = moments | {"step": torch.tensor(float(self.count))}
 
@@ -67,7 +74,7 @@ class Trainer:
         s, table = self.settings, parameter_table(self.model.config)
         groups = [
             {
-                "params": [value for name, value in self.parameters.items() if table[name].decay == decay],
+                "params": [value for name, value in self.updated.items() if table[name].decay == decay],
                 "weight_decay": s.weight_decay if decay else 0.0,
             }
             for decay in (True, False)
@@ -78,5 +85,9 @@ class Trainer:
 _MOMENTS = {"m": "exp_avg", "v": "exp_avg_sq"}
 
 
+def _in_float32(parameter):
+    return parameter if parameter.dtype == torch.float32 else torch.nn.Parameter(parameter.detach().float())
+
+
 def _like(value, parameter):
-    return from_numpy(value, device=str(parameter.device)).to(parameter.dtype)
+    return from_numpy(value, dtype="float32", device=str(parameter.device))

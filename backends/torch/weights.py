@@ -9,13 +9,13 @@ from torch import nn
 from mamba_core.backends.torch.arrays import devices, from_numpy, to_numpy
 from mamba_core.backends.torch.model import LanguageModel
 from mamba_core.backends.torch.scan import kernels as scan_kernels
-from mamba_core.spec.checks import choose_kernel
+from mamba_core.spec.checks import choose_device, choose_kernel
 from mamba_core.spec.params import Values, checked
 
 
 def build(config, parameters: Iterable[tuple[str, np.ndarray]], *, dtype="float32", device=None, kernels="auto"):
     """The module is made on the meta device, so that its values exist once."""
-    device = device or devices()[0]
+    device = choose_device(device, devices())
     kernels = choose_kernel(kernels, scan_kernels(torch.device(device).type))
     with torch.device("meta"):
         model = LanguageModel(config, kernels)

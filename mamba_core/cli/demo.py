@@ -29,7 +29,7 @@ from mamba_core.weights.layouts import open_model
 
 CONFIG = MambaConfig(d_model=112, n_layer=3, vocab_size=256)
 SETTINGS = TrainSettings(steps=320, batch_size=8, length=192, learning_rate=6e-3, warmup_steps=20)
-PROMPT = "def read(self, path):\n"
+PROMPT = "import os\n\ndef "
 FIRST_LOSS, LAST_LOSS = 5.0, 2.2  # nats a byte: a model that has learnt nothing has log(256) = 5.55
 
 
@@ -145,7 +145,12 @@ def _report(data, history, compared, exact, texts, failures, seconds) -> dict:
         node, error = entry.worst
         speed = texts[entry.backend]["tokens_per_second"]
         rows[entry.backend] = {"device": entry.device, "kernels": entry.kernels, "tokens_per_second": speed}
-        rows[entry.backend] |= {"largest_error": error, "where": node, "limit": entry.limits[node], "passed": entry.passed}
+        rows[entry.backend] |= {
+            "largest_error": error,
+            "where": node,
+            "limit": entry.limits[node],
+            "passed": entry.passed,
+        }
         rows[entry.backend] |= {"errors": entry.errors, "text": texts[entry.backend]["text"]}
     return {
         "version": VERSION,

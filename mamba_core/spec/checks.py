@@ -127,6 +127,19 @@ def check_tokens(input_ids, mask, segment_ids) -> None:
     _check_positions(batch, length, mask, segment_ids)
 
 
+def choose_device(device: str | None, available: list[str]) -> str:
+    """The device of that name, "cuda:1" too, or for None the first of `Backend.devices`.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    if device is None:
+        return available[0]
+    if str(device).partition(":")[0] not in available:
+        raise ValueError(f"device is {str(device)!r}; here there is {', '.join(available)}")
+    return str(device)
+
+
 def choose_kernel(kernel: str, available: dict[str, str | None]) -> str:
     """The kernel of that name, or for "auto" the first that runs, of `Backend.kernels`.
 

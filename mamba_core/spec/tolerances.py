@@ -2,8 +2,8 @@
 
 relative L2 is ||value - reference|| / ||reference||. The float32 numbers for values and gradients are the project's
 requirement; an inner node may have more than the logits, because some are differences of larger numbers (a projection
-of 512 products rounds to 3e-7, and there are four in a layer). Those of half precision follow from its rounding at every
-projection (2^-9 for bfloat16, 2^-12 for float16), in a model of a few layers.
+of 512 products rounds to 3e-7, and there are four in a layer). Those of half precision follow from its rounding at
+every projection (2^-9 for bfloat16, 2^-12 for float16), in a model of a few layers.
 """
 
 import numpy as np

@@ -15,7 +15,9 @@ def assert_close(value, reference, dtype: str, kind: str, what: str, **context) 
     assert value.shape == reference.shape, f"{what}: shape {value.shape}, expected {reference.shape} {_told(context)}"
     if not value.size:
         return
-    assert np.isfinite(value).all(), f"{what}: {np.count_nonzero(~np.isfinite(value))} values not finite {_told(context)}"
+    assert np.isfinite(value).all(), (
+        f"{what}: {np.count_nonzero(~np.isfinite(value))} values not finite {_told(context)}"
+    )
     scale = max(np.linalg.norm(reference), np.sqrt(reference.size))
     error, limit = np.linalg.norm(value - reference) / scale, tolerance(dtype, kind)
     worst = np.unravel_index(np.abs(value - reference).argmax(), value.shape)

@@ -1,4 +1,4 @@
-"""What the project promises of a model of real proportions: 4 layers, d_model 256, 512 tokens, published initial values."""
+"""What the project promises of a model of real proportions, with initial values as published."""
 
 import functools
 

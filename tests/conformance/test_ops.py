@@ -214,10 +214,27 @@ def test_masked_positions_do_not_leak_what_is_not_finite(backend):
     np.testing.assert_array_equal(h_spoilt, h)
 
 
-@pytest.mark.parametrize(("value", "expected"), [(-80.0, np.exp(-80.0)), (-30.0, np.exp(-30.0)), (30.0, 30.0), (200.0, 200.0)])
+def test_a_restart_forgets_a_state_that_is_not_finite(backend):
+    rng = np.random.default_rng(0)
+    arrays = {"x": rng.normal(size=(1, 40, 3)), "delta": rng.uniform(0.1, 1, (1, 40, 3)), "A": -np.ones((3, 2))}
+    arrays |= {"B": rng.normal(size=(1, 40, 2)), "C": rng.normal(size=(1, 40, 2))}
+    arrays = {name: value.astype(np.float32) for name, value in arrays.items()}
+    arrays["x"][0, 5] = np.inf
+    segment_ids = np.repeat([0, 1], [20, 20])[None].astype(np.int32)
+    y, h = call(backend, "selective_scan", arrays | {"segment_ids": segment_ids}, {})
+    wanted, wanted_h = call(backend, "selective_scan", part(arrays, slice(20, None)), {})
+    assert_close(y[:, 20:], wanted, "float32", "value", "after the restart")
+    assert_close(h, wanted_h, "float32", "value", "state after the restart")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(-80.0, np.exp(-80.0)), (-30.0, np.exp(-30.0)), (30.0, 30.0), (200.0, 200.0)]
+)
 def test_softplus_is_exact_at_both_ends(backend, value, expected):
     """With A near 0 and x = B = C = 1, one position gives y = softplus(delta)."""
-    ones = {name: np.ones(shape, np.float32) for name, shape in {"x": (1, 1, 1), "B": (1, 1, 1), "C": (1, 1, 1)}.items()}
+    ones = {
+        name: np.ones(shape, np.float32) for name, shape in {"x": (1, 1, 1), "B": (1, 1, 1), "C": (1, 1, 1)}.items()
+    }
     arrays = ones | {"A": np.full((1, 1), -1e-6, np.float32), "delta": np.full((1, 1, 1), value, np.float32)}
     y, _ = call(backend, "selective_scan", arrays, {"delta_softplus": True})
     assert y.item() == pytest.approx(expected, rel=1e-5)

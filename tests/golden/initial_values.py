@@ -1,4 +1,4 @@
-"""Writes initial_values.json: digests of a small model's initial values. Run as `python -m tests.golden.initial_values`."""
+"""Writes initial_values.json, digests of a small model's initial values: `python -m tests.golden.initial_values`."""
 
 import hashlib
 import json

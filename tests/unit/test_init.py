@@ -59,7 +59,7 @@ def test_distributions():
         assert abs(value.std() - bound / np.sqrt(3)) < 0.1 * bound, name
         assert abs(value.mean()) < 0.1 * bound, name
     step = np.logaddexp(0, values[mixer + "dt_proj.bias"].astype(np.float64))
-    assert 0.001 <= step.min() * 1.0001
+    assert step.min() * 1.0001 >= 0.001
     assert step.max() <= 0.1 * 1.0001
     assert abs(np.log(step).mean() - np.log(0.01)) < 0.2
     np.testing.assert_allclose(np.exp(values[mixer + "A_log"]), np.tile(np.arange(1, 17), (e, 1)), rtol=1e-6)
