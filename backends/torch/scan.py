@@ -39,13 +39,13 @@ def selective_scan(
     dtype = x.dtype
     restart = restarts(mask, segment_ids)
     x, delta, A, B, C, D, z, delta_bias, h0 = in_compute_dtype(x, delta, A, B, C, D, z, delta_bias, initial_state)
-    # Zeros where masked, not only in the step: what stands there may be NaN, and 0 * NaN is not 0.
+    # Zeros where masked, not only in the step: that makes y zero, and a NaN there harmless.
     x, delta, B, C, z = (where_counting(mask, value) for value in (x, delta, B, C, z))
     step = where_counting(mask, _step_size(delta, delta_bias, delta_softplus))
     if h0 is None:
         h0 = x.new_zeros(x.shape[0], *A.shape)
     y, h = run(x, step, A, B, C, D, z, h0, restart)
-    y = where_counting(mask, y).to(dtype)
+    y = y.to(dtype)
     return (y, h) if return_final_state else y
 
 
