@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(report)
     else:
-        _show(arguments, report, history, next(iter(texts.values()))["text"])
+        _show(arguments, report, history, next(iter(texts.values())))
     return 1 if failures else 0
 
 
@@ -106,7 +106,9 @@ def _continue(name: str, checkpoint: Path, prompt: str, count: int) -> dict:
     started = time.perf_counter()
     result = generate(model, prompt, max_new_tokens=count)
     seconds = time.perf_counter() - started
-    return {"tokens": result.tokens[0], "text": result.text[0], "tokens_per_second": count / seconds}
+    sampled = generate(model, prompt, max_new_tokens=count, temperature=0.7, top_p=0.95).text[0]
+    speed = count / seconds
+    return {"tokens": result.tokens[0], "text": result.text[0], "sampled": sampled, "tokens_per_second": speed}
 
 
 def _divergent(compared: Parity) -> list[str]:
@@ -152,6 +154,7 @@ def _report(data, history, compared, exact, texts, failures, seconds) -> dict:
             "passed": entry.passed,
         }
         rows[entry.backend] |= {"errors": entry.errors, "text": texts[entry.backend]["text"]}
+        rows[entry.backend] |= {"sampled": texts[entry.backend]["sampled"]}
     return {
         "version": VERSION,
         "machine": {
@@ -183,8 +186,11 @@ def _plot(history: list[dict], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _show(arguments, report: dict, history: list[dict], text: str) -> None:
-    console.print(f"\n[bold]{arguments.prompt}[/bold]{_escape(text)}\n")
+def _show(arguments, report: dict, history: list[dict], texts: dict) -> None:
+    for title, text in (("greedy", texts["text"]), ("temperature 0.7, top_p 0.95", texts["sampled"])):
+        console.rule(title, align="left")
+        console.print(f"[bold]{_escape(arguments.prompt)}[/bold]{_escape(text)}", soft_wrap=True)
+    console.rule()
     rows = [
         [
             name,

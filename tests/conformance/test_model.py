@@ -247,6 +247,10 @@ def test_masks_and_segments_together_equal_the_reference(backend, name, seed):
     ids = tokens(CONFIGS[name], BATCH, LENGTH)
     positions = {"mask": rng.random(ids.shape) < 0.7, "segment_ids": np.cumsum(rng.random(ids.shape) < 0.2, 1)}
     positions["segment_ids"] = positions["segment_ids"].astype(np.int32)
+    # The first and the last position of a row do not count, and are of segments of their own.
+    positions["mask"][0, -1] = positions["mask"][1, 0] = False
+    positions["segment_ids"][0, -1] += 1
+    positions["segment_ids"][1, 1:] += 1
     logits, state = call(backend, built(backend, name), ids, **positions)
     wanted = reference(name)(ids, **positions)
     assert_close(logits, wanted.logits, "float32", "value", "logits")

@@ -3,6 +3,8 @@
 `use(name, folder)` makes that copy and puts it where `mamba_core.backends.torch` is looked for.
 """
 
+# ruff: noqa: E501 (a row is a mutant)
+
 import shutil
 from pathlib import Path
 from typing import NamedTuple
