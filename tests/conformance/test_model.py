@@ -88,7 +88,7 @@ def test_half_precision_equals_the_reference(backend, name, dtype):
 
 
 def test_half_precision_rounds_once(backend, name):
-    """Norms, convolution, scan and residual compute in float32 from what they are given, and round their result once."""
+    """Norms, convolution, scan and residual compute in float32 from what they are given and round the result once."""
     config, model = CONFIGS[name], built(backend, name, "bfloat16")
     ids = tokens(config, BATCH, LENGTH)
     given, dtypes = {}, {}
