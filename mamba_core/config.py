@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -89,6 +90,13 @@ class MambaConfig:
     def padded_vocab_size(self) -> int:
         multiple = self.pad_vocab_size_multiple
         return -(-self.vocab_size // multiple) * multiple
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of what decides a decode state's shapes and meaning: the sizes and the norm, not the initial values."""
+        sizes = (self.d_model, self.n_layer, self.d_inner, self.d_state, self.d_conv, self.dt_rank_size)
+        rest = (self.architecture, self.bias, self.conv_bias, self.norm_eps)
+        return hashlib.sha256(repr(sizes + rest).encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:
         """Our own fields, as `from_dict` reads them."""

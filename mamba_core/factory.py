@@ -1,7 +1,5 @@
 """Models by name, by config and from checkpoints: `build`, `load`, `save`, and the decode state's file."""
 
-import hashlib
-import json
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +100,7 @@ def save_state(state: State, path: str | Path, model) -> None:
         named |= {f"layers.{index}.{field}": value for field, value in layer._asdict().items()}
     arrays = {name: backend.to_numpy(value) for name, value in named.items()}
     with atomic_file(path, overwrite=True) as target:
-        save_file(arrays, target, metadata={"mamba_core_state": fingerprint(model.config)})
+        save_file(arrays, target, metadata={"mamba_core_state": model.config.fingerprint})
 
 
 def load_state(path: str | Path, model) -> State:
@@ -113,7 +111,7 @@ def load_state(path: str | Path, model) -> State:
     """
     backend = registry.get(model.backend)
     stored = open_checkpoint(path)
-    if stored.metadata.get("mamba_core_state") != fingerprint(model.config):
+    if stored.metadata.get("mamba_core_state") != model.config.fingerprint:
         raise CheckpointError(f"{path}: not the state of a model with this config")
 
     def array(name, dtype=None):
@@ -130,12 +128,6 @@ def load_state(path: str | Path, model) -> State:
             values[field] = array(name, "float32" if field == "ssm" else model.dtype)
         layers.append(type(empty)(**values))
     return State(tuple(layers), array("segment"))
-
-
-def fingerprint(config) -> str:
-    """A hash of what decides the shape and the meaning of a decode state: the config, without the bookkeeping."""
-    fields = {key: value for key, value in config.to_dict().items() if not key.endswith("token_id") and key != "extra"}
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _check_dtype(dtype: str) -> None:
