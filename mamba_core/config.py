@@ -93,7 +93,7 @@ class MambaConfig:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of what decides a decode state's shapes and meaning: the sizes and the norm, not the initial values."""
+        """A hash of what decides a decode state's shapes and meaning: the sizes and the norm, no initial values."""
         sizes = (self.d_model, self.n_layer, self.d_inner, self.d_state, self.d_conv, self.dt_rank_size)
         rest = (self.architecture, self.bias, self.conv_bias, self.norm_eps)
         return hashlib.sha256(repr(sizes + rest).encode()).hexdigest()[:16]
