@@ -142,7 +142,7 @@ def test_the_wheel_works_on_each_backend(backend, wheel, tmp_path):
 def snippets() -> dict[str, str]:
     """The Python blocks of the README, by the heading that they stand under."""
     found, heading = {}, ""
-    for match in re.finditer(r"^#+ (?P<heading>.+)$|^```python\n(?P<code>.*?)^```$", README, re.MULTILINE | re.DOTALL):
+    for match in re.finditer(r"^#+ (?P<heading>[^\n]+)$|^```python\n(?P<code>.*?)^```$", README, re.MULTILINE | re.DOTALL):
         heading = match["heading"] or heading
         if match["code"]:
             found[heading] = found.get(heading, "") + match["code"]
@@ -166,3 +166,7 @@ def test_readme_snippets_run(heading, tmp_path):
 def test_readme_opening_runs(tmp_path):
     done = python(snippets()["mamba_core"], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_python_block_of_the_readme_is_run():
+    assert sum(code.count("import mamba_core as mc") for code in snippets().values()) == README.count("```python") == 6
