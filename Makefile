@@ -28,8 +28,9 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 
 $(VENV)/.test: $(VENV)/.demo
 	$(PIP) --editable ".[all,dev]"
-# Its reference functions are an oracle; they need no CUDA, but its set-up looks for it unless told not to.
+# Their reference functions are oracles; they need no CUDA, but their set-up looks for it unless told not to.
 	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE $(PIP) --no-build-isolation --no-deps mamba-ssm
+	CAUSAL_CONV1D_FORCE_BUILD=TRUE CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE $(PIP) --no-build-isolation --no-deps causal-conv1d
 	touch $@
 
 clean:

@@ -33,7 +33,7 @@ class MambaConfig:
         pad_vocab_size_multiple: the embedding's rows are padded up to a multiple of this.
         rescale_prenorm_residual: divide the initial out_proj.weight by sqrt(n_layer).
         initializer_range: standard deviation of the initial embedding.
-        bos_token_id, eos_token_id, pad_token_id: of the tokenizer, where the checkpoint says.
+        bos_token_id, eos_token_id, pad_token_id: of the tokenizer, where the checkpoint says; eos may be several.
         extra: fields of a checkpoint's config that mean nothing to the model; kept, and written back.
     """
 
@@ -58,7 +58,7 @@ class MambaConfig:
     rescale_prenorm_residual: bool = True
     initializer_range: float = 0.02
     bos_token_id: int | None = None
-    eos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
     extra: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
@@ -74,6 +74,11 @@ class MambaConfig:
         _expect(self, "dt_rank", "a positive integer or 'auto'", lambda v: v == "auto" or (_is_int(v) and v > 0))
         _expect(self, "dt_init", "'random' or 'constant'", lambda value: value in ("random", "constant"))
         _expect(self, "dt_init_floor", "a number >= 0", lambda value: _is_number(value) and value >= 0)
+        if isinstance(self.eos_token_id, list):
+            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            ids = self.eos_token_ids if name == "eos_token_id" else (getattr(self, name),)
+            _expect(self, name, "an integer or nothing", lambda _, ids=ids: all(i is None or _is_int(i) for i in ids))
         _expect(self, "dt_max", f"at least dt_min={self.dt_min!r}", lambda value: value >= self.dt_min)
         if self.d_inner < 1:
             raise ValueError(f"expand={self.expand!r} of d_model={self.d_model} leaves no channels")
@@ -90,6 +95,13 @@ class MambaConfig:
     def padded_vocab_size(self) -> int:
         multiple = self.pad_vocab_size_multiple
         return -(-self.vocab_size // multiple) * multiple
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Every token that ends a text."""
+        if self.eos_token_id is None:
+            return ()
+        return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
 
     @property
     def fingerprint(self) -> str:
@@ -111,13 +123,16 @@ class MambaConfig:
             raise ValueError(f"config has model_type {model_type!r}; this version reads 'mamba'")
         if (activation := fields.pop("hidden_act", "silu")) not in ("silu", "swish"):
             raise ValueError(f"config has hidden_act {activation!r}; Mamba's activation is 'silu'")
-        fields.pop("architectures", None)
+        for name in ("architectures", "torch_dtype", "dtype"):  # written anew: what they say is not of the config
+            fields.pop(name, None)
         known = {ours: fields.pop(theirs, default) for ours, (theirs, default) in _HF_FIELDS.items()}
-        if known["dt_rank"] == math.ceil(known["d_model"] / 16):
+        if _is_int(known["d_model"]) and known["dt_rank"] == math.ceil(known["d_model"] / 16):
             known["dt_rank"] = "auto"
         padded, ours = known["vocab_size"], fields.pop("mamba_core", {})
         inner = fields.pop("intermediate_size", None)
-        config = cls(**known | {"pad_vocab_size_multiple": 1} | ours, extra=fields)
+        if not isinstance(ours, Mapping) or not set(ours) <= set(_HF_HIDDEN):
+            raise ValueError(f"config has mamba_core fields {ours!r}; expected some of {', '.join(_HF_HIDDEN)}")
+        config = cls(**known | {"pad_vocab_size_multiple": 1} | dict(ours), extra=fields)
         if config.padded_vocab_size != padded:
             raise ValueError(f"config has vocab_size {padded}, but its mamba_core fields give {ours}")
         if inner is not None and inner != config.d_inner:
@@ -150,7 +165,10 @@ class MambaConfig:
     def from_mamba_ssm(cls, fields: Mapping[str, Any]) -> "MambaConfig":
         """From the config.json of mamba_ssm's MambaLMHeadModel, `ssm_cfg` included."""
         fields = dict(fields)
-        ssm = dict(fields.pop("ssm_cfg", None) or {})
+        ssm = fields.pop("ssm_cfg", None) or {}
+        if not isinstance(ssm, Mapping):
+            raise TypeError(f"config has ssm_cfg {ssm!r}; expected a JSON object")
+        ssm = dict(ssm)
         if (layer := ssm.pop("layer", "Mamba1")) != "Mamba1":
             raise ValueError(f"config has ssm_cfg layer {layer!r}; this version reads 'Mamba1'")
         for name, plain in _MAMBA_SSM_PLAIN.items():
@@ -165,7 +183,10 @@ class MambaConfig:
         return cls(**top, **ssm, extra=fields)
 
     def to_mamba_ssm(self) -> dict[str, Any]:
-        """As mamba_ssm reads it. Its norms have a fixed eps, so a config with another cannot be written."""
+        """As mamba_ssm reads it, which takes no other fields: token ids, initializer_range and such are not written.
+
+        Its norms have a fixed eps, so a config with another cannot be written.
+        """
         if self.norm_eps != 1e-5:
             raise ValueError(f"norm_eps={self.norm_eps} cannot be written: mamba_ssm fixes it at 1e-05")
         top = {name: getattr(self, name) for name in _MAMBA_SSM_FIELDS}
@@ -226,13 +247,15 @@ def from_dict(fields: Mapping[str, Any]) -> MambaConfig:
     Raises:
         ValueError: the fields are of none of the three, or a value is out of range.
     """
+    if not isinstance(fields, Mapping):
+        raise TypeError(f"config is {type(fields).__name__}; expected a JSON object")
     if "hidden_size" in fields or "model_type" in fields:
         return MambaConfig.from_hf(fields)
     if "ssm_cfg" in fields or "fused_add_norm" in fields or "rms_norm" in fields:
         return MambaConfig.from_mamba_ssm(fields)
     fields = dict(fields)
     architecture = fields.pop("architecture", "mamba")
-    if architecture not in CONFIGS:
+    if not isinstance(architecture, str) or architecture not in CONFIGS:
         raise ValueError(f"config has architecture {architecture!r}; known: {', '.join(CONFIGS)}")
     known = {item.name for item in dataclasses.fields(CONFIGS[architecture])}
     if unknown := sorted(set(fields) - known):

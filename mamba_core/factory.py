@@ -7,10 +7,10 @@ from safetensors.numpy import save_file
 
 from mamba_core import registry
 from mamba_core.backend import State
-from mamba_core.config import MambaConfig, preset
+from mamba_core.config import CONFIGS, MambaConfig, preset
 from mamba_core.spec.init import initial_values
 from mamba_core.weights.io import CheckpointError, atomic_file, atomic_folder, open_checkpoint
-from mamba_core.weights.layouts import open_model, write_model
+from mamba_core.weights.layouts import copy_tokenizer, open_model, write_model
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -42,6 +42,8 @@ def build(
         ImportError: the backend's framework is not installed.
     """
     config = preset(config) if isinstance(config, str) else config
+    if type(config) not in CONFIGS.values():
+        raise TypeError(f"config is {type(config).__name__}; expected a preset's name or a config such as MambaConfig")
     _check_dtype(dtype)
     values = initial_values(config, seed)
     return registry.get(backend).build(config, values, dtype=dtype, device=device, kernels=kernels)
@@ -60,7 +62,7 @@ def load(
 
     Args:
         source: a folder, or the id of a repository on the Hugging Face hub.
-        dtype: the compute dtype; by default that of the checkpoint's projections.
+        dtype: the compute dtype; by default that of the checkpoint's embedding.
         revision: of the hub repository.
         backend, device, kernels: as in `build`.
 
@@ -90,15 +92,14 @@ def save_into(folder: Path, model, layout: str = "hf") -> None:
     """Write a model's files into a folder that exists."""
     parameters = registry.get(model.backend).parameters(model)
     write_model(folder, model.config, parameters, layout=layout, dtype=model.dtype)
+    if (source := getattr(model, "source", None)) is not None:
+        copy_tokenizer(source, folder)
 
 
 def save_state(state: State, path: str | Path, model) -> None:
     """Write a decode state as one safetensors file, which any backend reads."""
     backend = registry.get(model.backend)
-    named = {"segment": state.segment}
-    for index, layer in enumerate(state.layers):
-        named |= {f"layers.{index}.{field}": value for field, value in layer._asdict().items()}
-    arrays = {name: backend.to_numpy(value) for name, value in named.items()}
+    arrays = {name: backend.to_numpy(value) for name, value in _named(state).items()}
     with atomic_file(path, overwrite=True) as target:
         save_file(arrays, target, metadata={"mamba_core_state": model.config.fingerprint})
 
@@ -117,17 +118,29 @@ def load_state(path: str | Path, model) -> State:
     def array(name, dtype=None):
         return backend.from_numpy(np.asarray(stored[name]), dtype=dtype, device=model.device)
 
-    batch = len(stored["segment"])
-    layers = []
-    for index, empty in enumerate(model.init_state(batch).layers):
-        values = {}
-        for field, like in empty._asdict().items():
-            name = f"layers.{index}.{field}"
-            if tuple(stored[name].shape) != tuple(like.shape):
-                raise CheckpointError(f"{path}: {name} has shape {stored[name].shape}; expected {tuple(like.shape)}")
-            values[field] = array(name, "float32" if field == "ssm" else model.dtype)
-        layers.append(type(empty)(**values))
+    if "segment" not in stored or len(stored.header("segment").shape) != 1:
+        raise CheckpointError(f"{path}: segment is missing, or has more than one axis")
+    empty = model.init_state(stored.header("segment").shape[0])
+    expected = _named(empty)
+    if faults := sorted(set(expected) ^ set(stored)):
+        raise CheckpointError(f"{path}: missing or unexpected: {', '.join(faults[:8])}")
+    for name, like in expected.items():
+        shape, dtype, _ = stored.header(name)
+        kind = "int32" if name == "segment" else "float"
+        if shape != tuple(like.shape) or kind not in dtype:
+            raise CheckpointError(f"{path}: {name} is {dtype} {shape}; expected {kind} {tuple(like.shape)}")
+    layers = [
+        type(layer)(*(array(f"layers.{i}.{key}", "float32" if key == "ssm" else model.dtype) for key in layer._fields))
+        for i, layer in enumerate(empty.layers)
+    ]
     return State(tuple(layers), array("segment"))
+
+
+def _named(state: State) -> dict:
+    named = {"segment": state.segment}
+    for index, layer in enumerate(state.layers):
+        named |= {f"layers.{index}.{field}": value for field, value in layer._asdict().items()}
+    return named
 
 
 def _check_dtype(dtype: str) -> None:

@@ -13,14 +13,18 @@ but where rounding moves a boundary across u.
 """
 
 import codecs
-import math
-from collections.abc import Iterator, Sequence
+import numbers
+import operator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from mamba_core import registry
 from mamba_core.spec.init import random_stream
+
+# Of positive settings, well inside float32.
+SMALLEST, LARGEST = 1e-20, 1e20
 
 
 @dataclass(frozen=True)
@@ -35,15 +39,14 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        _within("temperature", self.temperature, 0.0, math.inf)
+        _within("temperature", self.temperature, 0.0, LARGEST)
+        if 0.0 < self.temperature < SMALLEST:
+            raise ValueError(f"temperature is {self.temperature!r}; expected 0 for greedy, or at least {SMALLEST}")
         _within("top_p", self.top_p, 0.0, 1.0)
         _within("min_p", self.min_p, 0.0, 1.0)
         if not (isinstance(self.top_k, int) and self.top_k >= 0):
             raise ValueError(f"top_k is {self.top_k!r}; expected an integer >= 0, 0 for all")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise ValueError(
-                f"repetition_penalty is {self.repetition_penalty!r}; expected a positive number, 1 for none"
-            )
+        _within("repetition_penalty", self.repetition_penalty, SMALLEST, LARGEST)
 
     @property
     def greedy(self) -> bool:
@@ -97,7 +100,10 @@ class SubwordTokenizer:
             import tokenizers
         except ModuleNotFoundError:
             raise ImportError("reading tokenizer.json needs tokenizers; pip install 'mamba_core[hub]'") from None
-        self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as fault:  # tokenizers raises the bare class
+            raise ValueError(f"{path}: not a tokenizer that can be read: {fault}") from None
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text).ids
@@ -148,6 +154,7 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     tokenizer = tokenizer or tokenizer_of(model)
     encoded = _encode(model.config, prompts, tokenizer)
+    max_new_tokens = _limit(max_new_tokens)
     rows = [_Row(model.config, stop, tokenizer, max_new_tokens) for _ in encoded]
     for _ in _advance(model, encoded, sampling, rows, max_new_tokens):
         pass
@@ -167,12 +174,17 @@ def stream(model, prompt, *, max_new_tokens: int = 64, stop=(), tokenizer=None, 
     encoded = _encode(model.config, prompt, tokenizer)
     if len(encoded) != 1:
         raise ValueError(f"stream continues one prompt; {len(encoded)} were given")
-    rows = [_Row(model.config, stop, tokenizer, max_new_tokens)]
+    max_new_tokens = _limit(max_new_tokens)
+    row = _Row(model.config, stop, tokenizer, max_new_tokens)
+    return _pieces(row, _advance(model, encoded, Sampling(**sampling), [row], max_new_tokens))
+
+
+def _pieces(row: "_Row", steps: Iterator[None]) -> Iterator[str]:
     sent = 0
-    for _ in _advance(model, encoded, Sampling(**sampling), rows, max_new_tokens):
-        ready = rows[0].ready()
+    for _ in steps:
+        ready = row.ready()
         if ready > sent:
-            yield rows[0].text[sent:ready]
+            yield row.text[sent:ready]
             sent = ready
 
 
@@ -180,14 +192,14 @@ class _Row:
     """One row's tokens and text so far, and why it ended."""
 
     def __init__(self, config, stop, tokenizer, limit: int):
-        stops = [stop] if isinstance(stop, (str, int)) else list(stop)
-        self._stop_tokens = {item for item in stops if isinstance(item, int)}
+        stops = [stop] if isinstance(stop, str) or not isinstance(stop, Iterable) else list(stop)
         self._stop_texts = [item for item in stops if isinstance(item, str)]
+        self._stop_tokens = {_integer("stop", item) for item in stops if not isinstance(item, str)}
         if self._stop_texts and tokenizer is None:
             raise ValueError("stop has texts, which need a tokenizer; the model has none, so pass tokenizer= or ids")
         if "" in self._stop_texts:
             raise ValueError("stop has an empty text, which would end every row at once")
-        self._eos = config.eos_token_id
+        self._eos = config.eos_token_ids
         self._decode = tokenizer.decoder() if tokenizer else (lambda token: "")
         self._limit = limit
         self.tokens, self.logprobs, self.text = [], [], ""
@@ -198,7 +210,7 @@ class _Row:
             return
         self.tokens.append(token)
         self.logprobs.append(logprob)
-        if token == self._eos:
+        if token in self._eos:
             self._finish("eos")
         elif token in self._stop_tokens:
             self._finish("stop")
@@ -226,8 +238,6 @@ class _Row:
 
 def _advance(model, encoded, sampling: Sampling, rows: list[_Row], limit: int) -> Iterator[None]:
     """Decode until every row has finished, filling the rows; yields after each token."""
-    if not (isinstance(limit, int) and limit >= 0):
-        raise ValueError(f"max_new_tokens is {limit!r}; expected an integer >= 0")
     if limit == 0:
         for row in rows:
             row.finished = "length"
@@ -247,21 +257,42 @@ def _advance(model, encoded, sampling: Sampling, rows: list[_Row], limit: int) -
 
 def _encode(config, prompts, tokenizer) -> list[list[int]]:
     """Prompts of any accepted form as a list of non-empty token lists."""
+    if not isinstance(prompts, (str, Sequence, np.ndarray)):
+        raise TypeError(f"prompts is {type(prompts).__name__}; expected text, token ids, or a list of either")
     if isinstance(prompts, str) or (len(prompts) and not isinstance(prompts[0], (str, Sequence, np.ndarray))):
         prompts = [prompts]
     if len(prompts) == 0:
         raise ValueError("prompts is empty; expected at least one")
     if any(isinstance(prompt, str) for prompt in prompts) and tokenizer is None:
         raise ValueError("the prompts are text and the model has no tokenizer; pass tokenizer= or token ids")
-    encoded = [tokenizer.encode(item) if isinstance(item, str) else [int(token) for token in item] for item in prompts]
+    encoded = [
+        tokenizer.encode(item) if isinstance(item, str) else [_integer("a token", token) for token in item]
+        for item in prompts
+    ]
     for row, tokens in enumerate(encoded):
         if not tokens and config.bos_token_id is None:
             raise ValueError(f"prompt {row} is empty and the config has no bos_token_id; give at least one token")
+        tokens[:] = tokens or [config.bos_token_id]
         if outside := [token for token in tokens if not 0 <= token < config.vocab_size]:
             raise ValueError(f"prompt {row} holds token {outside[0]}; vocab_size is {config.vocab_size}")
-    return [tokens or [config.bos_token_id] for tokens in encoded]
+    return encoded
+
+
+def _integer(name: str, value) -> int:
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} is {value!r}; expected an integer")
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}; expected an integer") from None
+
+
+def _limit(max_new_tokens) -> int:
+    if _integer("max_new_tokens", max_new_tokens) < 0:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 0")
+    return operator.index(max_new_tokens)
 
 
 def _within(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high or math.isinf(value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not low <= value <= high:
         raise ValueError(f"{name} is {value!r}; expected a number from {low:g} to {high:g}")

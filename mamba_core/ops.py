@@ -12,7 +12,10 @@ def selective_scan(x, *args, **kwargs):
     x (b, l, e) may be a torch, MLX or JAX array, and is computed by that backend, or a NumPy array, and is computed in
     float64 by the sequential reference.
     """
-    return _owner(x).selective_scan(x, *args, **kwargs)
+    owner = _owner(x)
+    if owner is recurrence and (kernel := kwargs.pop("kernel", "auto")) not in ("auto", "sequential"):
+        raise ValueError(f"no kernel {kernel!r} for NumPy arrays; expected 'auto' or 'sequential'")
+    return owner.selective_scan(x, *args, **kwargs)
 
 
 def selective_step(x, *args, **kwargs):

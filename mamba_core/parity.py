@@ -1,55 +1,109 @@
-"""Do implementations agree? Runs a checkpoint on backends and on the float64 reference and compares every node."""
+"""Do implementations agree? Runs a checkpoint on backends and on the float64 reference and compares every node.
 
+A backend runs the tokens whole ("forward"), in calls that go on from each other's state ("chunked"), one at a time
+("stepped", the first few only) and, when asked, differentiates the mean cross-entropy ("backward"). All are held to one
+run of the reference: a model is causal, so that its values at a position do not depend on where a call ends.
+"""
+
+import gc
+import math
+import re
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 
-from mamba_core import factory, registry
+from mamba_core import registry
+from mamba_core.factory import DTYPES
+from mamba_core.generation import tokenizer_of
+from mamba_core.spec.graph import block_graph
 from mamba_core.spec.init import random_stream
-from mamba_core.spec.reference import ReferenceModel
+from mamba_core.spec.params import parameter_count
+from mamba_core.spec.reference import ReferenceModel, cross_entropy
 from mamba_core.spec.tolerances import relative_l2, tolerance
 from mamba_core.weights.layouts import open_model
 
+STEPS = 8
+# Parameters times tokens by default: 66 tokens of mamba-130m, which keeps --grad on three backends below two minutes on
+# two cores.
+WORK = 2**33
+
 
 @dataclass(frozen=True)
-class BackendParity:
-    """One backend against the reference.
+class Comparison:
+    """One way of running against the reference.
 
-    errors: relative L2 error of every node of the block graph, in order.
+    errors: relative L2 error of every node of the block graph, or backward of the loss and of every parameter's
+        gradient, in the order of computation; inf for one that is not finite, mis-shaped or missing.
     limits: what the tolerance table allows each.
     """
 
-    backend: str
-    device: str
-    kernels: str
     errors: dict[str, float]
     limits: dict[str, float]
     seconds: float
 
-    @property
-    def worst(self) -> tuple[str, float]:
-        """The node with the largest error, and the error."""
-        return max(self.errors.items(), key=lambda item: item[1])
+    def worst(self, count: int = 1) -> list[str]:
+        """The names whose errors are the largest parts of their limits, the worst first."""
+        return sorted(self.errors, key=lambda name: -self.errors[name] / self.limits[name])[:count]
 
     @property
     def first_divergent(self) -> str | None:
-        """The first node, in the order of computation, whose error exceeds the limit."""
-        return next((node for node, error in self.errors.items() if not error <= self.limits[node]), None)
+        """The first, in the order of computation, whose error exceeds the limit."""
+        return next((name for name, error in self.errors.items() if not error <= self.limits[name]), None)
 
     @property
     def passed(self) -> bool:
         return self.first_divergent is None
 
+    def to_dict(self) -> dict:
+        """For JSON, which has no infinity: null stands for it."""
+        finite = {name: error if math.isfinite(error) else None for name, error in self.errors.items()}
+        found = {"passed": self.passed, "first_divergent": self.first_divergent, "worst": self.worst(3)}
+        return found | {"seconds": self.seconds, "errors": finite, "limits": self.limits}
+
+
+@dataclass(frozen=True)
+class BackendParity:
+    """One backend against the reference; modes: "forward", "chunked", "stepped" and, when asked for, "backward"."""
+
+    backend: str
+    device: str
+    kernels: str
+    modes: dict[str, Comparison]
+
+    @property
+    def first_divergent(self) -> str | None:
+        """The first divergent name of the first mode that has one."""
+        return next((mode.first_divergent for mode in self.modes.values() if not mode.passed), None)
+
+    @property
+    def passed(self) -> bool:
+        return all(mode.passed for mode in self.modes.values())
+
+    def to_dict(self) -> dict:
+        about = {"backend": self.backend, "device": self.device, "kernels": self.kernels, "passed": self.passed}
+        return about | {"modes": {name: mode.to_dict() for name, mode in self.modes.items()}}
+
 
 @dataclass(frozen=True)
 class Parity:
-    """What `parity` found; `tokens` is what was run, (1, l)."""
+    """What `parity` found.
+
+    layers: how deep the model is. tokens: what was run. chunks: the lengths of the calls of "chunked".
+    steps: how many of the first tokens "stepped" ran.
+    """
 
     dtype: str
+    layers: int
     tokens: list[int]
+    chunks: list[int]
+    steps: int
     backends: tuple[BackendParity, ...]
 
     @property
@@ -57,7 +111,9 @@ class Parity:
         return all(entry.passed for entry in self.backends)
 
     def to_dict(self) -> dict:
-        return asdict(self) | {"passed": self.passed}
+        about = {"passed": self.passed, "dtype": self.dtype, "layers": self.layers, "length": len(self.tokens)}
+        about |= {"chunks": self.chunks, "steps": self.steps, "tokens": self.tokens}
+        return about | {"backends": [entry.to_dict() for entry in self.backends]}
 
 
 def parity(
@@ -65,27 +121,51 @@ def parity(
     *,
     backends: Sequence[str] | None = None,
     dtype: str = "float32",
-    length: int = 128,
+    grad: bool = False,
+    length: int | None = None,
+    steps: int = STEPS,
     tokens: Sequence[int] | None = None,
+    text: str | None = None,
     seed: int = 0,
+    log: Callable[[str], None] | None = None,
 ) -> Parity:
     """Compare backends with the float64 reference, node by node, on a checkpoint.
 
     Args:
         source: a checkpoint in any readable layout.
         backends: names; by default every one whose framework is installed.
-        dtype: the compute dtype of the backends, which chooses the tolerance.
-        length: how many random tokens to run. tokens: what to run instead.
-        seed: of the random tokens.
+        dtype: the compute dtype of the backends, which chooses the tolerance. The reference has the weights as stored.
+        grad: compare the gradient of every parameter too.
+        length: how many tokens to run; by default 16 to 128, the fewer the larger the model.
+        steps: how many of them to run one at a time too, at most.
+        tokens: ids to run, all of them unless a length is given. text: the same, for a checkpoint with a tokenizer.
+        seed: of the random tokens that are run when neither is given.
+        log: called with a line as each part begins.
+
+    Raises:
+        ValueError: a setting out of range, an unknown backend or dtype, text without a tokenizer.
+        ImportError: a backend's framework is not installed.
+        CheckpointError: as `mamba_core.load`.
     """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; expected at least 1")
+    chosen = [registry.get(name) for name in (installed() if backends is None else backends)]
+    if not chosen:
+        raise ValueError("no backend to compare; name one, or install a framework")
     opened = open_model(source)
-    if tokens is None:
-        tokens = random_stream(seed, "parity").integers(0, opened.config.vocab_size, length).tolist()
-    ids = np.array([tokens], np.int32)
-    reference = {}
-    ReferenceModel(opened.config, dict(opened.tensors()))(ids, observe=reference.__setitem__)
-    chosen = installed() if backends is None else backends
-    return Parity(dtype, list(tokens), tuple(_compare(source, name, dtype, ids, reference) for name in chosen))
+    ids = _ids(opened, length, tokens, text, seed, least=2 if grad else 1)
+    log = log or (lambda line: None)
+    log("reference")
+    reference = _reference(opened, ids, grad)
+    whole, steps = ids.shape[1], min(steps, ids.shape[1])
+    # One call in the middle, and a last one shorter than the window of the convolution.
+    splits = {"forward": [0, whole], "chunked": sorted({0, whole // 2, max(whole - 2, 0), whole})}
+    splits["stepped"] = list(range(steps + 1))
+    found = tuple(_compare(opened, backend, dtype, ids, splits, reference, log) for backend in chosen)
+    chunks = [stop - start for start, stop in pairwise(splits["chunked"])]
+    return Parity(dtype, opened.config.n_layer, ids[0].tolist(), chunks, steps, found)
 
 
 def installed() -> list[str]:
@@ -93,18 +173,112 @@ def installed() -> list[str]:
     return [name for name in registry.names() if not registry.missing_packages(name)]
 
 
-def _compare(source, name: str, dtype: str, ids: np.ndarray, reference: dict) -> BackendParity:
-    backend = registry.get(name)
-    model = factory.load(source, backend=name, dtype=dtype)
-    errors = {}
+def default_length(config) -> int:
+    return min(max(WORK // parameter_count(config), 16), 128)
 
-    def observe(node, value):
-        errors[node] = relative_l2(backend.to_numpy(value), reference[node])
 
+def depth(name: str, layers: int) -> int:
+    """Where a node or parameter stands: 0 embedding, i + 1 layer i, layers + 1 the final norm, layers + 2 the rest."""
+    if layer := re.search(r"\blayers\.(\d+)\.", name):
+        return int(layer[1]) + 1
+    if "embedding" in name:
+        return 0
+    return layers + 1 if "norm" in name else layers + 2
+
+
+class _Reference(NamedTuple):
+    """nodes: the value of every node, (1, l, ...). gradients: by parameter, in the order in which they are complete."""
+
+    nodes: dict[str, np.ndarray]
+    loss: float | None
+    gradients: dict[str, np.ndarray]
+
+
+def _ids(opened, length, tokens, text, seed, least: int) -> np.ndarray:
+    """(1, l) tokens to run."""
+    if length is not None and length < least:
+        raise ValueError(f"length is {length}; expected at least {least}")
+    if text is not None:
+        tokenizer = tokenizer_of(SimpleNamespace(source=opened.folder, config=opened.config))
+        if tokenizer is None:
+            raise ValueError(f"{opened.folder}: no tokenizer.json and not a vocabulary of bytes; give no text")
+        tokens = tokenizer.encode(text)
+    if tokens is None:
+        length = default_length(opened.config) if length is None else length
+        tokens = random_stream(seed, "parity").integers(0, opened.config.vocab_size, length)
+    ids = np.array([tokens[:length]], np.int32)
+    if ids.shape[1] < least:
+        raise ValueError(f"{ids.shape[1]} tokens to run; expected at least {least}")
+    return ids
+
+
+def _reference(opened, ids, grad: bool) -> _Reference:
+    """The model in float64; its own copy of the parameters is gone when this returns."""
+    nodes = {}
+    model = ReferenceModel(opened.config, dict(opened.tensors()))
+    model(ids, observe=nodes.__setitem__)
+    if not np.isfinite(nodes["logits"]).all():
+        raise ValueError(f"{opened.folder}: the reference's logits are not finite, so there is nothing to compare with")
+    if not grad:
+        return _Reference(nodes, None, {})
+    loss, dlogits = cross_entropy(nodes["logits"][:, :-1], ids[:, 1:])
+    gradients, _ = model.vjp(dlogits, ids[:, :-1])
+    # A gradient is complete at the first use of its parameter, which the way back reaches last.
+    used = dict.fromkeys(name for node in block_graph(opened.config) for name in node.parameters.values())
+    return _Reference(nodes, loss, {name: gradients[name] for name in reversed(used)})
+
+
+def _compare(opened, backend, dtype: str, ids, splits: dict, reference: _Reference, log) -> BackendParity:
+    model = backend.build(opened.config, opened.tensors(), dtype=dtype)
+    modes = {}
+    for mode, bounds in splits.items():
+        log(f"{model.backend} {mode}")
+        modes[mode] = _forward(backend, model, ids, bounds, reference.nodes)
+    if reference.gradients:
+        log(f"{model.backend} backward")
+        modes["backward"] = _backward(backend, model, ids, reference)
+    found = BackendParity(model.backend, model.device, model.kernels, modes)
+    # Modules hold references in circles, and the next backend needs the memory.
+    del model
+    gc.collect()
+    return found
+
+
+def _forward(backend, model, ids, bounds: list[int], nodes: dict) -> Comparison:
+    """Run ids[:, bounds[0]:bounds[-1]] in calls that end at the bounds, each going on from the state of the last."""
+    pieces, state = defaultdict(list), None
     started = time.perf_counter()
-    model(backend.from_numpy(ids, device=model.device), observe=observe)
+    for start, stop in pairwise(bounds):
+        given = backend.from_numpy(ids[:, start:stop], device=model.device)
+        out = model(given, state, observe=lambda node, value: pieces[node].append(backend.to_numpy(value)))
+        state = out.state
     seconds = time.perf_counter() - started
-    if list(errors) != list(reference):
-        raise AssertionError(f"backend {name} reports other nodes: {sorted(set(errors) ^ set(reference))}")
-    limits = {node: tolerance(dtype, "value" if node == "logits" else "node") for node in errors}
-    return BackendParity(name, model.device, model.kernels, errors, limits, seconds)
+    errors = {node: _error(pieces.pop(node, []), value[:, : bounds[-1]]) for node, value in nodes.items()}
+    limits = {node: _node_limit(node, model) for node in errors}
+    return Comparison(errors, limits, seconds)
+
+
+def _error(pieces: list[np.ndarray], expected: np.ndarray) -> float:
+    shapes = {piece.shape[2:] for piece in pieces}
+    if shapes != {expected.shape[2:]} or sum(piece.shape[1] for piece in pieces) != expected.shape[1]:
+        return math.inf
+    return relative_l2(np.concatenate(pieces, axis=1), expected)
+
+
+def _node_limit(node: str, model) -> float:
+    layers = min(depth(node, model.config.n_layer), model.config.n_layer)
+    return tolerance(model.dtype, "value" if node == "logits" else "node", layers)
+
+
+def _backward(backend, model, ids, reference: _Reference) -> Comparison:
+    started = time.perf_counter()
+    loss, gradients = backend.loss_and_gradients(model, ids)
+    seconds = time.perf_counter() - started
+    errors = {"loss": relative_l2(loss, reference.loss)}
+    for name, expected in reference.gradients.items():
+        given = gradients.get(name)
+        same = given is not None and given.shape == expected.shape
+        errors[name] = relative_l2(given, expected) if same else math.inf
+    layers = model.config.n_layer
+    limits = {name: tolerance(model.dtype, "value" if name == "loss" else "gradient", layers) for name in errors}
+    return Comparison(errors, limits, seconds)

@@ -6,6 +6,7 @@ resumes exactly, on the same backend or on another.
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -17,9 +18,14 @@ from safetensors.numpy import save_file
 
 from mamba_core import factory, registry
 from mamba_core.spec.init import random_stream
+from mamba_core.spec.params import parameter_table
+from mamba_core.weights.formats import parse_json
 from mamba_core.weights.io import CheckpointError, atomic_folder, open_checkpoint
+from mamba_core.weights.layouts import open_model
 
 OPTIMIZER_FILE = "optimizer.safetensors"
+PROGRESS_FILE = "training.json"
+TOKENIZER_FILE = "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -49,15 +55,19 @@ class TrainSettings:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        for name, least in {"steps": 1, "batch_size": 1, "length": 1, "warmup_steps": 0, "seed": 0}.items():
+            value = getattr(self, name)
+            self._expect(name, isinstance(value, int) and value >= least, f"an integer, at least {least}")
         for name in ("learning_rate", "eps", "clip_norm"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")
-        for name in ("beta1", "beta2", "final_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 to 1")
+            self._expect(name, 0 < getattr(self, name) < math.inf, "a positive number")
+        for name in ("beta1", "beta2"):
+            self._expect(name, 0 <= getattr(self, name) < 1, "a number from 0 to below 1")
+        self._expect("final_fraction", 0 <= self.final_fraction <= 1, "a number from 0 to 1")
+        self._expect("weight_decay", 0 <= self.weight_decay < math.inf, "a number >= 0")
+
+    def _expect(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise ValueError(f"{name} is {getattr(self, name)!r}; expected {expected}")
 
     def rate(self, step: int) -> float:
         """The learning rate of update number `step`, from 0: linear warm-up, then a cosine."""
@@ -86,24 +96,36 @@ def train(
     resume: Path | str | None = None,
     checkpoint: Path | str | None = None,
     checkpoint_every: int = 0,
+    tokenizer: Path | str | None = None,
 ) -> list[dict]:
     """Train a model in place.
+
+    A model in half precision keeps no float32 copy of its parameters, so updates below its rounding are lost: train in
+    float32 unless memory forbids it.
 
     Args:
         data: (tokens,) ints; windows of it are the batches.
         log: called after every update with {"step", "loss", "gradient_norm", "learning_rate"}.
         resume: a folder that `save_checkpoint` wrote, whose model `model` is.
-        checkpoint: a folder to write, after every `checkpoint_every` updates (0 for never) and at the end.
+        checkpoint: a folder to write, after every `checkpoint_every` updates (0 for the end only) and at the end. It
+            must be new, or the one that is resumed.
+        tokenizer: the tokenizer.json that made the data, kept in the checkpoint.
 
     Returns:
         What was logged, one entry an update, those before the resumption included.
+
+    Raises:
+        ValueError: the data does not fit the model or the settings, or the run cannot be resumed with these.
+        CheckpointError: the checkpoint's folder holds something else, or what is resumed is broken.
+        FloatingPointError: the loss is no longer finite.
     """
-    if data.size and not (int(data.min()) >= 0 and int(data.max()) < model.config.vocab_size):
-        raise ValueError(f"the data holds tokens {data.min()} to {data.max()}; vocab_size is {model.config.vocab_size}")
+    data = _checked(data, model.config)
+    if not (isinstance(checkpoint_every, int) and checkpoint_every >= 0):
+        raise ValueError(f"checkpoint_every is {checkpoint_every!r}; expected an integer >= 0")
+    _check_target(checkpoint, resume)
     trainer = registry.get(model.backend).trainer(model, settings)
-    history = []
-    if resume is not None:
-        history = _restore(trainer, Path(resume), settings)
+    run = {"settings": dataclasses.asdict(settings), "data": _digest(data), "config": model.config.fingerprint}
+    history = [] if resume is None else _restore(trainer, model, Path(resume), run)
     for step in range(len(history), settings.steps):
         loss, norm = trainer.step(batch(data, settings, step))
         entry = {"step": step, "loss": loss, "gradient_norm": norm, "learning_rate": settings.rate(step)}
@@ -114,35 +136,91 @@ def train(
             log(entry)
         last = step + 1 == settings.steps
         if checkpoint is not None and (last or (checkpoint_every and (step + 1) % checkpoint_every == 0)):
-            save_checkpoint(checkpoint, model, trainer, settings, history)
+            save_checkpoint(checkpoint, model, trainer, run | {"history": history}, tokenizer)
     return history
 
 
-def save_checkpoint(path: Path | str, model, trainer, settings: TrainSettings, history: list[dict]) -> None:
+def save_checkpoint(path: Path | str, model, trainer, progress: dict, tokenizer: Path | str | None = None) -> None:
     """A folder that `mamba_core.load` reads, with the optimizer's state and the log beside the model."""
+    kept = None if tokenizer is None else Path(tokenizer).read_bytes()
     with atomic_folder(path, overwrite=True) as folder:
         factory.save_into(folder, model)
+        if kept is not None:
+            (folder / TOKENIZER_FILE).write_bytes(kept)
         save_file(trainer.state(), folder / OPTIMIZER_FILE)
-        progress = {"settings": dataclasses.asdict(settings), "history": history}
-        (folder / "training.json").write_text(json.dumps(progress, indent=1))
+        (folder / PROGRESS_FILE).write_text(json.dumps(progress, indent=1))
 
 
 def load_settings(path: Path | str) -> TrainSettings:
     """The settings that a checkpoint was trained with."""
-    return TrainSettings(**_progress(Path(path))["settings"])
+    path = Path(path)
+    try:
+        return TrainSettings(**_progress(path)["settings"])
+    except TypeError as fault:
+        raise CheckpointError(f"{path / PROGRESS_FILE}: cannot resume: {fault}") from None
 
 
-def _restore(trainer, path: Path, settings: TrainSettings) -> list[dict]:
+def _checked(data, config) -> np.ndarray:
+    data = np.asanyarray(data)
+    if data.ndim != 1 or data.dtype.kind not in "iu":
+        raise ValueError(f"the data is {data.dtype} of shape {data.shape}; expected one axis of integers")
+    if data.size and not (int(data.min()) >= 0 and int(data.max()) < config.vocab_size):
+        raise ValueError(f"the data holds tokens {data.min()} to {data.max()}; vocab_size is {config.vocab_size}")
+    return data
+
+
+def _check_target(checkpoint, resume) -> None:
+    if checkpoint is None or (resume is not None and Path(checkpoint).resolve() == Path(resume).resolve()):
+        return
+    path = Path(checkpoint)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise CheckpointError(f"{path}: exists; resume the run in it, or choose another folder for the checkpoint")
+
+
+def _digest(data: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(data, dtype=np.int64)).hexdigest()
+
+
+def _restore(trainer, model, path: Path, run: dict) -> list[dict]:
+    """Give the trainer its state back; what is resumed must be this run, in every respect."""
     progress = _progress(path)
-    if progress["settings"] != dataclasses.asdict(settings):
-        changed = {key for key, value in dataclasses.asdict(settings).items() if progress["settings"].get(key) != value}
-        raise ValueError(f"{path} was trained with other settings: {', '.join(sorted(changed))} differ")
-    trainer.load_state(open_checkpoint(path / OPTIMIZER_FILE))
+    for name, value in run["settings"].items():
+        if progress["settings"].get(name) != value:
+            raise ValueError(f"{path} was trained with {name}={progress['settings'].get(name)}, not {value}")
+    if progress["data"] != run["data"]:
+        raise ValueError(f"{path} was trained on other data")
+    if progress["config"] != run["config"]:
+        raise ValueError(f"{path} is a run of a model with another config")
+    values = registry.get(model.backend).parameters(model)
+    for name, stored in open_model(path).tensors():
+        if not np.array_equal(stored, values[name]):
+            raise ValueError(f"the model is not the one in {path}, load it from there: {name} differs")
+    trainer.load_state(_optimizer_state(path, model.config, len(progress["history"])))
     return progress["history"]
 
 
+def _optimizer_state(path: Path, config, steps: int):
+    """The optimizer's state as stored, checked."""
+    file = path / OPTIMIZER_FILE
+    state = open_checkpoint(file)
+    shapes = {f"{moment}.{name}": entry.shape for name, entry in parameter_table(config).items() for moment in "mv"}
+    shapes["step"] = ()
+    if faults := sorted(set(shapes) ^ set(state)):
+        raise CheckpointError(f"{file}: missing or unexpected: {', '.join(faults[:8])}")
+    if faults := [name for name, shape in shapes.items() if state.header(name).shape != shape]:
+        raise CheckpointError(f"{file}: other shapes than the model's: {', '.join(faults[:8])}")
+    if int(state["step"]) != steps:
+        raise CheckpointError(f"{file}: the optimizer has made {int(state['step'])} steps, the log has {steps}")
+    return state
+
+
 def _progress(path: Path) -> dict:
+    file = path / PROGRESS_FILE
     try:
-        return json.loads((path / "training.json").read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path / 'training.json'}: cannot resume: {error}") from None
+        progress = parse_json(file.read_bytes())
+    except (OSError, ValueError) as fault:
+        raise CheckpointError(f"{file}: cannot resume: {fault}") from None
+    kinds = {"settings": dict, "history": list, "data": str, "config": str}
+    if faults := [name for name, kind in kinds.items() if not isinstance(progress.get(name), kind)]:
+        raise CheckpointError(f"{file}: cannot resume: {', '.join(faults)} missing or of another kind")
+    return progress

@@ -73,6 +73,8 @@ def convert(
         ValueError: an unknown layout, or a config that the target layout cannot express.
     """
     opened = open_model(source, layout=layout, revision=revision)
+    if Path(target).resolve() == opened.folder.resolve():
+        raise ValueError(f"{target}: is the source too; choose another folder to write")
     listed = list(opened.sources())
     with atomic_folder(target, overwrite=overwrite) as folder:
         write_layout(folder, opened.config, [source for _, _, source in listed], to, file_format)

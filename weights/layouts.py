@@ -143,8 +143,11 @@ def write_layout(folder: Path, config, sources: Iterable[TensorSource], layout: 
     file_format = LAYOUTS[layout].file_format if file_format is None else file_format
     if file_format not in WRITERS:
         raise ValueError(f"file_format is {file_format!r}; expected one of {', '.join(WRITERS)}")
+    sources = list(sources)
     fields = LAYOUTS[layout].write_config(config)
-    WRITERS[file_format](folder, _renamed(config, list(sources), layout))
+    if "model_type" in fields:  # transformers keeps the dtype beside the config
+        fields["torch_dtype"] = next(source.dtype for source in sources if source.name == EMBEDDING)
+    WRITERS[file_format](folder, _renamed(config, sources, layout))
     (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
 
 

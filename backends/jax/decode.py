@@ -51,7 +51,7 @@ def choose(logits: jax.Array, seen: jax.Array, uniform: jax.Array, sampling: Sam
     if sampling.greedy:
         tokens = logits.argmax(-1)
     else:
-        probabilities = filtered(logits / sampling.temperature, sampling)
+        probabilities = filtered((logits - logits.max(-1, keepdims=True)) / sampling.temperature, sampling)
         running = probabilities.cumsum(-1)
         # A sum in parallel may rise by rounding where nothing is added, or stay below u times the total at the end.
         kept = probabilities > 0

@@ -8,7 +8,7 @@ from mamba_core.backend import Output, State
 from mamba_core.backends.jax import state as states
 from mamba_core.backends.jax.layers import Block, RMSNorm, precision
 from mamba_core.observe import reporting, within
-from mamba_core.spec.checks import check_tokens
+from mamba_core.spec.checks import check_state, check_tokens
 
 
 class Backbone(nnx.Module):
@@ -60,7 +60,9 @@ class LanguageModel(nnx.Module):
     ) -> Output:
         check_tokens(input_ids, mask, segment_ids)
         observe = reporting(observe)
-        state = self.init_state(input_ids.shape[0]) if state is None else state
+        if state is None:
+            state = self.init_state(input_ids.shape[0])
+        check_state(self.config, input_ids.shape[0], state)
         hidden, state = self.backbone(input_ids, state, mask, segment_ids, observe)
         logits = self.head(hidden)
         if mask is not None:

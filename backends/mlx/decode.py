@@ -44,7 +44,7 @@ def choose(logits: mx.array, seen: mx.array, uniform: mx.array | None, sampling:
     if sampling.greedy:
         tokens = mx.argmax(logits, axis=-1)
     else:
-        probabilities = filtered(logits / sampling.temperature, sampling)
+        probabilities = filtered((logits - logits.max(axis=-1, keepdims=True)) / sampling.temperature, sampling)
         running = mx.cumsum(probabilities, axis=-1)
         # A sum in parallel may rise by rounding where nothing is added, or stay below u times the total at the end.
         kept = probabilities > 0

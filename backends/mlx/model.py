@@ -9,7 +9,7 @@ from mamba_core.backends.mlx import state as states
 from mamba_core.backends.mlx.arrays import dtype_name
 from mamba_core.backends.mlx.layers import Block, RMSNorm
 from mamba_core.observe import reporting, within
-from mamba_core.spec.checks import check_tokens
+from mamba_core.spec.checks import check_state, check_tokens
 from mamba_core.spec.params import parameter_table
 
 
@@ -81,7 +81,9 @@ class LanguageModel(nn.Module):
     ) -> Output:
         check_tokens(input_ids, mask, segment_ids)
         observe = reporting(observe)
-        state = self.init_state(input_ids.shape[0]) if state is None else state
+        if state is None:
+            state = self.init_state(input_ids.shape[0])
+        check_state(self.config, input_ids.shape[0], state)
         with self.on_device():
             hidden, state = self.backbone(input_ids, state, mask, segment_ids, observe)
             logits = self.head(hidden)

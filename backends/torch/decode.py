@@ -39,7 +39,7 @@ def choose(logits: Tensor, seen: Tensor, uniform: Tensor | None, sampling: Sampl
     if sampling.greedy:
         tokens = logits.argmax(-1)
     else:
-        probabilities = filtered(logits / sampling.temperature, sampling)
+        probabilities = filtered((logits - logits.amax(-1, keepdim=True)) / sampling.temperature, sampling)
         running = probabilities.cumsum(-1)
         # A sum in parallel may rise by rounding where nothing is added, or stay below u times the total at the end.
         kept = probabilities > 0

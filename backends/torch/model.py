@@ -8,7 +8,7 @@ from mamba_core.backend import Output, State
 from mamba_core.backends.torch import state as states
 from mamba_core.backends.torch.layers import Block, RMSNorm
 from mamba_core.observe import reporting, within
-from mamba_core.spec.checks import check_tokens
+from mamba_core.spec.checks import check_state, check_tokens
 from mamba_core.spec.params import parameter_table
 
 
@@ -37,6 +37,7 @@ class Backbone(nn.Module):
 
     def _embed(self, input_ids):
         """An id outside the vocabulary raises on a CPU and gives NaN elsewhere, where it would end the CUDA context."""
+        input_ids = input_ids.long()
         if input_ids.device.type == "cpu":
             return self.embeddings(input_ids)
         inside = (input_ids >= 0) & (input_ids < self.embeddings.num_embeddings)
@@ -75,7 +76,9 @@ class LanguageModel(nn.Module):
     ) -> Output:
         check_tokens(input_ids, mask, segment_ids)
         observe = reporting(observe)
-        state = self.init_state(input_ids.shape[0]) if state is None else state
+        if state is None:
+            state = self.init_state(input_ids.shape[0])
+        check_state(self.config, input_ids.shape[0], state)
         hidden, state = self.backbone(input_ids, state, mask, segment_ids, observe)
         logits = self.head(hidden)
         if mask is not None:

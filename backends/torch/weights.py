@@ -15,7 +15,9 @@ from mamba_core.spec.params import Values, checked
 
 def build(config, parameters: Iterable[tuple[str, np.ndarray]], *, dtype="float32", device=None, kernels="auto"):
     """The module is made on the meta device, so that its values exist once."""
-    device = choose_device(device, devices())
+    # Of several GPUs one is named as torch does, "cuda:1".
+    indexed = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    device = choose_device(None if device is None else str(device), [*devices(), *indexed])
     kernels = choose_kernel(kernels, scan_kernels(torch.device(device).type))
     with torch.device("meta"):
         model = LanguageModel(config, kernels)

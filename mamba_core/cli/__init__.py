@@ -17,6 +17,7 @@ COMMANDS = {
     "train": "train a model on text",
     "convert": "write a checkpoint in another layout",
     "inspect": "what a checkpoint holds",
+    "parity": "compare backends with the float64 reference on a checkpoint, node by node",
 }
 
 
@@ -29,6 +30,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, ImportError, OSError) as fault:
         print(f"mamba-core: {' '.join(str(fault).split())}", file=sys.stderr)
         return 2
+    except FloatingPointError as fault:
+        print(f"mamba-core: {fault}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
 

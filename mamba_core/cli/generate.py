@@ -40,8 +40,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json({"prompt": prompt} | dataclasses.asdict(generate(model, prompt, **settings)))
         return 0
+    pieces = stream(model, prompt, **settings)
     print(prompt, end="", flush=True)
-    for piece in stream(model, prompt, **settings):
+    for piece in pieces:
         print(piece, end="", flush=True)
     print()
     return 0

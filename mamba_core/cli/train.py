@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 
 from mamba_core import factory
@@ -10,7 +9,8 @@ from mamba_core.cli.output import add_backend, add_json, console, print_json, pr
 from mamba_core.config import PRESETS, from_dict, preset
 from mamba_core.generation import SubwordTokenizer
 from mamba_core.text import read_tokens
-from mamba_core.training import TrainSettings, load_settings, train
+from mamba_core.training import TOKENIZER_FILE, TrainSettings, load_settings, train
+from mamba_core.weights.formats import parse_json
 from mamba_core.weights.io import CheckpointError
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainSettings)}
@@ -42,8 +42,10 @@ def run(arguments: argparse.Namespace) -> int:
     settings = _resumed(arguments.out, given) if arguments.resume else TrainSettings(**given)
     if not arguments.resume and arguments.out.exists() and any(arguments.out.iterdir()):
         raise CheckpointError(f"{arguments.out}: exists; go on with it by --resume, or choose another --out")
-    tokenizer = None if arguments.tokenizer is None else SubwordTokenizer(arguments.tokenizer)
-    data = read_tokens(arguments.data, tokenizer)
+    tokenizer = arguments.tokenizer
+    if arguments.resume and (arguments.out / TOKENIZER_FILE).is_file():
+        tokenizer = tokenizer or arguments.out / TOKENIZER_FILE
+    data = read_tokens(arguments.data, None if tokenizer is None else SubwordTokenizer(tokenizer))
     model = _model(arguments)
     with progress_bar(quiet=arguments.json) as progress:
         task = progress.add_task(f"train on {model.backend}", total=settings.steps, status="")
@@ -59,6 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
             resume=arguments.out if arguments.resume else None,
             checkpoint=arguments.out,
             checkpoint_every=arguments.checkpoint_every,
+            tokenizer=tokenizer,
         )
     if arguments.json:
         print_json({"checkpoint": str(arguments.out), "history": history})
@@ -74,8 +77,8 @@ def _model(arguments):
     config = preset(arguments.preset or "mamba-130m")
     if arguments.config is not None:
         try:
-            config = from_dict(json.loads(arguments.config.read_text()))
-        except ValueError as fault:
+            config = from_dict(parse_json(arguments.config.read_bytes()))
+        except (ValueError, TypeError) as fault:
             raise ValueError(f"{arguments.config}: {fault}") from None
     return factory.build(config, dtype=arguments.dtype or "float32", seed=arguments.init_seed, **where)
 

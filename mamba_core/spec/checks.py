@@ -16,6 +16,8 @@ def check_scan(x, delta, A, B, C, D, z, delta_bias, initial_state, mask, segment
     _, states = _shape("A", A, ("e", "n"))
     if batch == 0:
         raise ValueError("x has batch 0; expected at least one row")
+    if channels == 0 or states == 0:
+        raise ValueError(f"x has {channels} channels and A {states} states; expected at least one of each")
     sequence = {"delta": delta, "z": z}
     for name, value in sequence.items():
         _expect(name, value, (batch, length, channels), "(b, l, e)")
@@ -127,17 +129,31 @@ def check_tokens(input_ids, mask, segment_ids) -> None:
     _check_positions(batch, length, mask, segment_ids)
 
 
+def check_state(config, batch: int, state) -> None:
+    """Check the state that a model's call goes on from.
+
+    Raises:
+        TypeError: it is not a `State` of as many layers as the config has.
+        ValueError: it is of another batch.
+    """
+    layers, segment = getattr(state, "layers", None), getattr(state, "segment", None)
+    if segment is None or not isinstance(layers, tuple) or len(layers) != config.n_layer:
+        raise TypeError(f"state is {type(state).__name__}; expected a State of {config.n_layer} layers")
+    if {tuple(segment.shape), *((value.shape[0],) for layer in layers for value in layer)} != {(batch,)}:
+        raise ValueError(f"state is of another batch than input_ids, {batch}; its segment has shape {segment.shape}")
+
+
 def choose_device(device: str | None, available: list[str]) -> str:
-    """The device of that name, "cuda:1" too, or for None the first of `Backend.devices`.
+    """The device of that name, or for None the first of `Backend.devices`.
 
     Raises:
         ValueError: there is no such device here.
     """
     if device is None:
         return available[0]
-    if str(device).partition(":")[0] not in available:
+    if device not in available:
         raise ValueError(f"device is {str(device)!r}; here there is {', '.join(available)}")
-    return str(device)
+    return device
 
 
 def choose_kernel(kernel: str, available: dict[str, str | None]) -> str:

@@ -77,7 +77,7 @@ MUTANTS = {
     "top_k off by one": Mutant("decode.py", "rank < sampling.top_k if", "rank <= sampling.top_k if"),
     "top_p drops the token that reaches it": Mutant("decode.py", "(before < sampling.top_p", "(before + ranked < sampling.top_p"),
     "min_p of the wrong token": Mutant("decode.py", "ranked[:, :1])", "ranked[:, 1:2])"),
-    "temperature ignored": Mutant("decode.py", "logits / sampling.temperature", "logits"),
+    "temperature ignored": Mutant("decode.py", "keepdim=True)) / sampling.temperature", "keepdim=True))"),
     "one uniform for all rows": Mutant("decode.py", "uniform[:, None]", "uniform[:1, None]"),
     "decay of every parameter": Mutant("train.py", "table[name].decay == decay", "decay"),
     "no clipping": Mutant("train.py", "self.settings.clip_norm)", "1e9)"),

@@ -142,7 +142,9 @@ def test_the_wheel_works_on_each_backend(backend, wheel, tmp_path):
 def snippets() -> dict[str, str]:
     """The Python blocks of the README, by the heading that they stand under."""
     found, heading = {}, ""
-    for match in re.finditer(r"^#+ (?P<heading>[^\n]+)$|^```python\n(?P<code>.*?)^```$", README, re.MULTILINE | re.DOTALL):
+    for match in re.finditer(
+        r"^#+ (?P<heading>[^\n]+)$|^```python\n(?P<code>.*?)^```$", README, re.MULTILINE | re.DOTALL
+    ):
         heading = match["heading"] or heading
         if match["code"]:
             found[heading] = found.get(heading, "") + match["code"]
