@@ -201,6 +201,15 @@ class Backend(Protocol):
             state: what the prompts go on from.
         """
 
+    def choose(self, logits: Array, seen: Array, uniform: Array | None, sampling) -> tuple[Array, Array]:
+        """One token a row, (b,), and its log-probability under the logits, (b,).
+
+        Args:
+            logits: (b, v) float32. seen: (b, v) bool, the tokens that stand in the row.
+            uniform: (b,) float32 in [0, 1); not used, and may be None, where sampling is greedy.
+            sampling: as in `decode`.
+        """
+
     def trainer(self, model: Model, settings) -> "Trainer":
         """An AdamW trainer of the model, with `mamba_core.training.TrainSettings`."""
 

@@ -73,10 +73,9 @@ def test_padded_vocabulary_is_never_produced(backend):
 
 def chosen(backend, model, logits, sampling, uniform, seen=None):
     """One choice of the backend's own `choose`, from NumPy."""
-    decode = __import__(f"{type(backend).__module__}.decode", fromlist=["choose"])
     seen = np.zeros(logits.shape, bool) if seen is None else seen
     arrays = [backend.from_numpy(value, device=model.device) for value in (logits, seen, uniform)]
-    tokens, logprobs = decode.choose(*arrays, sampling)
+    tokens, logprobs = backend.choose(*arrays, sampling)
     return backend.to_numpy(tokens), backend.to_numpy(logprobs)
 
 
