@@ -134,6 +134,29 @@ def test_jax_lowers_for_cpu_cuda_and_tpu(kernel):
     assert set(lowered.platforms) == {"cpu", "cuda", "tpu"}
 
 
+def test_jax_second_derivative_of_every_kernel():
+    """Against differences of the first, in float32."""
+    jax = pytest.importorskip("jax")
+    rng = np.random.default_rng(0)
+    shapes = {"x": (1, 5, 2), "delta": (1, 5, 2), "A": (2, 3), "B": (1, 5, 3), "C": (1, 5, 3)}
+    x, delta, A, B, C = (rng.normal(size=shape).astype(np.float32) for shape in shapes.values())
+    direction = rng.normal(size=delta.shape).astype(np.float32)
+
+    def gradient(delta, kernel):
+        def loss(delta):
+            y = mc.selective_scan(jax.numpy.asarray(x), delta, -np.exp(A), B, C, delta_softplus=True, kernel=kernel)
+            return (y**2).sum()
+
+        return jax.grad(loss)(delta)
+
+    for kernel in ("chunked", "associative", "sequential"):
+        second = jax.grad(lambda delta, kernel=kernel: (gradient(delta, kernel) * direction).sum())(delta)
+        step = 1e-2 * direction
+        difference = (gradient(delta + step, kernel) - gradient(delta - step, kernel)) / 2e-2
+        # The Hessian is symmetric, so that along the direction both are the same product.
+        assert relative_l2(second, difference) < 1e-3, kernel
+
+
 def test_mlx_compile_value_and_grad_and_update():
     mx = pytest.importorskip("mlx.core")
     nn = pytest.importorskip("mlx.nn")
