@@ -1,0 +1,289 @@
+"""Torch's files: what torch saves is read, and a broken or hostile one is one clear error."""
+
+import os
+import pickle
+import re
+import struct
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+
+from mamba_core.weights import torch_file
+from mamba_core.weights.io import (
+    open_checkpoint,
+)
+
+from .checkpoints import assert_fault, write
+
+# --- what torch writes -----------------------------------------------------------------------------
+
+
+def test_views_and_parameters_that_torch_saves(tmp_path):
+    torch = pytest.importorskip("torch")
+    base = torch.arange(24.0).reshape(4, 6)
+    marked = torch.nn.Parameter(base[1].clone())
+    marked._no_weight_decay = True
+    tensors = {
+        "base": base,
+        "tied": base,
+        "transposed": base.t(),
+        "sliced": base[1:, ::2],
+        "expanded": base[:1, :1].expand(3, 5),
+        "odd_stride": torch.as_strided(base, (2, 1), (3, 2**61)),
+        "empty": torch.zeros(5, 0),
+        "parameter": torch.nn.Parameter(base[2].clone()),
+        "marked": marked,
+        "half": base.to(torch.bfloat16),
+        "float8": base.to(torch.float8_e4m3fn).t(),
+        "unsigned": base.to(torch.uint16),
+        "flags": base > 3,
+        "scalar": torch.tensor(7),
+    }
+    torch.save(tensors, tmp_path / "a.pt")
+    opened = open_checkpoint(tmp_path / "a.pt")
+    assert list(opened) == list(tensors)
+    for name, tensor in tensors.items():
+        assert opened.header(name)[:2] == (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+        assert opened[name].astype(np.float64).tolist() == tensor.to(torch.float64).tolist(), name
+    assert np.shares_memory(opened["base"], opened["tied"])
+    assert np.shares_memory(opened["base"], opened["transposed"])
+
+
+def test_a_state_dict_and_one_inside_a_training_checkpoint(tmp_path):
+    torch = pytest.importorskip("torch")
+    model = torch.nn.Linear(2, 3)
+    moments = {0: {"step": torch.tensor(1.0), "exp_avg": torch.zeros(3, 2)}}
+    optimizer = {"state": moments, "param_groups": [{"lr": 0.1, "betas": (0.9, 0.999), "params": [0, 1]}]}
+    state = model.state_dict()
+    nested = {"model": state, "optimizer": optimizer, "step": 3, "best": None, "rate": 0.1, "size": (1, 2)}
+    for saved in (state, nested, {"state_dict": state}):
+        torch.save(saved, tmp_path / "a.pt")
+        opened = open_checkpoint(tmp_path / "a.pt")
+        assert list(opened) == ["weight", "bias"]
+        assert opened["weight"].tolist() == model.weight.tolist()
+
+
+@pytest.mark.parametrize(
+    ("build", "word"),
+    [
+        (lambda x: x, "holds a PickledTensor"),
+        (lambda x: [x], "holds a list"),
+        (lambda x: {"step": 3}, "found none among 'step'"),
+        (lambda x: {"model": {"w": x}, "ema": {"w": x}}, "found 'model', 'ema'"),
+        (lambda x: {"w": x, "step": 3}, "entries that are not tensors under a text name: 'step'"),
+        (lambda x: {3: x}, "entries that are not tensors under a text name: 3"),
+        (lambda x: {"w": x, None: x}, "neither text nor an integer"),
+        (lambda x: {"w": x.to_sparse()}, "torch._utils._rebuild_sparse_tensor"),
+        (lambda x: {"w": x.cfloat()}, "torch.ComplexFloatStorage"),
+        (lambda x: {"w": x.cfloat().conj().imag}, "calls torch._utils._rebuild_tensor_v2 with arguments"),
+    ],
+)
+def test_what_is_not_a_dictionary_of_plain_tensors(tmp_path, build, word):
+    torch = pytest.importorskip("torch")
+    torch.save(build(torch.ones(2)), tmp_path / "a.pt")
+    assert_fault(tmp_path / "a.pt", word)
+
+
+def test_the_format_before_1_6(tmp_path):
+    torch = pytest.importorskip("torch")
+    torch.save({"w": torch.ones(2)}, tmp_path / "a.bin", _use_new_zipfile_serialization=False)
+    assert_fault(tmp_path / "a.bin", "before version 1.6", "re-save it")
+
+
+# --- faults of a torch file ------------------------------------------------------------------------
+
+
+def rewrite(path, change=lambda name, data: data, compression=zipfile.ZIP_STORED, extra=()):
+    """Write the zip again with other data in a record, or without it where the change gives None."""
+    with zipfile.ZipFile(path) as archive:
+        records = [(name, change(name.split("/", 1)[1], archive.read(name))) for name in archive.namelist()]
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in [*records, *extra]:
+            if data is not None:
+                archive.writestr(name, data)
+
+
+@pytest.fixture
+def torch_path(tmp_path):
+    write(tmp_path / "a.bin", {"w": np.arange(6.0, dtype=np.float32).reshape(2, 3)})
+    return tmp_path / "a.bin"
+
+
+def replace(record: str, old: bytes, new: bytes):
+    def change(name, data):
+        if name != record:
+            return data
+        assert old in data
+        return data.replace(old, new)
+
+    return change
+
+
+def test_rewriting_alone_changes_nothing(torch_path):
+    rewrite(torch_path)
+    assert open_checkpoint(torch_path)["w"].tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+@pytest.mark.parametrize(
+    ("record", "old", "new", "word"),
+    [
+        ("byteorder", b"little", b"big", "byte order is b'big'"),
+        ("data/0", b"\0\0\0\0", b"", "its storage is 24 bytes long but the record has 20"),
+        ("data.pkl", b"J\6\0\0\0t", b"J\5\0\0\0t", "its storage is 20 bytes long but the record has 24"),
+        ("data.pkl", b"X\1\0\0\x000", b"X\1\0\0\x007", "its storage '7' is not in the file"),
+        ("data.pkl", b"QJ\0\0\0\0", b"QJ\1\0\0\0", "beyond its storage"),
+        ("data.pkl", b"QJ\0\0\0\0", b"QJ\xff\xff\xff\xff", "not a non-negative integer"),
+        ("data.pkl", b"(J\2\0\0\0J\3\0\0\0t", b"(J\3\0\0\0J\3\0\0\0t", "beyond its storage"),
+        ("data.pkl", b"(J\2\0\0\0J\3\0\0\0t", b"(J\2\0\0\0J\xff\xff\xff\xfft", "shape (2, -1)"),
+        ("data.pkl", b"(J\2\0\0\0J\3\0\0\0t", b"(J\3\0\0\0t", "number of axes"),
+        ("data.pkl", b"(J\3\0\0\0J\1\0\0\0t", b"(J\4\0\0\0J\1\0\0\0t", "beyond its storage"),
+        ("data.pkl", b"(J\3\0\0\0J\1\0\0\0t", b"(J\3\0\0\0J\xff\xff\xff\xfft", "not a non-negative integer"),
+        ("data.pkl", b"FloatStorage", b"QInt8Storage", "torch.QInt8Storage"),
+        ("data.pkl", b"storage", b"storagf", "persistent id"),
+        ("data.pkl", b"\x80\2", b"\x80\4", "pickle protocol 4"),
+        ("data.pkl", b"QJ", b"J", "_rebuild_tensor_v2 with arguments"),
+        ("data.pkl", b"tRu.", b"tR", "malformed"),
+    ],
+)
+def test_faults_of_a_torch_file(torch_path, record, old, new, word):
+    rewrite(torch_path, replace(record, old, new))
+    assert_fault(torch_path, word)
+
+
+def test_faults_of_the_zip(torch_path):
+    whole = torch_path.read_bytes()
+    rewrite(torch_path, compression=zipfile.ZIP_DEFLATED)
+    assert_fault(torch_path, "is compressed")
+    torch_path.write_bytes(whole)
+    rewrite(torch_path, lambda name, data: None if name == "data.pkl" else data)
+    assert_fault(torch_path, "has 0 records NAME/data.pkl")
+    torch_path.write_bytes(whole)
+    rewrite(torch_path, extra=[("other/data.pkl", b"")])
+    assert_fault(torch_path, "has 2 records NAME/data.pkl")
+    torch_path.write_bytes(whole)
+    with pytest.warns(UserWarning, match="Duplicate name"):
+        rewrite(torch_path, extra=[("archive/data/0", b"")])
+    assert_fault(torch_path, "two records of one name")
+    torch_path.write_bytes(b"not a zip")
+    assert_fault(torch_path, "it is no zip")
+    torch_path.write_bytes(whole.replace(b"PK\x03\x04", b"PK\x03\x05"))
+    assert_fault(torch_path, "has no local header")
+
+
+def test_encrypted_records_are_refused(torch_path):
+    whole = bytearray(torch_path.read_bytes())
+    for found in re.finditer(rb"PK\x01\x02", bytes(whole)):
+        whole[found.start() + 8] |= 1
+    torch_path.write_bytes(whole)
+    assert_fault(torch_path, "is encrypted")
+
+
+def test_a_pickle_that_does_not_fit_its_checksum(torch_path):
+    torch_path.write_bytes(torch_path.read_bytes().replace(b"X\1\0\0\0w", b"X\1\0\0\0v"))
+    assert_fault(torch_path, "'archive/data.pkl' is damaged")
+
+
+def test_records_before_the_file(torch_path):
+    """A directory that claims to begin later than it does moves every record by as much towards the front."""
+    whole = torch_path.read_bytes()
+    (begin,) = struct.unpack("<I", whole[-6:-2])
+    torch_path.write_bytes(whole[:-6] + struct.pack("<I", begin + len(whole)) + whole[-2:])
+    assert_fault(torch_path, "no local header at byte -")
+
+
+def test_a_record_beyond_the_file(torch_path):
+    """A local header whose padding, which the directory does not know, ends past the file."""
+    whole = bytearray(torch_path.read_bytes())
+    name = whole.index(b"archive/data/0")
+    whole[name - 2 : name] = struct.pack("<H", 60_000)
+    torch_path.write_bytes(whole)
+    assert_fault(torch_path, "'archive/data/0' runs past the end of the file")
+
+
+def test_a_pickle_that_is_too_large(torch_path, monkeypatch):
+    monkeypatch.setattr(torch_file, "MAX_PICKLE_BYTES", 100)
+    assert_fault(torch_path, "at most 100 are read")
+
+
+# --- hostile pickles -------------------------------------------------------------------------------
+
+
+class Call:
+    """Pickles as a call."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def put_pickle(path, data: bytes) -> None:
+    rewrite(path, lambda name, old: data if name == "data.pkl" else old)
+
+
+def hostile_values(canary):
+    from collections import OrderedDict
+
+    command = f"touch {canary}"
+    statement = f"open({str(canary)!r}, 'w')"
+    yield "posix.system", Call(os.system, command)
+    yield "builtin", Call(eval, statement)
+    yield "builtin", {"w": [(Call(exec, statement),)]}
+    yield "builtin", Call(OrderedDict, [("w", Call(eval, statement))])
+    yield "builtin", Call(getattr, Call(__import__, "os"), "system")
+
+
+def test_nothing_in_a_pickle_is_executed(torch_path, tmp_path):
+    canary = tmp_path / "executed"
+    for word, value in hostile_values(canary):
+        for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+            data = pickle.dumps(value, protocol)
+            put_pickle(torch_path, data)
+            assert_fault(torch_path, *([word] if protocol == 2 else []))
+    assert not canary.exists()
+    pickle.loads(pickle.dumps(Call(os.system, f"touch {canary}")))
+    assert canary.exists(), "the attack of this test is none"
+
+
+@pytest.mark.parametrize(
+    ("data", "word"),
+    [
+        (b"\x80\2cos\nsystem\n.", "'os.system'"),
+        (b"\x80\2ctorch\nload\n.", "'torch.load'"),
+        (b"\x80\2ctorch.storage\n_load_from_bytes\n.", "'torch.storage._load_from_bytes'"),
+        (b"\x80\2ccollections\nOrderedDict\n(K\1tR.", "calls collections.OrderedDict"),
+        (b"\x80\2K\1)R.", "calls int"),
+        (b"\x80\2ccollections\nOrderedDict\n}b.", "sets attributes"),
+        (b"\x80\2(ios\nsystem\n.", "opcode INST"),
+        (b"\x80\2(cos\nsystem\no.", "'os.system'"),
+        (b"\x80\2ccollections\nOrderedDict\n)\x81.", "opcode NEWOBJ"),
+        (b"\x80\2X\2\0\0\0osX\6\0\0\0system\x93.", "opcode STACK_GLOBAL"),
+        (b"\x80\2\x82\1.", "opcode EXT1"),
+        (b"\x80\2h\7.", "never made"),
+        (b"\x80\2.", "never made"),
+        (b"\x80\2u.", "never made"),
+        (b"\x80\2K\1\x86.", "never made"),
+        (b"\x80\2(K\1u.", "never made"),
+        (b"\x80\2\xff.", "malformed"),
+        (b"\x80\2}K\1a.", "not a list"),
+        (b"\x80\2]K\1K\1s.", "not a dictionary"),
+        (b"\x80\2}(K\1u.", "not a dictionary"),
+    ],
+)
+def test_pickles_by_hand(torch_path, data, word):
+    put_pickle(torch_path, data)
+    assert_fault(torch_path, word)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the limit is of POSIX")
+def test_a_pickle_cannot_ask_for_memory_or_time(torch_path):
+    """A memo of 2**32 slots, a string of 2**62 bytes, and a key whose hash doubles its steps with each level."""
+    put_pickle(torch_path, b"\x80\2}r\xff\xff\xff\x7f.")
+    assert dict(open_checkpoint(torch_path)) == {}
+    put_pickle(torch_path, b"\x80\2\x8d" + struct.pack("<Q", 2**62) + b".")
+    assert_fault(torch_path, "malformed")
+    put_pickle(torch_path, b"\x80\2}" + b")" + b"q\0h\0\x86" * 20 + b"K\1s.")
+    assert_fault(torch_path, "neither text nor an integer")
