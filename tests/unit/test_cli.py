@@ -160,6 +160,14 @@ def test_demo(backend, text, tmp_path, capsys):
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_demo_leaves_what_is_not_its_own(text, tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "thesis.txt").write_text("precious")
+    assert main(["demo", str(text), "--steps", "1", "--new-tokens", "1", "--out", str(tmp_path)]) == 2
+    assert "holds something else than a demo's results" in capsys.readouterr().err
+    assert (tmp_path / "model" / "thesis.txt").read_text() == "precious"
+
+
 def test_demo_fails_when_a_backend_is_wrong(backend, text, tmp_path, monkeypatch, capsys):
     from mamba_core.cli import demo
 
