@@ -4,7 +4,7 @@ Importing this package imports no framework; a backend is imported when it is fi
 """
 
 from mamba_core import backends
-from mamba_core.backend import LayerState, Output, State
+from mamba_core.backend import Hidden, LayerState, Output, State
 from mamba_core.config import PRESETS, MambaConfig
 from mamba_core.factory import build, load, load_state, save, save_state
 from mamba_core.generation import generate, stream
@@ -16,6 +16,7 @@ from mamba_core.weights.convert import convert, inspect
 
 __all__ = [
     "PRESETS",
+    "Hidden",
     "LayerState",
     "MambaConfig",
     "Output",

@@ -41,6 +41,13 @@ class Output(NamedTuple):
     state: State
 
 
+class Hidden(NamedTuple):
+    """hidden: (b, l, d) in the compute dtype, what comes before a head. state: after the last position."""
+
+    hidden: Array
+    state: State
+
+
 class Backend(Protocol):
     """The functions of a backend.
 
@@ -179,6 +186,10 @@ class Backend(Protocol):
         left off, and without segment_ids in the segment where that left off. logits are zero at masked positions;
         a row of input_ids outside the vocabulary raises or gives NaN, never numbers. observe(name, array) is called
         with the value of every node of the block graph.
+
+        A model without a head is called the same way, model(inputs, state=None, ...) -> Hidden, with hidden zero at
+        masked positions: inputs are input_ids for task "features", and for task "layers" inputs_embeds (b, l, d) in
+        any float dtype, in which it is differentiable.
         """
 
     def parameters(self, model: Model) -> Mapping[str, Any]:
@@ -187,7 +198,8 @@ class Backend(Protocol):
     def loss_and_gradients(self, model: Model, tokens, mask=None) -> tuple[float, dict[str, Any]]:
         """Mean cross-entropy of tokens[:, 1:] given tokens[:, :-1], and its gradient by canonical name, as NumPy.
 
-        tokens (b, l+1) and mask (b, l+1) are NumPy; the mean is over the targets that count.
+        tokens (b, l+1) and mask (b, l+1) are NumPy; the mean is over the targets that count. Raises ValueError for a
+        model of another task than "lm".
         """
 
     # --- decoding and training ---------------------------------------------------------------------
@@ -211,7 +223,10 @@ class Backend(Protocol):
         """
 
     def trainer(self, model: Model, settings) -> "Trainer":
-        """An AdamW trainer of the model, with `mamba_core.training.TrainSettings`."""
+        """An AdamW trainer of the model, with `mamba_core.training.TrainSettings`.
+
+        Raises ValueError for a model of another task than "lm".
+        """
 
 
 class Trainer(Protocol):

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+TASKS = ("lm", "features", "layers")
+
 
 @dataclass(frozen=True)
 class MambaConfig:
@@ -34,6 +36,10 @@ class MambaConfig:
         rescale_prenorm_residual: divide the initial out_proj.weight by sqrt(n_layer).
         initializer_range: standard deviation of the initial embedding.
         bos_token_id, eos_token_id, pad_token_id: of the tokenizer, where the checkpoint says; eos may be several.
+        task: "lm" for a language model; "features" for one without its head; "layers" for the residual blocks alone,
+            without embedding and final norm, from embeddings (b, l, d).
+        compat: "minimamba" runs checkpoints of the package MiniMamba as they were trained, which is not Mamba: the dt
+            bias counts twice, and the gate z multiplies without its SiLU.
         extra: fields of a checkpoint's config that mean nothing to the model; kept, and written back.
     """
 
@@ -60,6 +66,8 @@ class MambaConfig:
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
+    task: str = "lm"
+    compat: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     architecture: ClassVar[str] = "mamba"
@@ -73,6 +81,8 @@ class MambaConfig:
             _expect(self, name, "true or false", lambda value: isinstance(value, bool))
         _expect(self, "dt_rank", "a positive integer or 'auto'", lambda v: v == "auto" or (_is_int(v) and v > 0))
         _expect(self, "dt_init", "'random' or 'constant'", lambda value: value in ("random", "constant"))
+        _expect(self, "task", f"one of {', '.join(TASKS)}", lambda value: value in TASKS)
+        _expect(self, "compat", "'minimamba' or nothing", lambda value: value in (None, "minimamba"))
         _expect(self, "dt_init_floor", "a number >= 0", lambda value: _is_number(value) and value >= 0)
         if isinstance(self.eos_token_id, list):
             object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
@@ -105,9 +115,12 @@ class MambaConfig:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of what decides a decode state's shapes and meaning: the sizes and the norm, no initial values."""
+        """A hash of what decides a decode state's shapes and meaning: the sizes, the norm and the arithmetic.
+
+        Not the initial values, and not the task: its models carry the same state.
+        """
         sizes = (self.d_model, self.n_layer, self.d_inner, self.d_state, self.d_conv, self.dt_rank_size)
-        rest = (self.architecture, self.bias, self.conv_bias, self.norm_eps)
+        rest = (self.compat or self.architecture, self.bias, self.conv_bias, self.norm_eps)
         return hashlib.sha256(repr(sizes + rest).encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:
@@ -116,14 +129,20 @@ class MambaConfig:
 
     @classmethod
     def from_hf(cls, fields: Mapping[str, Any]) -> "MambaConfig":
-        """From the config.json of transformers' MambaForCausalLM; absent fields take that library's defaults."""
+        """From the config.json of transformers' MambaForCausalLM or MambaModel, or from one of `to_hf`.
+
+        Absent fields take transformers' defaults.
+        """
         fields = dict(fields)
         model_type = fields.pop("model_type", "mamba")
-        if model_type != "mamba":
-            raise ValueError(f"config has model_type {model_type!r}; this version reads 'mamba'")
-        if (activation := fields.pop("hidden_act", "silu")) not in ("silu", "swish"):
-            raise ValueError(f"config has hidden_act {activation!r}; Mamba's activation is 'silu'")
-        for name in ("architectures", "torch_dtype", "dtype"):  # written anew: what they say is not of the config
+        if model_type not in ("mamba", _HF_MINIMAMBA):
+            raise ValueError(f"config has model_type {model_type!r}; this version reads 'mamba' and {_HF_MINIMAMBA!r}")
+        compat = "minimamba" if model_type == _HF_MINIMAMBA else None
+        expected = ("silu", "swish") if compat is None else (compat,)
+        if (activation := fields.pop("hidden_act", expected[0])) not in expected:
+            raise ValueError(f"config has hidden_act {activation!r}; that of {model_type!r} is {expected[0]!r}")
+        task = "features" if fields.pop("architectures", None) == ["MambaModel"] else "lm"
+        for name in ("torch_dtype", "dtype"):  # written anew: what they say is not of the config
             fields.pop(name, None)
         known = {ours: fields.pop(theirs, default) for ours, (theirs, default) in _HF_FIELDS.items()}
         if _is_int(known["d_model"]) and known["dt_rank"] == math.ceil(known["d_model"] / 16):
@@ -132,7 +151,7 @@ class MambaConfig:
         inner = fields.pop("intermediate_size", None)
         if not isinstance(ours, Mapping) or not set(ours) <= set(_HF_HIDDEN):
             raise ValueError(f"config has mamba_core fields {ours!r}; expected some of {', '.join(_HF_HIDDEN)}")
-        config = cls(**known | {"pad_vocab_size_multiple": 1} | dict(ours), extra=fields)
+        config = cls(**known | {"pad_vocab_size_multiple": 1} | dict(ours), task=task, compat=compat, extra=fields)
         if config.padded_vocab_size != padded:
             raise ValueError(f"config has vocab_size {padded}, but its mamba_core fields give {ours}")
         if inner is not None and inner != config.d_inner:
@@ -146,14 +165,23 @@ class MambaConfig:
         """As transformers reads it: vocab_size counts the padded rows; what it has no use for is under mamba_core.
 
         rescale_prenorm_residual is written as false, because transformers 5 divides the out_proj.weight that it
-        loads by sqrt(n_layer) where it is true.
+        loads by sqrt(n_layer) where it is true. With `compat`, model_type and hidden_act are ones that transformers
+        does not have: its Auto classes refuse the first, MambaForCausalLM only the second.
+
+        Raises:
+            ValueError: task "layers", which has no form there.
         """
+        if self.task == "layers":
+            raise ValueError(
+                "a config of task 'layers' cannot be written as hf, whose models have an embedding and a final norm; "
+                "layout mambapy holds the layers alone"
+            )
         ours = {name: getattr(self, name) for name in _HF_HIDDEN}
         known = {theirs: getattr(self, name) for name, (theirs, _) in _HF_FIELDS.items()}
         derived = {
-            "model_type": "mamba",
-            "architectures": ["MambaForCausalLM"],
-            "hidden_act": "silu",
+            "model_type": "mamba" if self.compat is None else _HF_MINIMAMBA,
+            "architectures": ["MambaForCausalLM" if self.task == "lm" else "MambaModel"],
+            "hidden_act": self.compat or "silu",
             "intermediate_size": self.d_inner,
             "time_step_rank": self.dt_rank_size,
             "vocab_size": self.padded_vocab_size,
@@ -185,8 +213,13 @@ class MambaConfig:
     def to_mamba_ssm(self) -> dict[str, Any]:
         """As mamba_ssm reads it, which takes no other fields: token ids, initializer_range and such are not written.
 
-        Its norms have a fixed eps, so a config with another cannot be written.
+        Raises:
+            ValueError: another norm_eps than the one that its norms have, another task than "lm", or `compat`.
         """
+        if self.task != "lm":
+            raise ValueError(f"task {self.task!r} cannot be written as mamba_ssm, which holds language models only")
+        if self.compat is not None:
+            raise ValueError(f"compat={self.compat!r} cannot be written as mamba_ssm, which computes another model")
         if self.norm_eps != 1e-5:
             raise ValueError(f"norm_eps={self.norm_eps} cannot be written: mamba_ssm fixes it at 1e-05")
         top = {name: getattr(self, name) for name in _MAMBA_SSM_FIELDS}
@@ -221,6 +254,8 @@ _HF_FIELDS = {
     "eos_token_id": ("eos_token_id", 0),
     "pad_token_id": ("pad_token_id", 0),
 }
+
+_HF_MINIMAMBA = "mamba_core_minimamba"
 
 _HF_HIDDEN = ("vocab_size", "pad_vocab_size_multiple", "rescale_prenorm_residual")
 

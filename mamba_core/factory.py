@@ -57,19 +57,21 @@ def load(
     device: str | None = None,
     kernels: str = "auto",
     revision: str | None = None,
+    compat: str | None = None,
 ):
     """A model from a checkpoint in any readable layout, detected.
 
     Args:
-        source: a folder, or the id of a repository on the Hugging Face hub.
+        source: a folder, a file, or the id of a repository on the Hugging Face hub.
         dtype: the compute dtype; by default that of the checkpoint's embedding.
         revision: of the hub repository.
+        compat: "minimamba" to read MiniMamba's checkpoints, with their own arithmetic.
         backend, device, kernels: as in `build`.
 
     Raises:
         CheckpointError: the checkpoint is missing, broken, or not a model that this version reads.
     """
-    opened = open_model(source, revision=revision)
+    opened = open_model(source, revision=revision, compat=compat)
     dtype = opened.dtype if dtype is None else dtype
     _check_dtype(dtype)
     model = registry.get(backend).build(opened.config, opened.tensors(), dtype=dtype, device=device, kernels=kernels)
@@ -81,7 +83,7 @@ def save(model, path: str | Path, *, layout: str = "hf", overwrite: bool = False
     """Write a model as a folder of safetensors and config.json, which appears only when complete.
 
     Args:
-        layout: "hf" (transformers reads it) or "mamba_ssm".
+        layout: "hf" (transformers reads it) or another key of `mamba_core.weights.layouts.LAYOUTS`.
         overwrite: replace an existing folder.
     """
     with atomic_folder(path, overwrite=overwrite) as folder:

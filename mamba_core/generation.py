@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mamba_core import registry
+from mamba_core.spec.checks import check_task
 from mamba_core.spec.init import random_stream
 
 # Of positive settings, well inside float32.
@@ -148,9 +149,10 @@ def generate(
         tokenizer: has `encode(text)` and `decoder()`; by default the checkpoint's own, or bytes for 256 entries.
 
     Raises:
-        ValueError: a prompt is empty and the config has no bos_token_id, a token is outside the vocabulary, or a
-            setting is out of range.
+        ValueError: the model is of another task than "lm", a prompt is empty and the config has no bos_token_id, a
+            token is outside the vocabulary, or a setting is out of range.
     """
+    check_task(model.config, "generating")
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     tokenizer = tokenizer or tokenizer_of(model)
     encoded = _encode(model.config, prompts, tokenizer)
@@ -168,6 +170,7 @@ def generate(
 
 def stream(model, prompt, *, max_new_tokens: int = 64, stop=(), tokenizer=None, **sampling) -> Iterator[str]:
     """Continue one prompt, yielding text as it comes, always whole characters; arguments as in `generate`."""
+    check_task(model.config, "generating")
     tokenizer = tokenizer or tokenizer_of(model)
     if tokenizer is None:
         raise ValueError("streaming text needs a tokenizer; the model has none, so pass tokenizer=")

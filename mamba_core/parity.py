@@ -22,6 +22,7 @@ import numpy as np
 from mamba_core import registry
 from mamba_core.factory import DTYPES
 from mamba_core.generation import tokenizer_of
+from mamba_core.spec.checks import check_task
 from mamba_core.spec.graph import block_graph
 from mamba_core.spec.init import random_stream
 from mamba_core.spec.params import parameter_count
@@ -30,6 +31,8 @@ from mamba_core.spec.tolerances import relative_l2, tolerance
 from mamba_core.weights.layouts import open_model
 
 STEPS = 8
+# The last node of a graph, which has the tolerance of a result.
+RESULTS = ("logits", "hidden")
 # Parameters times tokens by default: 66 tokens of mamba-130m, which keeps --grad on three backends below two minutes on
 # two cores.
 WORK = 2**33
@@ -95,12 +98,14 @@ class BackendParity:
 class Parity:
     """What `parity` found.
 
-    layers: how deep the model is. tokens: what was run. chunks: the lengths of the calls of "chunked".
-    steps: how many of the first tokens "stepped" ran.
+    layers: how deep the model is. length: how many positions were run. tokens: what was run; empty for a model of task
+    "layers", which takes embeddings. chunks: the lengths of the calls of "chunked". steps: how many of the first
+    positions "stepped" ran.
     """
 
     dtype: str
     layers: int
+    length: int
     tokens: list[int]
     chunks: list[int]
     steps: int
@@ -111,7 +116,7 @@ class Parity:
         return all(entry.passed for entry in self.backends)
 
     def to_dict(self) -> dict:
-        about = {"passed": self.passed, "dtype": self.dtype, "layers": self.layers, "length": len(self.tokens)}
+        about = {"passed": self.passed, "dtype": self.dtype, "layers": self.layers, "length": self.length}
         about |= {"chunks": self.chunks, "steps": self.steps, "tokens": self.tokens}
         return about | {"backends": [entry.to_dict() for entry in self.backends]}
 
@@ -139,11 +144,12 @@ def parity(
         length: how many tokens to run; by default 16 to 128, the fewer the larger the model.
         steps: how many of them to run one at a time too, at most.
         tokens: ids to run, all of them unless a length is given. text: the same, for a checkpoint with a tokenizer.
-        seed: of the random tokens that are run when neither is given.
+        seed: of the random tokens that are run when neither is given, or of the embeddings for task "layers".
         log: called with a line as each part begins.
 
     Raises:
-        ValueError: a setting out of range, an unknown backend or dtype, text without a tokenizer.
+        ValueError: a setting out of range, an unknown backend or dtype, text without a tokenizer, grad of a model of
+            another task than "lm".
         ImportError: a backend's framework is not installed.
         CheckpointError: as `mamba_core.load`.
     """
@@ -155,17 +161,20 @@ def parity(
     if not chosen:
         raise ValueError("no backend to compare; name one, or install a framework")
     opened = open_model(source)
-    ids = _ids(opened, length, tokens, text, seed, least=2 if grad else 1)
+    if grad:
+        check_task(opened.config, "grad")
+    inputs = _inputs(opened, length, tokens, text, seed, least=2 if grad else 1)
     log = log or (lambda line: None)
     log("reference")
-    reference = _reference(opened, ids, grad)
-    whole, steps = ids.shape[1], min(steps, ids.shape[1])
+    reference = _reference(opened, inputs, grad)
+    whole, steps = inputs.shape[1], min(steps, inputs.shape[1])
     # One call in the middle, and a last one shorter than the window of the convolution.
     splits = {"forward": [0, whole], "chunked": sorted({0, whole // 2, max(whole - 2, 0), whole})}
     splits["stepped"] = list(range(steps + 1))
-    found = tuple(_compare(opened, backend, dtype, ids, splits, reference, log) for backend in chosen)
+    found = tuple(_compare(opened, backend, dtype, inputs, splits, reference, log) for backend in chosen)
     chunks = [stop - start for start, stop in pairwise(splits["chunked"])]
-    return Parity(dtype, opened.config.n_layer, ids[0].tolist(), chunks, steps, found)
+    ran = [] if opened.config.task == "layers" else inputs[0].tolist()
+    return Parity(dtype, opened.config.n_layer, whole, ran, chunks, steps, found)
 
 
 def installed() -> list[str]:
@@ -194,10 +203,15 @@ class _Reference(NamedTuple):
     gradients: dict[str, np.ndarray]
 
 
-def _ids(opened, length, tokens, text, seed, least: int) -> np.ndarray:
-    """(1, l) tokens to run."""
+def _inputs(opened, length, tokens, text, seed, least: int) -> np.ndarray:
+    """(1, l) tokens to run, or (1, l, d) float32 embeddings for task "layers"."""
     if length is not None and length < least:
         raise ValueError(f"length is {length}; expected at least {least}")
+    if opened.config.task == "layers":
+        if tokens is not None or text is not None:
+            raise ValueError(f"{opened.folder}: a model of task 'layers' takes embeddings; give no tokens and no text")
+        shape = (1, default_length(opened.config) if length is None else length, opened.config.d_model)
+        return random_stream(seed, "parity").standard_normal(shape, dtype=np.float32)
     if text is not None:
         tokenizer = tokenizer_of(SimpleNamespace(source=opened.folder, config=opened.config))
         if tokenizer is None:
@@ -212,31 +226,31 @@ def _ids(opened, length, tokens, text, seed, least: int) -> np.ndarray:
     return ids
 
 
-def _reference(opened, ids, grad: bool) -> _Reference:
+def _reference(opened, inputs, grad: bool) -> _Reference:
     """The model in float64; its own copy of the parameters is gone when this returns."""
     nodes = {}
     model = ReferenceModel(opened.config, dict(opened.tensors()))
-    model(ids, observe=nodes.__setitem__)
-    if not np.isfinite(nodes["logits"]).all():
-        raise ValueError(f"{opened.folder}: the reference's logits are not finite, so there is nothing to compare with")
+    output, _ = model(inputs, observe=nodes.__setitem__)
+    if not np.isfinite(output).all():
+        raise ValueError(f"{opened.folder}: the reference's output is not finite, so there is nothing to compare with")
     if not grad:
         return _Reference(nodes, None, {})
-    loss, dlogits = cross_entropy(nodes["logits"][:, :-1], ids[:, 1:])
-    gradients, _ = model.vjp(dlogits, ids[:, :-1])
+    loss, dlogits = cross_entropy(output[:, :-1], inputs[:, 1:])
+    gradients, _ = model.vjp(dlogits, inputs[:, :-1])
     # A gradient is complete at the first use of its parameter, which the way back reaches last.
     used = dict.fromkeys(name for node in block_graph(opened.config) for name in node.parameters.values())
     return _Reference(nodes, loss, {name: gradients[name] for name in reversed(used)})
 
 
-def _compare(opened, backend, dtype: str, ids, splits: dict, reference: _Reference, log) -> BackendParity:
+def _compare(opened, backend, dtype: str, inputs, splits: dict, reference: _Reference, log) -> BackendParity:
     model = backend.build(opened.config, opened.tensors(), dtype=dtype)
     modes = {}
     for mode, bounds in splits.items():
         log(f"{model.backend} {mode}")
-        modes[mode] = _forward(backend, model, ids, bounds, reference.nodes)
+        modes[mode] = _forward(backend, model, inputs, bounds, reference.nodes)
     if reference.gradients:
         log(f"{model.backend} backward")
-        modes["backward"] = _backward(backend, model, ids, reference)
+        modes["backward"] = _backward(backend, model, inputs, reference)
     found = BackendParity(model.backend, model.device, model.kernels, modes)
     # Modules hold references in circles, and the next backend needs the memory.
     del model
@@ -244,12 +258,12 @@ def _compare(opened, backend, dtype: str, ids, splits: dict, reference: _Referen
     return found
 
 
-def _forward(backend, model, ids, bounds: list[int], nodes: dict) -> Comparison:
-    """Run ids[:, bounds[0]:bounds[-1]] in calls that end at the bounds, each going on from the state of the last."""
+def _forward(backend, model, inputs, bounds: list[int], nodes: dict) -> Comparison:
+    """Run inputs[:, bounds[0]:bounds[-1]] in calls that end at the bounds, each going on from the state of the last."""
     pieces, state = defaultdict(list), None
     started = time.perf_counter()
     for start, stop in pairwise(bounds):
-        given = backend.from_numpy(ids[:, start:stop], device=model.device)
+        given = backend.from_numpy(inputs[:, start:stop], device=model.device)
         out = model(given, state, observe=lambda node, value: pieces[node].append(backend.to_numpy(value)))
         state = out.state
     seconds = time.perf_counter() - started
@@ -267,7 +281,7 @@ def _error(pieces: list[np.ndarray], expected: np.ndarray) -> float:
 
 def _node_limit(node: str, model) -> float:
     layers = min(depth(node, model.config.n_layer), model.config.n_layer)
-    return tolerance(model.dtype, "value" if node == "logits" else "node", layers)
+    return tolerance(model.dtype, "value" if node in RESULTS else "node", layers)
 
 
 def _backward(backend, model, ids, reference: _Reference) -> Comparison:

@@ -3,17 +3,22 @@
 import os
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from mamba_core import registry
 
 # The tests' arrays are too small for threads to pay, and on a busy machine they wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-settings.register_profile(
-    "ci", max_examples=15, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
-settings.register_profile("local", max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+for profile, examples in (("ci", 15), ("unshrunk", 15), ("local", 200)):
+    settings.register_profile(
+        profile,
+        max_examples=int(os.environ.get("EXAMPLES", examples)),
+        derandomize=profile != "local",
+        phases=[phase for phase in Phase if not (profile == "unshrunk" and phase in (Phase.shrink, Phase.explain))],
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 

@@ -1,13 +1,24 @@
 """Folders and files that appear under their final name only when they are complete and on disk."""
 
+import glob
 import os
 import secrets
 import shutil
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 from mamba_core.weights.formats import CheckpointError
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # on Windows, where what a killed process leaves stays
+    fcntl = None
+
+SYNC_SECONDS = 0.1
+_PARTIAL, _OLD = ".partial", ".old"
 
 
 @contextmanager
@@ -15,23 +26,33 @@ def atomic_folder(path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a new folder beside `path` that becomes `path` when the block ends, and is removed if it fails.
 
     A folder that is not empty is refused unless `overwrite`; then it stays as it was until the new one is complete.
-    The current directory and those above it are never replaced.
+    The current directory and those above it are never replaced. What a killed process left beside `path` is put in
+    order first: a folder that it was replacing returns, an incomplete one goes.
+
+    Raises:
+        CheckpointError: `path` cannot be replaced, or the disk is full or read-only.
     """
     final = Path(path).resolve()
-    _check_folder(final, overwrite)
-    partial = _beside(final)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        for entry in partial.rglob("*"):
-            _sync(entry)
-        _sync(partial)
+    with _disk_faults(final):
+        _restore(final)
         _check_folder(final, overwrite)
-        _replace_folder(partial, final)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    _sync(final.parent)
+        _remove_stale(final)
+        partial = _beside(final, _PARTIAL)
+        partial.mkdir(parents=True)
+        lock = _lock(partial)
+        try:
+            yield partial
+            for entry in partial.rglob("*"):
+                _sync(entry)
+            _sync(partial)
+            _check_folder(final, overwrite)
+            _replace_folder(partial, final)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        finally:
+            _unlock(lock)
+        _sync(final.parent)
 
 
 @contextmanager
@@ -39,17 +60,53 @@ def atomic_file(path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a file name beside `path` that becomes `path` when the block ends, and is removed if it fails."""
     final = Path(path).resolve()
     _check_file(final, overwrite)
-    partial = _beside(final)
-    partial.parent.mkdir(parents=True, exist_ok=True)
+    partial = _beside(final, _PARTIAL)
+    with _disk_faults(final):
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield partial
+            _sync(partial)
+            _check_file(final, overwrite)
+            os.replace(partial, final)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        _sync(final.parent)
+
+
+@contextmanager
+def _disk_faults(final: Path) -> Iterator[None]:
+    """Faults of the disk name what was to be written, not the partial file that nobody knows."""
     try:
-        yield partial
-        _sync(partial)
-        _check_file(final, overwrite)
-        os.replace(partial, final)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    _sync(final.parent)
+        yield
+    except OSError as fault:
+        if fault.errno is None or not _is_about(fault.filename, final):
+            raise
+        raise CheckpointError(f"{final}: cannot be written: {fault.strerror}") from None
+
+
+def _is_about(name: str | None, final: Path) -> bool:
+    # A write to an open file, such as one on a full disk, fails without a name.
+    return name is None or Path(name).is_relative_to(final.parent) or final.is_relative_to(name)
+
+
+@contextmanager
+def early_sync(folder: Path) -> Iterator[None]:
+    """Sync the folder's files again and again while they are written, so that the disk does not begin at the end."""
+    ended = threading.Event()
+
+    def sync() -> None:
+        while not ended.wait(SYNC_SECONDS):
+            for path in folder.iterdir():
+                _sync(path)
+
+    with ThreadPoolExecutor(1) as thread:
+        syncing = thread.submit(sync)
+        try:
+            yield
+        finally:
+            ended.set()
+        syncing.result()  # a fault of the disk is told once, so that the sync at the end might not see it
 
 
 def _check_folder(final: Path, overwrite: bool) -> None:
@@ -74,7 +131,7 @@ def _replace_folder(partial: Path, final: Path) -> None:
     if not final.exists():
         os.rename(partial, final)
         return
-    old = _beside(final)
+    old = _beside(final, _OLD)
     os.rename(final, old)
     try:
         os.rename(partial, final)
@@ -84,8 +141,46 @@ def _replace_folder(partial: Path, final: Path) -> None:
     shutil.rmtree(old)
 
 
-def _beside(final: Path) -> Path:
-    return final.with_name(f".{final.name}.{secrets.token_hex(4)}.partial")
+def _restore(final: Path) -> None:
+    """The folder that a killed process had moved away returns, or goes if its successor is in place."""
+    for old in _all_beside(final, _OLD):
+        if final.exists():
+            shutil.rmtree(old)
+        else:
+            os.rename(old, final)
+
+
+def _remove_stale(final: Path) -> None:
+    for partial in _all_beside(final, _PARTIAL):
+        if partial.is_dir() and (lock := _lock(partial)) is not None:
+            shutil.rmtree(partial)
+            _unlock(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """A descriptor that holds the folder's lock until it is closed or its process ends; None if it cannot be had."""
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _unlock(lock: int | None) -> None:
+    if lock is not None:
+        os.close(lock)
+
+
+def _beside(final: Path, suffix: str) -> Path:
+    return final.with_name(f".{final.name}.{secrets.token_hex(4)}{suffix}")
+
+
+def _all_beside(final: Path, suffix: str) -> list[Path]:
+    return list(final.parent.glob(f".{glob.escape(final.name)}.{'[0-9a-f]' * 8}{suffix}"))
 
 
 def _sync(path: Path) -> None:

@@ -1,33 +1,64 @@
-"""Conversion between layouts, a tensor at a time, bytes preserved; and what a checkpoint holds, from its headers."""
+"""Conversion between layouts, a tensor at a time; and what a checkpoint holds, from its headers."""
 
 import json
-from collections import Counter
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mamba_core.spec.params import parameter_count
-from mamba_core.weights.io import atomic_folder
-from mamba_core.weights.layouts import copy_tokenizer, open_model, write_layout
-from mamba_core.weights.names import names
+import numpy as np
+
+from mamba_core.spec.params import Parameter, parameter_count
+from mamba_core.weights.formats import DTYPES, TensorSource, blocks, count_bytes, count_nonfinite, list_names
+from mamba_core.weights.io import atomic_folder, early_sync
+from mamba_core.weights.layouts import LAYOUTS, OpenedModel, copy_tokenizer, open_model, write_layout
+from mamba_core.weights.names import EMBEDDING
+from mamba_core.weights.verify import Verification, verify_bytes, verify_forward
+
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+BLOCKS_WAITING = 8
 
 
 @dataclass(frozen=True)
 class ConvertedTensor:
-    """One row of a conversion's report."""
+    """One row of a conversion's report.
+
+    source, target: its names in the two checkpoints. shape, dtype: as written; source_dtype: as read.
+    transform: what was done to its axes, None if nothing. checksum: CRC-32 of the bytes written, row-major.
+    nonfinite: how many of the values written are NaN or infinite.
+    """
 
     source: str
     target: str
     shape: tuple[int, ...]
+    source_dtype: str
     dtype: str
+    transform: str | None
+    checksum: str
+    nonfinite: int
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert` did."""
+    """What `convert` did.
+
+    left_out: tensors of the source that belong to no part of the model, such as a classifier's.
+    verification: None unless it was asked for.
+    """
 
     source_layout: str
     target_layout: str
+    nbytes: int
     tensors: tuple[ConvertedTensor, ...]
+    left_out: tuple[str, ...] = ()
+    verification: Verification | None = None
+
+    @property
+    def nonfinite(self) -> dict[str, int]:
+        """Name in the target -> how many values are NaN or infinite, of the tensors that hold any."""
+        return {row.target: row.nonfinite for row in self.tensors if row.nonfinite}
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
@@ -35,15 +66,23 @@ class Conversion:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect` found. dtypes: how many tensors have each. tensors: name in the file -> shape and dtype."""
+    """What `inspect` found.
+
+    evidence: how the layout was told. left_out: tensors that belong to no part of the model.
+    dtypes: how many tensors have each. tensors: name in the file -> shape and dtype.
+    nonfinite: name in the file -> how many values are NaN or infinite; None unless the values were read.
+    """
 
     layout: str
+    evidence: str
     config: dict
     files: tuple[str, ...]
     parameters: int
     nbytes: int
     dtypes: dict[str, int]
     tensors: dict[str, tuple[tuple[int, ...], str]]
+    left_out: tuple[str, ...] = ()
+    nonfinite: dict[str, int] | None = None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
@@ -56,45 +95,174 @@ def convert(
     to: str,
     layout: str | None = None,
     file_format: str | None = None,
+    dtype: str | None = None,
+    lossy: bool = False,
+    shard_bytes: int | None = None,
+    verify: bool = False,
     overwrite: bool = False,
     revision: str | None = None,
+    compat: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Conversion:
-    """Write a checkpoint in another layout. Every tensor keeps its bytes.
+    """Write a checkpoint in another layout, holding one tensor at a time. Bytes are kept unless `dtype` is given.
 
     Args:
         source: a folder, file or hub id. target: a folder, which appears only when complete and checked.
-        to: "hf" or "mamba_ssm".
+        to: the layout to write, a key of `LAYOUTS`.
         layout: that of the source; detected by default.
-        file_format: "safetensors" or "bin"; by default what the layout's own library reads.
+        file_format: such as "safetensors" or "bin"; by default what the layout's own library reads.
+        dtype: "float32", "bfloat16" or "float16", to which values are rounded to nearest; A_log, D and the bias of
+            dt_proj become float32 then, whatever it is.
+        lossy: allow a dtype that cannot hold every value of the source's.
+        shard_bytes: the most data in one file of safetensors; 5 GB by default.
+        verify: read the target again, compare checksums, and compare the results of one forward bit for bit.
         overwrite: replace an existing folder.
+        revision: of a hub repository.
+        compat: "minimamba" to read MiniMamba's checkpoints, as `open_model`.
+        progress: called with the bytes written so far and those of all tensors.
 
     Raises:
-        CheckpointError: the source is broken, or the target exists.
-        ValueError: an unknown layout, or a config that the target layout cannot express.
+        CheckpointError: the source is broken, the target exists or cannot be written, a value is too large for
+            `dtype`, or the verification fails. No target is left then.
+        ValueError: an unknown layout, format or dtype, a config that the target layout cannot express, or a cast that
+            loses precision without `lossy`.
     """
-    opened = open_model(source, layout=layout, revision=revision)
+    if dtype not in (None, *COMPUTE_DTYPES):
+        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(COMPUTE_DTYPES)}, or nothing to keep bytes")
+    if shard_bytes is not None and (type(shard_bytes) is not int or shard_bytes < 1):
+        raise ValueError(f"shard_bytes is {shard_bytes!r}; expected a positive number of bytes")
+    if shard_bytes is not None and to in LAYOUTS and (file_format or LAYOUTS[to].file_format) != "safetensors":
+        raise ValueError("shard_bytes is for safetensors alone; leave it out, or choose file_format='safetensors'")
+    opened = open_model(source, layout=layout, revision=revision, compat=compat)
     if Path(target).resolve() == opened.folder.resolve():
         raise ValueError(f"{target}: is the source too; choose another folder to write")
-    listed = list(opened.sources())
+    sources = [_cast(item, parameter, dtype) for parameter, _, item in opened.sources()]
+    if not lossy:
+        _refuse_rounding(source, sources)
+    total = sum(count_bytes(item.shape, item.dtype) for item in sources)
     with atomic_folder(target, overwrite=overwrite) as folder:
-        write_layout(folder, opened.config, [source for _, _, source in listed], to, file_format)
+        with _Recorder(total, progress) as written, early_sync(folder):
+            write_layout(folder, opened.config, sources, to, file_format, shard_bytes=shard_bytes, progress=written)
         copy_tokenizer(opened.folder, folder)
-        open_model(folder, layout=to)
-    theirs = names(opened.config, to)
-    rows = (ConvertedTensor(stored, theirs[item.name], item.shape, item.dtype) for _, stored, item in listed)
-    return Conversion(opened.layout, to, tuple(rows))
+        result = open_model(folder, layout=to, compat=opened.config.compat)
+        rows = tuple(_rows(opened, result, written))
+        verification = None
+        if verify:
+            verify_bytes(target, result.checkpoint, {row.target: row.checksum for row in rows})
+            verification = verify_forward(target, opened, result)
+    return Conversion(opened.layout, to, written.nbytes, rows, opened.left_out, verification)
 
 
-def inspect(source: str | Path, *, layout: str | None = None, revision: str | None = None) -> Inspection:
-    """Layout, config, files, parameters and dtypes of a checkpoint, from its headers alone."""
-    opened = open_model(source, layout=layout, revision=revision)
+def inspect(
+    source: str | Path,
+    *,
+    layout: str | None = None,
+    revision: str | None = None,
+    compat: str | None = None,
+    values: bool = False,
+) -> Inspection:
+    """Layout, config, files, parameters and dtypes of a checkpoint, from its headers alone unless `values`.
+
+    values: read every tensor and count the values that are NaN or infinite.
+    """
+    opened = open_model(source, layout=layout, revision=revision, compat=compat)
     headers = {name: opened.checkpoint.header(name) for name in opened.checkpoint}
     return Inspection(
         layout=opened.layout,
+        evidence=opened.evidence,
         config=opened.config.to_dict(),
         files=tuple(path.name for path in opened.checkpoint.files),
         parameters=parameter_count(opened.config),
         nbytes=sum(header.nbytes for header in headers.values()),
         dtypes=dict(Counter(header.dtype for header in headers.values())),
         tensors={name: (header.shape, header.dtype) for name, header in headers.items()},
+        left_out=opened.left_out,
+        nonfinite=_nonfinite(opened) if values else None,
     )
+
+
+def _nonfinite(opened: OpenedModel) -> dict[str, int]:
+    floats = [name for name in opened.checkpoint if "float" in opened.checkpoint.header(name).dtype]
+    counts = {name: sum(map(count_nonfinite, blocks(opened.checkpoint[name]))) for name in floats}
+    return {name: count for name, count in counts.items() if count}
+
+
+def _cast(source: TensorSource, parameter: Parameter, dtype: str | None) -> TensorSource:
+    wanted = source.dtype if dtype is None else parameter.dtype(dtype)
+    return source if wanted == source.dtype else source._replace(dtype=wanted, cast_from=source.dtype)
+
+
+def _refuse_rounding(source, sources: list[TensorSource]) -> None:
+    rounded = [item for item in sources if item.cast_from and not _holds(item.dtype, item.cast_from)]
+    if rounded:
+        casts = Counter(f"{item.cast_from} to {item.dtype}" for item in rounded)
+        raise ValueError(
+            f"{source}: {' and '.join(casts)} rounds the values of {len(rounded)} tensors "
+            f"({list_names((item.name for item in rounded), 3)}); allow it by lossy (--lossy), or choose another dtype"
+        )
+
+
+def _holds(dtype: str, other: str) -> bool:
+    """Whether every value of the other dtype is one of this dtype."""
+    return np.can_cast(DTYPES[other].numpy, DTYPES[dtype].numpy, "safe")
+
+
+class _Recorder:
+    """Checksums what is written, in a thread beside the writing, and reports how far it is."""
+
+    def __init__(self, total: int, progress: Callable[[int, int], None] | None) -> None:
+        self.nbytes = 0
+        self.nonfinite: Counter[str] = Counter()
+        self._total = total
+        self._progress = progress
+        self._checksums: Counter[str] = Counter()
+        self._thread = ThreadPoolExecutor(1)
+        self._pending = deque()
+
+    def __enter__(self) -> "_Recorder":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._thread.shutdown()
+
+    def __call__(self, name: str, block: np.ndarray) -> None:
+        # Some blocks may wait, so that neither thread does for each of the other's; few, for they are in memory.
+        if len(self._pending) == BLOCKS_WAITING:
+            self._pending.popleft().result()
+        self._pending.append(self._thread.submit(self._record, name, block))
+        self.nbytes += block.nbytes
+        if self._progress is not None:
+            # A layout may repeat a tensor, as a tied head.
+            self._progress(self.nbytes, max(self._total, self.nbytes))
+
+    def checksum(self, name: str) -> str:
+        while self._pending:
+            self._pending.popleft().result()
+        return f"{self._checksums[name]:08x}"
+
+    def _record(self, name: str, block: np.ndarray) -> None:
+        self._checksums[name] = zlib.crc32(block.view(np.uint8), self._checksums[name])
+        self.nonfinite[name] += count_nonfinite(block)
+
+
+def _rows(opened: OpenedModel, result: OpenedModel, written: _Recorder) -> Iterator[ConvertedTensor]:
+    """The report's rows, in the order of the target."""
+    canonical = {stored.name: name for name, stored in result.stored.items()}
+    for target in result.checkpoint:
+        # The one tensor that is in the file without being a parameter is a tied head.
+        name = canonical.get(target, EMBEDDING)
+        source = opened.stored[name]
+        shape, dtype, _ = result.checkpoint.header(target)
+        transforms = source.transform, result.stored[name].transform
+        yield ConvertedTensor(
+            source=source.name,
+            target=target,
+            shape=shape,
+            source_dtype=opened.checkpoint.header(source.name).dtype,
+            dtype=dtype,
+            transform=None
+            if transforms[0] is transforms[1]
+            else " -> ".join(each.name or "as is" for each in transforms),
+            checksum=written.checksum(target),
+            nonfinite=written.nonfinite[target],
+        )

@@ -12,10 +12,18 @@ import numpy as np
 
 MAX_JSON_BYTES = 100_000_000  # the limit that safetensors itself sets on a header
 MAX_AXES = 64  # NumPy's limit, and torch's
+MAX_MESSAGE = 4000
+# Small enough to stay in a processor's cache while it is cast, hashed and written.
+BLOCK_BYTES = 2**20
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read or written: one line that names the file and the fault."""
+
+    def __init__(self, message: str) -> None:
+        # Names and fields of a hostile file may hold line ends and a terminal's commands, and be of any length.
+        message = message if len(message) <= MAX_MESSAGE else message[:MAX_MESSAGE] + "..."
+        super().__init__("".join(part if part.isprintable() else repr(part)[1:-1] for part in message))
 
 
 class DType(NamedTuple):
@@ -71,6 +79,11 @@ class StoredTensor(NamedTuple):
         strides = None if self.strides is None else tuple(stride * dtype.itemsize for stride in self.strides)
         return np.ndarray(self.shape, dtype, self.buffer, self.offset, strides)
 
+    def release(self) -> None:
+        """Let the system take back the memory of the file's pages; they are read again when they are used again."""
+        if hasattr(self.buffer, "madvise"):  # not on Windows
+            self.buffer.madvise(mmap.MADV_DONTNEED)
+
 
 class FileContents(NamedTuple):
     """The tensors and the metadata of one file."""
@@ -80,12 +93,20 @@ class FileContents(NamedTuple):
 
 
 class TensorSource(NamedTuple):
-    """A tensor to be written; `read` is called once, when its turn comes."""
+    """A tensor to be written; `read` is called once, when its turn comes.
+
+    dtype: what is written. cast_from: the dtype of what `read` gives, where that is another one.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     read: Callable[[], np.ndarray]
+    cast_from: str | None = None
+
+
+# Called with a tensor's name and each block of it, flat and in the dtype that is written, before it is written.
+Progress = Callable[[str, np.ndarray], None]
 
 
 def sources_of(arrays: Mapping[str, np.ndarray]) -> Iterator[TensorSource]:
@@ -113,14 +134,52 @@ def checked_sources(target, tensors: Iterable[TensorSource]) -> list[TensorSourc
     return sources
 
 
-def read_bytes(source: TensorSource) -> np.ndarray:
-    """The bytes of a source, row-major."""
+def write_tensor(file, source: TensorSource, progress: Progress | None = None) -> None:
+    """Write the bytes of a source, row-major and little-endian, a block at a time."""
     array = np.asarray(source.read())
-    if array.shape != source.shape or array.dtype != DTYPES[source.dtype].numpy:
+    expected = source.cast_from or source.dtype
+    if array.shape != source.shape or array.dtype != DTYPES[expected].numpy:
         raise CheckpointError(
-            f"tensor {source.name!r} was announced as {source.dtype} {source.shape} but is {array.dtype} {array.shape}"
+            f"tensor {source.name!r} was announced as {expected} {source.shape} but is {array.dtype} {array.shape}"
         )
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    for block in blocks(array):
+        written = block if source.cast_from is None else _cast(block, source, array)
+        if progress is not None:
+            progress(source.name, written)
+        file.write(written.view(np.uint8))
+
+
+def blocks(array: np.ndarray) -> Iterator[np.ndarray]:
+    """The array's elements, row-major, as flat pieces of at most BLOCK_BYTES."""
+    flat = np.ascontiguousarray(array).reshape(-1)
+    step = BLOCK_BYTES // flat.itemsize
+    for begin in range(0, flat.size, step):
+        yield flat[begin : begin + step]
+
+
+def count_nonfinite(array: np.ndarray) -> int:
+    """How many elements of a float array are NaN or infinite, found in their bits, which is fast for any dtype."""
+    unsigned, signed = array.view(f"u{array.itemsize}"), array.view(f"i{array.itemsize}")
+    infinities = np.array([np.inf, -np.inf], array.dtype)
+    positive, negative = infinities.view(signed.dtype)[0], infinities.view(unsigned.dtype)[1]
+    # As integers those of either sign lie at its upper end, so two maxima tell that there are none.
+    if signed.max(initial=0) < positive and unsigned.max(initial=0) < negative:
+        return 0
+    return int(np.count_nonzero(signed >= positive) + np.count_nonzero(unsigned >= negative))
+
+
+def _cast(block: np.ndarray, source: TensorSource, array: np.ndarray) -> np.ndarray:
+    dtype = DTYPES[source.dtype].numpy
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = block.astype(dtype)
+    if count_nonfinite(cast) > count_nonfinite(block):
+        values = (np.abs(part.astype(np.float64)) for part in blocks(array))
+        largest = max(float(part.max(where=np.isfinite(part), initial=0.0)) for part in values)
+        raise CheckpointError(
+            f"tensor {source.name!r} cannot be written as {source.dtype}: its largest value, {largest:g}, would become "
+            f"infinite; choose another dtype"
+        )
+    return cast
 
 
 def count_bytes(shape, dtype: str) -> int:

@@ -4,12 +4,13 @@ No framework is imported, and nothing in a pickled file is executed.
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
-from mamba_core.weights.atomic import atomic_file, atomic_folder
+from mamba_core.weights.atomic import atomic_file, atomic_folder, early_sync
 from mamba_core.weights.formats import (
     DTYPES,
     MAX_JSON_BYTES,
@@ -19,10 +20,12 @@ from mamba_core.weights.formats import (
     Header,
     StoredTensor,
     TensorSource,
+    blocks,
     list_names,
     parse_json,
     sources_of,
 )
+from mamba_core.weights.npz_file import read_npz, write_npz
 from mamba_core.weights.safetensors_file import read_safetensors, write_safetensors, write_safetensors_file
 from mamba_core.weights.torch_file import read_torch, write_torch
 
@@ -35,21 +38,25 @@ __all__ = [
     "TensorSource",
     "atomic_file",
     "atomic_folder",
+    "early_sync",
     "open_checkpoint",
     "sources_of",
+    "write_npz",
     "write_safetensors",
     "write_safetensors_file",
     "write_torch",
 ]
 
-_READERS = {".safetensors": read_safetensors, ".bin": read_torch, ".pt": read_torch, ".pth": read_torch}
+_READERS = {".safetensors": read_safetensors, ".npz": read_npz} | dict.fromkeys((".bin", ".pt", ".pth"), read_torch)
 _INDEX_SUFFIX = ".index.json"
-# In the order in which transformers looks for them.
+# In the order in which transformers looks for them; then what libraries without a name of their own are written as.
 _FOLDER_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
+    "model.pt",
+    "weights.npz",
 )
 _SHARD_NAME = re.compile(r"\w[\w.+ -]*")
 
@@ -62,11 +69,16 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
     def __init__(self, tensors: dict[str, StoredTensor], files: tuple[Path, ...], metadata: dict[str, str]) -> None:
         self._tensors = tensors
+        self._last = None
         self.files = files
         self.metadata = metadata
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._tensors[name].array()
+        # What was read of the tensor before is not kept: a pass over a checkpoint holds one tensor, not the file.
+        if self._last is not None:
+            self._last.release()
+        self._last = self._tensors[name]
+        return self._last.array()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -80,13 +92,25 @@ class Checkpoint(Mapping[str, np.ndarray]):
     def __repr__(self) -> str:
         return f"Checkpoint({len(self)} tensors, files={[str(path) for path in self.files]})"
 
+    def have_same_bytes(self, first: str, second: str) -> bool:
+        """Whether two tensors are one in shape, dtype and bits; of either a few blocks are in memory at a time."""
+        tensors = self._tensors[first], self._tensors[second]
+        if tensors[0].header() != tensors[1].header():
+            return False
+        for one, other in zip(*(blocks(tensor.array()) for tensor in tensors), strict=True):
+            if one.tobytes() != other.tobytes():
+                return False
+            for tensor in tensors:
+                tensor.release()
+        return True
+
     def header(self, name: str) -> Header:
         """Shape, dtype name and size in bytes, from the file's header alone."""
         return self._tensors[name].header()
 
 
 def open_checkpoint(path) -> Checkpoint:
-    """Open a .safetensors, .bin, .pt or .pth file, an index of shards, or a folder that holds one of these.
+    """Open a .safetensors, .bin, .pt, .pth or .npz file, an index of shards, or a folder that holds one of these.
 
     Raises:
         CheckpointError: the path, the index, or any header is at fault; no tensor has been read.
@@ -145,4 +169,9 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     outside = [name for name in dict.fromkeys(weight_map.values()) if not _SHARD_NAME.fullmatch(name)]
     if outside:
         raise CheckpointError(f"{index}: shards that are not plain file names: {list_names(outside)}")
+    by_folded = defaultdict(set)
+    for name in weight_map.values():
+        by_folded[name.casefold()].add(name)
+    if clashes := [name for same in by_folded.values() if len(same) > 1 for name in sorted(same)]:
+        raise CheckpointError(f"{index}: shards whose names differ in case only: {list_names(clashes)}")
     return weight_map

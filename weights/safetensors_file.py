@@ -13,6 +13,7 @@ from mamba_core.weights.formats import (
     MAX_JSON_BYTES,
     CheckpointError,
     FileContents,
+    Progress,
     StoredTensor,
     TensorSource,
     checked_sources,
@@ -20,9 +21,10 @@ from mamba_core.weights.formats import (
     list_names,
     map_file,
     parse_json,
-    read_bytes,
+    write_tensor,
 )
 
+SHARD_BYTES = 5_000_000_000
 _METADATA = "__metadata__"
 _DTYPE_OF_CODE = {dtype.safetensors: name for name, dtype in DTYPES.items()}
 
@@ -42,23 +44,24 @@ def write_safetensors(
     tensors: Iterable[TensorSource],
     *,
     metadata: dict[str, str] | None = None,
-    shard_bytes: int = 5_000_000_000,
+    shard_bytes: int | None = None,
+    progress: Progress | None = None,
 ) -> list[Path]:
     """Write model.safetensors, or numbered shards of at most `shard_bytes` of data and their index.
 
-    One tensor is in memory at a time; a tensor larger than `shard_bytes` has a shard of its own. The metadata is
-    {"format": "pt"} unless given, which is what transformers asks for. Returns the files written.
+    One tensor is in memory at a time; a tensor larger than `shard_bytes`, 5 GB by default, has a shard of its own. The
+    metadata is {"format": "pt"} unless given, which is what transformers asks for. Returns the files written.
     """
     folder = Path(folder)
     sources, metadata = _check(folder, tensors, metadata)
-    shards = _plan_shards(sources, shard_bytes)
+    shards = _plan_shards(sources, SHARD_BYTES if shard_bytes is None else shard_bytes)
     if len(shards) == 1:
         names = ["model.safetensors"]
     else:
         names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
     folder.mkdir(parents=True, exist_ok=True)
     for name, shard in zip(names, shards, strict=True):
-        _write_file(folder / name, shard, metadata)
+        _write_file(folder / name, shard, metadata, progress)
     if len(shards) > 1:
         _write_index(folder / "model.safetensors.index.json", names, shards)
         names.append("model.safetensors.index.json")
@@ -173,7 +176,9 @@ def _plan_shards(sources: list[TensorSource], shard_bytes: int) -> list[list[Ten
     return shards
 
 
-def _write_file(path: Path, sources: list[TensorSource], metadata: dict[str, str]) -> None:
+def _write_file(
+    path: Path, sources: list[TensorSource], metadata: dict[str, str], progress: Progress | None = None
+) -> None:
     # Wide elements first keeps every tensor aligned to its element, which torch's loader needs.
     laid_out = sorted(sources, key=lambda source: -DTYPES[source.dtype].numpy.itemsize)
     offsets, reached = {}, 0
@@ -188,7 +193,7 @@ def _write_file(path: Path, sources: list[TensorSource], metadata: dict[str, str
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for source in laid_out:
-            file.write(read_bytes(source))
+            write_tensor(file, source, progress)
 
 
 def _write_index(path: Path, names: list[str], shards: list[list[TensorSource]]) -> None:

@@ -14,23 +14,23 @@ from mamba_core.weights.formats import (
     DTYPES,
     CheckpointError,
     FileContents,
+    Progress,
     StoredTensor,
     TensorSource,
     checked_sources,
     count_bytes,
     list_names,
     map_file,
-    read_bytes,
+    write_tensor,
 )
 from mamba_core.weights.pickle_file import PickledTensor, dump_state_dict, load_pickle
+from mamba_core.weights.zip_file import LOCAL_HEADER, record_start
 
 # 250 bytes a tensor are usual. An opcode of one byte can make a value of 64, so this bounds the memory near 1 GiB.
 MAX_PICKLE_BYTES = 16 * 2**20
 _ALIGNMENT = 64  # what torch.save aligns records to
-_LOCAL_HEADER = struct.Struct("<4s22xHH")
 _EXTRA_FIELD = struct.Struct("<2sH")
 _ZIP64_FIELD_BYTES = 20
-_ENCRYPTED = 1
 
 
 def read_torch(path: Path) -> FileContents:
@@ -50,15 +50,22 @@ def read_torch(path: Path) -> FileContents:
             raise CheckpointError(f"{path}: {_explain(buffer, fault)}") from None
 
 
-def write_torch(path, tensors: Iterable[TensorSource]) -> None:
+def write_torch(path, tensors: Iterable[TensorSource], progress: Progress | None = None) -> None:
     """Write a state dict that `torch.load(path, weights_only=True)` reads; one tensor is in memory at a time."""
     sources = checked_sources(path, tensors)
     with open(path, "wb") as file, zipfile.ZipFile(file, "w") as archive:
-        _write_record(archive, file.tell(), "data.pkl", dump_state_dict(sources))
-        _write_record(archive, file.tell(), "byteorder", b"little")
+
+        def record(name):
+            return archive.open(_aligned_record(name, file.tell()), "w", force_zip64=True)
+
+        for name, data in (("data.pkl", dump_state_dict(sources)), ("byteorder", b"little")):
+            with record(name) as target:
+                target.write(data)
         for number, source in enumerate(sources):
-            _write_record(archive, file.tell(), f"data/{number}", read_bytes(source))
-        _write_record(archive, file.tell(), "version", b"3\n")
+            with record(f"data/{number}") as target:
+                write_tensor(target, source, progress)
+        with record("version") as target:
+            target.write(b"3\n")
 
 
 # --- reading ---------------------------------------------------------------------------------------
@@ -94,20 +101,13 @@ def _check_byteorder(buffer, record: zipfile.ZipInfo | None) -> None:
 
 
 def _read_small(buffer, record: zipfile.ZipInfo, limit: int) -> bytes:
-    start = _record_start(buffer, record)
+    start = record_start(buffer, record)
     if record.file_size > limit:
         raise ValueError(f"record {record.filename!r} has {record.file_size} bytes; at most {limit} are read")
     data = buffer[start : start + record.file_size]
     if zlib.crc32(data) != record.CRC:
         raise ValueError(f"record {record.filename!r} is damaged: its checksum does not fit")
     return data
-
-
-def _check_stored(record: zipfile.ZipInfo) -> None:
-    if record.flag_bits & _ENCRYPTED:
-        raise ValueError(f"record {record.filename!r} is encrypted")
-    if record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size:
-        raise ValueError(f"record {record.filename!r} is compressed and cannot be mapped; re-save it with torch.save")
 
 
 def _find_tensors(value) -> dict[str, PickledTensor]:
@@ -139,8 +139,11 @@ def _place(name: str, tensor: PickledTensor, buffer, records: dict[str, zipfile.
         record = records.get(f"{prefix}data/{tensor.storage.key}")
         if record is None:
             raise ValueError(f"its storage {tensor.storage.key!r} is not in the file")
-        start = _record_start(buffer, record)
+        start = record_start(buffer, record)
         _check_view(tensor, record.file_size)
+        # A stride of zero repeats what is there, as often as a file cares to claim.
+        if (nbytes := count_bytes(tensor.shape, tensor.dtype)) > len(buffer):
+            raise ValueError(f"it claims {nbytes} bytes, more than the whole file has")
         empty = 0 in tensor.shape
         offset = 0 if empty else tensor.offset * DTYPES[tensor.dtype].numpy.itemsize
         strides = None if empty or _is_row_major(tensor) else _plain_strides(tensor)
@@ -149,23 +152,9 @@ def _place(name: str, tensor: PickledTensor, buffer, records: dict[str, zipfile.
         raise ValueError(f"tensor {list_names([name])}: {fault}") from None
 
 
-def _record_start(buffer, record: zipfile.ZipInfo) -> int:
-    """Where a record's bytes begin. The local header is asked: its padding is not in the directory."""
-    _check_stored(record)
-    begin = record.header_offset
-    header = buffer[begin : begin + _LOCAL_HEADER.size] if begin >= 0 else b""
-    if len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
-        raise ValueError(f"record {record.filename!r} has no local header at byte {begin}")
-    _, name_length, extra_length = _LOCAL_HEADER.unpack(header)
-    start = begin + _LOCAL_HEADER.size + name_length + extra_length
-    if start + record.file_size > len(buffer):
-        raise ValueError(f"record {record.filename!r} runs past the end of the file")
-    return start
-
-
 def _check_view(tensor: PickledTensor, record_bytes: int) -> None:
     """The tensor lies within its storage, and the storage is the record."""
-    count_bytes(tensor.shape, tensor.dtype)
+    count_bytes(tensor.shape, tensor.dtype)  # whose errors come first
     itemsize = DTYPES[tensor.dtype].numpy.itemsize
     storage_bytes = tensor.storage.length * (1 if tensor.storage.dtype is None else itemsize)
     if storage_bytes != record_bytes:
@@ -196,12 +185,13 @@ def _plain_strides(tensor: PickledTensor) -> tuple[int, ...]:
 # --- writing ---------------------------------------------------------------------------------------
 
 
-def _write_record(archive: zipfile.ZipFile, begin: int, name: str, data) -> None:
-    """Write a stored record whose bytes begin at a multiple of 64, padded by an extra field as torch.save does."""
+def _aligned_record(name: str, begin: int) -> zipfile.ZipInfo:
+    """A stored record at `begin` whose bytes start at a multiple of 64, padded by an extra field as torch.save does.
+
+    It must be opened with force_zip64, so that the length of its header is known before its data.
+    """
     info = zipfile.ZipInfo(f"archive/{name}")
-    # The 64-bit sizes are forced, so that the length of the local header is known before the data.
-    unpadded = begin + _LOCAL_HEADER.size + len(info.filename) + _ZIP64_FIELD_BYTES + _EXTRA_FIELD.size
+    unpadded = begin + LOCAL_HEADER.size + len(info.filename) + _ZIP64_FIELD_BYTES + _EXTRA_FIELD.size
     padding = -unpadded % _ALIGNMENT
     info.extra = _EXTRA_FIELD.pack(b"FB", padding) + b"Z" * padding
-    with archive.open(info, "w", force_zip64=True) as record:
-        record.write(data)
+    return info

@@ -38,7 +38,7 @@ def to_numpy(array) -> np.ndarray:
 
 
 def vjp(function, arguments, cotangents) -> tuple[list, list]:
-    """By `jax.vjp`."""
-    outputs, pullback = jax.vjp(function, *arguments)
+    """By `jax.vjp` of the jitted function."""
+    outputs, pullback = jax.vjp(jax.jit(function), *arguments)
     gradients = pullback(tuple(jnp.asarray(value, out.dtype) for value, out in zip(cotangents, outputs, strict=True)))
     return [to_numpy(out) for out in outputs], [to_numpy(gradient) for gradient in gradients]

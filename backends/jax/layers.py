@@ -36,6 +36,7 @@ class MambaMixer(nnx.Module):
         d, e, n, k, r = config.d_model, config.d_inner, config.d_state, config.d_conv, config.dt_rank_size
         self.splits = (r, r + n)
         self.kernels = kernels
+        self.minimamba = config.compat == "minimamba"
         options = {"dtype": dtype, "param_dtype": dtype, "precision": precision(dtype), "rngs": rngs}
         self.in_proj = nnx.Linear(d, 2 * e, use_bias=config.bias, **options)
         self.conv1d = nnx.Conv(e, e, k, padding="CAUSAL", feature_group_count=e, use_bias=config.conv_bias, **options)
@@ -57,9 +58,12 @@ class MambaMixer(nnx.Module):
         dt, B, C = observe("dt", dt), observe("B", B), observe("C", C)
         # The bias of dt_proj enters in float32 inside the scan, before the softplus.
         delta = observe("dt_proj", jnp.matmul(dt, self.dt_proj.kernel[...], precision=self.dt_proj.precision))
-        scan = (x, delta, B, C, z)
+        scan = (x, delta, B, C, None if self.minimamba else z)
         y, ssm = self._scan_one(*scan, state) if one else self._scan(*scan, state, mask, segment_ids)
-        return observe("out_proj", self.out_proj(observe("scan", y))), LayerState(conv, ssm)
+        y = observe("scan", y)
+        if self.minimamba:
+            y = observe("gate", y * z)
+        return observe("out_proj", self.out_proj(y)), LayerState(conv, ssm)
 
     def _conv(self, x, state, mask, segment_ids):
         return causal_conv(
@@ -89,7 +93,7 @@ class MambaMixer(nnx.Module):
             C,
             self.D[...],
             z=z,
-            delta_bias=self.dt_proj.bias[...],
+            delta_bias=self._delta_bias(),
             delta_softplus=True,
             initial_state=state.ssm,
             return_final_state=True,
@@ -106,12 +110,16 @@ class MambaMixer(nnx.Module):
             B[:, 0],
             C[:, 0],
             self.D[...],
-            z=z[:, 0],
-            delta_bias=self.dt_proj.bias[...],
+            z=None if z is None else z[:, 0],
+            delta_bias=self._delta_bias(),
             delta_softplus=True,
             state=state.ssm,
         )
         return y[:, None], ssm
+
+    def _delta_bias(self):
+        """MiniMamba adds it twice."""
+        return 2 * self.dt_proj.bias[...] if self.minimamba else self.dt_proj.bias[...]
 
 
 class Block(nnx.Module):

@@ -1,43 +1,48 @@
-"""The language model: embedding, blocks, final norm, head. `weights` maps its parameters to the canonical names."""
+"""The models: embedding, blocks, final norm, head, as the task has them. `weights` has the canonical names."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mamba_core.backend import Output, State
+from mamba_core.backend import Hidden, Output, State
 from mamba_core.backends.jax import state as states
 from mamba_core.backends.jax.layers import Block, RMSNorm, precision
 from mamba_core.observe import reporting, within
-from mamba_core.spec.checks import check_state, check_tokens
+from mamba_core.spec.checks import check_inputs, check_state
 
 
 class Backbone(nnx.Module):
-    """Token ids to the normalised residual stream."""
+    """Token ids to the normalised residual stream; for task "layers" embeddings to the residual stream itself."""
 
     def __init__(self, config, dtype: str, kernels: str, rngs: nnx.Rngs):
         self.residual_in_fp32 = config.residual_in_fp32
-        self.embeddings = nnx.Embed(config.padded_vocab_size, config.d_model, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        self.dtype = dtype
+        whole = config.task != "layers"
+        options = {"dtype": dtype, "param_dtype": dtype, "rngs": rngs}
+        self.embeddings = nnx.Embed(config.padded_vocab_size, config.d_model, **options) if whole else None
         self.layers = nnx.List([Block(config, dtype, kernels, rngs) for _ in range(config.n_layer)])
-        self.norm_f = RMSNorm(config.d_model, config.norm_eps, dtype)
+        self.norm_f = RMSNorm(config.d_model, config.norm_eps, dtype) if whole else None
 
-    def __call__(self, input_ids: jax.Array, state: State, mask, segment_ids, observe) -> tuple[jax.Array, State]:
-        # Indexing would take negative ids from the end.
-        known = (input_ids >= 0) & (input_ids < self.embeddings.num_embeddings)
-        residual = observe("embedding", jnp.where(known[..., None], self.embeddings(input_ids), jnp.nan))
-        if self.residual_in_fp32:
-            residual = residual.astype(jnp.float32)
+    def __call__(self, inputs: jax.Array, state: State, mask, segment_ids, observe) -> tuple[jax.Array, State]:
+        residual = inputs if self.embeddings is None else observe("embedding", self._embed(inputs))
+        residual = residual.astype(jnp.float32 if self.residual_in_fp32 else self.dtype)
         layers = []
         for index, (block, carried) in enumerate(
             zip(self.layers, states.entering(state, mask, segment_ids), strict=True)
         ):
             residual, carried = block(residual, carried, mask, segment_ids, within(f"layers.{index}.", observe))
             layers.append(carried)
-        hidden = observe("norm_f", self.norm_f(residual))
+        hidden = residual.astype(self.dtype) if self.norm_f is None else observe("norm_f", self.norm_f(residual))
         return hidden, states.leaving(tuple(layers), state, mask, segment_ids)
 
+    def _embed(self, input_ids):
+        """NaN for an id outside the vocabulary: indexing would take negative ids from the end."""
+        known = (input_ids >= 0) & (input_ids < self.embeddings.num_embeddings)
+        return jnp.where(known[..., None], self.embeddings(input_ids), jnp.nan)
 
-class LanguageModel(nnx.Module):
-    """See `mamba_core.backend.Backend.build`. Fast under `nnx.jit`; without it, it runs operation by operation."""
+
+class Model(nnx.Module):
+    """What the tasks share. Fast under `nnx.jit`; without it, it runs operation by operation."""
 
     backend = "jax"
 
@@ -46,28 +51,41 @@ class LanguageModel(nnx.Module):
         self.dtype = dtype
         self.kernels = kernels
         self.backbone = Backbone(config, dtype, kernels, rngs)
-        self.lm_head = None if config.tie_embeddings else _head(config, dtype, rngs)
 
     @property
     def device(self) -> str:
-        return next(iter(self.backbone.embeddings.embedding[...].devices())).platform
+        return next(iter(self.backbone.layers[0].norm.scale[...].devices())).platform
 
     def init_state(self, batch: int) -> State:
         return states.init_state(self.config, batch, self.dtype)
 
+    def _run(self, inputs, state, mask, segment_ids, observe) -> tuple[jax.Array, State]:
+        """What comes before the head, and the state after it."""
+        check_inputs(self.config, inputs, mask, segment_ids)
+        if state is None:
+            state = self.init_state(inputs.shape[0])
+        check_state(self.config, inputs.shape[0], state)
+        return self.backbone(inputs, state, mask, segment_ids, observe)
+
+    def _masked(self, values, mask):
+        if mask is not None:
+            values = jnp.where(mask[..., None], values, 0.0)
+        return values
+
+
+class LanguageModel(Model):
+    """Task "lm": see `mamba_core.backend.Backend.build`."""
+
+    def __init__(self, config, dtype: str, kernels: str, rngs: nnx.Rngs):
+        super().__init__(config, dtype, kernels, rngs)
+        self.lm_head = None if config.tie_embeddings else _head(config, dtype, rngs)
+
     def __call__(
         self, input_ids: jax.Array, state: State | None = None, *, mask=None, segment_ids=None, observe=None
     ) -> Output:
-        check_tokens(input_ids, mask, segment_ids)
         observe = reporting(observe)
-        if state is None:
-            state = self.init_state(input_ids.shape[0])
-        check_state(self.config, input_ids.shape[0], state)
-        hidden, state = self.backbone(input_ids, state, mask, segment_ids, observe)
-        logits = self.head(hidden)
-        if mask is not None:
-            logits = jnp.where(mask[..., None], logits, 0.0)
-        return Output(observe("logits", logits), state)
+        hidden, state = self._run(input_ids, state, mask, segment_ids, observe)
+        return Output(observe("logits", self._masked(self.head(hidden), mask)), state)
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """Logits in float32 from the backbone's output."""
@@ -75,6 +93,20 @@ class LanguageModel(nnx.Module):
             return self.lm_head(hidden)
         weight = self.backbone.embeddings.embedding[...].T
         return jnp.matmul(hidden, weight, precision=precision(self.dtype), preferred_element_type=jnp.float32)
+
+
+class FeatureModel(Model):
+    """Tasks "features", from input_ids, and "layers", from inputs_embeds: see `mamba_core.backend.Backend.build`."""
+
+    def __call__(
+        self, inputs: jax.Array, state: State | None = None, *, mask=None, segment_ids=None, observe=None
+    ) -> Hidden:
+        observe = reporting(observe)
+        hidden, state = self._run(inputs, state, mask, segment_ids, observe)
+        return Hidden(observe("hidden", self._masked(hidden, mask)), state)
+
+
+MODELS = {"lm": LanguageModel, "features": FeatureModel, "layers": FeatureModel}
 
 
 def _head(config, dtype, rngs) -> nnx.Linear:

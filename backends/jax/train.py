@@ -11,6 +11,7 @@ from flax import nnx
 
 from mamba_core.backends.jax.arrays import from_numpy
 from mamba_core.backends.jax.weights import assign, canonical, named, transposed
+from mamba_core.spec.checks import check_task
 from mamba_core.spec.params import parameter_table
 
 
@@ -22,6 +23,7 @@ def loss(model, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
 
 
 def loss_and_gradients(model, tokens, mask=None) -> tuple[float, dict[str, np.ndarray]]:
+    check_task(model.config, "its loss")
     tokens, mask = (None if given is None else from_numpy(given, device=model.device) for given in (tokens, mask))
     value, gradients = _loss_and_gradients(model, tokens, mask)
     return float(value), {name: canonical(model, name, gradient) for name, gradient in named(model, gradients).items()}
@@ -34,6 +36,7 @@ class Trainer:
     """AdamW with the decay of the parameter table; the moments are float32."""
 
     def __init__(self, model, settings):
+        check_task(model.config, "training")
         self.model = model
         self.settings = settings
         parameters = named(model, nnx.state(model, nnx.Param))

@@ -8,7 +8,7 @@ from flax import nnx
 
 from mamba_core.backends.jax.arrays import devices, from_numpy, to_numpy
 from mamba_core.backends.jax.layers import RMSNorm
-from mamba_core.backends.jax.model import LanguageModel
+from mamba_core.backends.jax.model import MODELS, Model
 from mamba_core.backends.jax.scan import kernels as scan_kernels
 from mamba_core.spec.checks import choose_device, choose_kernel
 from mamba_core.spec.params import Values, checked, parameter_table
@@ -18,7 +18,7 @@ def build(config, parameters: Iterable[tuple[str, np.ndarray]], *, dtype="float3
     """The module is made by `nnx.eval_shape`, so that its values exist once."""
     device = choose_device(device, devices())
     kernels = choose_kernel(kernels, scan_kernels(device))
-    model = nnx.eval_shape(lambda: LanguageModel(config, dtype, kernels, nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: MODELS[config.task](config, dtype, kernels, nnx.Rngs(0)))
     for parameter, value in checked(config, parameters):
         *owner, leaf = path(model, parameter.name)
         value = transposed(model, parameter.name, value)
@@ -27,34 +27,34 @@ def build(config, parameters: Iterable[tuple[str, np.ndarray]], *, dtype="float3
     return model
 
 
-def parameters(model: LanguageModel) -> Values:
+def parameters(model: Model) -> Values:
     values = named(model, nnx.state(model, nnx.Param))
     return Values(model.config, lambda name: canonical(model, name, values[name]))
 
 
-def named(model: LanguageModel, state: nnx.State) -> dict[str, jax.Array]:
+def named(model: Model, state: nnx.State) -> dict[str, jax.Array]:
     """The arrays of the parameters' state, or of one like it such as gradients, by canonical name."""
     values = dict(nnx.to_flat_state(state))
     return {name: values[path(model, name)][...] for name in parameter_table(model.config)}
 
 
-def assign(model: LanguageModel, name: str, value: jax.Array) -> None:
+def assign(model: Model, name: str, value: jax.Array) -> None:
     """Change the parameter of that canonical name in place."""
     *owner, leaf = path(model, name)
     getattr(_module(model, owner), leaf)[...] = value
 
 
-def canonical(model: LanguageModel, name: str, value: jax.Array) -> np.ndarray:
+def canonical(model: Model, name: str, value: jax.Array) -> np.ndarray:
     """That parameter, its gradient or a moment, with the axes of the parameter table."""
     return np.ascontiguousarray(transposed(model, name, to_numpy(value)))
 
 
-def transposed(model: LanguageModel, name: str, value):
+def transposed(model: Model, name: str, value):
     """From the table's axes to flax's, or back: a kernel has those of the weight in reverse, (in, out) or (k, 1, e)."""
     return value.T if path(model, name)[-1] == "kernel" else value
 
 
-def path(model: LanguageModel, name: str) -> tuple[str | int, ...]:
+def path(model: Model, name: str) -> tuple[str | int, ...]:
     """The keys under which `nnx.state` has the parameter of that canonical name."""
     *owner, leaf = (int(key) if key.isdigit() else key for key in name.split("."))
     if leaf == "weight":

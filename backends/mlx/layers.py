@@ -40,6 +40,7 @@ class MambaMixer(nn.Module):
         self.dt_rank = r
         self.d_state = n
         self.kernels = kernels
+        self.minimamba = config.compat == "minimamba"
         self.in_proj = nn.Linear(d, 2 * e, bias=config.bias)
         self.conv1d = nn.Conv1d(e, e, k, groups=e, padding=k - 1, bias=config.conv_bias)
         self.x_proj = nn.Linear(e, r + 2 * n, bias=False)
@@ -60,9 +61,12 @@ class MambaMixer(nn.Module):
         dt, B, C = observe("dt", dt), observe("B", B), observe("C", C)
         # The bias of dt_proj enters in float32 inside the scan, before the softplus.
         delta = observe("dt_proj", self.dt_proj(dt))
-        scan = (x, delta, B, C, z)
+        scan = (x, delta, B, C, None if self.minimamba else z)
         y, ssm = self._scan_one(*scan, state) if one else self._scan(*scan, state, mask, segment_ids)
-        return observe("out_proj", self.out_proj(observe("scan", y))), LayerState(conv, ssm)
+        y = observe("scan", y)
+        if self.minimamba:
+            y = observe("gate", y * z)
+        return observe("out_proj", self.out_proj(y)), LayerState(conv, ssm)
 
     def _conv(self, x, state, mask, segment_ids):
         return causal_conv(
@@ -90,7 +94,7 @@ class MambaMixer(nn.Module):
             C,
             self.D,
             z=z,
-            delta_bias=self.dt_proj.bias,
+            delta_bias=self._delta_bias(),
             delta_softplus=True,
             initial_state=state.ssm,
             return_final_state=True,
@@ -107,12 +111,16 @@ class MambaMixer(nn.Module):
             B[:, 0],
             C[:, 0],
             self.D,
-            z=z[:, 0],
-            delta_bias=self.dt_proj.bias,
+            z=None if z is None else z[:, 0],
+            delta_bias=self._delta_bias(),
             delta_softplus=True,
             state=state.ssm,
         )
         return y[:, None], ssm
+
+    def _delta_bias(self):
+        """MiniMamba adds it twice."""
+        return 2 * self.dt_proj.bias if self.minimamba else self.dt_proj.bias
 
 
 class Block(nn.Module):

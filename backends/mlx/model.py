@@ -1,40 +1,45 @@
-"""The language model: embedding, blocks, final norm, head. Its parameter tree has the canonical names."""
+"""The models: embedding, blocks, final norm, head, as the task has them. The parameters have the canonical names."""
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mamba_core.backend import Output, State
+from mamba_core.backend import Hidden, Output, State
 from mamba_core.backends.mlx import state as states
 from mamba_core.backends.mlx.arrays import dtype_name
 from mamba_core.backends.mlx.layers import Block, RMSNorm
 from mamba_core.observe import reporting, within
-from mamba_core.spec.checks import check_state, check_tokens
+from mamba_core.spec.checks import check_inputs, check_state
 from mamba_core.spec.params import parameter_table
 
 
 class Backbone(nn.Module):
-    """Token ids to the normalised residual stream."""
+    """Token ids to the normalised residual stream; for task "layers" embeddings to the residual stream itself."""
 
     def __init__(self, config, kernels: str):
         super().__init__()
         self.residual_in_fp32 = config.residual_in_fp32
         self.vocabulary = config.padded_vocab_size
-        self.embeddings = nn.Embedding(config.padded_vocab_size, config.d_model)
+        whole = config.task != "layers"
+        self.embeddings = nn.Embedding(config.padded_vocab_size, config.d_model) if whole else None
         self.layers = [Block(config, kernels) for _ in range(config.n_layer)]
-        self.norm_f = RMSNorm(config.d_model, config.norm_eps)
+        self.norm_f = RMSNorm(config.d_model, config.norm_eps) if whole else None
 
-    def __call__(self, input_ids: mx.array, state: State, mask, segment_ids, observe) -> tuple[mx.array, State]:
-        residual = observe("embedding", self._embed(input_ids))
-        if self.residual_in_fp32:
-            residual = residual.astype(mx.float32)
+    @property
+    def dtype(self) -> mx.Dtype:
+        # Of a norm: a quantised embedding is of packed integers.
+        return self.layers[0].norm.weight.dtype
+
+    def __call__(self, inputs: mx.array, state: State, mask, segment_ids, observe) -> tuple[mx.array, State]:
+        residual = inputs if self.embeddings is None else observe("embedding", self._embed(inputs))
+        residual = residual.astype(mx.float32 if self.residual_in_fp32 else self.dtype)
         layers = []
         for index, (block, carried) in enumerate(
             zip(self.layers, states.entering(state, mask, segment_ids), strict=True)
         ):
             residual, carried = block(residual, carried, mask, segment_ids, within(f"layers.{index}.", observe))
             layers.append(carried)
-        hidden = observe("norm_f", self.norm_f(residual))
+        hidden = residual.astype(self.dtype) if self.norm_f is None else observe("norm_f", self.norm_f(residual))
         return hidden, states.leaving(tuple(layers), state, mask, segment_ids)
 
     def _embed(self, input_ids):
@@ -46,8 +51,8 @@ class Backbone(nn.Module):
         return mx.where(inside[..., None], embedded, mx.array(mx.nan, embedded.dtype))
 
 
-class LanguageModel(nn.Module):
-    """See `mamba_core.backend.Backend.build`. It computes on its own device, whatever MLX's default is at the time.
+class Model(nn.Module):
+    """What the tasks share. It computes on its own device, whatever MLX's default is at the time.
 
     `set_dtype` keeps in float32 what the contract keeps there; `apply` does not, it has no names to tell them by.
     """
@@ -60,13 +65,10 @@ class LanguageModel(nn.Module):
         self.kernels = kernels
         self.device = device
         self.backbone = Backbone(config, kernels)
-        if not config.tie_embeddings:
-            self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
 
     @property
     def dtype(self) -> str:
-        # Of the norm: a quantised embedding is of packed integers.
-        return dtype_name(self.backbone.norm_f.weight.dtype)
+        return dtype_name(self.backbone.dtype)
 
     def on_device(self):
         """A context in which operations are computed on the model's device."""
@@ -74,30 +76,60 @@ class LanguageModel(nn.Module):
 
     def init_state(self, batch: int) -> State:
         with self.on_device():
-            return states.init_state(self.config, batch, self.backbone.norm_f.weight.dtype)
+            return states.init_state(self.config, batch, self.backbone.dtype)
 
-    def __call__(
-        self, input_ids: mx.array, state: State | None = None, *, mask=None, segment_ids=None, observe=None
-    ) -> Output:
-        check_tokens(input_ids, mask, segment_ids)
-        observe = reporting(observe)
+    def _run(self, inputs, state, mask, segment_ids, observe) -> tuple[mx.array, State]:
+        """What comes before the head, and the state after it."""
+        check_inputs(self.config, inputs, mask, segment_ids)
         if state is None:
-            state = self.init_state(input_ids.shape[0])
-        check_state(self.config, input_ids.shape[0], state)
-        with self.on_device():
-            hidden, state = self.backbone(input_ids, state, mask, segment_ids, observe)
-            logits = self.head(hidden)
-            if mask is not None:
-                logits = mx.where(mask[..., None], logits, 0.0)
-            return Output(observe("logits", logits), state)
+            state = self.init_state(inputs.shape[0])
+        check_state(self.config, inputs.shape[0], state)
+        return self.backbone(inputs, state, mask, segment_ids, observe)
 
-    def head(self, hidden: mx.array) -> mx.array:
-        """Logits in float32 from the backbone's output."""
-        linear = self.backbone.embeddings.as_linear if self.config.tie_embeddings else self.lm_head
-        return linear(hidden).astype(mx.float32)
+    def _masked(self, values, mask):
+        if mask is not None:
+            values = mx.where(mask[..., None], values, mx.zeros((), values.dtype))
+        return values
 
     def set_dtype(self, dtype: mx.Dtype, predicate=lambda dtype: mx.issubdtype(dtype, mx.floating)) -> None:
         float32 = {name for name, parameter in parameter_table(self.config).items() if parameter.float32}
         kept = [(name, value) for name, value in tree_flatten(self.parameters()) if name in float32]
         super().set_dtype(dtype, predicate)
         self.load_weights(kept, strict=False)
+
+
+class LanguageModel(Model):
+    """Task "lm": see `mamba_core.backend.Backend.build`."""
+
+    def __init__(self, config, kernels: str, device: str):
+        super().__init__(config, kernels, device)
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
+
+    def __call__(
+        self, input_ids: mx.array, state: State | None = None, *, mask=None, segment_ids=None, observe=None
+    ) -> Output:
+        observe = reporting(observe)
+        with self.on_device():
+            hidden, state = self._run(input_ids, state, mask, segment_ids, observe)
+            return Output(observe("logits", self._masked(self.head(hidden), mask)), state)
+
+    def head(self, hidden: mx.array) -> mx.array:
+        """Logits in float32 from the backbone's output."""
+        linear = self.backbone.embeddings.as_linear if self.config.tie_embeddings else self.lm_head
+        return linear(hidden).astype(mx.float32)
+
+
+class FeatureModel(Model):
+    """Tasks "features", from input_ids, and "layers", from inputs_embeds: see `mamba_core.backend.Backend.build`."""
+
+    def __call__(
+        self, inputs: mx.array, state: State | None = None, *, mask=None, segment_ids=None, observe=None
+    ) -> Hidden:
+        observe = reporting(observe)
+        with self.on_device():
+            hidden, state = self._run(inputs, state, mask, segment_ids, observe)
+            return Hidden(observe("hidden", self._masked(hidden, mask)), state)
+
+
+MODELS = {"lm": LanguageModel, "features": FeatureModel, "layers": FeatureModel}

@@ -136,7 +136,10 @@ def _first_derivative_only(values):
 
 
 def _refuse(*_):
-    raise NotImplementedError("kernel 'chunked' has a first gradient only and no vmap; use kernel='sequential'")
+    raise NotImplementedError(
+        "kernel 'chunked' has a first gradient in reverse mode only and no vmap; "
+        "pass kernel='sequential', to a model kernels='sequential'"
+    )
 
 
 for transform in (_first_derivative_only.vjp, _first_derivative_only.jvp, _first_derivative_only.vmap):

@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from mamba_core.backends.mlx.arrays import from_numpy
 from mamba_core.backends.mlx.weights import canonical, convolution_weights, swap_axes
+from mamba_core.spec.checks import check_task
 from mamba_core.spec.params import parameter_table
 
 
@@ -24,6 +25,7 @@ def loss(model, tokens, mask=None) -> mx.array:
 
 
 def loss_and_gradients(model, tokens, mask=None) -> tuple[float, dict[str, np.ndarray]]:
+    check_task(model.config, "its loss")
     tokens, mask = _checked(model, tokens), None if mask is None else from_numpy(mask)
     with model.on_device():
         value, gradients = nn.value_and_grad(model, loss)(model, tokens, mask)
@@ -34,6 +36,7 @@ class Trainer:
     """AdamW with the decay of the parameter table, its moments and its arithmetic in float32."""
 
     def __init__(self, model, settings):
+        check_task(model.config, "training")
         self.model = model
         self.settings = settings
         self.count = 0

@@ -8,7 +8,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mamba_core.backends.mlx.arrays import check_device, from_numpy, to_numpy
-from mamba_core.backends.mlx.model import LanguageModel
+from mamba_core.backends.mlx.model import MODELS, Model
 from mamba_core.backends.mlx.scan import kernels as scan_kernels
 from mamba_core.spec.checks import choose_kernel
 from mamba_core.spec.params import Values, checked
@@ -18,7 +18,7 @@ def build(config, parameters: Iterable[tuple[str, np.ndarray]], *, dtype="float3
     """device: MLX's default device if None. The values the module is made with are lazy and never computed."""
     check_device(device)
     device = device or mx.default_device().type.name
-    model = LanguageModel(config, choose_kernel(kernels, scan_kernels(device)), device)
+    model = MODELS[config.task](config, choose_kernel(kernels, scan_kernels(device)), device)
     convolutions = convolution_weights(model)
     weights = []
     for parameter, value in checked(config, parameters):
@@ -30,11 +30,11 @@ def build(config, parameters: Iterable[tuple[str, np.ndarray]], *, dtype="float3
     return model.load_weights(weights)
 
 
-def parameters(model: LanguageModel) -> Values:
+def parameters(model: Model) -> Values:
     return canonical(model, tree_flatten(model.parameters(), destination={}))
 
 
-def canonical(model: LanguageModel, values: Mapping[str, mx.array]) -> Values:
+def canonical(model: Model, values: Mapping[str, mx.array]) -> Values:
     """Arrays of the parameters' shapes, by name, as NumPy in the canonical layout."""
     convolutions = convolution_weights(model)
 
@@ -45,7 +45,7 @@ def canonical(model: LanguageModel, values: Mapping[str, mx.array]) -> Values:
     return Values(model.config, read)
 
 
-def convolution_weights(model: LanguageModel) -> set[str]:
+def convolution_weights(model: Model) -> set[str]:
     """The names of the weights that MLX keeps as (out, k, in) where the canonical layout has (out, in, k)."""
     return {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Conv1d)}
 

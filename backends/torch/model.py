@@ -1,38 +1,42 @@
-"""The language model: embedding, blocks, final norm, head. Its `state_dict` has the canonical names."""
+"""The models: embedding, blocks, final norm, head, as the task has them. `state_dict` has the canonical names."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mamba_core.backend import Output, State
+from mamba_core.backend import Hidden, Output, State
 from mamba_core.backends.torch import state as states
 from mamba_core.backends.torch.layers import Block, RMSNorm
 from mamba_core.observe import reporting, within
-from mamba_core.spec.checks import check_state, check_tokens
+from mamba_core.spec.checks import check_inputs, check_state
 from mamba_core.spec.params import parameter_table
 
 
 class Backbone(nn.Module):
-    """Token ids to the normalised residual stream."""
+    """Token ids to the normalised residual stream; for task "layers" embeddings to the residual stream itself."""
 
     def __init__(self, config, kernels: str):
         super().__init__()
         self.residual_in_fp32 = config.residual_in_fp32
-        self.embeddings = nn.Embedding(config.padded_vocab_size, config.d_model)
+        whole = config.task != "layers"
+        self.embeddings = nn.Embedding(config.padded_vocab_size, config.d_model) if whole else None
         self.layers = nn.ModuleList(Block(config, kernels) for _ in range(config.n_layer))
-        self.norm_f = RMSNorm(config.d_model, config.norm_eps)
+        self.norm_f = RMSNorm(config.d_model, config.norm_eps) if whole else None
 
-    def forward(self, input_ids: Tensor, state: State, mask, segment_ids, observe) -> tuple[Tensor, State]:
-        residual = observe("embedding", self._embed(input_ids))
-        if self.residual_in_fp32:
-            residual = residual.float()
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layers[0].norm.weight.dtype
+
+    def forward(self, inputs: Tensor, state: State, mask, segment_ids, observe) -> tuple[Tensor, State]:
+        residual = inputs if self.embeddings is None else observe("embedding", self._embed(inputs))
+        residual = residual.to(torch.float32 if self.residual_in_fp32 else self.dtype)
         layers = []
         for index, (block, carried) in enumerate(
             zip(self.layers, states.entering(state, mask, segment_ids), strict=True)
         ):
             residual, carried = block(residual, carried, mask, segment_ids, within(f"layers.{index}.", observe))
             layers.append(carried)
-        hidden = observe("norm_f", self.norm_f(residual))
+        hidden = residual.to(self.dtype) if self.norm_f is None else observe("norm_f", self.norm_f(residual))
         return hidden, states.leaving(tuple(layers), state, mask, segment_ids)
 
     def _embed(self, input_ids):
@@ -45,8 +49,8 @@ class Backbone(nn.Module):
         return torch.where(inside[..., None], embedded, torch.nan)
 
 
-class LanguageModel(nn.Module):
-    """See `mamba_core.backend.Backend.build`. `.to(torch.bfloat16)` keeps in float32 what the contract keeps there."""
+class Model(nn.Module):
+    """What the tasks share. `.to(torch.bfloat16)` keeps in float32 what the contract keeps there."""
 
     backend = "torch"
 
@@ -55,41 +59,31 @@ class LanguageModel(nn.Module):
         self.config = config
         self.kernels = kernels
         self.backbone = Backbone(config, kernels)
-        self.lm_head = None
-        if not config.tie_embeddings:
-            self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
 
     @property
     def dtype(self) -> str:
-        return str(self.backbone.embeddings.weight.dtype).removeprefix("torch.")
+        return str(self.backbone.dtype).removeprefix("torch.")
 
     @property
     def device(self) -> str:
-        return str(self.backbone.embeddings.weight.device)
+        return str(self.backbone.layers[0].norm.weight.device)
 
     def init_state(self, batch: int) -> State:
-        weight = self.backbone.embeddings.weight
+        weight = self.backbone.layers[0].norm.weight
         return states.init_state(self.config, batch, weight.dtype, weight.device)
 
-    def forward(
-        self, input_ids: Tensor, state: State | None = None, *, mask=None, segment_ids=None, observe=None
-    ) -> Output:
-        check_tokens(input_ids, mask, segment_ids)
-        observe = reporting(observe)
+    def _run(self, inputs, state, mask, segment_ids, observe) -> tuple[Tensor, State]:
+        """What comes before the head, and the state after it."""
+        check_inputs(self.config, inputs, mask, segment_ids)
         if state is None:
-            state = self.init_state(input_ids.shape[0])
-        check_state(self.config, input_ids.shape[0], state)
-        hidden, state = self.backbone(input_ids, state, mask, segment_ids, observe)
-        logits = self.head(hidden)
-        if mask is not None:
-            logits = torch.where(mask[..., None], logits, 0.0)
-        return Output(observe("logits", logits), state)
+            state = self.init_state(inputs.shape[0])
+        check_state(self.config, inputs.shape[0], state)
+        return self.backbone(inputs, state, mask, segment_ids, observe)
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """Logits in float32 from the backbone's output."""
-        return (
-            F.linear(hidden, self.backbone.embeddings.weight) if self.lm_head is None else self.lm_head(hidden)
-        ).float()
+    def _masked(self, values, mask):
+        if mask is not None:
+            values = torch.where(mask[..., None], values, 0.0)
+        return values
 
     def _apply(self, fn, recurse=True):
         float32 = {name for name, parameter in parameter_table(self.config).items() if parameter.float32}
@@ -101,3 +95,40 @@ class LanguageModel(nn.Module):
             return tensor.to(changed.device) if narrowed else changed
 
         return super()._apply(keep_float32, recurse)
+
+
+class LanguageModel(Model):
+    """Task "lm": see `mamba_core.backend.Backend.build`."""
+
+    def __init__(self, config, kernels: str):
+        super().__init__(config, kernels)
+        self.lm_head = None
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
+
+    def forward(
+        self, input_ids: Tensor, state: State | None = None, *, mask=None, segment_ids=None, observe=None
+    ) -> Output:
+        observe = reporting(observe)
+        hidden, state = self._run(input_ids, state, mask, segment_ids, observe)
+        return Output(observe("logits", self._masked(self.head(hidden), mask)), state)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits in float32 from the backbone's output."""
+        return (
+            F.linear(hidden, self.backbone.embeddings.weight) if self.lm_head is None else self.lm_head(hidden)
+        ).float()
+
+
+class FeatureModel(Model):
+    """Tasks "features", from input_ids, and "layers", from inputs_embeds: see `mamba_core.backend.Backend.build`."""
+
+    def forward(
+        self, inputs: Tensor, state: State | None = None, *, mask=None, segment_ids=None, observe=None
+    ) -> Hidden:
+        observe = reporting(observe)
+        hidden, state = self._run(inputs, state, mask, segment_ids, observe)
+        return Hidden(observe("hidden", self._masked(hidden, mask)), state)
+
+
+MODELS = {"lm": LanguageModel, "features": FeatureModel, "layers": FeatureModel}

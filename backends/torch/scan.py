@@ -1,12 +1,13 @@
 """The S6 recurrence in PyTorch (Gu and Dao 2023, equations 2 and 4): a plain form and a chunked one.
 
-The chunked form is one opaque operator to autograd and the compiler. It keeps the state at chunk boundaries only;
-its gradient is by hand, as in `mamba_core.spec.recurrence.selective_scan_vjp`.
+The chunked form is one opaque operator to autograd, the compiler and torch.func. It keeps the state at chunk
+boundaries only; its gradient is by hand, as in `mamba_core.spec.recurrence.selective_scan_vjp`.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mamba_core.backends.torch.arrays import in_compute_dtype
 from mamba_core.backends.torch.positions import restarts, where_counting
@@ -33,7 +34,7 @@ def selective_scan(
     segment_ids=None,
     kernel="auto",
 ):
-    """Gradients of gradients need kernel="sequential", which keeps every state."""
+    """Gradients of gradients and forward mode need kernel="sequential", which keeps every state."""
     check_scan(x, delta, A, B, C, D, z, delta_bias, initial_state, mask, segment_ids)
     run = KERNELS[choose_kernel(kernel, kernels(x.device.type))]
     dtype = x.dtype
@@ -79,7 +80,10 @@ def sequential(x, step, A, B, C, D, z, h0, restart):
 
 def chunked(x, step, A, B, C, D, z, h0, restart):
     """Over a chunk everything in bulk but h = decay * h + increment; channels last, as n is short for a vector."""
-    y, h, _ = _scan(x, step, A, B, C, D, z, h0, restart)
+    _refuse_tangents(x, step, A, B, C, D, z, h0)
+    # A compiled or exported graph keeps the operator, with the gradient registered for it; torch.func wants a Function.
+    run = _scan if torch.compiler.is_compiling() else _Scan.apply
+    y, h, _ = run(x, step, A, B, C, D, z, h0, restart)
     return y, h
 
 
@@ -100,6 +104,8 @@ def _scan(
     restart: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, h_last, boundaries): boundaries (b, chunks + 1, n, e) holds the state before and after every chunk."""
+    # Also here: a compiled graph may be given tangents when it runs.
+    _refuse_tangents(x, step, A, B, C, D, z, h0)
     y, boundaries, A = x.new_empty(x.shape), _empty_boundaries(x, A.shape[1]), A.mT.contiguous()
     boundaries[:, 0] = h0.mT
     buffers, restarting = _empty_buffers(2, x, A.shape[0]), _restarting_rows(restart, x)
@@ -200,30 +206,90 @@ def _(dy, dh_last, x, step, A, B, C, D, z, restart, boundaries):
     return [value.new_empty(value.shape) for value in (x, step, A, B, C, h0, D, z) if value is not None]
 
 
-def _save_for_gradient(ctx, inputs, output):
-    x, step, A, B, C, D, z, _, restart = inputs
-    ctx.save_for_backward(x, step, A, B, C, D, z, restart, output[2])
-    ctx.set_materialize_grads(False)
+class _Scan(torch.autograd.Function):
+    """`_scan` with its gradient, for autograd and for torch.func's grad and vmap."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments):
+        return _scan(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, step, A, B, C, D, z, _, restart = inputs
+        ctx.save_for_backward(x, step, A, B, C, D, z, restart, output[2])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, dy, dh_last, _):
+        x, step, A, B, C, D, z, restart, boundaries = ctx.saved_tensors
+        if dy is None:
+            dy = torch.zeros_like(x)
+        saved = (x, step, A, B, C, D, z, restart, boundaries)
+        dx, dstep, dA, dB, dC, dh0, *given = _ScanBackward.apply(dy, dh_last, *saved)
+        dD = None if D is None else given.pop(0)
+        dz = None if z is None else given.pop(0)
+        return dx, dstep, dA, dB, dC, dD, dz, dh0, None
+
+    @staticmethod
+    def jvp(ctx, *_):
+        raise NotImplementedError(_FIRST_REVERSE_ONLY)
 
 
-def _scan_gradient(ctx, dy, dh_last, _):
-    x, step, A, B, C, D, z, restart, boundaries = ctx.saved_tensors
-    if dy is None:
-        dy = torch.zeros_like(x)
-    dx, dstep, dA, dB, dC, dh0, *given = _scan_backward(dy, dh_last, x, step, A, B, C, D, z, restart, boundaries)
-    dD = None if D is None else given.pop(0)
-    dz = None if z is None else given.pop(0)
-    return dx, dstep, dA, dB, dC, dD, dz, dh0, None
+class _ScanBackward(torch.autograd.Function):
+    """`_scan_backward`, which itself is not differentiated."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments):
+        return tuple(_scan_backward(*arguments))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError(_FIRST_REVERSE_ONLY)
+
+    jvp = backward
 
 
-def _refuse_second_gradient(ctx, *_):
-    raise NotImplementedError(
-        'kernel "chunked" of selective_scan has no second derivative; pass kernel="sequential" for it'
-    )
+_FIRST_REVERSE_ONLY = (
+    'kernel "chunked" has first derivatives in reverse mode only: no second derivative and no jvp; '
+    'for them pass kernel="sequential", to a model kernels="sequential"'
+)
 
 
-_scan.register_autograd(_scan_gradient, setup_context=_save_for_gradient)
-_scan_backward.register_autograd(_refuse_second_gradient)
+def _refuse_tangents(*values):
+    """Forward mode would lose them without a word: it knows no rule for an operator."""
+    if any(value is not None and forward_ad.unpack_dual(value).tangent is not None for value in values):
+        raise NotImplementedError(_FIRST_REVERSE_ONLY)
+
+
+def _one_at_a_time(operator):
+    """A rule for vmap: the operator on each element, one after another, the results stacked."""
+
+    def rule(info, axes, *arguments):
+        pairs = list(zip(arguments, axes, strict=True))
+        if info.batch_size == 0:
+            raise ValueError("vmap over an axis of length 0; expected at least one element")
+
+        def element(index):
+            return (value if axis is None else value.select(axis, index) for value, axis in pairs)
+
+        results = [operator(*element(index)) for index in range(info.batch_size)]
+        stacked = type(results[0])(map(torch.stack, zip(*results, strict=True)))
+        return stacked, type(stacked)([0] * len(stacked))
+
+    return rule
+
+
+_scan.register_autograd(_Scan.backward, setup_context=_Scan.setup_context)
+_scan.register_vmap(_one_at_a_time(_scan))
+_scan_backward.register_vmap(_one_at_a_time(_scan_backward))
 
 
 def _parts(x):

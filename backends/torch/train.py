@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from mamba_core.backends.torch.arrays import from_numpy, to_numpy
+from mamba_core.spec.checks import check_task
 from mamba_core.spec.params import parameter_table
 
 
@@ -20,6 +21,7 @@ def loss(model, tokens, mask=None) -> torch.Tensor:
 
 
 def loss_and_gradients(model, tokens, mask=None) -> tuple[float, dict[str, np.ndarray]]:
+    check_task(model.config, "its loss")
     tokens = from_numpy(tokens, device=model.device)
     value = loss(model, tokens, None if mask is None else from_numpy(mask, device=model.device))
     names = list(parameter_table(model.config))
@@ -31,6 +33,7 @@ class Trainer:
     """AdamW with the decay of the parameter table, its moments and its arithmetic in float32."""
 
     def __init__(self, model, settings):
+        check_task(model.config, "training")
         self.model = model
         self.settings = settings
         # What the optimizer sees: the parameters themselves, or float32 copies of those in half precision.

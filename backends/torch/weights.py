@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mamba_core.backends.torch.arrays import devices, from_numpy, to_numpy
-from mamba_core.backends.torch.model import LanguageModel
+from mamba_core.backends.torch.model import MODELS, Model
 from mamba_core.backends.torch.scan import kernels as scan_kernels
 from mamba_core.spec.checks import choose_device, choose_kernel
 from mamba_core.spec.params import Values, checked
@@ -20,7 +20,7 @@ def build(config, parameters: Iterable[tuple[str, np.ndarray]], *, dtype="float3
     device = choose_device(None if device is None else str(device), [*devices(), *indexed])
     kernels = choose_kernel(kernels, scan_kernels(torch.device(device).type))
     with torch.device("meta"):
-        model = LanguageModel(config, kernels)
+        model = MODELS[config.task](config, kernels)
     for parameter, value in checked(config, parameters):
         owner, _, leaf = parameter.name.rpartition(".")
         tensor = from_numpy(value, dtype=parameter.dtype(dtype), device=device)
@@ -28,5 +28,5 @@ def build(config, parameters: Iterable[tuple[str, np.ndarray]], *, dtype="float3
     return model
 
 
-def parameters(model: LanguageModel) -> Values:
+def parameters(model: Model) -> Values:
     return Values(model.config, lambda name: to_numpy(model.get_parameter(name)))

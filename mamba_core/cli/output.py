@@ -3,12 +3,22 @@
 import argparse
 import json
 import sys
+from collections.abc import Callable
+from contextlib import ExitStack
 
 from mamba_core import registry
 
 try:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TransferSpeedColumn,
+    )
     from rich.table import Table
 except ModuleNotFoundError:
     raise ImportError("the command line needs rich; pip install 'mamba_core[cli]'") from None
@@ -45,3 +55,28 @@ def progress_bar(quiet: bool = False) -> Progress:
     columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn())
     shown = (*columns, TimeElapsedColumn(), TextColumn("{task.fields[status]}"))
     return Progress(*shown, console=Console(stderr=True), disable=quiet)
+
+
+def byte_progress(shown: ExitStack, description: str) -> Callable[[int, int], None]:
+    """A callback of bytes done and bytes in all, whose display on standard error begins at the first call.
+
+    Not before: bad input is answered by one line alone. It ends with `shown`.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    progress = Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True))
+    task = progress.add_task(description, total=None)
+
+    def advance(done: int, total: int) -> None:
+        if not progress.live.is_started:
+            shown.enter_context(progress)
+        progress.update(task, completed=done, total=total)
+
+    return advance
+
+
+def print_nonfinite(counts: dict[str, int], limit: int = 8) -> None:
+    """A line on standard error for each of the first tensors that hold NaN or infinite values."""
+    for name in list(counts)[:limit]:
+        print(f"mamba-core: warning: {name!r} holds {counts[name]:,} NaN or infinite values", file=sys.stderr)
+    if len(counts) > limit:
+        print(f"mamba-core: warning: so do {len(counts) - limit} more tensors", file=sys.stderr)

@@ -72,7 +72,7 @@ def _show(arguments, found: Parity) -> None:
     title = f"{found.dtype} against float64: relative L2 errors, {found.layers} layers"
     print_table(title, ["backend", "mode", "nearest to the limit, or beyond", "verdict"], rows)
     chunks = " + ".join(map(str, found.chunks))
-    console.print(f"forward {len(found.tokens)} tokens, chunked {chunks}, stepped {found.steps}")
+    console.print(f"forward {found.length} positions, chunked {chunks}, stepped {found.steps}")
     if arguments.out is not None:
         console.print(f"{arguments.out}/report.json, {arguments.out}/errors.png")
 

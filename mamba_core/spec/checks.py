@@ -114,19 +114,34 @@ def _expect(name, value, shape, letters) -> None:
         raise ValueError(f"{name} has shape {tuple(value.shape)}; expected {letters} = {shape}")
 
 
-def check_tokens(input_ids, mask, segment_ids) -> None:
-    """Check the arguments of a model's call.
+def check_inputs(config, inputs, mask, segment_ids) -> None:
+    """Check the arguments of a model's call: inputs are input_ids, or inputs_embeds for task "layers".
 
     Raises:
-        TypeError: input_ids or segment_ids are not integers, or `mask` is not boolean.
+        TypeError: input_ids or segment_ids are not integers, inputs_embeds no floats, or `mask` is not boolean.
         ValueError: a shape does not fit, or the batch is empty.
     """
-    batch, length = _shape("input_ids", input_ids, ("b", "l"))
+    if config.task == "layers":
+        batch, length, _ = _shape("inputs_embeds", inputs, ("b", "l", "d"))
+        _expect("inputs_embeds", inputs, (batch, length, config.d_model), "(b, l, d)")
+        _expect_floats({"inputs_embeds": inputs})
+    else:
+        batch, length = _shape("input_ids", inputs, ("b", "l"))
+        if "int" not in str(inputs.dtype):
+            raise TypeError(f"input_ids is {inputs.dtype}; expected integers")
     if batch == 0:
-        raise ValueError("input_ids has batch 0; expected at least one row")
-    if "int" not in str(input_ids.dtype):
-        raise TypeError(f"input_ids is {input_ids.dtype}; expected integers")
+        raise ValueError("the input has batch 0; expected at least one row")
     _check_positions(batch, length, mask, segment_ids)
+
+
+def check_task(config, use: str) -> None:
+    """Check that a model is a language model, for a use that needs its logits.
+
+    Raises:
+        ValueError: it has no head.
+    """
+    if config.task != "lm":
+        raise ValueError(f"the model is of task {config.task!r}, without a head; {use} needs one of task 'lm'")
 
 
 def check_state(config, batch: int, state) -> None:
@@ -139,7 +154,8 @@ def check_state(config, batch: int, state) -> None:
     layers, segment = getattr(state, "layers", None), getattr(state, "segment", None)
     if segment is None or not isinstance(layers, tuple) or len(layers) != config.n_layer:
         raise TypeError(f"state is {type(state).__name__}; expected a State of {config.n_layer} layers")
-    if {tuple(segment.shape), *((value.shape[0],) for layer in layers for value in layer)} != {(batch,)}:
+    # No set of shapes: torch.export's symbolic sizes have no hash.
+    if any(shape != (batch,) for shape in (segment.shape, *(value.shape[:1] for layer in layers for value in layer))):
         raise ValueError(f"state is of another batch than input_ids, {batch}; its segment has shape {segment.shape}")
 
 

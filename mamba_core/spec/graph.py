@@ -17,7 +17,7 @@ class Node(NamedTuple):
 
     name: unique, such as "layers.0.in_proj".
     op: a key of `spec.reference.OPS`.
-    inputs: names of earlier nodes; "input_ids" is given.
+    inputs: names of earlier nodes; "input_ids", or "inputs_embeds" for task "layers", is given.
     parameters: argument of the op -> canonical parameter name.
     settings: argument of the op -> constant.
     state: (layer, field) of the `LayerState` that the op carries, None for ops without memory.
@@ -32,5 +32,5 @@ class Node(NamedTuple):
 
 
 def block_graph(config) -> tuple[Node, ...]:
-    """The nodes of a model in an order in which they can be computed; the last is "logits"."""
+    """The nodes of a model in an order in which they can be computed; the last is "logits" or "hidden"."""
     return tuple(import_module(f"mamba_core.spec.{config.architecture}").graph(config))

@@ -7,15 +7,19 @@ from mamba_core.spec.graph import Node
 from mamba_core.spec.init import constant, log_arange, normal, ones, step_bias, uniform, zeros
 from mamba_core.spec.params import Parameter
 
+EMBEDDING = "backbone.embeddings.weight"
+
 
 def parameters(config: MambaConfig) -> Iterator[Parameter]:
     """Initial values as mamba_ssm's (modules/mamba_simple.py and models/mixer_seq_simple.py)."""
     d, v = config.d_model, config.padded_vocab_size
-    yield Parameter("backbone.embeddings.weight", "vd", (v, d), normal(config.initializer_range), mup_role="input")
+    if config.task != "layers":
+        yield Parameter(EMBEDDING, "vd", (v, d), normal(config.initializer_range), mup_role="input")
     for layer in range(config.n_layer):
         yield from _layer_parameters(f"backbone.layers.{layer}.", config)
-    yield Parameter("backbone.norm_f.weight", "d", (d,), ones, decay=False)
-    if not config.tie_embeddings:
+    if config.task != "layers":
+        yield Parameter("backbone.norm_f.weight", "d", (d,), ones, decay=False)
+    if config.task == "lm" and not config.tie_embeddings:
         yield Parameter("lm_head.weight", "vd", (v, d), uniform(d**-0.5), mup_role="output")
 
 
@@ -45,15 +49,22 @@ def _layer_parameters(prefix: str, config: MambaConfig) -> Iterator[Parameter]:
 
 
 def graph(config: MambaConfig) -> Iterator[Node]:
-    table = "backbone.embeddings.weight"
-    yield Node("embedding", "embedding", ("input_ids",), {"weight": table})
-    residual = "embedding"
+    residual = "inputs_embeds"
+    if config.task != "layers":
+        residual = "embedding"
+        yield Node("embedding", "embedding", ("input_ids",), {"weight": EMBEDDING})
     for layer in range(config.n_layer):
         yield from _layer_graph(layer, residual, config)
         residual = f"layers.{layer}.residual"
+    if config.task == "layers":
+        yield Node("hidden", "masked", (residual,))
+        return
     eps = {"eps": config.norm_eps}
     yield Node("norm_f", "rms_norm", (residual,), {"weight": "backbone.norm_f.weight"}, eps)
-    yield Node("logits", "head", ("norm_f",), {"weight": table if config.tie_embeddings else "lm_head.weight"})
+    if config.task == "features":
+        yield Node("hidden", "masked", ("norm_f",))
+        return
+    yield Node("logits", "head", ("norm_f",), {"weight": EMBEDDING if config.tie_embeddings else "lm_head.weight"})
 
 
 def _layer_graph(layer: int, residual: str, config: MambaConfig) -> Iterator[Node]:
@@ -83,6 +94,11 @@ def _layer_graph(layer: int, residual: str, config: MambaConfig) -> Iterator[Nod
     yield linear("dt_proj", "dt")
     names = {"A_log": mixer + "A_log", "D": mixer + "D", "delta_bias": mixer + "dt_proj.bias"}
     inputs = tuple(here + name for name in ("conv", "dt_proj", "B", "C", "z"))
-    yield Node(here + "scan", "selective_scan", inputs, names, state=(layer, "ssm"))
-    yield linear("out_proj", "scan", config.bias)
+    if config.compat == "minimamba":
+        yield Node(here + "scan", "selective_scan", inputs[:-1], names, {"delta_bias_factor": 2}, (layer, "ssm"))
+        yield Node(here + "gate", "multiply", (here + "scan", here + "z"))
+        yield linear("out_proj", "gate", config.bias)
+    else:
+        yield Node(here + "scan", "selective_scan", inputs, names, state=(layer, "ssm"))
+        yield linear("out_proj", "scan", config.bias)
     yield Node(here + "residual", "add", (residual, here + "out_proj"))

@@ -5,7 +5,7 @@ import numpy as np
 from mamba_core.spec.tolerances import tolerance
 
 
-def assert_close(value, reference, dtype: str, kind: str, what: str, **context) -> None:
+def assert_close(value, reference, limit_dtype: str, kind: str, what: str, **context) -> None:
     """The L2 error is at most the tolerance table's fraction of the reference's norm.
 
     The norm counts as at least that of an array of ones: the suite's inputs are of unit scale, so that a smaller result
@@ -19,10 +19,11 @@ def assert_close(value, reference, dtype: str, kind: str, what: str, **context) 
         f"{what}: {np.count_nonzero(~np.isfinite(value))} values not finite {_told(context)}"
     )
     scale = max(np.linalg.norm(reference), np.sqrt(reference.size))
-    error, limit = np.linalg.norm(value - reference) / scale, tolerance(dtype, kind)
+    error, limit = np.linalg.norm(value - reference) / scale, tolerance(limit_dtype, kind)
     worst = np.unravel_index(np.abs(value - reference).argmax(), value.shape)
+    told = f"{error:.2e} exceeds {limit:.0e} ({limit_dtype} {kind})"
     assert error <= limit, (
-        f"{what}: relative error {error:.2e} exceeds {limit:.0e} ({dtype} {kind}); worst at {tuple(map(int, worst))}: "
+        f"{what}: relative error {told}; worst at {tuple(map(int, worst))}: "
         f"{value[worst]:.9g}, expected {reference[worst]:.9g} {_told(context)}"
     )
 

@@ -1,37 +1,69 @@
-"""What the conformance suite draws: arguments of the ops, masks, segments and small models, all as NumPy.
+"""What the conformance suite draws: arguments of the ops, masks, segments, configs and small models, all as NumPy."""
 
-Sizes come from short lists, because a compiling backend compiles for every shape.
-"""
-
+import functools
+import inspect
+import os
 from typing import NamedTuple
 
 import numpy as np
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mamba_core.config import MambaConfig
 
-# Around the chunk sizes of the kernels and of the convolution's window, where off-by-one faults live.
-LENGTHS = (0, 1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 129)
+# Where off-by-one faults live: nothing, shorter than the convolution's window, and on either side of a kernel's chunk.
+EDGES = (0, 1, 2, 3, 15, 16, 17, 63, 64, 65, 255, 256, 257)
+SHORT = (0, 1, 2, 3, 15, 16, 17, 33)
+
+
+def law(test):
+    """A property of drawn data, tried on a fifth of the examples where every new shape is compiled.
+
+    $EXAMPLES, where it is set, is the number on every backend.
+    """
+    many = settings.default.max_examples
+    few = many if "EXAMPLES" in os.environ else max(3, many // 5)
+    tried = {count: settings(max_examples=count)(given(data=st.data())(test)) for count in (many, few)}
+
+    @functools.wraps(test)
+    def run(**fixtures):
+        return tried[few if fixtures["backend"].name == "jax" else many](**fixtures)
+
+    signature = inspect.signature(test)
+    drawn = [parameter for name, parameter in signature.parameters.items() if name != "data"]
+    run.__signature__ = signature.replace(parameters=drawn)
+    return run
 
 
 class Case(NamedTuple):
-    """The arguments of an op: arrays are differentiated, positions (mask, segment_ids) and options are not."""
+    """The arguments of an op: arrays are differentiated, positions (mask, segment_ids) and options are not.
+
+    strides: name -> how its array lies in memory, as `laid_out` takes it. dtype: the compute dtype.
+    """
 
     arrays: dict[str, np.ndarray]
     positions: dict[str, np.ndarray]
     options: dict
+    strides: dict[str, str]
+    dtype: str = "float32"
 
     @property
-    def length(self) -> int:
-        return self.arrays["x"].shape[1]
+    def shape(self) -> tuple[int, int]:
+        """(b, l)."""
+        whole = self.arrays.get("x", self.arrays.get("inputs_embeds", self.options.get("input_ids")))
+        return whole.shape[:2]
+
+
+def lengths(longest: int = 300) -> st.SearchStrategy[int]:
+    return st.sampled_from([edge for edge in EDGES if edge <= longest]) | st.integers(0, longest)
 
 
 @st.composite
-def scan_cases(draw, lengths=LENGTHS) -> Case:
+def scan_cases(draw, lengths=lengths()) -> Case:  # noqa: B008 (a strategy is a value)
     """Arguments of `selective_scan`, each optional one present or not; step sizes from 1e-6 to 20."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    b, l = draw(st.sampled_from((1, 2, 3))), draw(st.sampled_from(lengths))
-    e, n = draw(st.sampled_from((1, 5, 8))), draw(st.sampled_from((1, 3, 16)))
+    b, l = draw(st.sampled_from((1, 2, 3))), draw(lengths)
+    e, n = draw(st.sampled_from((1, 5, 8))), draw(st.sampled_from((1, 2, 3, 7, 16, 33, 64)))
     softplus = draw(st.booleans())
     arrays = {"x": rng.normal(size=(b, l, e)), "delta": _steps(rng, (b, l, e), softplus)}
     arrays |= {"A": -np.exp(rng.normal(size=(e, n))), "B": rng.normal(size=(b, l, n)), "C": rng.normal(size=(b, l, n))}
@@ -41,22 +73,29 @@ def scan_cases(draw, lengths=LENGTHS) -> Case:
             arrays[name] = rng.normal(size=e) if softplus else rng.uniform(0, 1, e)
         else:
             arrays[name] = rng.normal(size=optional[name])
-    arrays = {name: value.astype(np.float32) for name, value in arrays.items()}
-    return Case(arrays, draw(positions(b, l)), {"delta_softplus": softplus})
+    return _case(draw, arrays, (b, l), {"delta_softplus": softplus})
 
 
 @st.composite
-def conv_cases(draw, lengths=LENGTHS) -> Case:
+def conv_cases(draw, lengths=lengths()) -> Case:  # noqa: B008
     """Arguments of `causal_conv`."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    b, l = draw(st.sampled_from((1, 2, 3))), draw(st.sampled_from(lengths))
+    b, l = draw(st.sampled_from((1, 2, 3))), draw(lengths)
     e, k = draw(st.sampled_from((1, 5, 8))), draw(st.sampled_from((1, 2, 3, 4)))
     arrays = {"x": rng.normal(size=(b, l, e)), "weight": rng.normal(size=(e, k))}
     optional = {"bias": (e,), "initial_state": (b, k - 1, e)}
     for name in sorted(draw(st.sets(st.sampled_from(sorted(optional))))):
         arrays[name] = rng.normal(size=optional[name])
+    return _case(draw, arrays, (b, l), {"activation": draw(st.sampled_from((None, "silu")))})
+
+
+def _case(draw, arrays, shape, options) -> Case:
     arrays = {name: value.astype(np.float32) for name, value in arrays.items()}
-    return Case(arrays, draw(positions(b, l)), {"activation": draw(st.sampled_from((None, "silu")))})
+    return Case(arrays, draw(positions(*shape)), options, draw(strides(arrays)))
+
+
+def strides(arrays) -> st.SearchStrategy[dict[str, str]]:
+    return st.fixed_dictionaries({name: st.sampled_from(("plain", "every second", "swapped")) for name in arrays})
 
 
 @st.composite
@@ -69,6 +108,18 @@ def positions(draw, b: int, l: int) -> dict[str, np.ndarray]:
     if draw(st.booleans()):
         drawn["segment_ids"] = np.cumsum(rng.random((b, l)) < 0.15, axis=1).astype(np.int32)
     return drawn
+
+
+@st.composite
+def configs(draw, **fixed) -> MambaConfig:
+    """Small configs with every size and switch drawn, those of `fixed` apart."""
+    sizes = {"d_model": (8, 12, 16), "n_layer": (1, 2), "vocab_size": (17, 32, 41), "d_state": (1, 3, 4, 16, 64)}
+    sizes |= {"d_conv": (2, 3, 4), "expand": (1, 2, 3), "dt_rank": ("auto", 1, 5), "norm_eps": (1e-5, 1e-3)}
+    sizes |= {"pad_vocab_size_multiple": (1, 8, 16)}
+    switches = ("bias", "conv_bias", "tie_embeddings", "residual_in_fp32")
+    drawn = {name: draw(st.sampled_from(values)) for name, values in sizes.items() if name not in fixed}
+    drawn |= {name: draw(st.booleans()) for name in switches}
+    return MambaConfig(**drawn, initializer_range=0.3, **fixed)
 
 
 CONFIGS = {
@@ -86,6 +137,15 @@ CONFIGS = {
 
 def tokens(config: MambaConfig, b: int, l: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, config.vocab_size, (b, l)).astype(np.int32)
+
+
+def laid_out(backend, value: np.ndarray, strides: str, dtype: str | None = None):
+    """The value as an array of the backend that lies in memory as `strides` says, where the framework has strides."""
+    if strides == "every second":
+        return backend.from_numpy(np.repeat(value, 2, axis=-1), dtype=dtype)[..., ::2]
+    if strides == "swapped" and value.ndim > 1:
+        return backend.from_numpy(np.ascontiguousarray(value.swapaxes(0, 1)), dtype=dtype).swapaxes(0, 1)
+    return backend.from_numpy(value, dtype=dtype)
 
 
 def _steps(rng, shape, softplus):

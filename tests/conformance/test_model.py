@@ -4,11 +4,8 @@ import functools
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import mamba_core as mc
-from mamba_core.backend import State
 from mamba_core.spec.graph import block_graph
 from mamba_core.spec.init import initial_values
 from mamba_core.spec.params import parameter_table
@@ -49,10 +46,6 @@ def flat(backend, state):
 def assert_states(value: dict, expected: dict, what: str, dtype="float32"):
     for name, reference_value in expected.items():
         assert_close(value[name], reference_value, dtype, "value", f"{what}: state {name}")
-
-
-def rows(value, keep):
-    return {name: array[keep] for name, array in value.items()}
 
 
 @pytest.fixture(params=CONFIGS, scope="session")
@@ -166,81 +159,6 @@ def test_gradients_equal_the_reference(backend, name, masked):
         assert np.linalg.norm(gradients[key].astype(np.float64) - value) <= 1e-5 * max(norm, 1e-3), key
 
 
-@given(at=st.sampled_from((0, 1, 2, 7, LENGTH - 1, LENGTH)), seed=st.integers(0, 5))
-def test_split_with_the_carried_state_is_the_whole(backend, name, at, seed):
-    """With segments too, and a boundary that may fall on the split itself."""
-    rng = np.random.default_rng(seed)
-    ids = tokens(CONFIGS[name], BATCH, LENGTH, seed)
-    segment_ids = np.cumsum(rng.random(ids.shape) < 0.2, axis=1).astype(np.int32)
-    segment_ids[0, at:] += 7
-    model = built(backend, name)
-    logits, state = call(backend, model, ids, segment_ids=segment_ids)
-    head, carried = call(backend, model, ids[:, :at], segment_ids=segment_ids[:, :at])
-    tail, last = call(backend, model, ids[:, at:], carried, segment_ids=segment_ids[:, at:])
-    assert_close(np.concatenate([head, tail], 1), logits, "float32", "value", f"split at {at}")
-    assert_states(flat(backend, last), flat(backend, state), f"split at {at}")
-    np.testing.assert_array_equal(backend.to_numpy(last.segment), backend.to_numpy(state.segment))
-    assert_close(logits, reference(name)(ids, segment_ids=segment_ids).logits, "float32", "value", "packed")
-
-
-def test_prefill_and_steps_are_the_whole(backend, name):
-    ids = tokens(CONFIGS[name], BATCH, LENGTH)
-    model = built(backend, name)
-    whole, state = call(backend, model, ids)
-    logits, carried = call(backend, model, ids[:, :11])
-    for t in range(11, LENGTH):
-        step, carried = call(backend, model, ids[:, t : t + 1], carried)
-        assert_close(step[:, 0], whole[:, t], "float32", "value", f"step {t}")
-    assert_close(logits, whole[:, :11], "float32", "value", "prefill")
-    assert_states(flat(backend, carried), flat(backend, state), "after the steps")
-
-
-@pytest.mark.parametrize("side", ["left", "right", "both"])
-def test_a_padded_row_is_the_row_alone(backend, name, side):
-    """Values, states, and going on from a carried state."""
-    model = built(backend, name)
-    ids = tokens(CONFIGS[name], BATCH, LENGTH)
-    lengths = (LENGTH, 8, 1)
-    starts = [{"left": LENGTH - n, "right": 0, "both": (LENGTH - n) // 2}[side] for n in lengths]
-    mask = np.zeros(ids.shape, bool)
-    for row, (start, count) in enumerate(zip(starts, lengths, strict=True)):
-        mask[row, start : start + count] = True
-    _, before = call(backend, model, tokens(CONFIGS[name], BATCH, 5, seed=9))
-    for state in (None, before):
-        logits, after = call(backend, model, ids, state, mask=mask)
-        assert not logits[~mask].any(), "logits at masked positions are zero"
-        for row, (start, count) in enumerate(zip(starts, lengths, strict=True)):
-            single = None if state is None else row_of(state, row)
-            alone, alone_after = call(backend, model, ids[row : row + 1, start : start + count], single)
-            assert_close(logits[row, start : start + count], alone[0], "float32", "value", f"row {row}")
-            assert_states(rows(flat(backend, after), slice(row, row + 1)), flat(backend, alone_after), f"row {row}")
-
-
-def test_an_empty_row_leaves_its_state(backend, name):
-    model = built(backend, name)
-    ids = tokens(CONFIGS[name], BATCH, 6)
-    _, before = call(backend, model, ids)
-    mask = np.array([[True] * 6, [False] * 6, [True] * 6])
-    _, after = call(backend, model, ids, before, mask=mask)
-    assert_states(rows(flat(backend, after), slice(1, 2)), rows(flat(backend, before), slice(1, 2)), "empty row")
-
-
-def row_of(state, row):
-    layers = tuple(type(layer)(*(value[row : row + 1] for value in layer)) for layer in state.layers)
-    return State(layers, state.segment[row : row + 1])
-
-
-def test_packed_segments_are_the_sequences_apart(backend, name):
-    model = built(backend, name)
-    ids = tokens(CONFIGS[name], 1, LENGTH)
-    segment_ids = np.repeat([4, 2, 9, 2], [1, 6, 2, 11])[None].astype(np.int32)
-    packed, after = call(backend, model, ids, segment_ids=segment_ids)
-    for start, stop in ((0, 1), (1, 7), (7, 9), (9, 20)):
-        alone, alone_after = call(backend, model, ids[:, start:stop])
-        assert_close(packed[:, start:stop], alone, "float32", "value", f"segment {start}:{stop}")
-    assert_states(flat(backend, after), flat(backend, alone_after), "last segment")
-
-
 @pytest.mark.parametrize("seed", range(4))
 def test_masks_and_segments_together_equal_the_reference(backend, name, seed):
     rng = np.random.default_rng(seed)
@@ -275,17 +193,6 @@ def test_the_given_state_is_not_changed(backend, name):
         call(backend, model, tokens(CONFIGS[name], BATCH, length, seed=2), state)
     for key, value in flat(backend, state).items():
         np.testing.assert_array_equal(value, before[key])
-
-
-def test_causal(backend, name):
-    model = built(backend, name)
-    ids = tokens(CONFIGS[name], BATCH, LENGTH)
-    changed = ids.copy()
-    changed[:, 12:] = (changed[:, 12:] + 1) % CONFIGS[name].vocab_size
-    before, _ = call(backend, model, ids)
-    after, _ = call(backend, model, changed)
-    np.testing.assert_array_equal(after[:, :12], before[:, :12])
-    assert np.abs(after[:, 12:] - before[:, 12:]).min(axis=-1).max() > 0
 
 
 def test_bad_input_is_refused_or_gives_no_number(backend, name):

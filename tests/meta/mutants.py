@@ -1,5 +1,7 @@
 """Broken backends: small realistic faults, each a change of a few characters in a copy of the PyTorch backend.
 
+They stand under the property of the conformance suite that must reject them.
+
 `use(name, folder)` makes that copy and puts it where `mamba_core.backends.torch` is looked for.
 """
 
@@ -22,69 +24,104 @@ class Mutant(NamedTuple):
     new: str
 
 
-MUTANTS = {
-    "no SiLU on the gate": Mutant("scan.py", "else linear * F.silu(z)", "else linear * z"),
-    "gate's gradient without its derivative": Mutant("scan.py", "linear * _silu_derivative(z[", "linear * F.silu(z["),
-    "dt bias added twice": Mutant("scan.py", "else delta + delta_bias", "else delta + 2 * delta_bias"),
-    "softplus missing": Mutant("scan.py", "threshold=40.0) if delta_softplus else raw", "threshold=40.0) if 0 else raw"),
-    "softplus cut off early": Mutant("scan.py", "F.softplus(raw, threshold=40.0)", "F.softplus(raw, threshold=2.0)"),
-    "naive softplus": Mutant("scan.py", "F.softplus(raw, threshold=40.0)", "torch.log(1 + torch.exp(raw))"),
-    "exp of the wrong sign": Mutant("scan.py", "torch.mul(step[:, :, None], A, out", "torch.mul(step[:, :, None], -A, out"),
-    "B not multiplied by the step": Mutant("scan.py", "torch.mul((step * x)[:, :, None], B", "torch.mul(x[:, :, None], B"),
-    "state zeroed between chunks": Mutant("scan.py", "boundaries[:, index + 1] = states[:, -1]",
+CAUGHT_BY = {
+    "test_every_kernel_equals_the_recurrence": {
+        "no SiLU on the gate": Mutant("scan.py", "else linear * F.silu(z)", "else linear * z"),
+        "gate's gradient without its derivative": Mutant("scan.py", "linear * _silu_derivative(z[", "linear * F.silu(z["),
+        "dt bias added twice": Mutant("scan.py", "else delta + delta_bias", "else delta + 2 * delta_bias"),
+        "softplus missing": Mutant("scan.py", "threshold=40.0) if delta_softplus else raw", "threshold=40.0) if 0 else raw"),
+        "softplus cut off early": Mutant("scan.py", "F.softplus(raw, threshold=40.0)", "F.softplus(raw, threshold=2.0)"),
+        "exp of the wrong sign": Mutant("scan.py", "torch.mul(step[:, :, None], A, out", "torch.mul(step[:, :, None], -A, out"),
+        "B not multiplied by the step": Mutant("scan.py", "torch.mul((step * x)[:, :, None], B", "torch.mul(x[:, :, None], B"),
+        "state zeroed between chunks": Mutant("scan.py", "boundaries[:, index + 1] = states[:, -1]",
                                           "boundaries[:, index + 1] = states[:, -1] * (index % 2)"),
-    "initial state ignored": Mutant("scan.py", "boundaries[:, 0] = h0.mT", "boundaries[:, 0] = 0.0"),
-    "initial state's gradient missing": Mutant("scan.py", "dB, dC, arriving.mT.contiguous()", "dB, dC, 0 * arriving.mT.contiguous()"),
-    "final state's gradient ignored": Mutant("scan.py", "if dh_last is None else dh_last.mT.clone()", "if 1 else dh_last"),
-    "dA misses the carried term": Mutant("scan.py", "    decay_t[0].mul_(before)\n", "    decay_t[0].zero_()\n"),
-    "gradient does not cross chunks": Mutant("scan.py", "[:, -1] += arriving", "[:, -1] += 0 * arriving"),
-    "dstep misses the path through B": Mutant("scan.py", ".sum(2) + gB * x_part", ".sum(2)"),
-    "B and C swapped": Mutant("layers.py", 'observe("B", B), observe("C", C)', 'observe("B", C), observe("C", B)'),
-    "D missing": Mutant("scan.py", "linear if D is None else torch.addcmul(linear, D, x)", "linear"),
-    "D missing in the step": Mutant("scan.py", "return _output(linear, x, D, z).to(dtype), h", "return _output(linear, x, None, z).to(dtype), h"),
-    "step ignores the dt bias": Mutant("scan.py", "_step_size(delta, delta_bias, delta_softplus), A, B, C)",
+        "initial state ignored": Mutant("scan.py", "boundaries[:, 0] = h0.mT", "boundaries[:, 0] = 0.0"),
+        "initial state's gradient missing": Mutant("scan.py", "dB, dC, arriving.mT.contiguous()", "dB, dC, 0 * arriving.mT.contiguous()"),
+        "final state's gradient ignored": Mutant("scan.py", "if dh_last is None else dh_last.mT.clone()", "if 1 else dh_last"),
+        "dA misses the carried term": Mutant("scan.py", "    decay_t[0].mul_(before)\n", "    decay_t[0].zero_()\n"),
+        "gradient does not cross chunks": Mutant("scan.py", "[:, -1] += arriving", "[:, -1] += 0 * arriving"),
+        "dstep misses the path through B": Mutant("scan.py", ".sum(2) + gB * x_part", ".sum(2)"),
+        "D missing": Mutant("scan.py", "linear if D is None else torch.addcmul(linear, D, x)", "linear"),
+    },
+    "test_softplus_is_exact_at_both_ends": {
+        "naive softplus": Mutant("scan.py", "F.softplus(raw, threshold=40.0)", "torch.log(1 + torch.exp(raw))"),
+    },
+    "test_every_node_equals_the_reference": {
+        "B and C swapped": Mutant("layers.py", 'observe("B", B), observe("C", C)', 'observe("B", C), observe("C", B)'),
+        "conv taps reversed": Mutant("conv.py", "weight[:, tap])", "weight[:, width - 1 - tap])"),
+        "conv without its SiLU": Mutant("conv.py", "F.silu(value) if activation", "value if activation"),
+        "norm eps ignored": Mutant("layers.py", "keepdim=True) + self.eps", "keepdim=True) + 1e-5"),
+        "norm over the sum": Mutant("layers.py", "x.square().mean(", "x.square().sum("),
+        "head of the embedding when untied": Mutant("model.py", "if self.lm_head is None else self.lm_head(hidden)", "if True else hidden"),
+        "ids shifted": Mutant("model.py", "self.embeddings(input_ids)", "self.embeddings((input_ids + 1) % 11)"),
+    },
+    "test_steps": {
+        "D missing in the step": Mutant("scan.py", "return _output(linear, x, D, z).to(dtype), h", "return _output(linear, x, None, z).to(dtype), h"),
+        "step ignores the dt bias": Mutant("scan.py", "_step_size(delta, delta_bias, delta_softplus), A, B, C)",
                                        "_step_size(delta, None, delta_softplus), A, B, C)"),
-    "decay runs on padding": Mutant("scan.py", "step = where_counting(mask, _step_size(delta, delta_bias, delta_softplus))",
+        "conv state off by one": Mutant("conv.py", "return y[:, 0].to(dtype), inputs[:, 1:].to(dtype)", "return y[:, 0].to(dtype), inputs[:, :-1].to(dtype)"),
+        "conv bias missing in the step": Mutant("conv.py", "_filter(inputs, weight, bias, None)", "_filter(inputs, weight, None, None)"),
+    },
+    "test_each_row_alone": {
+        "decay runs on padding": Mutant("scan.py", "step = where_counting(mask, _step_size(delta, delta_bias, delta_softplus))",
                                     "step = _step_size(delta, delta_bias, delta_softplus)"),
-    "what is masked not cleared": Mutant("scan.py", "x, delta, B, C, z = (where_counting(mask, value) for", "x, delta, B, C, z = (value for"),
-    "final state in half precision": Mutant("scan.py", "return (y, h) if return", "return (y, h.to(dtype)) if return"),
-    "restart ignored by the scan": Mutant("scan.py", "        if rows is not None:\n            h = h.masked_fill(rows, 0.0)\n", ""),
-    "restart ignored in backward only": Mutant("scan.py", "        if restarting[t] is not None:\n            decay_t[t].masked_fill_(restarting[t], 0.0)\n", ""),
-    "restart ignored by the conv": Mutant("conv.py", "if runs is not None and tap < width - 1:", "if False:"),
-    "restart ignored by the conv state": Mutant("conv.py", "if runs is None or carried == 0:", "if True:"),
-    "restart one position late": Mutant("positions.py", "differs[:, 1:] = segment_ids[:, 1:]", "differs[:, :-1] = segment_ids[:, 1:]"),
-    "restart at masked positions": Mutant("positions.py", "gather(1, inverse) & mask", "gather(1, inverse)"),
-    "mask applied after the conv only": Mutant("conv.py", "        x = _take(where_counting(mask, x), order)\n", "        x = where_counting(mask, x)\n"),
-    "conv state off by one": Mutant("conv.py", "return y[:, 0].to(dtype), inputs[:, 1:].to(dtype)", "return y[:, 0].to(dtype), inputs[:, :-1].to(dtype)"),
-    "conv state from the end of a padded row": Mutant("conv.py", "if mask is None else mask.sum(1)", "if True else mask.sum(1)"),
-    "conv taps reversed": Mutant("conv.py", "weight[:, tap])", "weight[:, width - 1 - tap])"),
-    "conv bias missing in the step": Mutant("conv.py", "_filter(inputs, weight, bias, None)", "_filter(inputs, weight, None, None)"),
-    "conv without its SiLU": Mutant("conv.py", "F.silu(value) if activation", "value if activation"),
-    "norm eps ignored": Mutant("layers.py", "keepdim=True) + self.eps", "keepdim=True) + 1e-5"),
-    "norm over the sum": Mutant("layers.py", "x.square().mean(", "x.square().sum("),
-    "norm in half precision": Mutant("layers.py", "        x = x.float()\n", "        x = x.to(self.weight.dtype)\n"),
-    "half-precision accumulation": Mutant("arrays.py", "else torch.float32\n", "else x.dtype\n"),
-    "A stored in half precision": Mutant("weights.py", "dtype=parameter.dtype(dtype)", "dtype=dtype"),
-    "state in half precision": Mutant("state.py", "dtype=torch.float32, device=device)\n    segment", "dtype=dtype, device=device)\n    segment"),
-    "head of the embedding when untied": Mutant("model.py", "if self.lm_head is None else self.lm_head(hidden)", "if True else hidden"),
-    "logits of masked positions": Mutant("model.py", "        if mask is not None:\n", "        if False:\n"),
-    "segment not carried": Mutant("state.py", "keep = ~counts | (first == state.segment)", "keep = ~counts | (first == first)"),
-    "segment of the last position, counting or not": Mutant("state.py", "flipped = None if mask is None else mask.flip(1)", "flipped = None"),
-    "state's segment forgotten": Mutant("state.py", "torch.where(counts, last, state.segment)", "torch.where(counts, last * 0, state.segment)"),
-    "ids shifted": Mutant("model.py", "self.embeddings(input_ids)", "self.embeddings((input_ids + 1) % 11)"),
-    "padded vocabulary produced": Mutant("decode.py", "model.head(hidden)[:, :vocabulary]", "model.head(hidden)"),
-    "prefill reads the last column": Mutant("decode.py", "last = mask.sum(1) - 1", "last = 0 * mask.sum(1) + mask.shape[1] - 1"),
-    "top_k off by one": Mutant("decode.py", "rank < sampling.top_k if", "rank <= sampling.top_k if"),
-    "top_p drops the token that reaches it": Mutant("decode.py", "(before < sampling.top_p", "(before + ranked < sampling.top_p"),
-    "min_p of the wrong token": Mutant("decode.py", "ranked[:, :1])", "ranked[:, 1:2])"),
-    "temperature ignored": Mutant("decode.py", "keepdim=True)) / sampling.temperature", "keepdim=True))"),
-    "one uniform for all rows": Mutant("decode.py", "uniform[:, None]", "uniform[:1, None]"),
-    "decay of every parameter": Mutant("train.py", "table[name].decay == decay", "decay"),
-    "no clipping": Mutant("train.py", "self.settings.clip_norm)", "1e9)"),
-    "rate of the next step": Mutant("train.py", "self.settings.rate(self.count)", "self.settings.rate(self.count + 1)"),
-    "targets not shifted": Mutant("train.py", "targets = tokens[:, 1:].long()", "targets = tokens[:, :-1].long()"),
-    "step count not restored": Mutant("train.py", 'self.count = int(state["step"])', "self.count = 0"),
+        "mask applied after the conv only": Mutant("conv.py", "        x = _take(where_counting(mask, x), order)\n", "        x = where_counting(mask, x)\n"),
+        "conv state from the end of a padded row": Mutant("conv.py", "if mask is None else mask.sum(1)", "if True else mask.sum(1)"),
+        "logits of masked positions": Mutant("model.py", "        if mask is not None:\n", "        if False:\n"),
+    },
+    "test_masked_positions_do_not_leak_what_is_not_finite": {
+        "what is masked not cleared": Mutant("scan.py", "x, delta, B, C, z = (where_counting(mask, value) for", "x, delta, B, C, z = (value for"),
+    },
+    "test_the_whole": {
+        "final state in half precision": Mutant("scan.py", "return (y, h) if return", "return (y, h.to(dtype)) if return"),
+        "restart ignored by the scan": Mutant("scan.py", "        if rows is not None:\n            h = h.masked_fill(rows, 0.0)\n", ""),
+        "restart ignored in backward only": Mutant("scan.py", "        if restarting[t] is not None:\n            decay_t[t].masked_fill_(restarting[t], 0.0)\n", ""),
+        "restart ignored by the conv": Mutant("conv.py", "if runs is not None and tap < width - 1:", "if False:"),
+        "restart ignored by the conv state": Mutant("conv.py", "if runs is None or carried == 0:", "if True:"),
+        "restart one position late": Mutant("positions.py", "differs[:, 1:] = segment_ids[:, 1:]", "differs[:, :-1] = segment_ids[:, 1:]"),
+        "restart at masked positions": Mutant("positions.py", "gather(1, inverse) & mask", "gather(1, inverse)"),
+    },
+    "test_half_precision_rounds_once": {
+        "norm in half precision": Mutant("layers.py", "        x = x.float()\n", "        x = x.to(self.weight.dtype)\n"),
+        "half-precision accumulation": Mutant("arrays.py", "else torch.float32\n", "else x.dtype\n"),
+    },
+    "test_parameters_are_the_table": {
+        "A stored in half precision": Mutant("weights.py", "dtype=parameter.dtype(dtype)", "dtype=dtype"),
+    },
+    "test_initial_state": {
+        "state in half precision": Mutant("state.py", "dtype=torch.float32, device=device)\n    segment", "dtype=dtype, device=device)\n    segment"),
+    },
+    "test_split_with_the_carried_state": {
+        "segment not carried": Mutant("state.py", "keep = ~counts | (first == state.segment)", "keep = ~counts | (first == first)"),
+        "segment of the last position, counting or not": Mutant("state.py", "flipped = None if mask is None else mask.flip(1)", "flipped = None"),
+        "state's segment forgotten": Mutant("state.py", "torch.where(counts, last, state.segment)", "torch.where(counts, last * 0, state.segment)"),
+    },
+    "test_padded_vocabulary_is_never_produced": {
+        "padded vocabulary produced": Mutant("decode.py", "model.head(hidden)[:, :vocabulary]", "model.head(hidden)"),
+    },
+    "test_a_row_does_not_depend_on_its_neighbours": {
+        "prefill reads the last column": Mutant("decode.py", "last = mask.sum(1) - 1", "last = 0 * mask.sum(1) + mask.shape[1] - 1"),
+    },
+    "test_sampling_inverts_the_distribution": {
+        "top_k off by one": Mutant("decode.py", "rank < sampling.top_k if", "rank <= sampling.top_k if"),
+        "top_p drops the token that reaches it": Mutant("decode.py", "(before < sampling.top_p", "(before + ranked < sampling.top_p"),
+        "min_p of the wrong token": Mutant("decode.py", "ranked[:, :1])", "ranked[:, 1:2])"),
+        "temperature ignored": Mutant("decode.py", "keepdim=True)) / sampling.temperature", "keepdim=True))"),
+        "one uniform for all rows": Mutant("decode.py", "uniform[:, None]", "uniform[:1, None]"),
+    },
+    "test_twenty_steps_equal_the_reference": {
+        "decay of every parameter": Mutant("train.py", "table[name].decay == decay", "decay"),
+        "no clipping": Mutant("train.py", "self.settings.clip_norm)", "1e9)"),
+        "rate of the next step": Mutant("train.py", "self.settings.rate(self.count)", "self.settings.rate(self.count + 1)"),
+        "targets not shifted": Mutant("train.py", "targets = tokens[:, 1:].long()", "targets = tokens[:, :-1].long()"),
+    },
+    "test_the_optimizer_moves_between_backends": {
+        "step count not restored": Mutant("train.py", 'self.count = int(state["step"])', "self.count = 0"),
+    },
 }  # fmt: skip
+
+
+MUTANTS = {name: mutant for mutants in CAUGHT_BY.values() for name, mutant in mutants.items()}
 
 
 def use(name: str, folder: Path) -> None:

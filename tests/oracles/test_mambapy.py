@@ -1,9 +1,6 @@
 """Against mambapy, run in float64: its scan, its block, its model and its step, with our weights under its names."""
 
 import dataclasses
-import importlib
-import sys
-from types import ModuleType
 from unittest import mock
 
 import numpy as np
@@ -29,17 +26,6 @@ VARIANTS = {
     "sizes": {"d_state": 5, "d_conv": 3, "expand": 3, "dt_rank": 7},
     "small": {"d_state": 1, "d_conv": 2, "expand": 1, "dt_rank": 1, "norm_eps": 1e-2},
 }
-# mambapy.lm imports these for Mamba-2 only, and they import Triton.
-UNUSED = ("mamba_chunk_scan_combined", "mamba_split_conv1d_scan_combined")
-
-
-@pytest.fixture(scope="module")
-def lm():
-    names = ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton", "mamba_ssm.ops.triton.ssd_combined")
-    stubs = {name: ModuleType(name) for name in names}
-    vars(stubs[names[-1]]).update(dict.fromkeys(UNUSED))
-    with mock.patch.dict(sys.modules, stubs):
-        return importlib.import_module("mambapy.lm")
 
 
 def in_float64(function, *args):

@@ -1,6 +1,10 @@
 """Folders and files that appear only when they are complete."""
 
+import errno
 import os
+import sys
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +13,7 @@ from mamba_core.weights.io import (
     CheckpointError,
     atomic_file,
     atomic_folder,
+    early_sync,
     sources_of,
     write_safetensors,
 )
@@ -118,3 +123,93 @@ def test_what_appears_has_been_synced(tmp_path, monkeypatch):
         write_safetensors(partial, sources_of({"w": np.zeros(3)}))
         expected = [(partial / "model.safetensors").stat().st_ino, partial.stat().st_ino]
     assert synced == [*expected, tmp_path.stat().st_ino]
+
+
+def test_what_is_being_written_is_synced_already(tmp_path, monkeypatch):
+    synced = threading.Event()
+    monkeypatch.setattr(os, "fsync", lambda number: synced.set())
+    (tmp_path / "file").write_text("first half")
+    with early_sync(tmp_path):
+        assert synced.wait(30)
+
+
+def test_a_fault_of_an_early_sync_is_raised(tmp_path, monkeypatch):
+    tried = threading.Event()
+
+    def fail(number):
+        tried.set()
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    (tmp_path / "file").write_text("first half")
+    with pytest.raises(OSError, match="Input/output"), early_sync(tmp_path):
+        assert tried.wait(30)
+
+
+# --- what a killed process leaves, and a disk that does not take it --------------------------------
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the locks are of POSIX")
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
+    (tmp_path / ".out.0123abcd.partial").mkdir()
+    (tmp_path / ".out.0123abcd.partial" / "file").write_text("half")
+    others = [".out.0123abcd.partial2", ".other.0123abcd.partial", ".out.words.partial"]
+    for name in others:
+        (tmp_path / name).mkdir()
+    with atomic_folder(tmp_path / "out") as partial:
+        assert names(tmp_path) == sorted([*others, partial.name])
+    assert names(tmp_path) == sorted([*others, "out"])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the locks are of POSIX")
+def test_a_folder_that_is_being_written_is_left_alone(tmp_path):
+    with atomic_folder(tmp_path / "out") as first:  # noqa: SIM117
+        with atomic_folder(tmp_path / "out") as second:
+            assert names(tmp_path) == sorted([first.name, second.name])
+
+
+def test_a_folder_that_was_moved_away_by_a_killed_process_returns(tmp_path):
+    (tmp_path / ".out.0123abcd.old").mkdir()
+    (tmp_path / ".out.0123abcd.old" / "file").write_text("old")
+    with pytest.raises(CheckpointError, match="not empty"), atomic_folder(tmp_path / "out"):
+        raise AssertionError("entered")
+    assert names(tmp_path) == ["out"]
+    assert (tmp_path / "out" / "file").read_text() == "old"
+
+
+def test_a_folder_that_was_replaced_by_a_killed_process_goes(tmp_path):
+    for name in (".out.0123abcd.old", "out"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    with atomic_folder(tmp_path / "out", overwrite=True):
+        assert names(tmp_path)[-1] == "out"
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+@pytest.mark.parametrize("function", ["mkdir", "fsync", "rename"])
+def test_a_disk_that_does_not_take_it(tmp_path, monkeypatch, code, function):
+    def fail(*arguments, **settings):
+        raise OSError(code, os.strerror(code), None if function == "fsync" else str(tmp_path / ".out.0123abcd.partial"))
+
+    monkeypatch.setattr(os, function, fail)
+    message = f"{tmp_path / 'out'}: cannot be written: {os.strerror(code)}"
+    with pytest.raises(CheckpointError) as caught, atomic_folder(tmp_path / "out") as partial:
+        (partial / "file").write_text("new")
+    assert str(caught.value) == message
+    assert names(tmp_path) == []
+
+
+def test_a_fault_of_another_file_is_shown_as_it_is(tmp_path):
+    with pytest.raises(FileNotFoundError, match="elsewhere"), atomic_folder(tmp_path / "out"):
+        Path("/nowhere/elsewhere").read_text()
+    assert names(tmp_path) == []
+
+
+def test_a_target_below_a_file(tmp_path):
+    (tmp_path / "file").write_text("text")
+    with (
+        pytest.raises(CheckpointError, match="cannot be written: Not a directory"),
+        atomic_folder(tmp_path / "file" / "out"),
+    ):
+        raise AssertionError("entered")

@@ -5,14 +5,16 @@ import json
 
 import pytest
 
-from mamba_core.config import PRESETS, MambaConfig, from_dict, preset
-from mamba_core.spec.params import parameter_count
+from mamba_core.config import PRESETS, TASKS, MambaConfig, from_dict, preset
+from mamba_core.spec.params import parameter_count, parameter_table
 
 CHANGED = MambaConfig(
     d_model=40, n_layer=3, vocab_size=101, d_state=7, d_conv=3, expand=3, dt_rank=5, dt_min=0.002, dt_max=0.2,
     dt_init="constant", dt_scale=2.0, dt_init_floor=1e-3, bias=True, conv_bias=False, residual_in_fp32=False,
     tie_embeddings=False, pad_vocab_size_multiple=16,
 )  # fmt: skip
+FEATURES = dataclasses.replace(CHANGED, task="features")
+MINIMAMBA = dataclasses.replace(CHANGED, compat="minimamba")
 
 
 @pytest.mark.parametrize(
@@ -30,7 +32,13 @@ def test_presets_have_the_published_sizes(name, count):
     assert preset(name).padded_vocab_size == 50280
 
 
-@pytest.mark.parametrize("config", [*PRESETS.values(), CHANGED, dataclasses.replace(CHANGED, norm_eps=1e-3)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        *(*PRESETS.values(), CHANGED, FEATURES, MINIMAMBA),
+        *(dataclasses.replace(CHANGED, norm_eps=1e-3), dataclasses.replace(FEATURES, compat="minimamba")),
+    ],
+)
 def test_hf_fields_and_back(config):
     assert from_dict(json.loads(json.dumps(config.to_hf()))) == config
 
@@ -40,7 +48,9 @@ def test_mamba_ssm_fields_and_back(config):
     assert from_dict(json.loads(json.dumps(config.to_mamba_ssm()))) == config
 
 
-@pytest.mark.parametrize("config", [*PRESETS.values(), CHANGED])
+@pytest.mark.parametrize(
+    "config", [*PRESETS.values(), CHANGED, FEATURES, MINIMAMBA, dataclasses.replace(MINIMAMBA, task="layers")]
+)
 def test_own_fields_and_back(config):
     assert from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
@@ -77,6 +87,10 @@ def test_published_mamba_ssm_config_is_read():
     [
         ({"model_type": "falcon_mamba"}, "model_type 'falcon_mamba'"),
         ({"model_type": "mamba", "hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"model_type": "mamba", "hidden_act": "minimamba"}, "hidden_act 'minimamba'; that of 'mamba' is 'silu'"),
+        ({"model_type": "mamba_core_minimamba", "hidden_act": "silu"}, "hidden_act 'silu'"),
+        ({"task": "classification"}, "task is 'classification'; expected one of lm, features, layers"),
+        ({"compat": "mambapy"}, "compat is 'mambapy'; expected 'minimamba' or nothing"),
         ({"model_type": "mamba", "hidden_size": 64, "intermediate_size": 100}, "intermediate_size 100"),
         ({"d_model": 64, "ssm_cfg": {"layer": "Mamba2"}}, "layer 'Mamba2'"),
         ({"d_model": 64, "ssm_cfg": {"ngroups": 8}}, "ngroups"),
@@ -105,3 +119,37 @@ def test_transformers_must_not_rescale_what_it_loads():
     assert CHANGED.rescale_prenorm_residual
     assert CHANGED.to_hf()["rescale_prenorm_residual"] is False
     assert from_dict(CHANGED.to_hf()).rescale_prenorm_residual
+
+
+def test_the_class_that_transformers_names_is_the_task():
+    assert from_dict({"model_type": "mamba", "architectures": ["MambaModel"]}).task == "features"
+    assert from_dict({"model_type": "mamba", "architectures": ["MambaForCausalLM"]}).task == "lm"
+    assert from_dict({"model_type": "mamba"}).task == "lm"
+    assert FEATURES.to_hf()["architectures"] == ["MambaModel"]
+    assert CHANGED.to_hf()["architectures"] == ["MambaForCausalLM"]
+
+
+@pytest.mark.parametrize(
+    ("change", "layout", "message"),
+    [
+        ({"task": "layers"}, "hf", "task 'layers' cannot be written as hf.*layout mambapy"),
+        ({"task": "layers"}, "mamba_ssm", "task 'layers' cannot be written as mamba_ssm"),
+        ({"task": "features"}, "mamba_ssm", "task 'features' cannot be written as mamba_ssm"),
+        ({"compat": "minimamba"}, "mamba_ssm", "compat='minimamba' cannot be written as mamba_ssm"),
+    ],
+)
+def test_what_a_library_cannot_express_is_not_written(change, layout, message):
+    with pytest.raises(ValueError, match=message):
+        getattr(dataclasses.replace(CHANGED, **change), f"to_{layout}")()
+
+
+def test_a_state_belongs_to_the_arithmetic_not_to_the_task():
+    assert FEATURES.fingerprint == CHANGED.fingerprint
+    assert MINIMAMBA.fingerprint != CHANGED.fingerprint
+
+
+def test_the_tables_of_the_tasks():
+    tables = {task: set(parameter_table(dataclasses.replace(CHANGED, task=task))) for task in TASKS}
+    assert tables["lm"] - tables["features"] == {"lm_head.weight"}
+    assert tables["features"] - tables["layers"] == {"backbone.embeddings.weight", "backbone.norm_f.weight"}
+    assert tables["layers"] < tables["features"] < tables["lm"]

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import weakref
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -137,6 +138,33 @@ def test_writing_holds_one_tensor(tmp_path, name):
     assert max(most) <= 2
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the resident set is read from /proc")
+def test_a_pass_over_a_file_does_not_keep_its_pages(tmp_path):
+    write(tmp_path / "a.safetensors", {str(number): np.zeros(2**21) for number in range(8)})
+    opened = open_checkpoint(tmp_path / "a.safetensors")
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+    before = resident()
+    for array in opened.values():
+        assert array.sum() == 0
+        assert resident() - before < 2.5 * array.nbytes
+
+
+def test_the_same_bytes(tmp_path):
+    large = np.arange(2**18, dtype=np.float64)
+    other = large.copy()
+    other[-1] = 0
+    arrays = {"a": large, "same": large, "other": other, "shape": large[None], "dtype": large.view(np.int64)}
+    arrays |= {"zero": np.zeros(2), "negative": -np.zeros(2), "nan": np.full(2, np.nan), "nans": np.full(2, np.nan)}
+    write(tmp_path / "a.safetensors", arrays)
+    opened = open_checkpoint(tmp_path / "a.safetensors")
+    pairs = [("a", "same", True), ("a", "other", False), ("a", "shape", False), ("a", "dtype", False)]
+    for first, second, same in [*pairs, ("zero", "negative", False), ("nan", "nans", True)]:
+        assert opened.have_same_bytes(first, second) is same, (first, second)
+
+
 def test_an_opened_checkpoint_outlives_its_file(tmp_path):
     path = tmp_path / "a.safetensors"
     write(path, {"x": np.arange(3.0)})
@@ -225,6 +253,15 @@ def test_shard_names_are_plain(tmp_path, name):
     assert_fault(index, "not plain file names", repr(name))
 
 
+def test_shards_whose_names_differ_in_case_only(tmp_path):
+    """On a disk that does not tell them apart they are one file."""
+    write(tmp_path / "a.safetensors", {"w": np.zeros(1)})
+    write(tmp_path / "A.safetensors", {"v": np.zeros(1)})
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"w": "a.safetensors", "v": "A.safetensors"}}))
+    assert_fault(index, "differ in case only: 'A.safetensors', 'a.safetensors'")
+
+
 def test_missing_shards_are_all_named(tmp_path):
     write_shards(tmp_path)
     for number in (1, 3):
@@ -263,10 +300,10 @@ def test_faults_of_an_index(tmp_path, text, word):
 
 def test_paths_that_are_no_checkpoint(tmp_path):
     assert issubclass(CheckpointError, ValueError)
-    (tmp_path / "a.npz").write_bytes(b"x")
+    (tmp_path / "a.gguf").write_bytes(b"x")
     assert_fault(tmp_path / "absent.bin", "no such file or folder")
     assert_fault(tmp_path, "holds none of model.safetensors")
-    assert_fault(tmp_path / "a.npz", "unknown kind of file")
+    assert_fault(tmp_path / "a.gguf", "unknown kind of file")
 
 
 def test_safetensors_is_preferred_to_torch(tmp_path):

@@ -1,0 +1,273 @@
+"""Models of every task, and those of `compat`: each backend against the reference, and the laws that are theirs."""
+
+import dataclasses
+import functools
+from importlib import import_module
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import mamba_core as mc
+from mamba_core.backend import Hidden, LayerState, Output, State
+from mamba_core.parity import parity
+from mamba_core.spec.init import initial_values
+from mamba_core.spec.reference import ReferenceModel, cross_entropy
+from mamba_core.spec.tolerances import tolerance
+from mamba_core.training import TrainSettings
+
+from .assertions import assert_close, assert_zero
+
+BATCH, LENGTH = 2, 13
+SMALL = mc.MambaConfig(d_model=12, n_layer=2, vocab_size=29, d_state=3, initializer_range=0.3)
+HALF = {"bias": True, "conv_bias": False, "residual_in_fp32": False}
+CONFIGS = {
+    "features": dataclasses.replace(SMALL, task="features"),
+    "layers": dataclasses.replace(SMALL, task="layers"),
+    "layers in the compute dtype": dataclasses.replace(SMALL, task="layers", **HALF),
+    "minimamba": dataclasses.replace(SMALL, compat="minimamba"),
+    "minimamba layers": dataclasses.replace(SMALL, task="layers", compat="minimamba", **HALF),
+}
+HEADLESS = [name for name, config in CONFIGS.items() if config.task != "lm"]
+MASK = np.array([[True] * LENGTH, [False] * 2 + [True] * 8 + [False] * (LENGTH - 10)])
+
+
+@functools.cache
+def values(name):
+    """Initial values with steps that are not small, so that the bias and the gate decide the result."""
+    drawn = dict(initial_values(CONFIGS[name], 1))
+    return {key: value + np.float32(2.0) if key.endswith("dt_proj.bias") else value for key, value in drawn.items()}
+
+
+@functools.cache
+def built(backend, name, dtype="float32"):
+    return backend.build(CONFIGS[name], values(name).items(), dtype=dtype)
+
+
+@functools.cache
+def reference(name):
+    return ReferenceModel(CONFIGS[name], values(name))
+
+
+def inputs(name, length=LENGTH, seed=0):
+    """Token ids, or embeddings for task "layers"."""
+    rng, config = np.random.default_rng(seed), CONFIGS[name]
+    if config.task == "layers":
+        return rng.normal(size=(BATCH, length, config.d_model)).astype(np.float32)
+    return rng.integers(0, config.vocab_size, (BATCH, length)).astype(np.int32)
+
+
+def call(backend, model, given, state=None, observe=None, **positions):
+    native = {key: backend.from_numpy(value, device=model.device) for key, value in positions.items()}
+    out = model(backend.from_numpy(given, device=model.device), state, observe=observe, **native)
+    return backend.to_numpy(out[0]), out.state
+
+
+def assert_states(backend, state, expected, what):
+    for index, (layer, wanted) in enumerate(zip(state.layers, expected.layers, strict=True)):
+        for field in LayerState._fields:
+            value, reference_value = getattr(layer, field), getattr(wanted, field)
+            if not isinstance(reference_value, np.ndarray):
+                reference_value = backend.to_numpy(reference_value)
+            assert_close(backend.to_numpy(value), reference_value, "float32", "value", f"{what}: layer {index} {field}")
+
+
+@pytest.fixture(params=CONFIGS, scope="session")
+def name(request):
+    return request.param
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_every_node_equals_the_reference(backend, name, masked):
+    positions = {"mask": MASK} if masked else {}
+    expected, observed = {}, {}
+    wanted = reference(name)(inputs(name), observe=expected.__setitem__, **positions)
+    model = built(backend, name)
+    found, state = call(
+        backend,
+        model,
+        inputs(name),
+        observe=lambda node, value: observed.__setitem__(node, backend.to_numpy(value)),
+        **positions,
+    )
+    assert list(observed) == list(expected)
+    last = list(expected)[-1]
+    for node, value in expected.items():
+        assert_close(observed[node], value, "float32", "value" if node == last else "node", node, config=name)
+    np.testing.assert_array_equal(found, observed[last])
+    assert_states(backend, state, wanted.state, "after the last position")
+    if masked:
+        assert_zero(found[~MASK], "what is masked")
+
+
+def test_the_kind_of_result(backend, name):
+    model = built(backend, name)
+    out = model(backend.from_numpy(inputs(name), device=model.device))
+    kind = Output if CONFIGS[name].task == "lm" else Hidden
+    assert type(out) is kind is type(reference(name)(inputs(name)))
+    assert isinstance(out.state, State)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(backend, name, dtype):
+    """Hidden states come in the compute dtype, masked or not; logits in float32."""
+    model = built(backend, name, dtype)
+    assert model.dtype == dtype
+    for positions in ({}, {"mask": MASK}):
+        found, _ = call(backend, model, inputs(name), **positions)
+        assert found.dtype.name == ("float32" if CONFIGS[name].task == "lm" else dtype)
+        assert_close(found, reference(name)(inputs(name), **positions)[0], dtype, "value", "output", config=name)
+
+
+def test_the_residual_stream_has_its_dtype_whatever_is_given(backend, name):
+    config, model, dtypes = CONFIGS[name], built(backend, name, "bfloat16"), {}
+    for given in ("float32", "bfloat16", "float16") if config.task == "layers" else (None,):
+        native = backend.from_numpy(inputs(name), dtype=given, device=model.device)
+        model(native, observe=lambda node, value: dtypes.update({node: backend.to_numpy(value).dtype.name}))
+        assert dtypes["layers.0.residual"] == ("float32" if config.residual_in_fp32 else "bfloat16")
+        assert dtypes["layers.0.norm"] == dtypes["layers.0.scan"] == dtypes["layers.1.out_proj"] == "bfloat16"
+
+
+@pytest.mark.parametrize("at", [0, 1, 5, LENGTH])
+def test_split_with_the_carried_state_is_the_whole(backend, name, at):
+    given, model = inputs(name), built(backend, name)
+    whole, state = call(backend, model, given)
+    head, carried = call(backend, model, given[:, :at])
+    tail, last = call(backend, model, given[:, at:], carried)
+    assert_close(np.concatenate([head, tail], 1), whole, "float32", "value", f"split at {at}")
+    assert_states(backend, last, state, f"split at {at}")
+
+
+def test_prefill_and_steps_are_the_whole(backend, name):
+    given, model = inputs(name), built(backend, name)
+    whole, state = call(backend, model, given)
+    _, carried = call(backend, model, given[:, :7])
+    for t in range(7, LENGTH):
+        step, carried = call(backend, model, given[:, t : t + 1], carried)
+        assert_close(step[:, 0], whole[:, t], "float32", "value", f"step {t}")
+    assert_states(backend, carried, state, "after the steps")
+
+
+def test_packed_segments_equal_the_reference(backend, name):
+    segment_ids = np.repeat([4, 2, 9], [1, 6, 6])[None].repeat(BATCH, 0).astype(np.int32)
+    found, state = call(backend, built(backend, name), inputs(name), segment_ids=segment_ids)
+    wanted = reference(name)(inputs(name), segment_ids=segment_ids)
+    assert_close(found, wanted[0], "float32", "value", "packed")
+    assert_states(backend, state, wanted.state, "packed")
+
+
+@pytest.mark.parametrize("name", HEADLESS)
+def test_gradients_in_the_state_and_the_embeddings(backend, name):
+    """Through the hidden states and through the final state, with what is masked."""
+    model, rng = built(backend, name), np.random.default_rng(3)
+    _, before = reference(name)(inputs(name, seed=1))
+    wanted = reference(name)(inputs(name), before, mask=MASK)
+    doutput = rng.normal(size=wanted.hidden.shape)
+    dlayers = [LayerState(*(rng.normal(size=value.shape) for value in layer)) for layer in wanted.state.layers]
+    dparameters, dbefore = reference(name).vjp(
+        doutput, inputs(name), before, mask=MASK, dstate=State(tuple(dlayers), None)
+    )
+    leaves, dleaves = ([value for layer in layers for value in layer] for layers in (before.layers, dbefore))
+    embeds = [inputs(name)] if CONFIGS[name].task == "layers" else []
+    expected = [dparameters["inputs_embeds"] for _ in embeds] + dleaves
+
+    def native(value):
+        return backend.from_numpy(np.asarray(value, np.float32), device=model.device)
+
+    mask, segment = (backend.from_numpy(value, device=model.device) for value in (MASK, before.segment))
+    ids = backend.from_numpy(inputs(name), device=model.device)
+
+    def run(*arrays):
+        given, pairs = (arrays[0], arrays[1:]) if embeds else (ids, arrays)
+        layers = tuple(LayerState(*pairs[at : at + 2]) for at in range(0, len(pairs), 2))
+        out = model(given, State(layers, segment), mask=mask)
+        return (out.hidden, *(value for layer in out.state.layers for value in layer))
+
+    cotangents = [doutput, *(value for layer in dlayers for value in layer)]
+    _, found = backend.vjp(run, [native(value) for value in embeds + leaves], [native(value) for value in cotangents])
+    for index, (value, gradient) in enumerate(zip(found, expected, strict=True)):
+        assert_close(value, gradient, "float32", "gradient", f"gradient of argument {index}", config=name)
+
+
+def test_gradients_of_the_parameters_of_minimamba(backend):
+    ids = inputs("minimamba", LENGTH + 1)
+    loss, gradients = backend.loss_and_gradients(built(backend, "minimamba"), ids)
+    model = reference("minimamba")
+    wanted, dlogits = cross_entropy(model(ids[:, :-1]).logits, ids[:, 1:])
+    expected, _ = model.vjp(dlogits, ids[:, :-1])
+    assert loss == pytest.approx(wanted, rel=1e-6)
+    for key, value in expected.items():
+        error = np.linalg.norm(gradients[key].astype(np.float64) - value)
+        assert error <= 1e-5 * max(np.linalg.norm(value), 1e-3), key
+
+
+@pytest.mark.parametrize("name", HEADLESS)
+def test_what_needs_a_head_is_refused(backend, name):
+    model, message = built(backend, name), f"task '{CONFIGS[name].task}', without a head; .* needs one of task 'lm'"
+    tokens = np.zeros((1, 4), np.int32)
+    with pytest.raises(ValueError, match=message):
+        backend.loss_and_gradients(model, tokens)
+    with pytest.raises(ValueError, match=message):
+        backend.trainer(model, TrainSettings())
+    with pytest.raises(ValueError, match=message):
+        mc.train(model, np.zeros(400, np.int32), TrainSettings())
+    with pytest.raises(ValueError, match=message):
+        mc.generate(model, [1, 2])
+    with pytest.raises(ValueError, match=message):
+        mc.stream(model, "text")
+
+
+def test_bad_input_is_refused(backend):
+    layers, features = built(backend, "layers"), built(backend, "features")
+    floats = inputs("layers")
+    with pytest.raises(ValueError, match=r"inputs_embeds has shape .* expected \(b, l, d\) = \(2, 13, 12\)"):
+        call(backend, layers, floats[..., :-1])
+    with pytest.raises(ValueError, match=r"inputs_embeds has shape .* expected \(b, l, d\)"):
+        call(backend, layers, floats[0])
+    with pytest.raises(TypeError, match=r"inputs_embeds is .*expected real floating-point"):
+        call(backend, layers, np.zeros((1, 4, 12), np.int32))
+    with pytest.raises(ValueError, match="batch 0"):
+        call(backend, layers, floats[:0])
+    with pytest.raises(ValueError, match=r"input_ids has shape .* expected \(b, l\)"):
+        call(backend, features, floats)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parameters_and_states_move(backend, name, tmp_path):
+    """Out of the model bit for bit, and its state through a file."""
+    model = built(backend, name)
+    for key, value in backend.parameters(model).items():
+        np.testing.assert_array_equal(value, values(name)[key])
+    _, state = call(backend, model, inputs(name))
+    mc.save_state(state, tmp_path / "state.safetensors", model)
+    whole, _ = call(backend, model, inputs(name, seed=1), state)
+    again, _ = call(backend, model, inputs(name, seed=1), mc.load_state(tmp_path / "state.safetensors", model))
+    np.testing.assert_array_equal(again, whole)
+
+
+def test_a_prefill_without_the_head_serves_the_language_model(backend):
+    """The state is the layers': a task does not change it."""
+    config = dataclasses.replace(SMALL, task="lm")
+    model = backend.build(config, values("features").items())
+    _, state = call(backend, built(backend, "features"), inputs("features", seed=1))
+    _, expected = call(backend, model, inputs("features", seed=1))
+    found, _ = call(backend, model, inputs("features"), state)
+    wanted, _ = call(backend, model, inputs("features"), expected)
+    np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parity(backend, name, monkeypatch):
+    opened = SimpleNamespace(config=CONFIGS[name], folder="there", tensors=lambda: values(name).items())
+    monkeypatch.setattr(import_module("mamba_core.parity"), "open_model", lambda source: opened)
+    found = parity("there", backends=[backend.name], length=9, steps=3)
+    assert found.passed
+    assert (found.length, len(found.tokens)) == (9, 0 if CONFIGS[name].task == "layers" else 9)
+    limits = found.backends[0].modes["forward"].limits
+    assert limits[list(limits)[-1]] == tolerance("float32", "value") < limits["layers.0.norm"]
+    if name in HEADLESS:
+        with pytest.raises(ValueError, match="grad needs one of task 'lm'"):
+            parity("there", backends=[backend.name], grad=True)
+    if CONFIGS[name].task == "layers":
+        with pytest.raises(ValueError, match="takes embeddings; give no tokens and no text"):
+            parity("there", backends=[backend.name], tokens=[1, 2])

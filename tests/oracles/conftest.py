@@ -1,0 +1,22 @@
+"""What the oracles share."""
+
+import importlib
+import sys
+from types import ModuleType
+from unittest import mock
+
+import pytest
+
+# mambapy.lm imports these for Mamba-2 only, and they import Triton.
+UNUSED = ("mamba_chunk_scan_combined", "mamba_split_conv1d_scan_combined")
+
+
+@pytest.fixture(scope="session")
+def lm():
+    """mambapy's module of language models."""
+    pytest.importorskip("mambapy.mamba")
+    names = ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton", "mamba_ssm.ops.triton.ssd_combined")
+    stubs = {name: ModuleType(name) for name in names}
+    vars(stubs[names[-1]]).update(dict.fromkeys(UNUSED))
+    with mock.patch.dict(sys.modules, stubs):
+        return importlib.import_module("mambapy.lm")

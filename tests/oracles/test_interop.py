@@ -1,0 +1,242 @@
+"""The real consumer of every layout loads what we write, strictly, and gives our results; and we read what it saves.
+
+The reference is float64 and theirs float32, so the limits are those of float32; a wrong tensor is off by far more.
+"""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from mamba_core.config import MambaConfig
+from mamba_core.spec.init import initial_values
+from mamba_core.spec.reference import ReferenceModel
+from mamba_core.spec.tolerances import relative_l2, tolerance
+from mamba_core.weights.io import open_checkpoint
+from mamba_core.weights.layouts import open_model, write_model
+
+torch = pytest.importorskip("torch")
+
+BASE = MambaConfig(d_model=24, n_layer=2, vocab_size=61, initializer_range=0.1)
+VARIANTS = {
+    "tied": {},
+    "untied": {"tie_embeddings": False, "bias": True, "conv_bias": False},
+    "sizes": {"d_state": 5, "d_conv": 3, "expand": 3, "dt_rank": 7},
+    "square": {"expand": 1, "d_state": 8, "dt_rank": 8, "d_conv": 4},
+}
+
+
+@pytest.fixture(params=VARIANTS)
+def config(request):
+    return dataclasses.replace(BASE, **VARIANTS[request.param])
+
+
+@pytest.fixture
+def ids():
+    # Without 0: mambapy takes it for padding.
+    return np.random.default_rng(0).integers(1, BASE.vocab_size, (2, 37)).astype(np.int32)
+
+
+def written(folder, config, layout):
+    """A checkpoint of initial values moved off zero and one, which would hide a parameter that is not used."""
+    rng = np.random.default_rng(7)
+    moved = {name: value + 0.05 * rng.normal(size=value.shape) for name, value in initial_values(config, 3)}
+    folder.mkdir()
+    values = {name: value.astype(np.float32) for name, value in moved.items()}
+    write_model(folder, config, values, layout=layout, dtype="float32")
+    return folder
+
+
+def ours(folder, inputs, **options):
+    opened = open_model(folder, **options)
+    return ReferenceModel(opened.config, dict(opened.tensors()))(inputs)[0]
+
+
+def run(model, *inputs):
+    with torch.no_grad():
+        return model(*inputs).numpy()
+
+
+def assert_same(found, expected):
+    assert relative_l2(found, expected) <= tolerance("float32")
+
+
+# --- transformers ----------------------------------------------------------------------------------
+
+
+def their_hidden(transformers, folder, ids):
+    model, report = transformers.MambaModel.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+    assert not any(report.values()), report
+    with torch.no_grad():
+        return model, model(torch.from_numpy(ids).long(), use_cache=False).last_hidden_state.numpy()
+
+
+def test_transformers_mamba_model_both_ways(config, ids, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = dataclasses.replace(config, task="features")
+    folder = written(tmp_path / "ours", config, "hf")
+    model, hidden = their_hidden(transformers, folder, ids)
+    assert_same(hidden, ours(folder, ids))
+    model.save_pretrained(tmp_path / "theirs")
+    opened = open_model(tmp_path / "theirs")
+    assert opened.layout == "hf"
+    assert opened.config.task == "features"
+    assert_same(hidden, ours(tmp_path / "theirs", ids))
+
+
+def test_transformers_refuses_the_arithmetic_of_minimamba(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    folder = written(tmp_path / "ours", dataclasses.replace(BASE, compat="minimamba"), "hf")
+    with pytest.raises(ValueError, match="mamba_core_minimamba"):
+        transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+# --- mambapy ---------------------------------------------------------------------------------------
+
+
+def mambapy_config(lm, fields):
+    known = {field.name for field in dataclasses.fields(lm.MambaConfig)}
+    return lm.MambaConfig(**{name: value for name, value in fields.items() if name in known})
+
+
+def read(folder):
+    state = torch.load(folder / "model.pt", weights_only=True)
+    return state, json.loads((folder / "config.json").read_text())
+
+
+def test_mambapy_lm_both_ways(lm, config, ids, tmp_path):
+    folder = written(tmp_path / "ours", config, "mambapy")
+    state, fields = read(folder)
+    model = lm.LM(mambapy_config(lm, fields), fields["vocab_size"], fields["pad_vocab_size_multiple"])
+    model.load_state_dict(state, strict=True)
+    logits = run(model, torch.from_numpy(ids).long())
+    assert_same(logits, ours(folder, ids))
+    torch.save(model.state_dict(), tmp_path / "theirs.pt")
+    opened = open_model(tmp_path / "theirs.pt")
+    assert opened.layout == "mambapy"
+    assert_same(logits, ours(tmp_path / "theirs.pt", ids))
+    torch.save({"model": model.state_dict(), "step": 3}, tmp_path / "nested.pt")
+    assert_same(logits, ours(tmp_path / "nested.pt", ids))
+
+
+def test_mambapy_layers_both_ways(lm, config, tmp_path):
+    config = dataclasses.replace(config, task="layers")
+    folder = written(tmp_path / "ours", config, "mambapy")
+    state, fields = read(folder)
+    model = lm.Mamba(mambapy_config(lm, fields))
+    model.load_state_dict(state, strict=True)
+    x = np.random.default_rng(1).normal(size=(2, 19, config.d_model)).astype(np.float32)
+    hidden = run(model, torch.from_numpy(x))
+    assert_same(hidden, ours(folder, x))
+    torch.save(model.state_dict(), tmp_path / "theirs.pt")
+    assert_same(hidden, ours(tmp_path / "theirs.pt", x))
+
+
+def test_mambapys_port_to_mlx_is_a_dense_convolution(config, tmp_path):
+    """Its package does not hold the port, so MLX's own convolution is what runs the tensor that we write."""
+    mx = pytest.importorskip("mlx.core")
+    nn = pytest.importorskip("mlx.nn")
+    config = dataclasses.replace(config, conv_bias=True)
+    folder = written(tmp_path / "ours", config, "mambapy_mlx")
+    tensors = mx.load(str(folder / "weights.npz"))
+    name = "mamba.layers.1.mixer.conv1d.conv1d."
+    e, k = config.d_inner, config.d_conv
+    conv = nn.Conv1d(e, e, k, padding=k - 1)
+    conv.load_weights([(key, tensors[name + key]) for key in ("weight", "bias")], strict=True)
+    x = np.random.default_rng(1).normal(size=(2, 9, e)).astype(np.float32)
+    depthwise = torch.nn.Conv1d(e, e, k, padding=k - 1, groups=e)
+    canonical = dict(open_model(folder).tensors())
+    prefix = "backbone.layers.1.mixer.conv1d."
+    state = {key: torch.tensor(np.array(canonical[prefix + key])) for key in ("weight", "bias")}
+    depthwise.load_state_dict(state, strict=True)
+    expected = run(depthwise, torch.from_numpy(x).mT).swapaxes(1, 2)
+    assert_same(np.array(conv(mx.array(x))), expected)
+    mx.savez(str(tmp_path / "theirs.npz"), **tensors)
+    ids = np.random.default_rng(0).integers(1, config.vocab_size, (2, 9)).astype(np.int32)
+    assert_same(ours(tmp_path / "theirs.npz", ids), ours(folder, ids))
+
+
+# --- mlx-lm ----------------------------------------------------------------------------------------
+
+
+def test_mlx_lm_both_ways(config, ids, tmp_path):
+    mx = pytest.importorskip("mlx.core")
+    utils = pytest.importorskip("mlx_lm.utils")
+    folder = written(tmp_path / "ours", config, "mlx_lm")
+    model, fields = utils.load_model(folder, strict=True)
+    logits = np.array(model(mx.array(ids)))
+    assert_same(logits, ours(folder, ids))
+    utils.save_model(tmp_path / "theirs", model)
+    utils.save_config(fields, tmp_path / "theirs" / "config.json")
+    opened = open_model(tmp_path / "theirs")
+    assert opened.layout == "mlx_lm"
+    assert_same(logits, ours(tmp_path / "theirs", ids))
+
+
+# --- MiniMamba -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["MambaForCausalLM", "MambaForFeatureExtraction"])
+def compat_config(request, config):
+    task = "lm" if request.param == "MambaForCausalLM" else "features"
+    bias = config.bias and task == "features"
+    return dataclasses.replace(config, compat="minimamba", task=task, bias=bias)
+
+
+def test_minimamba_both_ways(compat_config, ids, tmp_path):
+    minimamba = pytest.importorskip("minimamba")
+    folder = written(tmp_path / "ours", compat_config, "minimamba")
+    kind = minimamba.MambaForCausalLM if compat_config.task == "lm" else minimamba.MambaForFeatureExtraction
+    model = kind(minimamba.MambaLMConfig.from_json(folder / "config.json")).eval()
+    model.load_state_dict(torch.load(folder / "model.pt", weights_only=True), strict=True)
+    result = run(model, torch.from_numpy(ids).long())
+    assert_same(result, ours(folder, ids, compat="minimamba"))
+    (tmp_path / "theirs").mkdir()
+    torch.save(model.state_dict(), tmp_path / "theirs" / "model.pt")
+    assert_same(result, ours(tmp_path / "theirs", ids, compat="minimamba"))
+    model.config.save_to_json(tmp_path / "theirs" / "config.json")
+    opened = open_model(tmp_path / "theirs", compat="minimamba")
+    assert opened.config == open_model(folder, compat="minimamba").config
+    assert_same(result, ours(tmp_path / "theirs", ids, compat="minimamba"))
+
+
+def test_minimambas_first_class(ids, tmp_path):
+    legacy = pytest.importorskip("minimamba.model")
+    minimamba = pytest.importorskip("minimamba")
+    torch.manual_seed(0)
+    model = legacy.Mamba(minimamba.MambaLMConfig(d_model=24, n_layer=2, vocab_size=61, bias=True)).eval()
+    torch.save(model.state_dict(), tmp_path / "theirs.pt")
+    assert_same(run(model, torch.from_numpy(ids).long()), ours(tmp_path / "theirs.pt", ids, compat="minimamba"))
+
+
+def test_the_backbone_of_minimambas_classifier(ids, tmp_path):
+    minimamba = pytest.importorskip("minimamba")
+    torch.manual_seed(0)
+    config = minimamba.MambaClassificationConfig(d_model=24, n_layer=2, num_labels=3)
+    model = minimamba.MambaForSequenceClassification(config).eval()
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    config.save_to_json(tmp_path / "config.json")
+    hidden = run(model.backbone, model.embedding(torch.from_numpy(ids).long()))
+    opened = open_model(tmp_path, compat="minimamba")
+    assert opened.left_out == ("classifier.classifier.weight", "classifier.classifier.bias")
+    assert_same(hidden, ours(tmp_path, ids, compat="minimamba"))
+
+
+# --- mamba_ssm -------------------------------------------------------------------------------------
+
+# Of its MambaLMHeadModel, which needs a GPU to be built: the outer names, and those of a layer.
+MAMBA_SSM = ("backbone.embedding.weight", "backbone.norm_f.weight", "lm_head.weight")
+MAMBA_SSM_LAYER = (
+    *("norm.weight", "mixer.A_log", "mixer.D", "mixer.in_proj.weight", "mixer.conv1d.weight", "mixer.conv1d.bias"),
+    *("mixer.x_proj.weight", "mixer.dt_proj.weight", "mixer.dt_proj.bias", "mixer.out_proj.weight"),
+)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_mamba_ssms_keys(tmp_path, tied):
+    folder = written(tmp_path / "ours", dataclasses.replace(BASE, tie_embeddings=tied), "mamba_ssm")
+    layers = {f"backbone.layers.{layer}.{name}" for layer in range(2) for name in MAMBA_SSM_LAYER}
+    state = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    assert set(state) == set(open_checkpoint(folder)) == {*MAMBA_SSM, *layers}
+    assert torch.equal(state["lm_head.weight"], state["backbone.embedding.weight"]) == tied

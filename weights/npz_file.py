@@ -1,0 +1,111 @@
+"""NumPy's .npz files, which MLX's savez writes too, read through a memory map and written one tensor at a time.
+
+A file is a zip of records NAME.npy, each the header of NumPy's format and the array's bytes. NumPy has no bfloat16:
+MLX, and NumPy for arrays of ml_dtypes, write it as two bytes without a type, V2, and MLX reads that as bfloat16.
+https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
+"""
+
+import math
+import re
+import struct
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from numpy.lib import format as npy
+
+from mamba_core.weights.formats import (
+    DTYPES,
+    CheckpointError,
+    FileContents,
+    Progress,
+    StoredTensor,
+    TensorSource,
+    checked_sources,
+    count_bytes,
+    list_names,
+    map_file,
+    write_tensor,
+)
+from mamba_core.weights.zip_file import record_start
+
+_SUFFIX = ".npy"
+_MAGIC = b"\x93NUMPY"
+_LENGTH_BYTES = {b"\1\0": 2, b"\2\0": 4}  # by version
+_MAX_HEADER_BYTES = 4096  # one of NumPy or MLX has 128
+# NumPy's own reader takes any Python literal; this is what it and MLX write.
+_HEADER = re.compile(rb"\{'descr': '([^']+)', 'fortran_order': (True|False), 'shape': \(([\d, ]*)\),? *\} *\n?")
+_DESCR = {name: dtype.numpy.str for name, dtype in DTYPES.items() if dtype.numpy.isbuiltin == 1}
+_DESCR["bfloat16"] = "<V2"
+_NAMES = {descr: name for name, descr in _DESCR.items()} | {"|V2": "bfloat16"}
+
+
+def read_npz(path: Path) -> FileContents:
+    """The tensors of one file, nothing loaded and nothing unpickled. Raises CheckpointError."""
+    with open(path, "rb") as file:
+        buffer = map_file(file)
+        try:
+            with zipfile.ZipFile(file) as archive:
+                return FileContents(_read_records(archive.infolist(), buffer), {})
+        except ValueError as fault:
+            raise CheckpointError(f"{path}: {fault}") from None
+        except (zipfile.BadZipFile, NotImplementedError, EOFError, OverflowError, struct.error) as fault:
+            raise CheckpointError(f"{path}: the zip is broken or cut short, or it is none: {fault}") from None
+
+
+def write_npz(path, tensors: Iterable[TensorSource], progress: Progress | None = None) -> None:
+    """Write a file that mx.load and np.load read; one tensor is in memory at a time."""
+    sources = checked_sources(path, tensors)
+    if unknown := [source.name for source in sources if source.dtype not in _DESCR]:
+        raise CheckpointError(f"{path}: cannot be written: .npz has no dtype for {list_names(unknown)}")
+    with zipfile.ZipFile(path, "w") as archive:
+        for source in sources:
+            with archive.open(zipfile.ZipInfo(source.name + _SUFFIX), "w", force_zip64=True) as record:
+                header = {"descr": _DESCR[source.dtype], "fortran_order": False, "shape": source.shape}
+                npy.write_array_header_1_0(record, header)
+                write_tensor(record, source, progress)
+
+
+def _read_records(directory: list[zipfile.ZipInfo], buffer) -> dict[str, StoredTensor]:
+    tensors = {}
+    for record in directory:
+        name = record.filename.removesuffix(_SUFFIX)
+        if name == record.filename or name in tensors:
+            raise ValueError(f"record {record.filename!r} is there twice, or is no array NAME{_SUFFIX}")
+        try:
+            tensors[name] = _read_record(buffer, record)
+        except ValueError as fault:
+            raise ValueError(f"tensor {list_names([name])}: {fault}") from None
+    return tensors
+
+
+def _read_record(buffer, record: zipfile.ZipInfo) -> StoredTensor:
+    begin = record_start(buffer, record)
+    header, start = _split_header(buffer, begin, begin + record.file_size)
+    match = _HEADER.fullmatch(header)
+    if match is None:
+        raise ValueError("its header is not that of an array")
+    descr, order, sizes = (text.decode("ascii") for text in match.groups())
+    if descr not in _NAMES:
+        raise ValueError(f"dtype {descr!r} is not read; expected one of {', '.join(_NAMES)}")
+    shape = tuple(int(size) for size in sizes.split(",") if size.strip())
+    expected, found = count_bytes(shape, _NAMES[descr]), begin + record.file_size - start
+    if expected != found:
+        raise ValueError(f"{_NAMES[descr]} {shape} is {expected} bytes, but the record has {found}")
+    # Column-major, as MLX stores a transposed array: the first axis is the nearest.
+    strides = tuple(math.prod(shape[:axis]) for axis in range(len(shape))) if order == "True" else None
+    return StoredTensor(buffer, start, shape, _NAMES[descr], strides)
+
+
+def _split_header(buffer, begin: int, end: int) -> tuple[bytes, int]:
+    """The text of the header, and where the data begins."""
+    magic = buffer[begin : begin + len(_MAGIC) + 2]
+    if end - begin < len(magic) + 4 or magic[:-2] != _MAGIC:
+        raise ValueError("this is not an array in NumPy's format")
+    if magic[-2:] not in _LENGTH_BYTES:
+        raise ValueError(f"version {tuple(magic[-2:])} of NumPy's format is not read; expected (1, 0) or (2, 0)")
+    text = begin + len(magic) + _LENGTH_BYTES[magic[-2:]]
+    start = text + int.from_bytes(buffer[begin + len(magic) : text], "little")
+    if start > end or start - text > _MAX_HEADER_BYTES:
+        raise ValueError(f"its header is {start - text} bytes long, more than its record or than {_MAX_HEADER_BYTES}")
+    return buffer[text:start], start
