@@ -57,12 +57,18 @@ def atomic_folder(path, overwrite: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def atomic_file(path, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a file name beside `path` that becomes `path` when the block ends, and is removed if it fails."""
+    """Yield an empty file beside `path` that becomes `path` when the block ends, and is removed if it fails.
+
+    It is to be written to, not replaced. What a killed process left beside `path` is removed first.
+    """
     final = Path(path).resolve()
     _check_file(final, overwrite)
     partial = _beside(final, _PARTIAL)
     with _disk_faults(final):
         partial.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(final)
+        partial.touch()
+        lock = _lock(partial)
         try:
             yield partial
             _sync(partial)
@@ -71,6 +77,8 @@ def atomic_file(path, overwrite: bool = False) -> Iterator[Path]:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
+        finally:
+            _unlock(lock)
         _sync(final.parent)
 
 
@@ -152,16 +160,19 @@ def _restore(final: Path) -> None:
 
 def _remove_stale(final: Path) -> None:
     for partial in _all_beside(final, _PARTIAL):
-        if partial.is_dir() and (lock := _lock(partial)) is not None:
-            shutil.rmtree(partial)
+        if (lock := _lock(partial)) is not None:
+            shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
             _unlock(lock)
 
 
-def _lock(folder: Path) -> int | None:
-    """A descriptor that holds the folder's lock until it is closed or its process ends; None if it cannot be had."""
+def _lock(path: Path) -> int | None:
+    """A descriptor that holds the path's lock until it is closed or its process ends; None if it cannot be had."""
     if fcntl is None:
         return None
-    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:  # its writer has just ended
+        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -1,24 +1,21 @@
 """Conversion between layouts, a tensor at a time; and what a checkpoint holds, from its headers."""
 
 import json
-import zlib
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from mamba_core.spec.params import Parameter, parameter_count
-from mamba_core.weights.formats import DTYPES, TensorSource, blocks, count_bytes, count_nonfinite, list_names
+from mamba_core.weights.formats import DTYPES, Progress, TensorSource, blocks, count_bytes, count_nonfinite, list_names
 from mamba_core.weights.io import atomic_folder, early_sync
 from mamba_core.weights.layouts import LAYOUTS, OpenedModel, copy_tokenizer, open_model, write_layout
 from mamba_core.weights.names import EMBEDDING
 from mamba_core.weights.verify import Verification, verify_bytes, verify_forward
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
-BLOCKS_WAITING = 8
 
 
 @dataclass(frozen=True)
@@ -207,41 +204,25 @@ def _holds(dtype: str, other: str) -> bool:
     return np.can_cast(DTYPES[other].numpy, DTYPES[dtype].numpy, "safe")
 
 
-class _Recorder:
-    """Checksums what is written, in a thread beside the writing, and reports how far it is."""
+class _Recorder(Progress):
+    """Counts what is not finite too, and reports how far the writing is."""
 
     def __init__(self, total: int, progress: Callable[[int, int], None] | None) -> None:
+        super().__init__()
         self.nbytes = 0
         self.nonfinite: Counter[str] = Counter()
         self._total = total
         self._progress = progress
-        self._checksums: Counter[str] = Counter()
-        self._thread = ThreadPoolExecutor(1)
-        self._pending = deque()
-
-    def __enter__(self) -> "_Recorder":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._thread.shutdown()
 
     def __call__(self, name: str, block: np.ndarray) -> None:
-        # Some blocks may wait, so that neither thread does for each of the other's; few, for they are in memory.
-        if len(self._pending) == BLOCKS_WAITING:
-            self._pending.popleft().result()
-        self._pending.append(self._thread.submit(self._record, name, block))
+        super().__call__(name, block)
         self.nbytes += block.nbytes
         if self._progress is not None:
             # A layout may repeat a tensor, as a tied head.
             self._progress(self.nbytes, max(self._total, self.nbytes))
 
-    def checksum(self, name: str) -> str:
-        while self._pending:
-            self._pending.popleft().result()
-        return f"{self._checksums[name]:08x}"
-
     def _record(self, name: str, block: np.ndarray) -> None:
-        self._checksums[name] = zlib.crc32(block.view(np.uint8), self._checksums[name])
+        super()._record(name, block)
         self.nonfinite[name] += count_nonfinite(block)
 
 
@@ -263,6 +244,6 @@ def _rows(opened: OpenedModel, result: OpenedModel, written: _Recorder) -> Itera
             transform=None
             if transforms[0] is transforms[1]
             else " -> ".join(each.name or "as is" for each in transforms),
-            checksum=written.checksum(target),
+            checksum=f"{written.checksum(target):08x}",
             nonfinite=written.nonfinite[target],
         )

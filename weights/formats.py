@@ -3,8 +3,10 @@
 import json
 import math
 import mmap
-from collections import Counter
+import zlib
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import ml_dtypes
@@ -15,6 +17,7 @@ MAX_AXES = 64  # NumPy's limit, and torch's
 MAX_MESSAGE = 4000
 # Small enough to stay in a processor's cache while it is cast, hashed and written.
 BLOCK_BYTES = 2**20
+BLOCKS_WAITING = 8
 
 
 class CheckpointError(ValueError):
@@ -105,8 +108,35 @@ class TensorSource(NamedTuple):
     cast_from: str | None = None
 
 
-# Called with a tensor's name and each block of it, flat and in the dtype that is written, before it is written.
-Progress = Callable[[str, np.ndarray], None]
+class Progress:
+    """What has been written: a checksum of each tensor's bytes, computed in a thread beside the writing."""
+
+    def __init__(self) -> None:
+        self._checksums: Counter[str] = Counter()
+        self._thread = ThreadPoolExecutor(1)
+        self._pending = deque()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._thread.shutdown()
+
+    def __call__(self, name: str, block: np.ndarray) -> None:
+        """Take a block of a tensor, flat and in the dtype that is written, before it is written."""
+        # Some blocks may wait, so that neither thread does for each of the other's; few, for they are in memory.
+        if len(self._pending) == BLOCKS_WAITING:
+            self._pending.popleft().result()
+        self._pending.append(self._thread.submit(self._record, name, block))
+
+    def checksum(self, name: str) -> int:
+        """CRC-32 of what has been written of a tensor."""
+        while self._pending:
+            self._pending.popleft().result()
+        return self._checksums[name]
+
+    def _record(self, name: str, block: np.ndarray) -> None:
+        self._checksums[name] = zlib.crc32(block.view(np.uint8), self._checksums[name])
 
 
 def sources_of(arrays: Mapping[str, np.ndarray]) -> Iterator[TensorSource]:

@@ -98,7 +98,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
         if tensors[0].header() != tensors[1].header():
             return False
         for one, other in zip(*(blocks(tensor.array()) for tensor in tensors), strict=True):
-            if one.tobytes() != other.tobytes():
+            if not np.array_equal(one.view(np.uint8), other.view(np.uint8)):
                 return False
             for tensor in tensors:
                 tensor.release()

@@ -5,13 +5,16 @@ MLX, and NumPy for arrays of ml_dtypes, write it as two bytes without a type, V2
 https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
 """
 
+import io
 import math
 import re
 import struct
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
 
+import numpy as np
 from numpy.lib import format as npy
 
 from mamba_core.weights.formats import (
@@ -27,7 +30,7 @@ from mamba_core.weights.formats import (
     map_file,
     write_tensor,
 )
-from mamba_core.weights.zip_file import record_start
+from mamba_core.weights.zip_file import Record, record_start, write_zip
 
 _SUFFIX = ".npy"
 _MAGIC = b"\x93NUMPY"
@@ -58,12 +61,28 @@ def write_npz(path, tensors: Iterable[TensorSource], progress: Progress | None =
     sources = checked_sources(path, tensors)
     if unknown := [source.name for source in sources if source.dtype not in _DESCR]:
         raise CheckpointError(f"{path}: cannot be written: .npz has no dtype for {list_names(unknown)}")
-    with zipfile.ZipFile(path, "w") as archive:
-        for source in sources:
-            with archive.open(zipfile.ZipInfo(source.name + _SUFFIX), "w", force_zip64=True) as record:
-                header = {"descr": _DESCR[source.dtype], "fortran_order": False, "shape": source.shape}
-                npy.write_array_header_1_0(record, header)
-                write_tensor(record, source, progress)
+    with Progress() as records:
+        write_zip(path, (_array_record(source, records, progress) for source in sources))
+
+
+def _array_record(source: TensorSource, records: Progress, progress: Progress | None) -> Record:
+    """The record, whose checksum, other than the tensor's in `progress`, begins with the header."""
+    header = io.BytesIO()
+    npy.write_array_header_1_0(header, {"descr": _DESCR[source.dtype], "fortran_order": False, "shape": source.shape})
+
+    def tell(name: str, block: np.ndarray) -> None:
+        records(name, block)
+        if progress is not None:
+            progress(name, block)
+
+    def write(file: BinaryIO) -> int:
+        file.write(header.getvalue())
+        records(source.name, np.frombuffer(header.getvalue(), np.uint8))
+        write_tensor(file, source, tell)
+        return records.checksum(source.name)
+
+    nbytes = len(header.getvalue()) + count_bytes(source.shape, source.dtype)
+    return Record(source.name + _SUFFIX, nbytes, write)
 
 
 def _read_records(directory: list[zipfile.ZipInfo], buffer) -> dict[str, StoredTensor]:

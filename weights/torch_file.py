@@ -7,8 +7,11 @@ NAME/byteorder; NAME/version.
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 from mamba_core.weights.formats import (
     DTYPES,
@@ -24,13 +27,10 @@ from mamba_core.weights.formats import (
     write_tensor,
 )
 from mamba_core.weights.pickle_file import PickledTensor, dump_state_dict, load_pickle
-from mamba_core.weights.zip_file import LOCAL_HEADER, record_start
+from mamba_core.weights.zip_file import Record, record_start, write_zip
 
 # 250 bytes a tensor are usual. An opcode of one byte can make a value of 64, so this bounds the memory near 1 GiB.
 MAX_PICKLE_BYTES = 16 * 2**20
-_ALIGNMENT = 64  # what torch.save aligns records to
-_EXTRA_FIELD = struct.Struct("<2sH")
-_ZIP64_FIELD_BYTES = 20
 
 
 def read_torch(path: Path) -> FileContents:
@@ -53,19 +53,8 @@ def read_torch(path: Path) -> FileContents:
 def write_torch(path, tensors: Iterable[TensorSource], progress: Progress | None = None) -> None:
     """Write a state dict that `torch.load(path, weights_only=True)` reads; one tensor is in memory at a time."""
     sources = checked_sources(path, tensors)
-    with open(path, "wb") as file, zipfile.ZipFile(file, "w") as archive:
-
-        def record(name):
-            return archive.open(_aligned_record(name, file.tell()), "w", force_zip64=True)
-
-        for name, data in (("data.pkl", dump_state_dict(sources)), ("byteorder", b"little")):
-            with record(name) as target:
-                target.write(data)
-        for number, source in enumerate(sources):
-            with record(f"data/{number}") as target:
-                write_tensor(target, source, progress)
-        with record("version") as target:
-            target.write(b"3\n")
+    with nullcontext(progress) if progress else Progress() as written:
+        write_zip(path, _records(sources, written))
 
 
 # --- reading ---------------------------------------------------------------------------------------
@@ -185,13 +174,23 @@ def _plain_strides(tensor: PickledTensor) -> tuple[int, ...]:
 # --- writing ---------------------------------------------------------------------------------------
 
 
-def _aligned_record(name: str, begin: int) -> zipfile.ZipInfo:
-    """A stored record at `begin` whose bytes start at a multiple of 64, padded by an extra field as torch.save does.
+def _records(sources: list[TensorSource], written: Progress) -> Iterator[Record]:
+    yield _small_record("data.pkl", dump_state_dict(sources))
+    yield _small_record("byteorder", b"little")
+    for number, source in enumerate(sources):
+        write = partial(_write_storage, source=source, written=written)
+        yield Record(f"archive/data/{number}", count_bytes(source.shape, source.dtype), write)
+    yield _small_record("version", b"3\n")
 
-    It must be opened with force_zip64, so that the length of its header is known before its data.
-    """
-    info = zipfile.ZipInfo(f"archive/{name}")
-    unpadded = begin + LOCAL_HEADER.size + len(info.filename) + _ZIP64_FIELD_BYTES + _EXTRA_FIELD.size
-    padding = -unpadded % _ALIGNMENT
-    info.extra = _EXTRA_FIELD.pack(b"FB", padding) + b"Z" * padding
-    return info
+
+def _small_record(name: str, data: bytes) -> Record:
+    def write(file: BinaryIO) -> int:
+        file.write(data)
+        return zlib.crc32(data)
+
+    return Record(f"archive/{name}", len(data), write)
+
+
+def _write_storage(file: BinaryIO, source: TensorSource, written: Progress) -> int:
+    write_tensor(file, source, written)
+    return written.checksum(source.name)

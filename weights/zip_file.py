@@ -1,10 +1,54 @@
-"""Records of a zip file, found in its memory map: what torch's files and NumPy's .npz share."""
+"""Zip files of stored records: what torch's files and NumPy's .npz share.
+
+The fields are those of PKWARE's APPNOTE, sections 4.3 and 4.5.3. The standard library's writer is not used because it
+computes a checksum of its own between the writes; ours comes from the thread beside them.
+"""
 
 import struct
 import zipfile
+from collections.abc import Callable, Iterable
+from typing import BinaryIO, NamedTuple
 
-LOCAL_HEADER = struct.Struct("<4s22xHH")
-_ENCRYPTED = 1
+ALIGNMENT = 64  # what torch.save aligns records to
+_LOCAL_SIGNATURE, _CENTRAL_SIGNATURE = b"PK\x03\x04", b"PK\x01\x02"
+# Version, flags, method, time, date, checksum, two sizes, the lengths of name and extra field: in both headers.
+_FIELDS = "5H3I2H"
+_LOCAL_HEADER = struct.Struct(f"<4s{_FIELDS}")
+_CENTRAL_HEADER = struct.Struct(f"<4sH{_FIELDS}3H2I")
+_END_64 = struct.Struct("<4sQ2H2I4Q")
+_LOCATOR_64 = struct.Struct("<4sIQI")
+_END = struct.Struct("<4s4H2IH")
+_EXTRA_FIELD = struct.Struct("<2sH")
+_VERSION = 45  # the one that has 64-bit sizes
+_UTF8, _ENCRYPTED = 0x800, 1
+_FIRST_DAY = 1 << 5 | 1  # January 1, 1980: the same tensors are the same file
+_MAX_16, _MAX_32 = 2**16 - 1, 2**32 - 1
+
+
+class Record(NamedTuple):
+    """A record to be written; `write` writes its bytes and returns their CRC-32."""
+
+    name: str
+    nbytes: int
+    write: Callable[[BinaryIO], int]
+
+
+def write_zip(path, records: Iterable[Record]) -> None:
+    """Write the records one after another, each one's bytes at a multiple of 64."""
+    with open(path, "wb") as file:
+        directory = []
+        for record in records:
+            begin = file.tell()
+            file.write(_local_header(record, 0, begin))
+            checksum = record.write(file)
+            end = file.tell()
+            file.seek(begin)
+            file.write(_local_header(record, checksum, begin))
+            file.seek(end)
+            directory.append(_central_header(record, checksum, begin))
+        begin = file.tell()
+        file.write(b"".join(directory))
+        file.write(_end(len(directory), begin, file.tell()))
 
 
 def record_start(buffer, record: zipfile.ZipInfo) -> int:
@@ -20,11 +64,48 @@ def record_start(buffer, record: zipfile.ZipInfo) -> int:
             "np.savez or mx.savez"
         )
     begin = record.header_offset
-    header = buffer[begin : begin + LOCAL_HEADER.size] if begin >= 0 else b""
-    if len(header) < LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
+    header = buffer[begin : begin + _LOCAL_HEADER.size] if begin >= 0 else b""
+    if len(header) < _LOCAL_HEADER.size or header[:4] != _LOCAL_SIGNATURE:
         raise ValueError(f"record {record.filename!r} has no local header at byte {begin}")
-    _, name_length, extra_length = LOCAL_HEADER.unpack(header)
-    start = begin + LOCAL_HEADER.size + name_length + extra_length
+    name_length, extra_length = _LOCAL_HEADER.unpack(header)[-2:]
+    start = begin + _LOCAL_HEADER.size + name_length + extra_length
     if start + record.file_size > len(buffer):
         raise ValueError(f"record {record.filename!r} runs past the end of the file")
     return start
+
+
+def _local_header(record: Record, checksum: int, begin: int) -> bytes:
+    """The header that ends at a multiple of 64 if it begins there, padded by an extra field as torch.save does."""
+    name, extra = record.name.encode(), _extra_64(record.nbytes, record.nbytes)
+    padding = -(begin + _LOCAL_HEADER.size + len(name) + len(extra) + _EXTRA_FIELD.size) % ALIGNMENT
+    extra += _EXTRA_FIELD.pack(b"FB", padding) + b"Z" * padding
+    return _LOCAL_HEADER.pack(_LOCAL_SIGNATURE, *_fields(record, checksum, name, extra)) + name + extra
+
+
+def _central_header(record: Record, checksum: int, begin: int) -> bytes:
+    name, extra = record.name.encode(), _extra_64(record.nbytes, record.nbytes, begin)
+    fields = _fields(record, checksum, name, extra)
+    # No comment, disk 0, no attributes.
+    rest = 0, 0, 0, 0, min(begin, _MAX_32)
+    return _CENTRAL_HEADER.pack(_CENTRAL_SIGNATURE, _VERSION, *fields, *rest) + name + extra
+
+
+def _fields(record: Record, checksum: int, name: bytes, extra: bytes) -> tuple[int, ...]:
+    nbytes = min(record.nbytes, _MAX_32)
+    return _VERSION, _UTF8, zipfile.ZIP_STORED, 0, _FIRST_DAY, checksum, nbytes, nbytes, len(name), len(extra)
+
+
+def _extra_64(*numbers: int) -> bytes:
+    """The extra field of the numbers that their fields of 32 bits cannot hold."""
+    large = [number for number in numbers if number >= _MAX_32]
+    return struct.pack(f"<2H{len(large)}Q", 1, 8 * len(large), *large) if large else b""
+
+
+def _end(count: int, directory: int, end: int) -> bytes:
+    numbers = count, count, end - directory, directory
+    end_64 = b""
+    if count >= _MAX_16 or end >= _MAX_32:
+        end_64 = _END_64.pack(b"PK\x06\x06", _END_64.size - 12, _VERSION, _VERSION, 0, 0, *numbers)
+        end_64 += _LOCATOR_64.pack(b"PK\x06\x07", 0, end, 1)
+    small = (min(number, limit) for number, limit in zip(numbers, (_MAX_16, _MAX_16, _MAX_32, _MAX_32), strict=True))
+    return end_64 + _END.pack(b"PK\x05\x06", 0, 0, *small, 0)

@@ -2,8 +2,14 @@
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
-from mamba_core.backend import LayerState, State
+from mamba_core.backend import Hidden, LayerState, Output, State
+
+# torch.export.save writes a tuple with names only if it knows what to call it, and load reads what it is told is safe.
+for kind in (LayerState, State, Output, Hidden):
+    _pytree._register_namedtuple(kind, serialized_type_name=f"mamba_core.{kind.__name__}")
+torch.serialization.add_safe_globals([LayerState, State])
 
 
 def init_state(config, batch: int, dtype: torch.dtype, device: torch.device) -> State:

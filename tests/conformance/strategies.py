@@ -115,7 +115,7 @@ def configs(draw, **fixed) -> MambaConfig:
     """Small configs with every size and switch drawn, those of `fixed` apart."""
     sizes = {"d_model": (8, 12, 16), "n_layer": (1, 2), "vocab_size": (17, 32, 41), "d_state": (1, 3, 4, 16, 64)}
     sizes |= {"d_conv": (2, 3, 4), "expand": (1, 2, 3), "dt_rank": ("auto", 1, 5), "norm_eps": (1e-5, 1e-3)}
-    sizes |= {"pad_vocab_size_multiple": (1, 8, 16)}
+    sizes |= {"pad_vocab_size_multiple": (1, 8, 16), "compat": (None, None, "minimamba")}
     switches = ("bias", "conv_bias", "tie_embeddings", "residual_in_fp32")
     drawn = {name: draw(st.sampled_from(values)) for name, values in sizes.items() if name not in fixed}
     drawn |= {name: draw(st.booleans()) for name in switches}

@@ -82,6 +82,13 @@ def _op_call(op, backend, case, arrays, piece, state, positions):
     return (y[:, None], h), h
 
 
+def terms(case, what: str) -> int:
+    """How many products each value of y, or of an array's gradient, is a sum of."""
+    if what in ("A", "D", "delta_bias", "weight", "bias"):
+        return case.shape[0] * case.shape[1]
+    return case.arrays["A"].shape[1] if "A" in case.arrays and what in ("y", "x", "delta") else 1
+
+
 STEPS = {"selective_scan": "selective_step", "causal_conv": "causal_conv_step"}
 
 
@@ -106,13 +113,13 @@ def _op(name, cases) -> Subject:
 
 
 @st.composite
-def model_cases(draw, lengths, task="lm", **fixed) -> Case:
+def model_cases(draw, lengths, tasks, **fixed) -> Case:
     """A model of any config and its inputs; with or without a state given, whose rows are of segments of their own."""
-    config = draw(configs(task=task, **fixed))
+    config = draw(configs(task=draw(st.sampled_from(tasks)), **fixed))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     b, l = draw(st.sampled_from((1, 2, 3))), draw(lengths)
     options, arrays = {"config": config, "input_ids": tokens(config, b, l)}, {}
-    if task == "layers":
+    if config.task == "layers":
         arrays["inputs_embeds"] = rng.normal(size=(b, l, config.d_model))
     if draw(st.booleans()):
         options["segment"] = rng.integers(0, 2, b).astype(np.int32)
@@ -180,9 +187,9 @@ def reference_of(backend, config, dtype):
     return ReferenceModel(config, dict(backend.parameters(built(backend, config, dtype))))
 
 
-def _model(task, **fixed) -> Subject:
-    cases = functools.partial(model_cases, task=task, **fixed)
-    per_position = ("inputs_embeds",) if task == "layers" else ()
+def _model(*tasks, **fixed) -> Subject:
+    cases = functools.partial(model_cases, tasks=tasks, **fixed)
+    per_position = ("inputs_embeds",) if "layers" in tasks else ()
     return Subject(per_position, True, cases, _model_dtypes, _model_given, _model_call, _model_reference)
 
 
@@ -190,5 +197,5 @@ SUBJECTS = {
     "selective_scan": _op("selective_scan", scan_cases),
     "causal_conv": _op("causal_conv", conv_cases),
     "block": _model("layers", n_layer=1),
-    "model": _model("lm"),
+    "model": _model("lm", "features"),
 }

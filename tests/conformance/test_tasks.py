@@ -1,4 +1,4 @@
-"""Models of every task, and those of `compat`: each backend against the reference, and the laws that are theirs."""
+"""Models of every task, and those of `compat`: what is theirs alone. The laws of `test_laws.py` draw them too."""
 
 import dataclasses
 import functools
@@ -126,67 +126,6 @@ def test_the_residual_stream_has_its_dtype_whatever_is_given(backend, name):
         model(native, observe=lambda node, value: dtypes.update({node: backend.to_numpy(value).dtype.name}))
         assert dtypes["layers.0.residual"] == ("float32" if config.residual_in_fp32 else "bfloat16")
         assert dtypes["layers.0.norm"] == dtypes["layers.0.scan"] == dtypes["layers.1.out_proj"] == "bfloat16"
-
-
-@pytest.mark.parametrize("at", [0, 1, 5, LENGTH])
-def test_split_with_the_carried_state_is_the_whole(backend, name, at):
-    given, model = inputs(name), built(backend, name)
-    whole, state = call(backend, model, given)
-    head, carried = call(backend, model, given[:, :at])
-    tail, last = call(backend, model, given[:, at:], carried)
-    assert_close(np.concatenate([head, tail], 1), whole, "float32", "value", f"split at {at}")
-    assert_states(backend, last, state, f"split at {at}")
-
-
-def test_prefill_and_steps_are_the_whole(backend, name):
-    given, model = inputs(name), built(backend, name)
-    whole, state = call(backend, model, given)
-    _, carried = call(backend, model, given[:, :7])
-    for t in range(7, LENGTH):
-        step, carried = call(backend, model, given[:, t : t + 1], carried)
-        assert_close(step[:, 0], whole[:, t], "float32", "value", f"step {t}")
-    assert_states(backend, carried, state, "after the steps")
-
-
-def test_packed_segments_equal_the_reference(backend, name):
-    segment_ids = np.repeat([4, 2, 9], [1, 6, 6])[None].repeat(BATCH, 0).astype(np.int32)
-    found, state = call(backend, built(backend, name), inputs(name), segment_ids=segment_ids)
-    wanted = reference(name)(inputs(name), segment_ids=segment_ids)
-    assert_close(found, wanted[0], "float32", "value", "packed")
-    assert_states(backend, state, wanted.state, "packed")
-
-
-@pytest.mark.parametrize("name", HEADLESS)
-def test_gradients_in_the_state_and_the_embeddings(backend, name):
-    """Through the hidden states and through the final state, with what is masked."""
-    model, rng = built(backend, name), np.random.default_rng(3)
-    _, before = reference(name)(inputs(name, seed=1))
-    wanted = reference(name)(inputs(name), before, mask=MASK)
-    doutput = rng.normal(size=wanted.hidden.shape)
-    dlayers = [LayerState(*(rng.normal(size=value.shape) for value in layer)) for layer in wanted.state.layers]
-    dparameters, dbefore = reference(name).vjp(
-        doutput, inputs(name), before, mask=MASK, dstate=State(tuple(dlayers), None)
-    )
-    leaves, dleaves = ([value for layer in layers for value in layer] for layers in (before.layers, dbefore))
-    embeds = [inputs(name)] if CONFIGS[name].task == "layers" else []
-    expected = [dparameters["inputs_embeds"] for _ in embeds] + dleaves
-
-    def native(value):
-        return backend.from_numpy(np.asarray(value, np.float32), device=model.device)
-
-    mask, segment = (backend.from_numpy(value, device=model.device) for value in (MASK, before.segment))
-    ids = backend.from_numpy(inputs(name), device=model.device)
-
-    def run(*arrays):
-        given, pairs = (arrays[0], arrays[1:]) if embeds else (ids, arrays)
-        layers = tuple(LayerState(*pairs[at : at + 2]) for at in range(0, len(pairs), 2))
-        out = model(given, State(layers, segment), mask=mask)
-        return (out.hidden, *(value for layer in out.state.layers for value in layer))
-
-    cotangents = [doutput, *(value for layer in dlayers for value in layer)]
-    _, found = backend.vjp(run, [native(value) for value in embeds + leaves], [native(value) for value in cotangents])
-    for index, (value, gradient) in enumerate(zip(found, expected, strict=True)):
-        assert_close(value, gradient, "float32", "gradient", f"gradient of argument {index}", config=name)
 
 
 def test_gradients_of_the_parameters_of_minimamba(backend):

@@ -93,8 +93,10 @@ CAUGHT_BY = {
     },
     "test_split_with_the_carried_state": {
         "segment not carried": Mutant("state.py", "keep = ~counts | (first == state.segment)", "keep = ~counts | (first == first)"),
-        "segment of the last position, counting or not": Mutant("state.py", "flipped = None if mask is None else mask.flip(1)", "flipped = None"),
         "state's segment forgotten": Mutant("state.py", "torch.where(counts, last, state.segment)", "torch.where(counts, last * 0, state.segment)"),
+    },
+    "test_masks_and_segments_together_equal_the_reference": {
+        "segment of the last position, counting or not": Mutant("state.py", "flipped = None if mask is None else mask.flip(1)", "flipped = None"),
     },
     "test_padded_vocabulary_is_never_produced": {
         "padded vocabulary produced": Mutant("decode.py", "model.head(hidden)[:, :vocabulary]", "model.head(hidden)"),

@@ -162,6 +162,17 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the locks are of POSIX")
+def test_a_file_that_a_killed_process_left_is_removed_and_one_that_is_being_written_is_not(tmp_path):
+    others = [".out.0123abcd.partial2", ".other.0123abcd.partial", ".out.words.partial"]
+    for name in [".out.0123abcd.partial", *others]:
+        (tmp_path / name).write_text("half")
+    with atomic_file(tmp_path / "out", overwrite=True) as first:  # noqa: SIM117
+        with atomic_file(tmp_path / "out") as second:
+            assert names(tmp_path) == sorted([*others, first.name, second.name])
+    assert names(tmp_path) == sorted([*others, "out"])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the locks are of POSIX")
 def test_a_folder_that_is_being_written_is_left_alone(tmp_path):
     with atomic_folder(tmp_path / "out") as first:  # noqa: SIM117
         with atomic_folder(tmp_path / "out") as second:

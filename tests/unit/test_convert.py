@@ -63,6 +63,15 @@ def test_the_report_has_a_row_for_every_tensor_with_the_checksum_of_its_bytes(so
     assert (done.source_layout, done.target_layout) == ("hf", "mamba_ssm")
 
 
+@pytest.mark.parametrize("to", ["mambapy", "mambapy_mlx"])
+def test_the_report_has_the_checksums_in_zip_files_too(source, tmp_path, to):
+    done = mc.convert(source, tmp_path / "out", to=to)
+    written = open_checkpoint(tmp_path / "out")
+    assert {row.target: row.checksum for row in done.tensors} == {
+        name: f"{zlib.crc32(array.tobytes()):08x}" for name, array in written.items()
+    }
+
+
 def test_the_report_names_transforms(source, tmp_path):
     done = mc.convert(source, tmp_path / "out", to="mlx_lm")
     transformed = {row.target: row.transform for row in done.tensors if row.transform}

@@ -22,6 +22,8 @@ def test_what_is_written_is_read_back_by_us_and_by_numpy(tmp_path):
     opened = open_checkpoint(tmp_path / "a.npz")
     assert_same(opened, arrays)
     assert not opened["float32"].flags.writeable
+    with zipfile.ZipFile(tmp_path / "a.npz") as archive:
+        assert archive.testzip() is None
     loaded = np.load(tmp_path / "a.npz", allow_pickle=False)
     for name, array in arrays.items():
         assert loaded[name].tobytes() == array.tobytes()

@@ -6,14 +6,14 @@ import re
 import struct
 import sys
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
 
-from mamba_core.weights import torch_file
-from mamba_core.weights.io import (
-    open_checkpoint,
-)
+from mamba_core.weights import torch_file, zip_file
+from mamba_core.weights.formats import map_file
+from mamba_core.weights.io import open_checkpoint
 
 from .checkpoints import assert_fault, write
 
@@ -49,6 +49,64 @@ def test_views_and_parameters_that_torch_saves(tmp_path):
         assert opened[name].astype(np.float64).tolist() == tensor.to(torch.float64).tolist(), name
     assert np.shares_memory(opened["base"], opened["tied"])
     assert np.shares_memory(opened["base"], opened["transposed"])
+
+
+def stored_arrays() -> dict[str, np.ndarray]:
+    blocks = np.arange(2**19 + 3, dtype=np.float64)
+    return {"w": blocks, "empty": np.zeros((0, 3), np.float32), "odd": np.arange(7, dtype=np.int8), "v": blocks[::-1]}
+
+
+def test_every_record_is_aligned_and_has_the_checksum_of_its_bytes_in_both_headers(tmp_path):
+    write(tmp_path / "a.bin", stored_arrays())
+    whole = (tmp_path / "a.bin").read_bytes()
+    with zipfile.ZipFile(tmp_path / "a.bin") as archive:
+        assert archive.testzip() is None
+        for record in archive.infolist():
+            assert zip_file.record_start(whole, record) % 64 == 0
+            local = struct.unpack_from("<3I", whole, record.header_offset + 14)
+            assert local == (record.CRC, record.file_size, record.file_size)
+
+
+def test_torch_reads_what_is_written(tmp_path):
+    torch = pytest.importorskip("torch")
+    arrays = stored_arrays()
+    write(tmp_path / "a.bin", arrays)
+    for mapped in (False, True):
+        loaded = torch.load(tmp_path / "a.bin", weights_only=True, mmap=mapped)
+        assert {name: tensor.numpy().tobytes() for name, tensor in loaded.items()} == {
+            name: array.tobytes() for name, array in arrays.items()
+        }
+
+
+def test_records_beyond_4_gib_and_beyond_65535(tmp_path):
+    """A sparse record, whose size needs 64 bits, as its successors' places do; then too many for 16 bits."""
+    size = 2**32 + 5
+
+    def skip(file):
+        file.seek(size - 1, os.SEEK_CUR)
+        file.write(b"x")
+        return 7
+
+    def hello(file):
+        file.write(b"hello")
+        return zlib.crc32(b"hello")
+
+    path = tmp_path / "a.zip"
+    zip_file.write_zip(path, [zip_file.Record("large", size, skip), zip_file.Record("next", 5, hello)])
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        large, after = archive.infolist()
+        assert (large.file_size, large.CRC, archive.read(after)) == (size, 7, b"hello")
+        assert after.header_offset > size
+        buffer = map_file(file)
+        start = zip_file.record_start(buffer, large)
+        assert buffer[start + size - 1 : start + size] == b"x"
+    zip_file.write_zip(path, (zip_file.Record(str(number), 5, hello) for number in range(2**16 + 1)))
+    with zipfile.ZipFile(path) as archive:
+        assert len(archive.infolist()) == 2**16 + 1
+        assert archive.read("65536") == b"hello"
+    whole = path.read_bytes()
+    # zipfile does not look at the number of records, other readers do.
+    assert struct.unpack_from("<2Q", whole, whole.rindex(b"PK\6\6") + 24) == (2**16 + 1, 2**16 + 1)
 
 
 def test_a_state_dict_and_one_inside_a_training_checkpoint(tmp_path):

@@ -62,16 +62,16 @@ def test_vmap_over_rows_states_models_and_gradients():
     def row(ids, mask, segments):
         return model(ids[None], mask=mask[None], segment_ids=segments[None]).logits[0]
 
-    close(jax.vmap(row)(ids, mask, segments), model(ids, mask=mask, segment_ids=segments).logits, 1e-6)
+    close(jax.jit(jax.vmap(row))(ids, mask, segments), model(ids, mask=mask, segment_ids=segments).logits, 1e-6)
     states = [model(ids[:, :length]).state for length in (3, 20)]
-    outputs = jax.vmap(lambda state: model(ids, state))(stack(*states))
+    outputs = jax.jit(jax.vmap(lambda state: model(ids, state)))(stack(*states))
     close(outputs, stack(*(model(ids, state) for state in states)), 1e-6)
     models = [mc.build(CONFIG, backend="jax", seed=seed) for seed in range(3)]
     stacked = stack(*(nnx.split(other)[1] for other in models))
-    outputs = jax.vmap(lambda parameters: nnx.merge(graph, parameters)(ids).logits)(stacked)
+    outputs = jax.jit(jax.vmap(lambda parameters: nnx.merge(graph, parameters)(ids).logits))(stacked)
     close(outputs, jnp.stack([other(ids).logits for other in models]), 1e-6)
     gradient = jax.jit(jax.grad(lambda parameters, ids: loss(nnx.merge(graph, parameters), ids)))
-    samples = jax.vmap(gradient, in_axes=(None, 0))(parameters, ids[:, None])
+    samples = jax.jit(jax.vmap(gradient, in_axes=(None, 0)))(parameters, ids[:, None])
     close(samples, stack(*(gradient(parameters, ids[index : index + 1]) for index in range(len(ids)))))
 
 

@@ -189,6 +189,14 @@ def test_export_of_any_batch_and_length():
         close(exported(given), model(given), 1e-6)
 
 
+def test_an_exported_program_is_saved_and_loaded(tmp_path):
+    model, ids, _ = plain("torch")
+    state = model(ids).state
+    torch.export.save(torch.export.export(model, (ids, state)), tmp_path / "model.pt2")
+    loaded = torch.export.load(tmp_path / "model.pt2").module()
+    close(loaded(ids, state), model(ids, state), 1e-6)
+
+
 def test_export_with_a_state():
     model, ids, _ = plain("torch")
     state = model(ids[:, :7]).state
