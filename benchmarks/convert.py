@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 from accuracy import processor
 
-from mamba_core.config import PRESETS, preset
+from mamba_core.config import COMPUTE_DTYPES, PRESETS, preset
 from mamba_core.spec.params import parameter_table
-from mamba_core.weights.convert import COMPUTE_DTYPES, convert
+from mamba_core.weights.convert import convert
 from mamba_core.weights.formats import DTYPES, TensorSource, count_bytes
 from mamba_core.weights.layouts import write_layout
 
@@ -76,10 +76,12 @@ def measure(source: Path, settings: dict, rounds: int) -> dict:
     target, copy = source.with_name("target"), source.with_name("copy")
     seconds, copied, peaks = [], [], []
     for _ in range(rounds):
+        os.sync()  # none pays for what the one before left to be written
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             elapsed, peak = pool.apply(timed_convert, (source, target, settings))
         seconds.append(elapsed)
         peaks.append(peak)
+        os.sync()
         copied.append(timed_copy(target, copy))
         size = sum(path.stat().st_size for path in target.iterdir())
         shutil.rmtree(target)

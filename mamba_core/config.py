@@ -7,11 +7,14 @@
 import dataclasses
 import hashlib
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 TASKS = ("lm", "features", "layers")
+MAX_SIZE = 2**31 - 1  # of any size: what indexes of 32 bits can count
 
 
 @dataclass(frozen=True)
@@ -74,12 +77,12 @@ class MambaConfig:
 
     def __post_init__(self):
         for name in ("d_model", "n_layer", "vocab_size", "d_state", "d_conv", "pad_vocab_size_multiple"):
-            _expect(self, name, "a positive integer", lambda value: _is_int(value) and value > 0)
+            _expect(self, name, f"an integer from 1 to {MAX_SIZE}", _is_size)
         for name in ("expand", "dt_min", "dt_max", "dt_scale", "norm_eps", "initializer_range"):
-            _expect(self, name, "a positive number", lambda value: _is_number(value) and 0 < value < math.inf)
+            _expect(self, name, "a positive number", lambda value: _is_number(value) and value > 0)
         for name in ("bias", "conv_bias", "residual_in_fp32", "tie_embeddings", "rescale_prenorm_residual"):
             _expect(self, name, "true or false", lambda value: isinstance(value, bool))
-        _expect(self, "dt_rank", "a positive integer or 'auto'", lambda v: v == "auto" or (_is_int(v) and v > 0))
+        _expect(self, "dt_rank", f"an integer from 1 to {MAX_SIZE} or 'auto'", lambda v: v == "auto" or _is_size(v))
         _expect(self, "dt_init", "'random' or 'constant'", lambda value: value in ("random", "constant"))
         _expect(self, "task", f"one of {', '.join(TASKS)}", lambda value: value in TASKS)
         _expect(self, "compat", "'minimamba' or nothing", lambda value: value in (None, "minimamba"))
@@ -88,10 +91,12 @@ class MambaConfig:
             object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             ids = self.eos_token_ids if name == "eos_token_id" else (getattr(self, name),)
-            _expect(self, name, "an integer or nothing", lambda _, ids=ids: all(i is None or _is_int(i) for i in ids))
+            _expect(self, name, "an integer or nothing", lambda _, ids=ids: all(i is None or _is_id(i) for i in ids))
         _expect(self, "dt_max", f"at least dt_min={self.dt_min!r}", lambda value: value >= self.dt_min)
-        if self.d_inner < 1:
-            raise ValueError(f"expand={self.expand!r} of d_model={self.d_model} leaves no channels")
+        if not 1 <= self.expand * self.d_model < MAX_SIZE + 1:
+            raise ValueError(
+                f"expand={self.expand!r} of d_model={self.d_model} is no number of channels from 1 to {MAX_SIZE}"
+            )
 
     @property
     def d_inner(self) -> int:
@@ -142,18 +147,19 @@ class MambaConfig:
         if (activation := fields.pop("hidden_act", expected[0])) not in expected:
             raise ValueError(f"config has hidden_act {activation!r}; that of {model_type!r} is {expected[0]!r}")
         task = "features" if fields.pop("architectures", None) == ["MambaModel"] else "lm"
-        for name in ("torch_dtype", "dtype"):  # written anew: what they say is not of the config
+        for name in _HF_DTYPES:  # written anew: what they say is not of the config
             fields.pop(name, None)
+        pop_plain(fields, _HF_PLAIN)
         known = {ours: fields.pop(theirs, default) for ours, (theirs, default) in _HF_FIELDS.items()}
-        if _is_int(known["d_model"]) and known["dt_rank"] == math.ceil(known["d_model"] / 16):
+        if _is_size(known["d_model"]) and known["dt_rank"] == math.ceil(known["d_model"] / 16):
             known["dt_rank"] = "auto"
         padded, ours = known["vocab_size"], fields.pop("mamba_core", {})
         inner = fields.pop("intermediate_size", None)
         if not isinstance(ours, Mapping) or not set(ours) <= set(_HF_HIDDEN):
             raise ValueError(f"config has mamba_core fields {ours!r}; expected some of {', '.join(_HF_HIDDEN)}")
         config = cls(**known | {"pad_vocab_size_multiple": 1} | dict(ours), task=task, compat=compat, extra=fields)
-        if config.padded_vocab_size != padded:
-            raise ValueError(f"config has vocab_size {padded}, but its mamba_core fields give {ours}")
+        if config.padded_vocab_size != padded:  # transformers keeps our fields when it resizes the embedding
+            config = dataclasses.replace(config, vocab_size=padded, pad_vocab_size_multiple=1)
         if inner is not None and inner != config.d_inner:
             raise ValueError(
                 f"config has intermediate_size {inner}; expand={config.expand} of hidden_size={config.d_model} "
@@ -164,9 +170,12 @@ class MambaConfig:
     def to_hf(self) -> dict[str, Any]:
         """As transformers reads it: vocab_size counts the padded rows; what it has no use for is under mamba_core.
 
+        Fields of `extra` that mean something to transformers or mlx-lm are not written.
+
         rescale_prenorm_residual is written as false, because transformers 5 divides the out_proj.weight that it
         loads by sqrt(n_layer) where it is true. With `compat`, model_type and hidden_act are ones that transformers
-        does not have: its Auto classes refuse the first, MambaForCausalLM only the second.
+        does not have: its Auto classes refuse the first, MambaForCausalLM only the second. An expand that is no whole
+        number is written as it is: transformers refuses it, and this is what reads it back.
 
         Raises:
             ValueError: task "layers", which has no form there.
@@ -177,7 +186,7 @@ class MambaConfig:
                 "layout mambapy holds the layers alone"
             )
         ours = {name: getattr(self, name) for name in _HF_HIDDEN}
-        known = {theirs: getattr(self, name) for name, (theirs, _) in _HF_FIELDS.items()}
+        known = {theirs: _like(default, getattr(self, name)) for name, (theirs, default) in _HF_FIELDS.items()}
         derived = {
             "model_type": "mamba" if self.compat is None else _HF_MINIMAMBA,
             "architectures": ["MambaForCausalLM" if self.task == "lm" else "MambaModel"],
@@ -187,7 +196,8 @@ class MambaConfig:
             "vocab_size": self.padded_vocab_size,
             "rescale_prenorm_residual": False,
         }
-        return known | dict(self.extra) | derived | {"mamba_core": ours}
+        extra = {name: value for name, value in self.extra.items() if name not in _HF_NOT_EXTRA}
+        return extra | known | derived | {"mamba_core": ours}
 
     @classmethod
     def from_mamba_ssm(cls, fields: Mapping[str, Any]) -> "MambaConfig":
@@ -199,9 +209,7 @@ class MambaConfig:
         ssm = dict(ssm)
         if (layer := ssm.pop("layer", "Mamba1")) != "Mamba1":
             raise ValueError(f"config has ssm_cfg layer {layer!r}; this version reads 'Mamba1'")
-        for name, plain in _MAMBA_SSM_PLAIN.items():
-            if (value := fields.pop(name, plain)) not in (plain, None):
-                raise ValueError(f"config has {name}={value!r}; this version reads {name}={plain!r} only")
+        pop_plain(fields, _MAMBA_SSM_PLAIN)
         for name in _MAMBA_SSM_SPEED:
             fields.pop(name, None)
             ssm.pop(name, None)
@@ -257,6 +265,12 @@ _HF_FIELDS = {
 
 _HF_MINIMAMBA = "mamba_core_minimamba"
 
+# What would change the function (in mlx-lm: norms of dt, B and C), with the one value that this architecture has.
+_HF_PLAIN = {"use_bcdt_rms": False}
+_HF_DTYPES = ("torch_dtype", "dtype")
+# By the last this project's own fields are told.
+_HF_NOT_EXTRA = (*_HF_PLAIN, *_HF_DTYPES, "architecture")
+
 _HF_HIDDEN = ("vocab_size", "pad_vocab_size_multiple", "rescale_prenorm_residual")
 
 _MAMBA_SSM_FIELDS = {
@@ -311,12 +325,34 @@ def _expect(config, name, expected, holds) -> None:
         raise ValueError(f"{name} is {value!r}; expected {expected}")
 
 
+def pop_plain(fields: dict[str, Any], plain: Mapping[str, Any]) -> None:
+    """Drop fields that have the one value of this architecture. Raises ValueError for another."""
+    for name, only in plain.items():
+        if (value := fields.pop(name, only)) not in (only, None):
+            raise ValueError(f"config has {name}={value!r}; this version reads {name}={only!r} only")
+
+
+def _like(default, value):
+    """The number in the default's type, which transformers checks, where that does not change it."""
+    alike = type(default)(value) if _is_number(default) and _is_number(value) else value
+    return alike if alike == value else value
+
+
 def _is_int(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_size(value) -> bool:
+    return _is_int(value) and 1 <= value <= MAX_SIZE
+
+
+def _is_id(value) -> bool:
+    return _is_int(value) and abs(value) <= MAX_SIZE
+
+
 def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether it is a finite number that a float can hold."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 CONFIGS = {"mamba": MambaConfig}

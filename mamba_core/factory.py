@@ -1,5 +1,6 @@
 """Models by name, by config and from checkpoints: `build`, `load`, `save`, and the decode state's file."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -7,12 +8,10 @@ from safetensors.numpy import save_file
 
 from mamba_core import registry
 from mamba_core.backend import State
-from mamba_core.config import CONFIGS, MambaConfig, preset
+from mamba_core.config import COMPUTE_DTYPES, CONFIGS, MambaConfig, preset
 from mamba_core.spec.init import initial_values
 from mamba_core.weights.io import CheckpointError, atomic_file, atomic_folder, open_checkpoint
-from mamba_core.weights.layouts import copy_tokenizer, open_model, write_model
-
-DTYPES = ("float32", "bfloat16", "float16")
+from mamba_core.weights.layouts import FLOATS, copy_tokenizer, open_model, write_model
 
 
 def build(
@@ -56,22 +55,26 @@ def load(
     dtype: str | None = None,
     device: str | None = None,
     kernels: str = "auto",
+    layout: str | None = None,
     revision: str | None = None,
     compat: str | None = None,
 ):
-    """A model from a checkpoint in any readable layout, detected.
+    """A model from a checkpoint in any readable layout.
 
     Args:
         source: a folder, a file, or the id of a repository on the Hugging Face hub.
         dtype: the compute dtype; by default that of the checkpoint's embedding.
+        layout: a key of `mamba_core.weights.layouts.LAYOUTS`; detected by default.
         revision: of the hub repository.
         compat: "minimamba" to read MiniMamba's checkpoints, with their own arithmetic.
         backend, device, kernels: as in `build`.
 
     Raises:
         CheckpointError: the checkpoint is missing, broken, or not a model that this version reads.
+        ValueError: an unknown layout, compat, backend, dtype, device or kernel.
+        ImportError: the backend's framework is not installed.
     """
-    opened = open_model(source, revision=revision, compat=compat)
+    opened = open_model(source, layout=layout, revision=revision, compat=compat)
     dtype = opened.dtype if dtype is None else dtype
     _check_dtype(dtype)
     model = registry.get(backend).build(opened.config, opened.tensors(), dtype=dtype, device=device, kernels=kernels)
@@ -99,9 +102,18 @@ def save_into(folder: Path, model, layout: str = "hf") -> None:
 
 
 def save_state(state: State, path: str | Path, model) -> None:
-    """Write a decode state as one safetensors file, which any backend reads."""
-    backend = registry.get(model.backend)
+    """Write a decode state as one safetensors file, which any backend reads.
+
+    Raises:
+        TypeError: it is no State, or holds the arrays of another backend than the model's.
+        ValueError: it does not fit the model's config.
+        CheckpointError: the file cannot be written.
+    """
+    backend, empty = registry.get(model.backend), model.init_state(1)
+    _check_kind(state, empty, model.backend)
     arrays = {name: backend.to_numpy(value) for name, value in _named(state).items()}
+    if faults := _state_faults({name: (array.shape, array.dtype.name) for name, array in arrays.items()}, empty):
+        raise ValueError(f"state is not one of a model with this config: {faults}")
     with atomic_file(path, overwrite=True) as target:
         save_file(arrays, target, metadata={"mamba_core_state": model.config.fingerprint})
 
@@ -112,25 +124,16 @@ def load_state(path: str | Path, model) -> State:
     Raises:
         CheckpointError: the file is broken, or is the state of a model with another config.
     """
-    backend = registry.get(model.backend)
+    backend, empty = registry.get(model.backend), model.init_state(1)
     stored = open_checkpoint(path)
     if stored.metadata.get("mamba_core_state") != model.config.fingerprint:
         raise CheckpointError(f"{path}: not the state of a model with this config")
+    if faults := _state_faults({name: stored.header(name)[:2] for name in stored}, empty):
+        raise CheckpointError(f"{path}: {faults}")
 
     def array(name, dtype=None):
         return backend.from_numpy(np.asarray(stored[name]), dtype=dtype, device=model.device)
 
-    if "segment" not in stored or len(stored.header("segment").shape) != 1:
-        raise CheckpointError(f"{path}: segment is missing, or has more than one axis")
-    empty = model.init_state(stored.header("segment").shape[0])
-    expected = _named(empty)
-    if faults := sorted(set(expected) ^ set(stored)):
-        raise CheckpointError(f"{path}: missing or unexpected: {', '.join(faults[:8])}")
-    for name, like in expected.items():
-        shape, dtype, _ = stored.header(name)
-        kind = "int32" if name == "segment" else "float"
-        if shape != tuple(like.shape) or kind not in dtype:
-            raise CheckpointError(f"{path}: {name} is {dtype} {shape}; expected {kind} {tuple(like.shape)}")
     layers = [
         type(layer)(*(array(f"layers.{i}.{key}", "float32" if key == "ssm" else model.dtype) for key in layer._fields))
         for i, layer in enumerate(empty.layers)
@@ -145,6 +148,31 @@ def _named(state: State) -> dict:
     return named
 
 
+def _check_kind(state, empty: State, backend: str) -> None:
+    if not isinstance(state, State):
+        raise TypeError(f"state is {type(state).__name__}; expected a State, such as that of model(input_ids)")
+    own = type(empty.segment)
+    for name, value in _named(state).items():
+        if not isinstance(value, own):
+            given = f"{type(value).__module__}.{type(value).__qualname__}"
+            raise TypeError(f"state has {given} for {name}; expected arrays of the model's backend, {backend!r}")
+
+
+def _state_faults(found: Mapping[str, tuple[tuple[int, ...], str]], empty: State) -> str:
+    """What keeps arrays of these shapes and dtypes from being a state of the model whose empty one is given."""
+    likes = _named(empty)
+    if names := sorted(set(likes) ^ set(found)):
+        return f"missing or unexpected: {', '.join(names[:8])}"
+    batch = found["segment"][0][:1] or (1,)
+    faults = []
+    for name, like in likes.items():
+        shape = (*batch, *like.shape[1:])
+        kind, dtypes = ("int32", ("int32",)) if name == "segment" else ("float", FLOATS)
+        if found[name][0] != shape or found[name][1] not in dtypes:
+            faults.append(f"{name} is {found[name][1]} {found[name][0]}; expected {kind} {shape}")
+    return "; ".join(faults[:8])
+
+
 def _check_dtype(dtype: str) -> None:
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+    if dtype not in COMPUTE_DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(COMPUTE_DTYPES)}")

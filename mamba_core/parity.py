@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mamba_core import registry
-from mamba_core.factory import DTYPES
+from mamba_core.config import COMPUTE_DTYPES
 from mamba_core.generation import tokenizer_of
 from mamba_core.spec.checks import check_task
 from mamba_core.spec.graph import block_graph
@@ -132,12 +132,15 @@ def parity(
     tokens: Sequence[int] | None = None,
     text: str | None = None,
     seed: int = 0,
+    layout: str | None = None,
+    revision: str | None = None,
+    compat: str | None = None,
     log: Callable[[str], None] | None = None,
 ) -> Parity:
     """Compare backends with the float64 reference, node by node, on a checkpoint.
 
     Args:
-        source: a checkpoint in any readable layout.
+        source, layout, revision, compat: the checkpoint, as `mamba_core.load` has them.
         backends: names; by default every one whose framework is installed.
         dtype: the compute dtype of the backends, which chooses the tolerance. The reference has the weights as stored.
         grad: compare the gradient of every parameter too.
@@ -148,19 +151,19 @@ def parity(
         log: called with a line as each part begins.
 
     Raises:
-        ValueError: a setting out of range, an unknown backend or dtype, text without a tokenizer, grad of a model of
-            another task than "lm".
+        ValueError: a setting out of range, an unknown backend, dtype, layout or compat, text without a tokenizer, grad
+            of a model of another task than "lm".
         ImportError: a backend's framework is not installed.
         CheckpointError: as `mamba_core.load`.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+    if dtype not in COMPUTE_DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(COMPUTE_DTYPES)}")
     if steps < 1:
         raise ValueError(f"steps is {steps}; expected at least 1")
     chosen = [registry.get(name) for name in (installed() if backends is None else backends)]
     if not chosen:
         raise ValueError("no backend to compare; name one, or install a framework")
-    opened = open_model(source)
+    opened = open_model(source, layout=layout, revision=revision, compat=compat)
     if grad:
         check_task(opened.config, "grad")
     inputs = _inputs(opened, length, tokens, text, seed, least=2 if grad else 1)

@@ -7,7 +7,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mamba_core.weights.formats import CheckpointError
@@ -26,7 +26,8 @@ def atomic_folder(path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a new folder beside `path` that becomes `path` when the block ends, and is removed if it fails.
 
     A folder that is not empty is refused unless `overwrite`; then it stays as it was until the new one is complete.
-    The current directory and those above it are never replaced. What a killed process left beside `path` is put in
+    One that holds no config.json is no checkpoint and is never replaced, nor is the current directory, nor those above
+    it. What a killed process left beside `path` is put in
     order first: a folder that it was replacing returns, an incomplete one goes.
 
     Raises:
@@ -38,6 +39,7 @@ def atomic_folder(path, overwrite: bool = False) -> Iterator[Path]:
         _check_folder(final, overwrite)
         _remove_stale(final)
         partial = _beside(final, _PARTIAL)
+        parents = _missing_parents(final)
         partial.mkdir(parents=True)
         lock = _lock(partial)
         try:
@@ -47,8 +49,11 @@ def atomic_folder(path, overwrite: bool = False) -> Iterator[Path]:
             _sync(partial)
             _check_folder(final, overwrite)
             _replace_folder(partial, final)
-        except BaseException:
+        except BaseException as fault:
             shutil.rmtree(partial, ignore_errors=True)
+            _remove_empty(parents)
+            if isinstance(fault, CheckpointError):  # it may name the partial folder, which nobody knows
+                raise CheckpointError(str(fault).replace(str(partial), str(final))) from None
             raise
         finally:
             _unlock(lock)
@@ -126,6 +131,8 @@ def _check_folder(final: Path, overwrite: bool) -> None:
         raise CheckpointError(f"{final}: the folder is not empty; choose another, or overwrite it")
     if Path.cwd().is_relative_to(final):
         raise CheckpointError(f"{final}: is or holds the current directory, which is never replaced")
+    if any(final.iterdir()) and not (final / "config.json").is_file():
+        raise CheckpointError(f"{final}: holds no config.json, so it is no checkpoint; remove it yourself")
 
 
 def _check_file(final: Path, overwrite: bool) -> None:
@@ -133,6 +140,17 @@ def _check_file(final: Path, overwrite: bool) -> None:
         raise CheckpointError(f"{final}: is a folder; expected a file, or a name that is free")
     if final.exists() and not overwrite:
         raise CheckpointError(f"{final}: the file exists; choose another name, or overwrite it")
+
+
+def _missing_parents(final: Path) -> list[Path]:
+    """Those that are to be made, the innermost first."""
+    return [parent for parent in final.parents if not parent.exists()]
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):  # another process has put something there
+            folder.rmdir()
 
 
 def _replace_folder(partial: Path, final: Path) -> None:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from mamba_core.config import MambaConfig
+from mamba_core.config import MambaConfig, pop_plain
 from mamba_core.weights.names import EMBEDDING, LAYERS
 from mamba_core.weights.transforms import Shape
 
@@ -23,7 +23,7 @@ class Library(NamedTuple):
     fields: ours -> theirs.
     plain: theirs that would change the function -> the one value that this architecture has.
     unused: theirs that follow from others, or concern speed only.
-    keeps_unknown: whether fields that it does not have may be written.
+    keeps_unknown: whether fields that it does not have may be written; where not, they are lost.
     required: ours -> the one value that it can run; required_of_lm: that one with a head can.
     """
 
@@ -72,6 +72,10 @@ LIBRARIES = {
 }
 
 
+# Read with another one, the config counts: the weights were trained with it, before mlx-lm had them.
+MLX_LM_REQUIRED = {"norm_eps": 1e-5}
+
+
 def infer_sizes(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     """The fields of `MambaConfig` that shapes by canonical name tell.
 
@@ -80,6 +84,8 @@ def infer_sizes(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     """
     first = f"{LAYERS}.0."
     mixer = first + "mixer."
+    if first + "norm.weight" not in shapes:
+        raise ValueError(f"{first}norm.weight is missing; mambapy's models of mup=True have none, and are not read")
     (d,) = _shape(shapes, first + "norm.weight", "d")
     e, n = _shape(shapes, mixer + "A_log", "en")
     _, _, k = _shape(shapes, mixer + "conv1d.weight", "e1k")
@@ -101,23 +107,25 @@ def infer_sizes(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     return sizes
 
 
-def read_library_config(layout: str, fields: Mapping[str, Any], sizes: Mapping[str, Any], **told) -> MambaConfig:
-    """A config from a library's fields, where it has some, and from the sizes of the tensors.
+def read_library_config(layout: str, fields: Mapping[str, Any], shapes: Mapping[str, Shape], **told) -> MambaConfig:
+    """A config from a library's fields, where it has some, and from the shapes of the tensors by canonical name.
 
     told: fields of `MambaConfig` that the file tells otherwise; where the fields have them too, those count.
 
     Raises:
-        ValueError: a field has a value that this architecture does not.
+        ValueError: a field has a value that this architecture does not, or a shape does not tell its sizes.
     """
     library, fields = LIBRARIES[layout], dict(fields)
-    for name, plain in library.plain.items():
-        if (value := fields.pop(name, plain)) != plain:
-            raise ValueError(f"config has {name}={value!r}; this version reads {name}={plain!r} only")
+    pop_plain(fields, library.plain)  # before a tensor is missing because of it
+    sizes = infer_sizes(shapes)
     for name in library.unused:
         fields.pop(name, None)
     hidden = fields.pop(_OURS, {})
-    if not isinstance(hidden, Mapping) or not set(hidden) <= set(_hidden_names(library)):
+    if not isinstance(hidden, Mapping) or not set(hidden) <= {"extra", *_hidden_names(library)}:
         raise ValueError(f"config has {_OURS} fields {hidden!r}; expected some of {', '.join(_hidden_names(library))}")
+    hidden = dict(hidden)
+    if not isinstance(shadowed := hidden.pop("extra", {}), Mapping):
+        raise ValueError(f"config has {_OURS} fields with extra {shadowed!r}; expected a JSON object")
     known = {ours: fields.pop(theirs) for ours, theirs in library.fields.items() if theirs in fields}
     rows = sizes.get("vocab_size")
     if rows is not None and known.get("vocab_size", rows) != rows:
@@ -127,20 +135,19 @@ def read_library_config(layout: str, fields: Mapping[str, Any], sizes: Mapping[s
     known = {**sizes, **told, **known, **hidden}
     if known["dt_rank"] == math.ceil(sizes["d_model"] / 16):
         known["dt_rank"] = "auto"
-    return MambaConfig(**known, extra=fields)
+    return MambaConfig(**known, extra=fields | shadowed)
 
 
 def write_library_config(layout: str, config: MambaConfig) -> dict[str, Any]:
     """A config in a library's fields, and where it keeps them those that it does not have.
 
+    Fields of `extra` that mean something to the library are kept where it does not look, under "mamba_core".
+
     Raises:
         ValueError: the library cannot run a model of this config.
     """
     library = LIBRARIES[layout]
-    required = library.required | (library.required_of_lm if config.task == "lm" else {})
-    for name, only in required.items():
-        if (value := getattr(config, name)) != only:
-            raise ValueError(f"{name}={value!r} cannot be written as {layout}, which has {only!r} only")
+    _require(layout, config, library.required | (library.required_of_lm if config.task == "lm" else {}))
     known = {theirs: getattr(config, ours) for ours, theirs in library.fields.items()}
     known["dt_rank"] = config.dt_rank_size
     if library.fields["expand"] == "expand_factor":
@@ -152,7 +159,27 @@ def write_library_config(layout: str, config: MambaConfig) -> dict[str, Any]:
     defaults = MambaConfig()
     hidden = {name: getattr(config, name) for name in _hidden_names(library)}
     changed = {name: value for name, value in hidden.items() if value != getattr(defaults, name)}
-    return dict(config.extra) | known | ({_OURS: changed} if changed else {})
+    taken = {*known, *library.plain, *library.unused, _OURS, "architecture"}
+    if shadowed := {name: value for name, value in config.extra.items() if name in taken}:
+        changed["extra"] = shadowed
+    extra = {name: value for name, value in config.extra.items() if name not in taken}
+    return extra | known | ({_OURS: changed} if changed else {})
+
+
+def write_mlx_lm_config(config: MambaConfig) -> dict[str, Any]:
+    """A config in the fields of transformers, as mlx-lm reads them.
+
+    Raises:
+        ValueError: another norm_eps than the one that mlx-lm has, whatever the fields say.
+    """
+    _require("mlx_lm", config, MLX_LM_REQUIRED)
+    return config.to_hf()
+
+
+def _require(layout: str, config: MambaConfig, required: Mapping[str, Any]) -> None:
+    for name, only in required.items():
+        if (value := getattr(config, name)) != only:
+            raise ValueError(f"{name}={value!r} cannot be written as {layout}, which has {only!r} only")
 
 
 def _hidden_names(library: Library) -> list[str]:

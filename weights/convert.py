@@ -1,6 +1,7 @@
 """Conversion between layouts, a tensor at a time; and what a checkpoint holds, from its headers."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -8,14 +9,21 @@ from pathlib import Path
 
 import numpy as np
 
+from mamba_core.config import COMPUTE_DTYPES
 from mamba_core.spec.params import Parameter, parameter_count
 from mamba_core.weights.formats import DTYPES, Progress, TensorSource, blocks, count_bytes, count_nonfinite, list_names
 from mamba_core.weights.io import atomic_folder, early_sync
-from mamba_core.weights.layouts import LAYOUTS, OpenedModel, copy_tokenizer, open_model, write_layout
+from mamba_core.weights.layouts import (
+    LAYOUTS,
+    OpenedModel,
+    copy_tokenizer,
+    layout_key,
+    open_model,
+    stored_sources,
+    write_layout,
+)
 from mamba_core.weights.names import EMBEDDING
 from mamba_core.weights.verify import Verification, verify_bytes, verify_forward
-
-COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -82,7 +90,7 @@ class Inspection:
     nonfinite: dict[str, int] | None = None
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1)
+        return json.dumps(_finite(asdict(self)), indent=1)
 
 
 def convert(
@@ -124,19 +132,21 @@ def convert(
         ValueError: an unknown layout, format or dtype, a config that the target layout cannot express, or a cast that
             loses precision without `lossy`.
     """
+    to = layout_key(to)
     if dtype not in (None, *COMPUTE_DTYPES):
         raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(COMPUTE_DTYPES)}, or nothing to keep bytes")
     if shard_bytes is not None and (type(shard_bytes) is not int or shard_bytes < 1):
         raise ValueError(f"shard_bytes is {shard_bytes!r}; expected a positive number of bytes")
-    if shard_bytes is not None and to in LAYOUTS and (file_format or LAYOUTS[to].file_format) != "safetensors":
+    if shard_bytes is not None and (file_format or LAYOUTS[to].file_format) != "safetensors":
         raise ValueError("shard_bytes is for safetensors alone; leave it out, or choose file_format='safetensors'")
     opened = open_model(source, layout=layout, revision=revision, compat=compat)
-    if Path(target).resolve() == opened.folder.resolve():
-        raise ValueError(f"{target}: is the source too; choose another folder to write")
+    if opened.folder.resolve().is_relative_to(Path(target).resolve()):
+        raise ValueError(f"{target}: is or holds the source; choose another folder to write")
     sources = [_cast(item, parameter, dtype) for parameter, _, item in opened.sources()]
     if not lossy:
         _refuse_rounding(source, sources)
-    total = sum(count_bytes(item.shape, item.dtype) for item in sources)
+    stored = stored_sources(opened.config, sources, to)
+    total = sum(count_bytes(item.shape, item.dtype) for item in stored)
     with atomic_folder(target, overwrite=overwrite) as folder:
         with _Recorder(total, progress) as written, early_sync(folder):
             write_layout(folder, opened.config, sources, to, file_format, shard_bytes=shard_bytes, progress=written)
@@ -176,6 +186,15 @@ def inspect(
         left_out=opened.left_out,
         nonfinite=_nonfinite(opened) if values else None,
     )
+
+
+def _finite(value):
+    """The value with None for what JSON has no number for: NaN and infinities, which a config.json may hold."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _nonfinite(opened: OpenedModel) -> dict[str, int]:
@@ -218,8 +237,7 @@ class _Recorder(Progress):
         super().__call__(name, block)
         self.nbytes += block.nbytes
         if self._progress is not None:
-            # A layout may repeat a tensor, as a tied head.
-            self._progress(self.nbytes, max(self._total, self.nbytes))
+            self._progress(self.nbytes, self._total)
 
     def _record(self, name: str, block: np.ndarray) -> None:
         super()._record(name, block)

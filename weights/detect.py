@@ -1,9 +1,12 @@
 """Which layout a checkpoint has, told from the names of its tensors and the fields of its config together, and why."""
 
+import os.path
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from mamba_core.config import MambaConfig
 from mamba_core.weights.formats import CheckpointError
 from mamba_core.weights.io import Checkpoint
 from mamba_core.weights.names import SCHEMES, Scheme, scheme_of
@@ -18,7 +21,12 @@ CONFIG_KEYS = {
     "mlx_lm": ("model_type", "hidden_size"),
 }
 # What torch's compiler, its data parallelism and habit put before every name of a model that they wrap.
-_WRAPPERS = ("_orig_mod.", "module.", "model.")
+_WRAPPERS = re.compile(r"(?:_orig_mod\.|module\.|model\.)*")
+# Ends of names -> why a file that has one is not read.
+_QUANTISED = "quantised checkpoints are not read; dequantise it first"
+_UNREAD = dict.fromkeys((".scales", ".qweight", ".absmax"), _QUANTISED) | {
+    ".mixer.dt_layernorm.weight": "the model has norms of dt, B and C, another function than Mamba, which is not read"
+}
 
 
 class Detected(NamedTuple):
@@ -38,6 +46,7 @@ def detect(path: Path, fields: Mapping | None, checkpoint: Checkpoint, layout: s
     Raises:
         CheckpointError: none fits, or several.
     """
+    _refuse_unread(path, checkpoint)
     prefix = _wrapper(checkpoint)
     names = {name.removeprefix(prefix) for name in checkpoint}
     fitting = {name: scheme for name in SCHEMES if (scheme := scheme_of(names, name)) is not None}
@@ -77,7 +86,8 @@ def _config_key(fields: Mapping, layout: str) -> str | None:
 
 def _config_evidence(fields: Mapping | None, layout: str) -> str:
     if fields is None:
-        return "there is no config.json: sizes are the tensors', the rest are defaults, norm_eps 1e-05 among them"
+        defaults = f"the rest are defaults, norm_eps {MambaConfig.norm_eps} among them"
+        return f"there is no config.json: sizes are the tensors', {defaults}"
     return f"config.json has {_config_key(fields, layout)}"
 
 
@@ -85,10 +95,12 @@ def _is_of_mlx(metadata: Mapping[str, str]) -> bool:
     return metadata.get("format") == "mlx"
 
 
+def _refuse_unread(path: Path, names: Collection[str]) -> None:
+    for end, reason in _UNREAD.items():
+        if found := next((name for name in names if name.endswith(end)), None):
+            raise CheckpointError(f"{path}: has a tensor {found!r}: {reason}")
+
+
 def _wrapper(names: Collection[str]) -> str:
-    prefix = ""
-    while found := [wrapper for wrapper in _WRAPPERS if all(name.startswith(prefix + wrapper) for name in names)]:
-        if not names:
-            break
-        prefix += found[0]
-    return prefix
+    shared = os.path.commonprefix([_WRAPPERS.match(name)[0] for name in names])  # noqa: RUF071  of characters
+    return _WRAPPERS.match(shared)[0]

@@ -3,6 +3,7 @@
 import json
 import math
 import mmap
+import reprlib
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,6 +16,8 @@ import numpy as np
 MAX_JSON_BYTES = 100_000_000  # the limit that safetensors itself sets on a header
 MAX_AXES = 64  # NumPy's limit, and torch's
 MAX_MESSAGE = 4000
+_SHALLOW = reprlib.Repr()
+_SHALLOW.maxlevel = 2
 # Small enough to stay in a processor's cache while it is cast, hashed and written.
 BLOCK_BYTES = 2**20
 BLOCKS_WAITING = 8
@@ -262,5 +265,6 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
 
 
 def _shorten(value, limit: int = 120) -> str:
-    text = repr(value)
+    # A pickle can nest shared tuples so that their whole text would have no end.
+    text = repr(value) if isinstance(value, str) else _SHALLOW.repr(value)
     return text if len(text) <= limit else text[:limit] + "..."

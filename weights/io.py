@@ -58,6 +58,8 @@ _FOLDER_FILES = (
     "model.pt",
     "weights.npz",
 )
+# Of which a folder may hold one of any name. Not .bin, as which trainers save other things too.
+_ANY_NAME = (".safetensors", ".pt", ".pth", ".npz")
 _SHARD_NAME = re.compile(r"\w[\w.+ -]*")
 
 
@@ -130,7 +132,14 @@ def _find_in_folder(folder: Path) -> Path:
     for name in _FOLDER_FILES:
         if (folder / name).is_file():
             return folder / name
-    raise CheckpointError(f"{folder}: the folder holds none of {', '.join(_FOLDER_FILES)}")
+    found = sorted(path for path in folder.iterdir() if path.suffix in _ANY_NAME and path.is_file())
+    if len(found) > 1:
+        names = list_names(path.name for path in found)
+        raise CheckpointError(f"{folder}: the folder holds several files of weights: {names}; name the one to read")
+    if not found:
+        expected = f"{', '.join(_FOLDER_FILES)}, and no other file of {', '.join(_ANY_NAME)}"
+        raise CheckpointError(f"{folder}: the folder holds none of {expected}")
+    return found[0]
 
 
 def _read_file(path: Path) -> FileContents:

@@ -16,7 +16,13 @@ import numpy as np
 
 from mamba_core.config import MambaConfig
 from mamba_core.spec.params import Parameter, parameter_table
-from mamba_core.weights.configs import LIBRARIES, infer_sizes, read_library_config, write_library_config
+from mamba_core.weights.configs import (
+    LIBRARIES,
+    MLX_LM_REQUIRED,
+    read_library_config,
+    write_library_config,
+    write_mlx_lm_config,
+)
 from mamba_core.weights.detect import Detected, detect
 from mamba_core.weights.formats import Progress
 from mamba_core.weights.io import (
@@ -29,13 +35,9 @@ from mamba_core.weights.io import (
     write_torch,
 )
 from mamba_core.weights.names import EMBEDDING, HEAD, LAYERS, WRITES_TIED_HEAD, Stored, scheme_to_write, stored_tensors
-from mamba_core.weights.source import locate, read_config
+from mamba_core.weights.source import TOKENIZER_FILES, locate, read_config
 
 FLOATS = ("float32", "bfloat16", "float16", "float64")
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"),
-    *("added_tokens.json", "generation_config.json"),
-)
 
 
 class Layout(NamedTuple):
@@ -45,12 +47,14 @@ class Layout(NamedTuple):
     file_format: what its own library reads, a key of `WRITERS`.
     format: what its safetensors files say of who wrote them.
     read_config: config.json's fields -> our config. Without it, as `LIBRARIES` has it.
+    told_by_format: whether `format` alone tells it from another layout, so that no other kind of file may hold it.
     """
 
     write_config: Callable[[Any], dict]
     file_format: str
     format: str = "pt"
     read_config: Callable[[dict], Any] | None = None
+    told_by_format: bool = False
 
 
 LAYOUTS = {
@@ -59,7 +63,7 @@ LAYOUTS = {
     "mambapy": Layout(partial(write_library_config, "mambapy"), "pt"),
     "mambapy_mlx": Layout(partial(write_library_config, "mambapy_mlx"), "npz", "mlx"),
     "minimamba": Layout(partial(write_library_config, "minimamba"), "pt"),
-    "mlx_lm": Layout(MambaConfig.to_hf, "safetensors", "mlx", MambaConfig.from_hf),
+    "mlx_lm": Layout(write_mlx_lm_config, "safetensors", "mlx", MambaConfig.from_hf, told_by_format=True),
 }
 
 WRITERS = {
@@ -120,6 +124,18 @@ class OpenedModel:
             raise CheckpointError(f"{self.folder}: tensor {stored.name!r}: {fault}") from None
 
 
+def normalize_layout(name: str) -> str:
+    """A layout's name as `LAYOUTS` spells it: mlx-lm is mlx_lm."""
+    return str(name).replace("-", "_")
+
+
+def layout_key(name: str) -> str:
+    """The key of `LAYOUTS` that a name means. Raises ValueError."""
+    if (key := normalize_layout(name)) not in LAYOUTS:
+        raise ValueError(f"layout is {name!r}; expected one of {', '.join(LAYOUTS)}")
+    return key
+
+
 def open_model(
     source: str | Path, *, layout: str | None = None, revision: str | None = None, compat: str | None = None
 ) -> OpenedModel:
@@ -127,7 +143,8 @@ def open_model(
 
     Args:
         source: a folder, a file, its config.json beside it, or the id of a repository on the Hugging Face hub.
-        layout: a key of `LAYOUTS`; detected by default, from the config and the tensor names together.
+        layout: a key of `LAYOUTS`, hyphens allowed; detected by default, from the config and the tensor names
+            together.
         revision: of the hub repository.
         compat: "minimamba" to read MiniMamba's checkpoints, with a config that reproduces its arithmetic.
 
@@ -135,8 +152,8 @@ def open_model(
         CheckpointError: every fault of the names, shapes and dtypes at once; a checkpoint that needs `compat`.
         ValueError: an unknown layout or compat, or a compat that this checkpoint is not for.
     """
-    if layout is not None and layout not in LAYOUTS:
-        raise ValueError(f"layout is {layout!r}; expected one of {', '.join(LAYOUTS)}")
+    if layout is not None:
+        layout = layout_key(layout)
     path = locate(source, revision)
     folder = path if path.is_dir() else path.parent
     fields = read_config(folder)
@@ -184,14 +201,18 @@ def write_layout(
     Raises:
         ValueError: an unknown layout or file format, or a config that the layout cannot hold.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout is {layout!r}; expected one of {', '.join(LAYOUTS)}")
+    layout = layout_key(layout)
     file_format = LAYOUTS[layout].file_format if file_format is None else file_format
     if file_format not in WRITERS:
         raise ValueError(f"file_format is {file_format!r}; expected one of {', '.join(WRITERS)}")
+    if LAYOUTS[layout].told_by_format and file_format != LAYOUTS[layout].file_format:
+        raise ValueError(
+            f"layout {layout!r} cannot be written as {file_format}, in which nothing tells it from another layout; "
+            f"expected {LAYOUTS[layout].file_format}"
+        )
     _check_compat(config, layout)
     sources = list(sources)
-    written = _stored_sources(config, sources, layout)
+    written = stored_sources(config, sources, layout)
     fields = LAYOUTS[layout].write_config(config)
     if "model_type" in fields:  # transformers keeps the dtype beside the config
         fields["torch_dtype"] = next(source.dtype for source in sources if source.name == EMBEDDING)
@@ -222,7 +243,7 @@ def _check_compat(config, layout: str) -> None:
         )
 
 
-def _stored_sources(config, sources: list[TensorSource], layout: str) -> list[TensorSource]:
+def stored_sources(config, sources: list[TensorSource], layout: str) -> list[TensorSource]:
     """The sources as they are stored, a copy of a tied embedding included."""
     scheme = scheme_to_write(config, layout)
     written = [_stored_source(source, scheme.stored(source.name)) for source in sources]
@@ -266,7 +287,7 @@ def _read_library_config(fields: dict, checkpoint: Checkpoint, detected: Detecte
         told["tie_embeddings"] = not _has_own_head(checkpoint, detected)
     if detected.layout == "minimamba":
         told["compat"] = "minimamba"
-    return read_library_config(detected.layout, fields, infer_sizes(shapes), **told)
+    return read_library_config(detected.layout, fields, shapes, **told)
 
 
 def _canonical_shape(name: str, shape: tuple[int, ...], transform) -> tuple[int, ...]:
@@ -294,6 +315,8 @@ def _checked(path: Path, folder: Path, config, checkpoint: Checkpoint, detected:
     )
     _check_tensors(path, config, checkpoint, stored, left_out, detected)
     evidence = detected.evidence + (f"; not read: {', '.join(left_out)}" if left_out else "")
+    if detected.layout == "mlx_lm" and config.norm_eps != (fixed := MLX_LM_REQUIRED["norm_eps"]):
+        evidence += f"; norm_eps is the config's {config.norm_eps}, though mlx_lm computes with {fixed}"
     return OpenedModel(detected.layout, config, folder, checkpoint, stored, left_out, evidence)
 
 
@@ -302,9 +325,9 @@ def _check_tensors(path: Path, config, checkpoint: Checkpoint, stored, left_out,
     tied_head = None
     if config.task == "lm" and config.tie_embeddings:
         tied_head = detected.prefix + detected.scheme.stored(HEAD).name
-    expected = {tensor.name for tensor in stored.values()}
+    allowed = {*(tensor.name for tensor in stored.values()), *left_out, tied_head}
     faults = [f"missing {tensor.name}" for tensor in stored.values() if tensor.name not in checkpoint]
-    faults += [f"unexpected {name}" for name in checkpoint if name not in {*expected, *left_out, tied_head}]
+    faults += [f"unexpected {name}" for name in checkpoint if name not in allowed]
     for name, tensor in stored.items():
         if tensor.name not in checkpoint:
             continue

@@ -1,20 +1,27 @@
 """Where a checkpoint lies: a local folder or file, or a repository on the Hugging Face hub; and its config.json."""
 
+import re
 from pathlib import Path
 
 from mamba_core.weights.formats import CheckpointError, parse_json
 
 # The second is downloaded only where there is nothing of the first.
 _HUB_PATTERNS = (["*.safetensors"], ["*.bin", "*.pt", "*.npz"])
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json"),
+)
+_SHARD = re.compile(r"(?P<name>.+)-\d{5}-of-(?P<count>\d{5})(?P<kind>\.\w+)")
 
 
 def locate(source: str | Path, revision: str | None) -> Path:
-    """The local path of a folder, a file or a hub id. Raises CheckpointError."""
+    """The local path of a folder, a file or a hub id. A config.json stands for its folder. Raises CheckpointError."""
     path = Path(source)
-    if path.exists():
-        return path
+    if source != "" and path.exists():  # "" would be the current folder
+        _refuse_shard(path)
+        return path.parent if path.name == "config.json" and path.is_file() else path
     if isinstance(source, Path) or source.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise CheckpointError(f"{source}: no such file or folder")
+        raise CheckpointError(f"{source or repr('')}: no such file or folder")
     return _download(source, revision)
 
 
@@ -29,6 +36,17 @@ def read_config(folder: Path) -> dict | None:
         raise CheckpointError(f"{path}: {fault}") from None
 
 
+def _refuse_shard(path: Path) -> None:
+    shard = _SHARD.fullmatch(path.name)
+    if shard is None or int(shard["count"]) == 1 or not path.is_file():
+        return
+    index = path.with_name(f"{shard['name']}{shard['kind']}.index.json")
+    advice = f"the index, {index.name}, is missing"
+    if index.is_file():
+        advice = f"the index lies beside it: {index.name}; read that"
+    raise CheckpointError(f"{path}: is one of {int(shard['count'])} shards; {advice}")
+
+
 def _download(repository: str, revision: str | None) -> Path:
     try:
         from huggingface_hub import snapshot_download
@@ -39,7 +57,10 @@ def _download(repository: str, revision: str | None) -> Path:
         ) from None
     try:
         for patterns in _HUB_PATTERNS:
-            folder = Path(snapshot_download(repository, revision=revision, allow_patterns=["*.json", *patterns]))
+            wanted = ["*.json", *TOKENIZER_FILES, *patterns]
+            # Patterns match in subfolders too, where other checkpoints lie.
+            options = {"allow_patterns": wanted, "ignore_patterns": ["*/*"]}
+            folder = Path(snapshot_download(repository, revision=revision, **options))
             if any(found for pattern in patterns for found in folder.glob(pattern)):
                 break
         return folder

@@ -31,13 +31,15 @@ from mamba_core.weights.zip_file import Record, record_start, write_zip
 
 # 250 bytes a tensor are usual. An opcode of one byte can make a value of 64, so this bounds the memory near 1 GiB.
 MAX_PICKLE_BYTES = 16 * 2**20
+_STATE_DICT_NAMES = ("model", "state_dict", "model_state_dict")  # in training scripts, beside tensors too
 
 
 def read_torch(path: Path) -> FileContents:
     """The tensors of one file, nothing loaded and nothing executed. Raises CheckpointError.
 
     The file holds a dictionary of tensors, or a dictionary with exactly one such dictionary in it
-    ({"model": {...}, "epoch": 3}). Tensors that share a storage share their bytes.
+    ({"model": {...}, "epoch": 3}), beside tensors only under a usual name. Tensors that share a storage share their
+    bytes.
     """
     with open(path, "rb") as file:
         buffer = map_file(file)
@@ -103,12 +105,14 @@ def _find_tensors(value) -> dict[str, PickledTensor]:
     """The dictionary of tensors that is the value, or the only one that is an entry of the value."""
     if not isinstance(value, dict):
         raise ValueError(f"the file holds a {type(value).__name__}, not a dictionary of tensors")
+    nested = [name for name, entry in value.items() if _is_state_dict(entry)]
+    if len(nested) == 1 and nested[0] in _STATE_DICT_NAMES:
+        return value[nested[0]]
     if any(isinstance(entry, PickledTensor) for entry in value.values()) or not value:
         others = [name for name, entry in value.items() if not _is_named_tensor(name, entry)]
         if others:
             raise ValueError(f"entries that are not tensors under a text name: {list_names(others)}")
         return value
-    nested = [name for name, entry in value.items() if _is_state_dict(entry)]
     if len(nested) != 1:
         found = list_names(nested) or f"none among {list_names(value)}"
         raise ValueError(f"expected one dictionary of tensors, found {found}; save the one that is meant by itself")

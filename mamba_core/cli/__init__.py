@@ -1,12 +1,15 @@
 """The command `mamba-core`: one module a subcommand, imported when used.
 
 A subcommand's module has `add_arguments(parser)` and `run(arguments) -> exit status`. Bad input ends with one line and
-status 2; any other failure is shown as it is, with status 1.
+status 2; any other failure is shown as it is, with status 1. Where the reader of standard output leaves, as head does,
+the command ends in silence.
 """
 
 import argparse
+import os
 import sys
 from importlib import import_module
+from typing import NoReturn
 
 from mamba_core.version import VERSION
 
@@ -20,15 +23,30 @@ COMMANDS = {
     "parity": "compare backends with the float64 reference on a checkpoint, node by node",
 }
 
+BROKEN_PIPE = 141  # as shells have it for a program that SIGPIPE ends
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Without the usage, which has more lines than the fault."""
+        self.exit(2, f"mamba-core: error: {_one_line(message)}; see {self.prog} --help\n")
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line and return its exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    arguments = _parser(argv).parse_args(argv)
     try:
-        return arguments.run(arguments)
+        try:
+            arguments = _parser(argv).parse_args(argv)
+            return arguments.run(arguments)
+        finally:
+            print(end="", flush=True)
+    except BrokenPipeError:
+        # Python writes what is left in the buffer when it exits, and would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
     except (ValueError, ImportError, OSError) as fault:
-        print(f"mamba-core: {' '.join(str(fault).split())}", file=sys.stderr)
+        print(f"mamba-core: {_one_line(fault)}", file=sys.stderr)
         return 2
     except FloatingPointError as fault:
         print(f"mamba-core: {fault}", file=sys.stderr)
@@ -38,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser(argv: list[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mamba-core", description="One Mamba for PyTorch, MLX and JAX.")
+    parser = _Parser(prog="mamba-core", description="One Mamba for PyTorch, MLX and JAX.")
     parser.add_argument("--version", action="version", version=VERSION)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, summary in COMMANDS.items():
@@ -48,3 +66,7 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
             module.add_arguments(command)
             command.set_defaults(run=module.run)
     return parser
+
+
+def _one_line(fault) -> str:
+    return " ".join(str(fault).split())

@@ -5,19 +5,19 @@ import re
 from contextlib import ExitStack
 from pathlib import Path
 
-from mamba_core.cli.output import add_json, byte_progress, console, print_nonfinite, print_table
-from mamba_core.weights.convert import COMPUTE_DTYPES, Conversion, convert
+from mamba_core.cli.output import add_json, add_layout, add_source, byte_progress, console, print_nonfinite, print_table
+from mamba_core.config import COMPUTE_DTYPES
+from mamba_core.weights.convert import Conversion, convert
 from mamba_core.weights.io import atomic_file
-from mamba_core.weights.layouts import LAYOUTS, WRITERS
+from mamba_core.weights.layouts import WRITERS
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SRC", help="a folder, a file or a hub id")
+    add_source(parser, "SRC")
     parser.add_argument("target", metavar="DST", help="a folder, which appears only when complete")
-    parser.add_argument("--to", required=True, choices=sorted(LAYOUTS), help="the layout to write")
-    parser.add_argument("--from", dest="layout", choices=sorted(LAYOUTS), help="the source's layout; detected")
+    add_layout(parser, "--to", required=True, help="the layout to write")
     parser.add_argument("--format", choices=sorted(WRITERS), help="the kind of file; what the layout's library reads")
     parser.add_argument("--dtype", choices=COMPUTE_DTYPES, help="cast, but A_log, D and dt bias to float32; as stored")
     parser.add_argument("--lossy", action="store_true", help="allow a --dtype that rounds values")
@@ -26,8 +26,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--verify", action="store_true", help="read DST again and compare checksums and a forward")
     parser.add_argument("--overwrite", action="store_true", help="replace DST")
-    parser.add_argument("--revision", help="of a hub repository")
-    parser.add_argument("--compat", choices=("minimamba",), help="read MiniMamba's checkpoints, arithmetic and all")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write every tensor's row as JSON")
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     add_json(parser)
@@ -51,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
             progress=None if arguments.json else byte_progress(shown, "convert"),
         )
     if arguments.report is not None:
-        with atomic_file(arguments.report, overwrite=True) as path:
+        with atomic_file(arguments.report, overwrite=arguments.overwrite) as path:
             path.write_text(done.to_json() + "\n")
     if arguments.json:
         print(done.to_json())

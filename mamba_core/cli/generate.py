@@ -5,12 +5,12 @@ import dataclasses
 import sys
 
 from mamba_core import factory
-from mamba_core.cli.output import add_backend, add_json, print_json
+from mamba_core.cli.output import add_backend, add_json, add_source, print_json
 from mamba_core.generation import generate, stream
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="CHECKPOINT", help="a folder, a file or a hub id")
+    add_source(parser)
     parser.add_argument("prompt", metavar="PROMPT", help="text; - reads standard input")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
@@ -20,7 +20,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; repeatable")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--revision", help="of a hub repository")
     add_backend(parser)
     add_json(parser)
 
@@ -32,7 +31,9 @@ def run(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
         device=arguments.device,
         kernels=arguments.kernels,
+        layout=arguments.layout,
         revision=arguments.revision,
+        compat=arguments.compat,
     )
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "seed")

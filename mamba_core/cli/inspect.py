@@ -2,16 +2,12 @@
 
 import argparse
 
-from mamba_core.cli.output import add_json, console, print_nonfinite, print_table
+from mamba_core.cli.output import add_json, add_source, console, print_nonfinite, print_table
 from mamba_core.weights.convert import inspect
-from mamba_core.weights.layouts import LAYOUTS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="CHECKPOINT", help="a folder, a file or a hub id")
-    parser.add_argument("--from", dest="layout", choices=sorted(LAYOUTS), help="its layout; detected")
-    parser.add_argument("--revision", help="of a hub repository")
-    parser.add_argument("--compat", choices=("minimamba",), help="read MiniMamba's checkpoints, arithmetic and all")
+    add_source(parser)
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     parser.add_argument("--values", action="store_true", help="read every value and report NaN and infinite ones")
     add_json(parser)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from mamba_core import registry
+from mamba_core.config import COMPUTE_DTYPES
+from mamba_core.weights.layouts import LAYOUTS, normalize_layout
 
 try:
     from rich.console import Console
@@ -23,14 +25,33 @@ try:
 except ModuleNotFoundError:
     raise ImportError("the command line needs rich; pip install 'mamba_core[cli]'") from None
 
-console = Console(highlight=False)
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """As any writer does, for `main` to handle; rich would exit with a status of its own."""
+        raise BrokenPipeError
+
+
+console = _Console(highlight=False)
+
+
+def add_source(parser: argparse.ArgumentParser, metavar: str = "CHECKPOINT") -> None:
+    """The checkpoint to read, with --from, --revision and --compat: what it is where that cannot be told."""
+    parser.add_argument("source", metavar=metavar, help="a folder, a file or a hub id")
+    add_layout(parser, "--from", dest="layout", help="its layout; detected")
+    parser.add_argument("--revision", help="of a hub repository")
+    parser.add_argument("--compat", choices=("minimamba",), help="read MiniMamba's checkpoints, arithmetic and all")
+
+
+def add_layout(parser: argparse.ArgumentParser, option: str, **settings) -> None:
+    parser.add_argument(option, type=normalize_layout, choices=sorted(LAYOUTS), **settings)
 
 
 def add_backend(parser: argparse.ArgumentParser) -> None:
     """--backend, --device, --dtype and --kernels, for commands that run a model."""
     parser.add_argument("--backend", metavar="NAME", help=f"{', '.join(registry.names())}; the first installed")
     parser.add_argument("--device", metavar="NAME", help="one of the backend's devices; its first")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="the compute dtype")
+    parser.add_argument("--dtype", choices=COMPUTE_DTYPES, help="the compute dtype")
     parser.add_argument("--kernels", default="auto", metavar="NAME", help="a scan kernel by name; the fastest")
 
 
@@ -54,7 +75,7 @@ def progress_bar(quiet: bool = False) -> Progress:
     """A progress display on standard error, with a `status` field for each task."""
     columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn())
     shown = (*columns, TimeElapsedColumn(), TextColumn("{task.fields[status]}"))
-    return Progress(*shown, console=Console(stderr=True), disable=quiet)
+    return Progress(*shown, console=_Console(stderr=True), disable=quiet)
 
 
 def byte_progress(shown: ExitStack, description: str) -> Callable[[int, int], None]:
@@ -63,7 +84,7 @@ def byte_progress(shown: ExitStack, description: str) -> Callable[[int, int], No
     Not before: bad input is answered by one line alone. It ends with `shown`.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    progress = Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True))
+    progress = Progress(*columns, TimeElapsedColumn(), console=_Console(stderr=True))
     task = progress.add_task(description, total=None)
 
     def advance(done: int, total: int) -> None:

@@ -8,8 +8,8 @@ import json
 from contextlib import ExitStack
 from pathlib import Path
 
-from mamba_core.cli.output import add_json, console, print_json, print_table, progress_bar
-from mamba_core.factory import DTYPES
+from mamba_core.cli.output import add_json, add_source, console, print_json, print_table, progress_bar
+from mamba_core.config import COMPUTE_DTYPES
 from mamba_core.parity import STEPS, Comparison, Parity, depth, parity
 
 # An error of 1 has nothing in common with the reference, and the picture cannot show infinity.
@@ -17,9 +17,9 @@ HIGHEST = 10.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="CHECKPOINT", help="a folder, a file or a hub id")
+    add_source(parser)
     parser.add_argument("--backends", metavar="NAMES", help="comma-separated; every one that is installed")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="the compute dtype; float32")
+    parser.add_argument("--dtype", choices=COMPUTE_DTYPES, default="float32", help="the compute dtype; float32")
     parser.add_argument("--grad", action="store_true", help="compare the gradient of every parameter too")
     parser.add_argument("--length", type=int, metavar="N", help="tokens to run; 16 to 128 by the model's size")
     parser.add_argument("--steps", type=int, default=STEPS, metavar="N", help=f"to run one token at a time; {STEPS}")
@@ -49,6 +49,9 @@ def run(arguments: argparse.Namespace) -> int:
             steps=arguments.steps,
             text=arguments.text,
             seed=arguments.seed,
+            layout=arguments.layout,
+            revision=arguments.revision,
+            compat=arguments.compat,
             log=log,
         )
     report = {"checkpoint": arguments.source} | found.to_dict()

@@ -82,11 +82,21 @@ def _op_call(op, backend, case, arrays, piece, state, positions):
     return (y[:, None], h), h
 
 
-def terms(case, what: str) -> int:
-    """How many products each value of y, or of an array's gradient, is a sum of."""
+def least_norm(case, arrays, what: str, reference) -> float:
+    """The norm that y or an array's gradient would have if its terms did not happen to cancel.
+
+    A sum of terms of random signs is of the size of their absolute sum over the square root of their number. Among
+    100,000 examples were a gradient of 464 terms of unit scale that cancelled to 0.35 and kept an error of 1.1e-5, and
+    sums over 64 states, after steps of 20, that kept a fiftieth of their terms.
+    """
     if what in ("A", "D", "delta_bias", "weight", "bias"):
-        return case.shape[0] * case.shape[1]
-    return case.arrays["A"].shape[1] if "A" in case.arrays and what in ("y", "x", "delta") else 1
+        return np.sqrt(reference.size * case.shape[0] * case.shape[1])
+    if what != "y" or "A" not in arrays:
+        return 0.0
+    signed = ("A", "delta", "delta_bias")
+    absolute = {name: value if name in signed else np.abs(value) for name, value in arrays.items()}
+    y = recurrence.selective_scan(**absolute, **case.positions, **_mathematical(case.options))
+    return np.linalg.norm(y) / np.sqrt(arrays["A"].shape[1])
 
 
 STEPS = {"selective_scan": "selective_step", "causal_conv": "causal_conv_step"}
@@ -98,9 +108,13 @@ def _state_shape(arrays) -> tuple[int, ...]:
 
 
 def _op_reference(op, backend, case, arrays, dtype):
-    given = arrays | case.positions | {name: value for name, value in case.options.items() if name != "kernel"}
+    given = arrays | case.positions | _mathematical(case.options)
     vjp = getattr(recurrence, f"{op}_vjp")
     return getattr(recurrence, op)(**given, return_final_state=True), lambda cotangents: vjp(*cotangents, **given)
+
+
+def _mathematical(options: dict) -> dict:
+    return {name: value for name, value in options.items() if name != "kernel"}
 
 
 def _op(name, cases) -> Subject:

@@ -14,7 +14,7 @@ from mamba_core.weights.formats import DTYPES as DTYPE_OF
 
 from .assertions import assert_close, assert_zero
 from .strategies import SHORT, Case, laid_out, law, lengths
-from .subjects import SUBJECTS, Piece, terms
+from .subjects import SUBJECTS, Piece, least_norm
 
 DTYPES = ("float32", "float32", "bfloat16", "float16")
 LENGTHS = {"selective_scan": lengths(), "causal_conv": lengths(), "block": lengths(65), "model": st.sampled_from(SHORT)}
@@ -115,13 +115,13 @@ def check(backend, name, case, route, what):
     told = {"dtype": case.dtype, "shape": case.shape}
     for index, (value, reference, stored) in enumerate(zip(outputs, expected, dtypes, strict=True)):
         output = f"state {index}" if index else "y"
-        told_output = f"{name}, {what}: {output}"
-        assert_close(value, reference, limit(stored), "value", told_output, terms(case, output), **told)
+        least = least_norm(case, seen, output, reference)
+        assert_close(value, reference, limit(stored), "value", f"{name}, {what}: {output}", least, **told)
     wanted = vjp(cotangents)
     for key, gradient in gradients.items():
         stored = gradient.dtype.name
-        told_output = f"{name}, {what}: gradient of {key}"
-        assert_close(gradient, wanted[key], limit(stored), "gradient", told_output, terms(case, key), **told)
+        output, least = f"{name}, {what}: gradient of {key}", least_norm(case, seen, key, wanted[key])
+        assert_close(gradient, wanted[key], limit(stored), "gradient", output, least, **told)
 
 
 def _numpy_dtypes(subject, case):

@@ -4,9 +4,11 @@ import dataclasses
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import mamba_core as mc
 from mamba_core import registry
+from mamba_core.backend import State
 from mamba_core.parity import installed
 from mamba_core.spec.init import initial_values
 from mamba_core.spec.reference import ReferenceModel
@@ -58,3 +60,48 @@ def test_a_state_of_another_config_is_refused(backend, tmp_path):
         mc.load_state(tmp_path / "model" / "model.safetensors", model)
     with pytest.raises(CheckpointError, match="no such file"):
         mc.load_state(tmp_path / "nowhere.safetensors", model)
+
+
+def test_what_is_no_state_of_the_model_is_not_written(backend, tmp_path):
+    model, path = mc.build(CONFIG, backend=backend.name), tmp_path / "state.safetensors"
+    empty = model.init_state(2)
+    for state in (None, 3, empty.layers):
+        with pytest.raises(TypeError, match=f"state is {type(state).__name__}; expected a State"):
+            mc.save_state(state, path, model)
+    others = [mc.build(CONFIG, backend=name).init_state(2) for name in installed() if name != backend.name]
+    for state in (*others, ReferenceModel(CONFIG, dict(initial_values(CONFIG))).init_state(2)):
+        with pytest.raises(TypeError, match=rf"state has \S+ for segment; expected arrays of .* {backend.name!r}"):
+            mc.save_state(state, path, model)
+    wide = mc.build(dataclasses.replace(CONFIG, d_state=CONFIG.d_state + 1), backend=backend.name)
+    for state in (
+        State(empty.layers[:1], empty.segment),
+        State(empty.layers, model.init_state(1).segment),
+        wide.init_state(2),
+    ):
+        with pytest.raises(ValueError, match="state is not one of a model with this config"):
+            mc.save_state(state, path, model)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("segment", lambda array: array.astype(np.uint32), "segment is uint32"),
+        ("segment", lambda array: array.astype(np.int64), "segment is int64"),
+        ("segment", lambda array: array[0], "segment is int32"),
+        ("segment", lambda array: array[:1], "layers.0.conv is float32"),
+        ("layers.0.ssm", lambda array: array.astype(np.int32), "layers.0.ssm is int32"),
+        ("layers.0.ssm", lambda array: array[..., :-1], "layers.0.ssm is float32"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_not_read(backend, name, change, message, tmp_path):
+    model, path = mc.build(CONFIG, backend=backend.name), tmp_path / "state.safetensors"
+    mc.save_state(model.init_state(2), path, model)
+    arrays = load_file(path)
+    marks = {"mamba_core_state": CONFIG.fingerprint}
+    save_file(arrays | {name: np.array(change(arrays[name]), order="C")}, path, metadata=marks)
+    with pytest.raises(CheckpointError, match=message):
+        mc.load_state(path, model)
+    save_file({key: arrays[key] for key in arrays if key != name}, path, metadata=marks)
+    with pytest.raises(CheckpointError, match=f"missing or unexpected: {name}"):
+        mc.load_state(path, model)

@@ -85,6 +85,26 @@ def test_transformers_mamba_model_both_ways(config, ids, tmp_path):
     assert_same(hidden, ours(tmp_path / "theirs", ids))
 
 
+def test_transformers_takes_whole_numbers_of_either_type(tmp_path, ids):
+    transformers = pytest.importorskip("transformers")
+    config = dataclasses.replace(BASE, task="features", expand=2.0, dt_scale=1, dt_init_floor=0, dt_max=1)
+    folder = written(tmp_path / "ours", config, "hf")
+    assert_same(their_hidden(transformers, folder, ids)[1], ours(folder, ids))
+
+
+def test_a_vocabulary_that_transformers_resized(tmp_path, ids):
+    transformers = pytest.importorskip("transformers")
+    folder = written(tmp_path / "ours", BASE, "hf")
+    model = transformers.MambaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.resize_token_embeddings(70)
+    model.save_pretrained(tmp_path / "theirs")
+    assert open_model(tmp_path / "theirs").config.vocab_size == 70
+    with torch.no_grad():
+        logits = model(torch.from_numpy(ids).long(), use_cache=False).logits.numpy()
+    assert logits.shape[-1] == 70
+    assert_same(logits, ours(tmp_path / "theirs", ids))
+
+
 def test_transformers_refuses_the_arithmetic_of_minimamba(tmp_path):
     transformers = pytest.importorskip("transformers")
     folder = written(tmp_path / "ours", dataclasses.replace(BASE, compat="minimamba"), "hf")

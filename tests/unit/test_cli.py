@@ -1,12 +1,16 @@
 """The command line: every subcommand, its JSON, and its exit status."""
 
+import dataclasses
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
 import mamba_core as mc
 from mamba_core.cli import COMMANDS, main
+from mamba_core.parity import installed
 
 pytest.importorskip("rich")
 
@@ -104,10 +108,71 @@ def test_resume_is_exact(backend, text, config_file, tmp_path, capsys):
         assert (whole / name).read_bytes() == (stopped / name).read_bytes(), name
 
 
+@pytest.fixture(scope="module")
+def untold(tmp_path_factory):
+    """Checkpoints that are read only with help: by the option that gives it."""
+    config = mc.MambaConfig(d_model=8, n_layer=1, vocab_size=256, d_state=2)
+    folders = {name: tmp_path_factory.mktemp("untold") / "out" for name in ("--from", "--compat")}
+    mc.save(mc.build(config, backend=installed()[0]), folders["--from"], layout="mambapy")
+    (folders["--from"] / "config.json").write_text("{}")
+    config = dataclasses.replace(config, compat="minimamba")
+    mc.save(mc.build(config, backend=installed()[0]), folders["--compat"], layout="minimamba")
+    return folders
+
+
+@pytest.mark.parametrize(("option", "value"), [("--from", "mambapy"), ("--compat", "minimamba")])
+def test_every_command_that_reads_takes_the_option_that_its_refusal_names(untold, option, value, tmp_path, capsys):
+    source, backend = str(untold[option]), installed()[0]
+    for command in (
+        ["inspect", source],
+        ["convert", source, str(tmp_path / "hf"), "--to", "hf"],
+        ["generate", source, "x", "--max-new-tokens", "1", "--backend", backend],
+        ["parity", source, "--length", "2", "--backends", backend],
+    ):
+        assert main([*command, "--json"]) == 2, command
+        assert option in capsys.readouterr().err
+        assert main([*command, option, value, "--json"]) == 0, command
+        assert json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: COMMAND; see mamba-core --help"),
+        (["nonsense"], "invalid choice: 'nonsense'"),
+        (["inspect"], "the following arguments are required: CHECKPOINT; see mamba-core inspect --help"),
+        (["inspect", "nowhere", "--two\nlines"], "unrecognized arguments: --two lines"),
+        (["convert", "nowhere", "there", "--to", "abacus"], "argument --to: invalid choice: 'abacus'"),
+        (["generate", "nowhere", "x", "--seed", "1.5"], "argument --seed: invalid int value: '1.5'"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_status_2(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("mamba-core: error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("options", [["--tensors"], ["--json"], ["--help"]])
+def test_a_reader_that_leaves_ends_the_command_in_silence(untold, options):
+    """As head does: with --tensors rich meets the closed pipe, with the others the last flush."""
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "mamba_core.cli", "inspect", str(untold["--from"]), "--from", "mambapy", *options]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=buffered, timeout=300)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["inspect", "nowhere"], "nowhere: no such file or folder"),
+        (["inspect", ""], "no such file or folder"),
         (["convert", "nowhere", "there", "--to", "hf"], "nowhere: no such file or folder"),
         (["generate", "nowhere", "x"], "nowhere: no such file or folder"),
         (["train", "--data", "nowhere", "--out", "out"], "nowhere: no such file or folder"),

@@ -92,12 +92,23 @@ def test_published_mamba_ssm_config_is_read():
         ({"task": "classification"}, "task is 'classification'; expected one of lm, features, layers"),
         ({"compat": "mambapy"}, "compat is 'mambapy'; expected 'minimamba' or nothing"),
         ({"model_type": "mamba", "hidden_size": 64, "intermediate_size": 100}, "intermediate_size 100"),
+        (
+            {"model_type": "mamba", "use_bcdt_rms": True},
+            "use_bcdt_rms=True; this version reads use_bcdt_rms=False only",
+        ),
+        ({"model_type": "mamba", "hidden_size": 10**400}, "d_model is 1000.*from 1 to 2147483647"),
+        ({"model_type": "mamba", "vocab_size": 2**31}, "vocab_size is 2147483648; expected an integer from 1 to"),
+        ({"dt_rank": 10**400}, "dt_rank is 1000"),
+        ({"expand": 1e308}, r"expand=1e\+308 of d_model=768"),
+        ({"expand": 10**400}, "expand is 1000.* a positive number"),
+        ({"dt_max": 10**400}, "dt_max is 1000.* a positive number"),
+        ({"eos_token_id": [3, 10**400]}, "eos_token_id is .3, 1000.* an integer"),
         ({"d_model": 64, "ssm_cfg": {"layer": "Mamba2"}}, "layer 'Mamba2'"),
         ({"d_model": 64, "ssm_cfg": {"ngroups": 8}}, "ngroups"),
         ({"d_model": 64, "ssm_cfg": {}, "rms_norm": False}, "rms_norm=False"),
         ({"d_model": 64, "ssm_cfg": {}, "attn_layer_idx": [3]}, "attn_layer_idx"),
         ({"d_model": 64, "layers": 3}, "unknown fields: layers"),
-        ({"d_model": 0}, "d_model is 0; expected a positive integer"),
+        ({"d_model": 0}, "d_model is 0; expected an integer from 1 to 2147483647"),
         ({"d_model": True}, "d_model is True"),
         ({"dt_min": 0.5}, "dt_max is 0.1"),
         ({"dt_rank": "full"}, "dt_rank is 'full'"),
@@ -119,6 +130,36 @@ def test_transformers_must_not_rescale_what_it_loads():
     assert CHANGED.rescale_prenorm_residual
     assert CHANGED.to_hf()["rescale_prenorm_residual"] is False
     assert from_dict(CHANGED.to_hf()).rescale_prenorm_residual
+
+
+def test_unknown_fields_never_change_what_is_written_as_hf():
+    """Fields that mean nothing to mamba_ssm, but something to transformers or mlx-lm."""
+    extra = {"layer_norm_epsilon": 0.1, "hidden_size": 3, "hidden_act": "gelu", "vocab_size_note": 1}
+    extra |= {"use_bcdt_rms": True, "dtype": "float16", "torch_dtype": "float16", "mamba_core": {"vocab_size": 7}}
+    extra |= {"architecture": "mamba"}  # by which this project's own fields are told
+    config = MambaConfig.from_mamba_ssm({"d_model": 64, "n_layer": 2, "vocab_size": 50, "rms_norm": True} | extra)
+    written = config.to_hf()
+    assert from_dict(written) == config
+    assert written == MambaConfig(d_model=64, n_layer=2, vocab_size=50).to_hf() | {"vocab_size_note": 1}
+
+
+def test_hf_numbers_have_the_types_that_transformers_checks():
+    config = dataclasses.replace(CHANGED, expand=2.0, dt_scale=1, dt_init_floor=0, dt_max=1, initializer_range=1)
+    fields = config.to_hf()
+    assert type(fields["expand"]) is int
+    names = ("step_scale", "step_floor", "step_max", "step_min")
+    for name in ("layer_norm_epsilon", "initializer_range", *(f"time_{name}" for name in names)):
+        assert type(fields[name]) is float, name
+    assert from_dict(fields) == config
+    fractional = dataclasses.replace(CHANGED, expand=1.5)
+    assert from_dict(fractional.to_hf()) == fractional
+
+
+def test_a_vocabulary_that_transformers_resized():
+    fields = dataclasses.replace(CHANGED, vocab_size=101, pad_vocab_size_multiple=16).to_hf()
+    resized = from_dict(fields | {"vocab_size": 120})
+    assert (resized.vocab_size, resized.padded_vocab_size) == (120, 120)
+    assert resized == dataclasses.replace(CHANGED, vocab_size=120, pad_vocab_size_multiple=1)
 
 
 def test_the_class_that_transformers_names_is_the_task():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -302,13 +303,22 @@ def test_a_killed_conversion_leaves_no_target_and_the_next_clears_up(source, tmp
     assert dict(open_model(target).tensors()).keys() == values().keys()
 
 
+def test_a_target_that_holds_the_source_is_refused(source, tmp_path):
+    inner = tmp_path / "out" / "source"
+    shutil.copytree(source, inner)
+    (tmp_path / "out" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="is or holds the source"):
+        mc.convert(inner, tmp_path / "out", to="hf", overwrite=True)
+    assert left(inner) == left(source)
+
+
 def test_a_target_is_overwritten_only_when_asked(source, tmp_path):
     target = tmp_path / "out"
     target.mkdir()
-    (target / "thesis.txt").write_text("precious")
+    (target / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="not empty"):
         mc.convert(source, target, to="hf")
-    assert left(target) == ["thesis.txt"]
+    assert left(target) == ["config.json"]
     mc.convert(source, target, to="hf", overwrite=True)
     assert left(target) == ["config.json", "model.safetensors"]
 

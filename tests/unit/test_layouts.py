@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ from hypothesis import strategies as st
 
 from mamba_core.config import MambaConfig
 from mamba_core.spec.params import parameter_table
+from mamba_core.weights.convert import inspect
 from mamba_core.weights.io import DTYPES, CheckpointError, TensorSource, open_checkpoint, sources_of, write_torch
-from mamba_core.weights.layouts import LAYOUTS, WRITERS, open_model, write_layout
+from mamba_core.weights.layouts import LAYOUTS, WRITERS, copy_tokenizer, open_model, write_layout
 from mamba_core.weights.transforms import DENSE
 
 CONFIG = MambaConfig(d_model=6, n_layer=2, vocab_size=13, d_state=3, d_conv=4, dt_rank=2, tie_embeddings=False)
@@ -98,13 +100,13 @@ def configs(draw) -> MambaConfig:
 def layouts_for(config) -> list[str]:
     """The layouts that hold the config without loss of what the function needs."""
     if config.compat:
-        possible = {"hf": config.task != "layers", "minimamba": config.task != "layers"}
+        possible = {"hf": config.task != "layers" and config.expand != 1.5, "minimamba": config.task != "layers"}
         possible["minimamba"] &= config.task != "lm" or not config.bias
     else:
         alone = config.task != "features" and config.expand != 1.5
         mlx = alone and config.norm_eps == 1e-5 and config.conv_bias
-        possible = {"hf": config.task != "layers", "mambapy": alone, "mambapy_mlx": mlx}
-        possible["mlx_lm"] = config.task == "lm"
+        possible = {"hf": config.task != "layers" and config.expand != 1.5, "mambapy": alone, "mambapy_mlx": mlx}
+        possible["mlx_lm"] = config.task == "lm" and config.expand != 1.5 and config.norm_eps == 1e-5
         possible["mamba_ssm"] = config.task == "lm" and config.norm_eps == 1e-5
     return [name for name, holds in possible.items() if holds]
 
@@ -140,18 +142,35 @@ def test_the_round_trips_are_between_all_layouts():
     assert held == set(LAYOUTS)
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "minimamba"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("file_format", WRITERS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_every_file_format_of_every_layout(tmp_path, layout, file_format, dtype):
+    config = COMPAT if layout == "minimamba" else CONFIG
     if layout == "mlx_lm" and file_format != "safetensors":
-        return  # told from hf by what safetensors says of its writer, so it needs to be named; tested below
-    expected = dict(open_model(write(tmp_path / "hf", CONFIG, "hf", dtype)).tensors())
-    opened = open_model(write(tmp_path / "out", CONFIG, layout, dtype, file_format))
+        with pytest.raises(ValueError, match=f"layout 'mlx_lm' cannot be written as {file_format}.*safetensors"):
+            write(tmp_path / "out", config, layout, dtype, file_format)
+        assert not list((tmp_path / "out").iterdir())
+        return
+    expected = dict(open_model(write(tmp_path / "hf", config, "hf", dtype), **options_of(config)).tensors())
+    opened = open_model(write(tmp_path / "out", config, layout, dtype, file_format), **options_of(config))
     assert opened.layout == layout
     for name, array in opened.tensors():
         assert array.dtype == expected[name].dtype
         assert array.tobytes() == expected[name].tobytes(), name
+
+
+@pytest.mark.parametrize("layout", ["mlx_lm", "mambapy_mlx"])
+def test_a_layout_may_be_named_with_hyphens(tmp_path, layout, capsys):
+    main = pytest.importorskip("mamba_core.cli").main
+    hyphened = layout.replace("_", "-")
+    folder = write(tmp_path / "out", CONFIG, hyphened)
+    assert open_model(folder, layout=hyphened).layout == layout
+    command = ["convert", str(folder), str(tmp_path / "again"), "--from", hyphened, "--to", hyphened, "--json"]
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out)["target_layout"] == layout
+    assert main(["inspect", str(folder), "--from", hyphened, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["layout"] == layout
 
 
 # --- names and shapes ------------------------------------------------------------------------------
@@ -268,12 +287,123 @@ def test_config_and_names_of_two_layouts_are_not_guessed(tmp_path):
 
 
 def test_no_shape_tells_mlx_lm_from_hf(tmp_path):
-    folder = write(tmp_path / "out", CONFIG, "mlx_lm", file_format="bin")
+    written = write(tmp_path / "mlx", CONFIG, "mlx_lm")
+    folder = state_dict(tmp_path / "out", arrays_of(written), **json.loads((written / "config.json").read_text()))
     with pytest.raises(CheckpointError, match=r"conv1d.weight has shape \(12, 4, 1\), expected .*read as hf"):
         open_model(folder)
     opened = open_model(folder, layout="mlx_lm")
     expected = dict(open_model(write(tmp_path / "hf", CONFIG, "hf")).tensors())
     assert all(array.tobytes() == expected[name].tobytes() for name, array in opened.tensors())
+
+
+def test_the_time_to_open_grows_with_the_number_of_tensors(tmp_path):
+    """A check of every name against all of them took minutes here."""
+    config = MambaConfig(d_model=1, n_layer=5000, vocab_size=1, d_state=1, d_conv=1, pad_vocab_size_multiple=1)
+    folder = write(tmp_path / "out", config, "hf")
+    began = time.process_time()
+    assert len(open_model(folder).stored) > 50_000
+    assert time.process_time() - began < 20
+
+
+def test_wrappers_without_end(tmp_path):
+    """Of a hostile file, in names of 7 MB."""
+    began = time.process_time()
+    with pytest.raises(CheckpointError, match="cannot tell the layout"):
+        open_model(state_dict(tmp_path / "out", {"module." * 10**6 + "a": np.zeros(1)}))
+    assert time.process_time() - began < 10
+
+
+QUANTISED = "quantised checkpoints are not read; dequantise it first"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("mamba.layers.0.mixer.in_proj.scales", QUANTISED),
+        ("mamba.layers.0.mixer.in_proj.weight.absmax", QUANTISED),
+        ("mamba.layers.0.mixer.in_proj.qweight", QUANTISED),
+        ("mamba.layers.0.mixer.dt_layernorm.weight", "norms of dt, B and C.*which is not read"),
+    ],
+)
+def test_models_that_are_another_function_are_named(tmp_path, name, words):
+    arrays = arrays_of(write(tmp_path / "a", CONFIG, "mambapy"))
+    with pytest.raises(CheckpointError, match=rf"{name}.*{words}"):
+        open_model(state_dict(tmp_path / "b", arrays | {name: np.zeros(2)}))
+
+
+def test_mambapys_mup_is_named_before_the_norms_that_it_lacks(tmp_path):
+    arrays = arrays_of(write(tmp_path / "a", CONFIG, "mambapy"))
+    plain = {name: array for name, array in arrays.items() if "norm" not in name}
+    with pytest.raises(CheckpointError, match="mup=True; this version reads mup=False only"):
+        open_model(state_dict(tmp_path / "b", plain, n_layers=2, mup=True))
+    with pytest.raises(CheckpointError, match=r"norm\.weight is missing.*mup=True"):
+        open_model(state_dict(tmp_path / "c", plain, n_layers=2))
+
+
+# --- where it lies ---------------------------------------------------------------------------------
+
+
+def test_one_shard_alone_names_its_index(tmp_path):
+    folder = tmp_path / "out"
+    opened = open_model(write(tmp_path / "a", CONFIG, "hf"))
+    folder.mkdir()
+    write_layout(folder, CONFIG, [item for _, _, item in opened.sources()], "hf", shard_bytes=1000)
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    with pytest.raises(CheckpointError, match=r"one of \d+ shards.*index lies beside it: model.safetensors.index.json"):
+        open_model(shard)
+    (folder / "model.safetensors.index.json").unlink()
+    with pytest.raises(CheckpointError, match=r"one of \d+ shards.*index, model.safetensors.index.json, is missing"):
+        open_model(shard)
+
+
+def test_the_only_shard_is_a_whole_file(tmp_path):
+    folder = write(tmp_path / "out", CONFIG, "hf")
+    whole = (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    assert open_model(whole).config == CONFIG
+
+
+def test_a_config_stands_for_its_folder(tmp_path):
+    folder = write(tmp_path / "out", CONFIG, "hf")
+    assert open_model(folder / "config.json").config == CONFIG
+    assert open_model(folder / "config.json").folder == folder
+
+
+def test_the_only_file_of_weights_may_have_any_name(tmp_path):
+    folder = write(tmp_path / "out", CONFIG, "mambapy")
+    (folder / "model.pt").rename(folder / "epoch 3.pth")
+    assert open_model(folder).layout == "mambapy"
+    (folder / "other.npz").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"several files of weights.*'epoch 3.pth', 'other.npz'"):
+        open_model(folder)
+
+
+HUB = ["config.json", "model.safetensors", "tokenizer.json", "merges.txt", "chat_template.jinja", "tokenizer.model"]
+HUB_OTHERS = ["README.md", "run.py", "checkpoint-100/model.safetensors", "onnx/config.json", "pytorch_model.bin"]
+
+
+def test_what_is_downloaded_is_of_the_top_folder(tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    utils = pytest.importorskip("huggingface_hub.utils")
+    fetched = []
+
+    def download(repository, *, revision, **patterns):
+        fetched.extend(utils.filter_repo_objects(HUB + HUB_OTHERS, **patterns))
+        return str(folder)
+
+    folder = write(tmp_path / "out", CONFIG, "hf")
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    assert open_model("someone/mamba").config == CONFIG
+    assert sorted(fetched) == sorted(HUB)
+
+
+def test_the_tokenizers_files_are_copied(tmp_path):
+    source, target = tmp_path / "a", tmp_path / "b"
+    for folder in (source, target):
+        folder.mkdir()
+    for name in (*HUB, *HUB_OTHERS[:2]):
+        (source / name).write_text(name)
+    copy_tokenizer(source, target)
+    assert sorted(path.name for path in target.iterdir()) == sorted(HUB[2:])
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "_orig_mod.module."])
@@ -326,7 +456,7 @@ def test_without_a_config_the_tensors_tell_the_sizes(tmp_path, layout, task, squ
         opened = open_model(source, compat=compat)
         found = opened.config
         assert "there is no config.json" in opened.evidence
-        assert "norm_eps" in opened.evidence
+        assert f"norm_eps {found.norm_eps} among them" in opened.evidence
         shapes = {name: parameter.shape for name, parameter in parameter_table(config).items()}
         assert {name: parameter.shape for name, parameter in parameter_table(found).items()} == shapes
         expected = dataclasses.replace(
@@ -368,6 +498,69 @@ def test_mambapy_writes_its_own_fields_and_keeps_the_others(tmp_path):
     rest = {"bias": False, "conv_bias": True, "rms_norm_eps": 1e-5, "base_std": 0.02}
     rows = {"vocab_size": 13, "pad_vocab_size_multiple": 8}
     assert fields == sizes | steps | rest | rows | {"mamba_core": {"eos_token_id": [3, 4]}, "note": 1}
+
+
+def test_unknown_fields_never_change_what_is_written_as_mambapy(tmp_path):
+    """Fields that mean nothing to hf come back from under mamba_core, where mambapy does not look."""
+    extra = {"mup": True, "d_inner": 12, "d_model": 6, "n_layers": 9, "note": 1}
+    config = dataclasses.replace(CONFIG, extra=extra)
+    folder = write(tmp_path / "out", config, "mambapy")
+    fields = json.loads((folder / "config.json").read_text())
+    plain = json.loads((write(tmp_path / "plain", CONFIG, "mambapy") / "config.json").read_text())
+    hidden = {name: value for name, value in extra.items() if name != "note"}
+    assert fields == plain | {"note": 1, "mamba_core": plain["mamba_core"] | {"extra": hidden}}
+    opened = open_model(folder)
+    assert opened.config == config
+    assert opened.config.extra == extra
+    fields["mamba_core"]["extra"] = 3
+    (folder / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(CheckpointError, match="mamba_core fields"):
+        open_model(folder)
+
+
+def test_a_field_of_ours_that_no_library_wrote_is_not_ours(tmp_path):
+    config = dataclasses.replace(CONFIG, tie_embeddings=True, extra={"mamba_core": {"vocab_size": 3}})
+    assert open_model(write(tmp_path / "out", config, "mambapy")).config == config
+
+
+def test_the_norm_of_mlx_lm(tmp_path):
+    """Its library has 1e-5 whatever its config says; that of the config is the one that was trained."""
+    folder = write(tmp_path / "out", CONFIG, "mlx_lm")
+    assert "norm_eps" not in open_model(folder).evidence
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | {"layer_norm_epsilon": 1e-3}))
+    opened = open_model(folder)
+    assert opened.config.norm_eps == 1e-3
+    assert "norm_eps is the config's 0.001, though mlx_lm computes with 1e-05" in opened.evidence
+
+
+def test_an_inspection_is_json(tmp_path):
+    extra = {"note": float("nan"), "nested": [{"limit": float("inf")}]}
+    folder = write(tmp_path / "out", dataclasses.replace(CONFIG, extra=extra), "hf")
+    text = inspect(folder).to_json()
+    assert "NaN" not in text
+    assert json.loads(text)["config"]["extra"] == {"note": None, "nested": [{"limit": None}]}
+
+
+@pytest.mark.parametrize("name", ["model", "state_dict", "model_state_dict"])
+def test_the_usual_entry_of_a_training_scripts_file(tmp_path, name):
+    torch = pytest.importorskip("torch")
+    arrays = arrays_of(write(tmp_path / "a", CONFIG, "mambapy"))
+    tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
+    torch.save({name: tensors, "step": torch.ones(1)}, tmp_path / "b.pt")
+    assert contents(tmp_path / "b.pt") == contents(tmp_path / "a")
+    torch.save({"ema": tensors, "step": torch.ones(1)}, tmp_path / "c.pt")
+    with pytest.raises(CheckpointError, match="entries that are not tensors under a text name: 'ema'"):
+        open_checkpoint(tmp_path / "c.pt")
+
+
+@pytest.mark.parametrize("layout", ["hf", "mlx_lm"])
+def test_norms_of_the_steps_are_refused(tmp_path, layout):
+    folder = write(tmp_path / "out", CONFIG, layout)
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | {"use_bcdt_rms": True}))
+    with pytest.raises(CheckpointError, match="use_bcdt_rms=True; this version reads use_bcdt_rms=False only"):
+        open_model(folder)
 
 
 def test_a_config_without_padding_takes_that_of_the_rows(tmp_path):
@@ -433,6 +626,7 @@ def test_sizes_that_the_tensors_cannot_tell(tmp_path):
 @pytest.mark.parametrize(
     ("layout", "changes", "words"),
     [
+        ("mlx_lm", {"norm_eps": 1e-3}, "norm_eps=0.001 cannot be written as mlx_lm, which has 1e-05 only"),
         ("mambapy", {"expand": 1.5}, "expand=1.5 cannot be written as mambapy"),
         ("mambapy_mlx", {"norm_eps": 1e-3}, "norm_eps=0.001 cannot be written as mambapy_mlx, which has 1e-05 only"),
         ("mambapy_mlx", {"conv_bias": False}, "conv_bias=False cannot be written"),

@@ -1,5 +1,6 @@
 """Parity: what it says of backends that agree, and that it names and places what is wrong in one that does not."""
 
+import dataclasses
 import json
 import math
 
@@ -234,6 +235,20 @@ def test_text_without_a_tokenizer_and_weights_that_are_not_finite(tmp_path):
     mc.save(registry.get(name).build(config, values.items()), tmp_path / "nan")
     with pytest.raises(ValueError, match="not finite"):
         parity(tmp_path / "nan")
+
+
+def test_a_checkpoint_that_is_read_with_help_only(tmp_path):
+    run = {"backends": installed()[:1], "length": 3, "grad": True}
+    config = dataclasses.replace(CONFIG, compat="minimamba")
+    mc.save(mc.build(config, backend=installed()[0]), tmp_path / "mini", layout="minimamba")
+    with pytest.raises(ValueError, match="compat"):
+        parity(tmp_path / "mini", **run)
+    assert parity(tmp_path / "mini", compat="minimamba", **run).passed
+    mc.save(mc.build(CONFIG, backend=installed()[0]), tmp_path / "py", layout="mambapy")
+    (tmp_path / "py" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="cannot tell the layout"):
+        parity(tmp_path / "py", **run)
+    assert parity(tmp_path / "py", layout="mambapy", **run).passed
 
 
 def test_command(checkpoint, tmp_path, capsys):

@@ -116,9 +116,21 @@ def test_several_ends_of_text(backend, model):
 def test_conversion_onto_itself_and_saved_dtype(backend, tmp_path):
     mc.save(mc.build(CONFIG, backend=backend.name, dtype="bfloat16"), tmp_path / "a")
     assert json.loads((tmp_path / "a" / "config.json").read_text())["torch_dtype"] == "bfloat16"
-    with pytest.raises(ValueError, match="is the source too"):
+    with pytest.raises(ValueError, match="is or holds the source"):
         mc.convert(tmp_path / "a", tmp_path / "a", to="hf", overwrite=True)
     assert mc.load(tmp_path / "a", backend=backend.name).dtype == "bfloat16"
+
+
+def test_load_takes_the_layout_that_cannot_be_told(backend, model, tmp_path):
+    mc.save(model, tmp_path / "out", layout="mambapy")
+    (tmp_path / "out" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="cannot tell the layout"):
+        mc.load(tmp_path / "out", backend=backend.name)
+    with pytest.raises(ValueError, match="layout is 'abacus'"):
+        mc.load(tmp_path / "out", backend=backend.name, layout="abacus")
+    loaded = backend.parameters(mc.load(tmp_path / "out", backend=backend.name, layout="mambapy"))
+    for name, value in backend.parameters(model).items():
+        np.testing.assert_array_equal(loaded[name], value)
 
 
 def test_ops_on_numpy_take_a_kernel_by_name():

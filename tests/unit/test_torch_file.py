@@ -5,6 +5,7 @@ import pickle
 import re
 import struct
 import sys
+import time
 import zipfile
 import zlib
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from mamba_core.weights import torch_file, zip_file
-from mamba_core.weights.formats import map_file
+from mamba_core.weights.formats import count_bytes, map_file
 from mamba_core.weights.io import open_checkpoint
 
 from .checkpoints import assert_fault, write
@@ -345,3 +346,14 @@ def test_a_pickle_cannot_ask_for_memory_or_time(torch_path):
     assert_fault(torch_path, "malformed")
     put_pickle(torch_path, b"\x80\2}" + b")" + b"q\0h\0\x86" * 20 + b"K\1s.")
     assert_fault(torch_path, "neither text nor an integer")
+
+
+def test_a_shape_of_shared_tuples_is_not_written_out():
+    """Each level names the one below twice: 24 of them are a text of 64 MB."""
+    nested = ()
+    for _ in range(24):
+        nested = (nested, nested)
+    began = time.process_time()
+    with pytest.raises(ValueError, match="not a non-negative integer"):
+        count_bytes((nested,), "float32")
+    assert time.process_time() - began < 0.2
