@@ -81,10 +81,12 @@ def test_the_report_names_transforms(source, tmp_path):
     }
 
 
-def test_progress_counts_bytes_up_to_all_of_them(source, tmp_path):
+@pytest.mark.parametrize("to", ["hf", "mamba_ssm", "mambapy_mlx"])
+def test_progress_counts_bytes_up_to_all_of_them(source, tmp_path, to):
     seen = []
-    done = mc.convert(source, tmp_path / "out", to="hf", progress=lambda *counts: seen.append(counts))
-    assert seen[-1] == (done.nbytes, done.nbytes)
+    done = mc.convert(source, tmp_path / "out", to=to, progress=lambda *counts: seen.append(counts))
+    assert seen[-1][0] == done.nbytes
+    assert {total for _, total in seen} == {done.nbytes}
     assert [count for count, _ in seen] == sorted({count for count, _ in seen})
     assert len(seen) == len(done.tensors)
 
