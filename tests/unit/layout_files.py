@@ -1,0 +1,74 @@
+"""Checkpoints of random values in any layout, for the tests of layouts."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+
+from mamba_core.config import MambaConfig
+from mamba_core.spec.params import parameter_table
+from mamba_core.weights.io import DTYPES, TensorSource, open_checkpoint, sources_of, write_torch
+from mamba_core.weights.layouts import open_model, write_layout
+
+CONFIG = MambaConfig(d_model=6, n_layer=2, vocab_size=13, d_state=3, d_conv=4, dt_rank=2, tie_embeddings=False)
+COMPAT = dataclasses.replace(CONFIG, compat="minimamba")
+# What mamba_ssm and minimamba have no field for; none of it changes the function.
+LOST = ("rescale_prenorm_residual", "initializer_range", "dt_init_floor", "residual_in_fp32")
+LOST += ("bos_token_id", "eos_token_id", "pad_token_id")
+OUTER = {
+    ("hf", "lm"): ("backbone.embeddings.weight", "backbone.layers.", "backbone.norm_f.weight", "lm_head.weight"),
+    ("hf", "features"): ("embeddings.weight", "layers.", "norm_f.weight"),
+    ("mamba_ssm", "lm"): ("backbone.embedding.weight", "backbone.layers.", "backbone.norm_f.weight", "lm_head.weight"),
+    ("mambapy", "lm"): ("embedding.weight", "mamba.layers.", "norm_f.weight", "lm_head.weight"),
+    ("mambapy", "layers"): ("layers.",),
+    ("mambapy_mlx", "lm"): ("embedding.weight", "mamba.layers.", "norm_f.weight", "lm_head.weight"),
+    ("mambapy_mlx", "layers"): ("layers.",),
+    ("minimamba", "lm"): (
+        *("embedding.token_embedding.weight", "backbone.layers.", "backbone.norm.weight", "lm_head.lm_head.weight"),
+    ),
+    ("minimamba", "features"): ("embedding.token_embedding.weight", "backbone.layers.", "backbone.norm.weight"),
+    ("mlx_lm", "lm"): ("backbone.embeddings.weight", "backbone.layers.", "backbone.norm_f.weight", "lm_head.weight"),
+}
+
+
+def write(folder, config, layout, dtype="float32", file_format=None, seed=0) -> Path:
+    """A checkpoint of random values, A_log, D and the dt bias in float32."""
+    rng = np.random.default_rng(seed)
+    sources = []
+    for name, parameter in parameter_table(config).items():
+        stored = parameter.dtype(dtype)
+        value = rng.normal(size=parameter.shape).astype(DTYPES[stored].numpy)
+        sources.append(TensorSource(name, parameter.shape, stored, lambda value=value: value))
+    folder.mkdir()
+    write_layout(folder, config, sources, layout, file_format)
+    return folder
+
+
+def rewrite(source, folder, layout, **options) -> Path:
+    opened = open_model(source, **options)
+    folder.mkdir()
+    write_layout(folder, opened.config, [item for _, _, item in opened.sources()], layout)
+    return folder
+
+
+def options_of(config) -> dict:
+    return {"compat": config.compat}
+
+
+def contents(folder) -> dict[str, tuple]:
+    opened = open_checkpoint(folder)
+    return {name: (opened[name].shape, opened[name].dtype, opened[name].tobytes()) for name in opened}
+
+
+def state_dict(folder, arrays, **fields) -> Path:
+    folder.mkdir()
+    write_torch(folder / "model.pt", sources_of(arrays))
+    if fields:
+        (folder / "config.json").write_text(json.dumps(fields))
+    return folder
+
+
+def arrays_of(folder) -> dict[str, np.ndarray]:
+    opened = open_checkpoint(folder)
+    return {name: np.array(opened[name]) for name in opened}
