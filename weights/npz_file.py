@@ -8,7 +8,6 @@ https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
 import io
 import math
 import re
-import struct
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,10 +26,9 @@ from mamba_core.weights.formats import (
     checked_sources,
     count_bytes,
     list_names,
-    map_file,
     write_tensor,
 )
-from mamba_core.weights.zip_file import Record, record_start, write_zip
+from mamba_core.weights.zip_file import Record, read_zip, record_start, write_zip
 
 _SUFFIX = ".npy"
 _MAGIC = b"\x93NUMPY"
@@ -45,15 +43,9 @@ _NAMES = {descr: name for name, descr in _DESCR.items()} | {"|V2": "bfloat16"}
 
 def read_npz(path: Path) -> FileContents:
     """The tensors of one file, nothing loaded and nothing unpickled. Raises CheckpointError."""
-    with open(path, "rb") as file:
-        buffer = map_file(file)
-        try:
-            with zipfile.ZipFile(file) as archive:
-                return FileContents(_read_records(archive.infolist(), buffer), {})
-        except ValueError as fault:
-            raise CheckpointError(f"{path}: {fault}") from None
-        except (zipfile.BadZipFile, NotImplementedError, EOFError, OverflowError, struct.error) as fault:
-            raise CheckpointError(f"{path}: the zip is broken or cut short, or it is none: {fault}") from None
+    return read_zip(
+        path, _read_records, lambda buffer, fault: f"the zip is broken or cut short, or it is none: {fault}"
+    )
 
 
 def write_npz(path, tensors: Iterable[TensorSource], progress: Progress | None = None) -> None:

@@ -4,7 +4,6 @@ A file is a zip of stored records: NAME/data.pkl, the dictionary; NAME/data/KEY,
 NAME/byteorder; NAME/version.
 """
 
-import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -15,7 +14,6 @@ from typing import BinaryIO
 
 from mamba_core.weights.formats import (
     DTYPES,
-    CheckpointError,
     FileContents,
     Progress,
     StoredTensor,
@@ -23,11 +21,10 @@ from mamba_core.weights.formats import (
     checked_sources,
     count_bytes,
     list_names,
-    map_file,
     write_tensor,
 )
 from mamba_core.weights.pickle_file import PickledTensor, dump_state_dict, load_pickle
-from mamba_core.weights.zip_file import Record, record_start, write_zip
+from mamba_core.weights.zip_file import Record, read_zip, record_start, write_zip
 
 # 250 bytes a tensor are usual. An opcode of one byte can make a value of 64, so this bounds the memory near 1 GiB.
 MAX_PICKLE_BYTES = 16 * 2**20
@@ -41,15 +38,7 @@ def read_torch(path: Path) -> FileContents:
     ({"model": {...}, "epoch": 3}), beside tensors only under a usual name. Tensors that share a storage share their
     bytes.
     """
-    with open(path, "rb") as file:
-        buffer = map_file(file)
-        try:
-            with zipfile.ZipFile(file) as archive:
-                return FileContents(_read_records(archive.infolist(), buffer), {})
-        except ValueError as fault:
-            raise CheckpointError(f"{path}: {fault}") from None
-        except (zipfile.BadZipFile, NotImplementedError, EOFError, OverflowError, struct.error) as fault:
-            raise CheckpointError(f"{path}: {_explain(buffer, fault)}") from None
+    return read_zip(path, _read_records, _explain)
 
 
 def write_torch(path, tensors: Iterable[TensorSource], progress: Progress | None = None) -> None:

@@ -7,7 +7,10 @@ computes a checksum of its own between the writes; ours comes from the thread be
 import struct
 import zipfile
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import BinaryIO, NamedTuple
+
+from mamba_core.weights.formats import CheckpointError, FileContents, map_file
 
 ALIGNMENT = 64  # what torch.save aligns records to
 _LOCAL_SIGNATURE, _CENTRAL_SIGNATURE = b"PK\x03\x04", b"PK\x01\x02"
@@ -49,6 +52,23 @@ def write_zip(path, records: Iterable[Record]) -> None:
         begin = file.tell()
         file.write(b"".join(directory))
         file.write(_end(len(directory), begin, file.tell()))
+
+
+def read_zip(path: Path, parse: Callable, explain: Callable) -> FileContents:
+    """The tensors of one file: parse(records, buffer) of its records and the mapped file.
+
+    Raises:
+        CheckpointError: a ValueError of `parse`; a broken zip, as explain(buffer, fault) has it.
+    """
+    with open(path, "rb") as file:
+        buffer = map_file(file)
+        try:
+            with zipfile.ZipFile(file) as archive:
+                return FileContents(parse(archive.infolist(), buffer), {})
+        except ValueError as fault:
+            raise CheckpointError(f"{path}: {fault}") from None
+        except (zipfile.BadZipFile, NotImplementedError, EOFError, OverflowError, struct.error) as fault:
+            raise CheckpointError(f"{path}: {explain(buffer, fault)}") from None
 
 
 def record_start(buffer, record: zipfile.ZipInfo) -> int:
