@@ -1,0 +1,138 @@
+"""The CPU kernels in C++ that the backends share, called through a plain C ABI.
+
+They are an optional part of the package's build: without a C++ compiler the package works, on the frameworks' own
+operations. $MAMBA_CORE_NATIVE names another library to use, or is 0 for none.
+"""
+
+import ctypes
+import functools
+import os
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+# Of the structs and functions below; the library tells its own.
+ABI = 1
+
+DTYPES = ("float32", "bfloat16")
+
+_int64, _int32, _pointer = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
+
+
+class Sequence(ctypes.Structure):
+    """An array (b, l, channels), its channels side by side; strides in elements."""
+
+    _fields_ = (("data", _pointer), ("batch", _int64), ("position", _int64))
+
+
+def _fields(kind, names: str):
+    return [(name, kind) for name in names.split()]
+
+
+class Scan(ctypes.Structure):
+    """The arguments of a scan and of its gradient, as `selective_scan.cpp` documents them."""
+
+    _fields_ = (
+        *_fields(_int64, "b l e n"),
+        *_fields(_int32, "bfloat16 delta_softplus threads width"),
+        *_fields(Sequence, "x delta z B C"),
+        *_fields(_pointer, "A D delta_bias initial_state mask restart"),
+        *_fields(Sequence, "y"),
+        *_fields(_pointer, "final_state boundaries"),
+        *_fields(Sequence, "dy"),
+        *_fields(_pointer, "dfinal_state"),
+        *_fields(Sequence, "dx ddelta dz dB dC"),
+        *_fields(_pointer, "dA dD ddelta_bias dinitial_state"),
+    )
+
+
+SEQUENCES = tuple(name for name, kind in Scan._fields_ if kind is Sequence)
+
+
+def missing() -> str | None:
+    """Why the native kernels cannot be used here, None if they can."""
+    found = _find()
+    return found if isinstance(found, str) else None
+
+
+def library() -> ctypes.CDLL:
+    """The library.
+
+    Raises:
+        RuntimeError: `missing()`.
+    """
+    found = _find()
+    if isinstance(found, str):
+        raise RuntimeError(f"the native kernels cannot be used: {found}")
+    return found
+
+
+def width() -> int:
+    """Float32 lanes of a vector here: 16 with AVX-512, 8 with AVX2, 4 with NEON or plain C++."""
+    return library().mamba_scan_width()
+
+
+def threads() -> int:
+    """$OMP_NUM_THREADS if it is set, else a thread a core that this process may run on."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    if wanted.isdecimal() and int(wanted) > 0:
+        return int(wanted)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def count_boundaries(b: int, l: int, e: int, n: int) -> int:
+    """How many floats the states between chunks are, which a gradient needs."""
+    return library().mamba_scan_boundaries(b, l, e, n)
+
+
+def scan(arguments: Scan) -> None:
+    """Fills y, and final_state and boundaries where they are given.
+
+    Raises:
+        MemoryError: there is not the memory for its workspace.
+    """
+    _check(library().mamba_scan_forward(ctypes.byref(arguments)))
+
+
+def scan_backward(arguments: Scan) -> None:
+    """Fills the gradients; boundaries are those that `scan` filled.
+
+    Raises:
+        MemoryError: there is not the memory for its workspace.
+    """
+    _check(library().mamba_scan_backward(ctypes.byref(arguments)))
+
+
+def _check(failed: int) -> None:
+    if failed:
+        raise MemoryError("no memory for the workspace of the native scan")
+
+
+@functools.cache
+def _find() -> ctypes.CDLL | str:
+    """The library, or why there is none."""
+    chosen = os.environ.get("MAMBA_CORE_NATIVE")
+    if chosen == "0":
+        return "switched off by MAMBA_CORE_NATIVE=0"
+    paths = [Path(chosen)] if chosen else _built()
+    if not paths:
+        return "not built; with a C++ compiler (gcc or clang), pip install --force-reinstall --no-deps mamba_core"
+    try:
+        return _load(paths[0])
+    except (OSError, AttributeError, ValueError) as error:
+        return f"{paths[0].name} cannot be loaded: {error}"
+
+
+def _built() -> list[Path]:
+    candidates = [Path(__file__).with_name(f"_kernels{suffix}") for suffix in EXTENSION_SUFFIXES]
+    return [path for path in candidates if path.is_file()]
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    found = ctypes.CDLL(os.fspath(path))
+    if (built := found.mamba_native_abi()) != ABI:
+        raise ValueError(f"it has ABI {built} and this package {ABI}; install the package again")
+    found.mamba_scan_boundaries.argtypes = [_int64] * 4
+    found.mamba_scan_boundaries.restype = _int64
+    for name in ("mamba_scan_forward", "mamba_scan_backward"):
+        getattr(found, name).argtypes = [ctypes.POINTER(Scan)]
+    return found

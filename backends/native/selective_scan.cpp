@@ -1,0 +1,723 @@
+// The S6 recurrence (Gu and Dao 2023, equations 2 and 4) on CPUs: what mamba_core.backend documents, float32 inside.
+// A plain C ABI that needs C's library and its threads only. The file includes itself once a vector width: lanes are
+// channels, which lie side by side in memory, and the states of a chunk of positions never leave the cache.
+
+#ifndef WIDTH
+
+#include <initializer_list>
+#include <pthread.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
+// One task is BLOCK channels of one row; it keeps its state in memory every CHUNK positions. Neither depends on the
+// vector width or the threads, and so the order of every sum is the same for any number of them.
+constexpr int64_t BLOCK = 64, CHUNK = 32, STATES = 2, WIDEST = 16, MOST_THREADS = 256;
+
+// An array (b, l, channels) of the compute dtype, or absent; strides in elements, channels side by side.
+struct Sequence {
+    char *data;
+    int64_t batch, position;
+};
+
+// The arguments of every function below. Shapes and names as in mamba_core.backend; A, D, delta_bias and all states
+// are float32 and contiguous, mask and restart (b, l) bytes. What is optional there may be null here.
+struct Scan {
+    int64_t b, l, e, n;
+    int32_t bfloat16, delta_softplus, threads, width;
+    Sequence x, delta, z, B, C;
+    const float *A, *D, *delta_bias, *initial_state;
+    const uint8_t *mask, *restart;
+    // Results. boundaries: mamba_scan_boundaries() floats that the gradient needs, null where there will be none.
+    Sequence y;
+    float *final_state, *boundaries;
+    // Gradients, each null exactly where its argument is. dfinal_state null is zero; dinitial_state may be null.
+    Sequence dy;
+    const float *dfinal_state;
+    Sequence dx, ddelta, dz, dB, dC;
+    float *dA, *dD, *ddelta_bias, *dinitial_state;
+};
+
+// What a thread computes in. Rows of positions; n here is a multiple of STATES, with states of zeros added.
+struct Work {
+    float raw[CHUNK][BLOCK], step[CHUNK][BLOCK], x[CHUNK][BLOCK], u[CHUNK][BLOCK], z[CHUNK][BLOCK];
+    float linear[CHUNK][BLOCK], dy[CHUNK][BLOCK], dlinear[CHUNK][BLOCK], du[CHUNK][BLOCK], dlog[CHUNK][BLOCK];
+    float decay[CHUNK][STATES][WIDEST], before[CHUNK + 1][STATES][WIDEST];
+    float dB_lanes[STATES][CHUNK][WIDEST], dC_lanes[STATES][CHUNK][WIDEST];
+    float D[BLOCK], bias[BLOCK], dD[BLOCK], dbias[BLOCK];
+    uint8_t masked[CHUNK], restart[CHUNK];
+    // (n, BLOCK) each; A in units of log 2.
+    float *A, *h, *g, *dA;
+    // (CHUNK, n rounded up to whole vectors) each.
+    float *B, *C;
+};
+
+// The sums that run over more than a task: dB and dC (b, chunks, blocks, n, CHUNK), the others a row of the batch.
+struct Partial {
+    float *dB, *dC, *dA, *dD, *dbias;
+};
+
+struct Task {
+    const Scan *scan;
+    const Partial *partial;
+    int64_t row, block;
+};
+
+static int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
+static int64_t padded(int64_t n) { return divide_up(n, STATES) * STATES; }
+static int64_t stride_of_B(int64_t n) { return divide_up(n, WIDEST) * WIDEST; }
+static int64_t blocks_of(const Scan &s) { return divide_up(s.e, BLOCK); }
+static int64_t chunks_of(const Scan &s) { return divide_up(s.l, CHUNK); }
+static int64_t tile_of(const Scan &s) { return padded(s.n) * BLOCK; }
+static char *at(const Scan &s, const Sequence &a, int64_t row, int64_t t, int64_t channel) {
+    return a.data ? a.data + (s.bfloat16 ? 2 : 4) * (row * a.batch + t * a.position + channel) : nullptr;
+}
+static float *boundary(const Scan &s, int64_t row, int64_t block, int64_t chunk) {
+    return s.boundaries + ((row * blocks_of(s) + block) * chunks_of(s) + chunk) * tile_of(s);
+}
+static float *partial_of(const Scan &s, float *sums, int64_t row, int64_t chunk, int64_t block) {
+    return sums + ((row * chunks_of(s) + chunk) * blocks_of(s) + block) * padded(s.n) * CHUNK;
+}
+
+typedef void Function(const Task &, Work &);
+struct Kernel {
+    Function *forward, *backward, *sum_over_blocks;
+};
+
+#define WIDTH 4
+#include "selective_scan.cpp"
+#ifdef __x86_64__
+#define WIDTH 8
+#include "selective_scan.cpp"
+#define WIDTH 16
+#include "selective_scan.cpp"
+#endif
+
+static int widest() {
+#ifdef __x86_64__
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq"))
+        return 16;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 8;
+#endif
+    return 4;
+}
+
+static const Kernel &kernel_of(__attribute__((unused)) const Scan &s) {
+#ifdef __x86_64__
+    int width = s.width ? s.width : widest();
+    if (width >= 16) return width16::kernel;
+    if (width >= 8) return width8::kernel;
+#endif
+    return width4::kernel;
+}
+
+struct Queue {
+    const Scan *scan;
+    const Partial *partial;
+    Function *function;
+    int64_t count, per_row, next;
+    char *works;
+    size_t work_size;
+    int32_t started;
+};
+
+static size_t work_size_of(const Scan &s) {
+    return sizeof(Work) + sizeof(float) * (4 * tile_of(s) + 2 * CHUNK * stride_of_B(s.n));
+}
+
+static void *run_tasks(void *argument) {
+    Queue &queue = *(Queue *)argument;
+    const Scan &s = *queue.scan;
+    Work &w = *(Work *)(queue.works + queue.work_size * __atomic_fetch_add(&queue.started, 1, __ATOMIC_RELAXED));
+    w.A = (float *)(&w + 1);
+    w.h = w.A + tile_of(s);
+    w.g = w.h + tile_of(s);
+    w.dA = w.g + tile_of(s);
+    w.B = w.dA + tile_of(s);
+    w.C = w.B + CHUNK * stride_of_B(s.n);
+    for (;;) {
+        int64_t index = __atomic_fetch_add(&queue.next, 1, __ATOMIC_RELAXED);
+        if (index >= queue.count) return nullptr;
+        queue.function({queue.scan, queue.partial, index / queue.per_row, index % queue.per_row}, w);
+    }
+}
+
+// Threads live for one call: to start one costs some ten microseconds, and none is left for a fork to lose.
+static int run(const Scan &s, const Partial *partial, Function *function, int64_t per_row) {
+    // A thread that is started should save more than the start costs.
+    int64_t count = s.b * per_row, worth = 1 + (s.b * s.l * s.e * s.n >> 18), threads = s.threads;
+    for (int64_t limit : {count, worth, MOST_THREADS}) threads = threads < limit ? threads : limit;
+    threads = threads < 1 ? 1 : threads;
+    size_t size = divide_up(work_size_of(s), 64) * 64;
+    char *works = (char *)aligned_alloc(64, size * threads);
+    if (!works) return 1;
+    Queue queue = {&s, partial, function, count, per_row, 0, works, size, 0};
+    pthread_t helpers[MOST_THREADS];
+    int64_t started = 0;
+    // Where the system gives no more threads, those that there are do the work.
+    while (started + 1 < threads && !pthread_create(&helpers[started], nullptr, run_tasks, &queue)) started++;
+    run_tasks(&queue);
+    for (int64_t k = 0; k < started; k++) pthread_join(helpers[k], nullptr);
+    free(works);
+    return 0;
+}
+
+static void sum_over_rows(float *total, const float *rows, int64_t b, int64_t size) {
+    if (!total) return;
+    memset(total, 0, sizeof(float) * size);
+    for (int64_t row = 0; row < b; row++)
+        for (int64_t k = 0; k < size; k++) total[k] += rows[row * size + k];
+}
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// Raised with every change to Scan or to a function's meaning, as ABI in __init__.py.
+EXPORT int32_t mamba_native_abi() { return 1; }
+
+// Lanes of the widest vectors that run here: 16 is AVX-512, 8 AVX2, 4 NEON or plain C.
+EXPORT int32_t mamba_scan_width() { return widest(); }
+
+// How many floats the boundaries of a scan of these sizes are.
+EXPORT int64_t mamba_scan_boundaries(int64_t b, int64_t l, int64_t e, int64_t n) {
+    return b * divide_up(l, CHUNK) * divide_up(e, BLOCK) * BLOCK * padded(n);
+}
+
+// Each of the two returns 0, or 1 where there is not the memory.
+EXPORT int32_t mamba_scan_forward(const Scan *scan) {
+    return run(*scan, nullptr, kernel_of(*scan).forward, blocks_of(*scan));
+}
+
+EXPORT int32_t mamba_scan_backward(const Scan *scan) {
+    const Scan &s = *scan;
+    int64_t per_task = s.b * chunks_of(s) * blocks_of(s) * padded(s.n) * CHUNK, per_row = s.b * s.e * (s.n + 2);
+    float *memory = (float *)malloc(sizeof(float) * (2 * per_task + per_row));
+    if (!memory) return 1;
+    float *dA = memory + 2 * per_task, *dD = dA + s.b * s.e * s.n, *dbias = dD + s.b * s.e;
+    Partial partial = {memory, memory + per_task, dA, dD, dbias};
+    const Kernel &kernel = kernel_of(s);
+    int failed = run(s, &partial, kernel.backward, blocks_of(s));
+    if (!failed) failed = run(s, &partial, kernel.sum_over_blocks, chunks_of(s));
+    if (!failed) {
+        sum_over_rows(s.dA, dA, s.b, s.e * s.n);
+        sum_over_rows(s.dD, dD, s.b, s.e);
+        sum_over_rows(s.ddelta_bias, dbias, s.b, s.e);
+    }
+    free(memory);
+    return failed;
+}
+
+#else  // What is compiled for each width.
+
+#define INLINE static inline __attribute__((always_inline))
+#define PRAGMA(text) _Pragma(#text)
+#ifdef __clang__
+#define TARGET(names) PRAGMA(clang attribute push(__attribute__((target(names))), apply_to = function))
+#define END_TARGET PRAGMA(clang attribute pop)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define TARGET(names) PRAGMA(GCC push_options) PRAGMA(GCC target(names))
+#define END_TARGET PRAGMA(GCC pop_options)
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (I){__VA_ARGS__})
+#endif
+
+#if WIDTH == 16
+TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
+#define NAMESPACE width16
+#define ZIP_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define ZIP_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif WIDTH == 8
+TARGET("avx2,fma")
+#define NAMESPACE width8
+#define ZIP_LOW 0, 8, 1, 9, 2, 10, 3, 11
+#define ZIP_HIGH 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define NAMESPACE width4
+#define ZIP_LOW 0, 4, 1, 5
+#define ZIP_HIGH 2, 6, 3, 7
+#endif
+
+namespace NAMESPACE {
+
+typedef float V __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t I __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t U __attribute__((vector_size(4 * WIDTH)));
+typedef uint16_t H __attribute__((vector_size(2 * WIDTH)));
+
+INLINE V load(const float *from) {
+    V value;
+    memcpy(&value, from, sizeof value);
+    return value;
+}
+INLINE void store(float *to, V value) { memcpy(to, &value, sizeof value); }
+INLINE V splat(float value) { return value - V{}; }
+
+// `left` values of the compute dtype; lanes beyond them are zero, and are not written.
+INLINE V read_whole(const char *from, bool bfloat16) {
+    if (!bfloat16) return load((const float *)from);
+    H half;
+    memcpy(&half, from, sizeof half);
+    return (V)(__builtin_convertvector(half, U) << 16);
+}
+INLINE V read(const char *from, int64_t left, bool bfloat16) {
+    if (left >= WIDTH) return read_whole(from, bfloat16);
+    char whole[4 * WIDTH] = {};
+    memcpy(whole, from, left * (bfloat16 ? 2 : 4));
+    return read_whole(whole, bfloat16);
+}
+INLINE void write_whole(char *to, V value, bool bfloat16) {
+    if (!bfloat16) return store((float *)to, value);
+    U bits = (U)value, rounded = bits + 0x7fff + (bits >> 16 & 1);
+    // Rounding would carry a NaN into infinity.
+    bits = value == value ? rounded : bits | 0x400000;
+    H half = __builtin_convertvector(bits >> 16, H);
+    memcpy(to, &half, sizeof half);
+}
+INLINE void write(char *to, V value, int64_t left, bool bfloat16) {
+    if (left >= WIDTH) return write_whole(to, value, bfloat16);
+    char whole[4 * WIDTH];
+    write_whole(whole, value, bfloat16);
+    memcpy(to, whole, left * (bfloat16 ? 2 : 4));
+}
+
+// The polynomial is (2^f - 1) / f to 8e-9 for f within 1/2 of 0, so that 2^0 is exactly 1: what a step of almost
+// nothing got wrong would add up over the positions.
+INLINE V power_of_fraction(V f) {
+    V p = 1.5461447767e-4f * f + 1.3390866807e-3f;
+    p = p * f + 9.6180569381e-3f;
+    p = p * f + 5.5503569543e-2f;
+    p = p * f + 2.4022650719e-1f;
+    p = p * f + 6.9314718246e-1f;
+    return p * f + 1.0f;
+}
+
+// 2^power in two steps: `rounded` to whole numbers, which `scaled` makes the exponent of a result.
+#if WIDTH == 16
+// No limits are needed: these instructions give 0 or infinity beyond a float's.
+INLINE V limited(V power) { return power; }
+INLINE V rounded(V power) { return power - _mm512_reduce_ps(power, _MM_FROUND_TO_NEAREST_INT); }
+INLINE V whole_of(V rounded) { return rounded; }
+INLINE V scaled(V value, V rounded) { return _mm512_maskz_scalef_ps(-1, value, rounded); }
+#else
+// To where a float's exponents end; a NaN stays one.
+INLINE V limited(V power) {
+#if WIDTH == 8
+    return _mm256_min_ps(splat(128.0f), _mm256_max_ps(splat(-127.0f), power));
+#elif defined __x86_64__
+    return _mm_min_ps(splat(128.0f), _mm_max_ps(splat(-127.0f), power));
+#else
+    power = power < -127.0f ? splat(-127.0f) : power;
+    return power > 128.0f ? splat(128.0f) : power;
+#endif
+}
+// Adding it rounds, and leaves the exponent's bits of that power of two lowest.
+static const float MAGIC = 12582912.0f + 127.0f;
+INLINE V rounded(V power) { return power + MAGIC; }
+INLINE V whole_of(V rounded) { return rounded - MAGIC; }
+INLINE V scaled(V value, V rounded) { return value * (V)((I)rounded << 23); }
+#endif
+
+// 2^(step A).
+INLINE V decay_of(V step, V A) {
+#if WIDTH == 16
+    V power = step * A, f = _mm512_reduce_ps(power, _MM_FROUND_TO_NEAREST_INT);
+    return scaled(power_of_fraction(f), power - f);
+#else
+    V power = limited(step * A), nearest = rounded(power);
+    return scaled(power_of_fraction(power - whole_of(nearest)), nearest);
+#endif
+}
+// Log 2 in two parts, the first with so few digits that its products are exact.
+INLINE V exponential(V value) {
+    V nearest = rounded(limited(value * 1.4426950409f)), whole = whole_of(nearest);
+    V rest = (value - whole * 0.693145751953125f) - whole * 1.42860677e-6f;
+    return scaled(power_of_fraction(rest * 1.4426950409f), nearest);
+}
+INLINE V sigmoid(V value) { return 1.0f / (1.0f + exponential(-value)); }
+// max(value, 0) + log(1 + exp(-|value|)), the logarithm as 2 atanh(q): to the last digits however small the result.
+INLINE V softplus(V value) {
+    V size = (V)((I)value & 0x7fffffff), power = exponential(-size), q = power / (2.0f + power), q2 = q * q;
+    V series = 0.232390508f * q2 + 0.217033148f;
+    series = series * q2 + 0.285925835f;
+    series = series * q2 + 0.399997026f;
+    series = series * q2 + 0.666666687f;
+    return 0.5f * (value + size) + (q * q2 * series + 2.0f * q);
+}
+
+// Each step brings together what stood half the lanes apart; as many as a lane's index has bits transpose.
+INLINE void transpose(V *square) {
+    for (int step = 1; step < WIDTH; step *= 2) {
+        V next[WIDTH];
+        for (int k = 0; k < WIDTH / 2; k++) {
+            next[2 * k] = SHUFFLE(square[k], square[k + WIDTH / 2], ZIP_LOW);
+            next[2 * k + 1] = SHUFFLE(square[k], square[k + WIDTH / 2], ZIP_HIGH);
+        }
+        memcpy(square, next, sizeof next);
+    }
+}
+
+// (channels, n) as it is outside to a tile (n, BLOCK), zero beyond the channels and states; and back.
+static void to_tile(float *tile, const float *rows, int64_t channels, int64_t n, float factor) {
+    for (int64_t c = 0; c < BLOCK; c += WIDTH)
+        for (int64_t k = 0; k < n; k += WIDTH) {
+            V square[WIDTH];
+            for (int64_t j = 0; j < WIDTH; j++)
+                square[j] = c + j < channels ? read((char *)(rows + (c + j) * n + k), n - k, false) * factor : V{};
+            transpose(square);
+            for (int64_t j = 0; j < WIDTH && k + j < padded(n); j++) store(tile + (k + j) * BLOCK + c, square[j]);
+        }
+}
+static void from_tile(float *rows, const float *tile, int64_t channels, int64_t n) {
+    for (int64_t c = 0; c < channels; c += WIDTH)
+        for (int64_t k = 0; k < n; k += WIDTH) {
+            V square[WIDTH];
+            for (int64_t j = 0; j < WIDTH; j++) square[j] = k + j < n ? load(tile + (k + j) * BLOCK + c) : V{};
+            transpose(square);
+            for (int64_t j = 0; j < WIDTH && c + j < channels; j++)
+                write((char *)(rows + (c + j) * n + k), square[j], n - k, false);
+        }
+}
+
+// Of a chunk what the recurrence needs; zeros where masked, and so a NaN that stands there is harmless. What only the
+// gradient needs stays out of the way of a cache that the rest fills.
+static void load_chunk(const Task &task, Work &w, int64_t start, int64_t steps, int64_t first, int64_t channels,
+                       bool for_gradient) {
+    const Scan &s = *task.scan;
+    // Locals, because a store of vectors might have changed anything else.
+    const bool bfloat16 = s.bfloat16, through_softplus = s.delta_softplus;
+    const int64_t size = bfloat16 ? 2 : 4, n = s.n, stride = stride_of_B(n);
+    for (int64_t t = 0; t < steps; t++) {
+        int64_t position = task.row * s.l + start + t;
+        const bool masked = s.mask && !s.mask[position];
+        w.masked[t] = masked;
+        w.restart[t] = s.restart && s.restart[position];
+        const char *x = at(s, s.x, task.row, start + t, first), *delta = at(s, s.delta, task.row, start + t, first);
+        const char *B = at(s, s.B, task.row, start + t, 0), *C = at(s, s.C, task.row, start + t, 0);
+        for (int64_t k = 0; k < n; k += WIDTH) {
+            store(w.B + t * stride + k, masked ? V{} : read(B + size * k, n - k, bfloat16));
+            store(w.C + t * stride + k, masked ? V{} : read(C + size * k, n - k, bfloat16));
+        }
+        for (int64_t c = 0; c < channels; c += WIDTH) {
+            V x_t = V{}, raw = V{}, step = V{};
+            if (!masked) {
+                x_t = read(x + size * c, channels - c, bfloat16);
+                raw = read(delta + size * c, channels - c, bfloat16) + load(w.bias + c);
+                step = through_softplus ? softplus(raw) : raw;
+            }
+            if (for_gradient) {
+                store(w.x[t] + c, x_t);
+                store(w.raw[t] + c, raw);
+            }
+            store(w.step[t] + c, step);
+            store(w.u[t] + c, step * x_t);
+            store(w.linear[t] + c, load(w.D + c) * x_t);
+        }
+    }
+}
+
+static void load_state(const Scan &s, float *tile, const float *state, int64_t offset, int64_t channels) {
+    if (state)
+        to_tile(tile, state + offset, channels, s.n, 1.0f);
+    else
+        memset(tile, 0, sizeof(float) * tile_of(s));
+}
+
+// What does not change over the positions.
+static void load_channels(const Scan &s, Work &w, int64_t first, int64_t channels) {
+    to_tile(w.A, s.A + first * s.n, channels, s.n, 1.4426950409f);
+    memset(w.D, 0, sizeof w.D);
+    memset(w.bias, 0, sizeof w.bias);
+    if (s.D) memcpy(w.D, s.D + first, sizeof(float) * channels);
+    if (s.delta_bias) memcpy(w.bias, s.delta_bias + first, sizeof(float) * channels);
+}
+
+// Rows lie pages apart, where no prefetcher of the machine's finds them.
+INLINE void touch(const Task &task, const Sequence &array, int64_t position, int64_t first, int64_t channels) {
+    const Scan &s = *task.scan;
+    if (!array.data || position < 0 || position >= s.l) return;
+    const char *line = at(s, array, task.row, position, first), *end = line + channels * (s.bfloat16 ? 2 : 4);
+    for (line -= (uintptr_t)line % 64; line < end; line += 64) __builtin_prefetch(line, 1, 2);
+}
+
+INLINE void load_states(V *values, const float *tile) {
+    for (int j = 0; j < STATES; j++) values[j] = load(tile + j * BLOCK);
+}
+INLINE void store_states(float *tile, const V *values) {
+    for (int j = 0; j < STATES; j++) store(tile + j * BLOCK, values[j]);
+}
+
+// STATES states of WIDTH channels over a chunk: together they share what is loaded of a position.
+INLINE void advance(const Scan &s, Work &w, int64_t k, int64_t c, int64_t steps) {
+    int64_t stride = stride_of_B(s.n);
+    const float *B = w.B + k, *C = w.C + k;
+    V A[STATES], h[STATES];
+    load_states(A, w.A + k * BLOCK + c);
+    load_states(h, w.h + k * BLOCK + c);
+    for (int64_t t = 0; t < steps; t++, B += stride, C += stride) {
+        V step = load(w.step[t] + c), u = load(w.u[t] + c), linear = load(w.linear[t] + c);
+        for (int j = 0; j < STATES; j++) {
+            if (w.restart[t]) h[j] = V{};
+            h[j] = decay_of(step, A[j]) * h[j] + u * B[j];
+            linear += h[j] * C[j];
+        }
+        store(w.linear[t] + c, linear);
+    }
+    store_states(w.h + k * BLOCK + c, h);
+}
+
+static void write_outputs(const Task &task, Work &w, int64_t start, int64_t steps, int64_t first, int64_t channels) {
+    const Scan &s = *task.scan;
+    const bool bfloat16 = s.bfloat16, gated = s.z.data;
+    const int64_t size = bfloat16 ? 2 : 4;
+    for (int64_t t = 0; t < steps; t++) {
+        char *y = at(s, s.y, task.row, start + t, first);
+        const char *z = at(s, s.z, task.row, start + t, first);
+        const bool masked = w.masked[t];
+        for (int64_t c = 0; c < channels; c += WIDTH) {
+            V value = load(w.linear[t] + c);
+            if (gated) {
+                V gate = read(z + size * c, channels - c, bfloat16);
+                value *= gate * sigmoid(gate);
+            }
+            write(y + size * c, masked ? V{} : value, channels - c, bfloat16);
+        }
+    }
+}
+
+// How many of a chunk's rows to have touched after these states and channels of it.
+INLINE int64_t share(const Scan &s, int64_t k, int64_t c, int64_t channels) {
+    int64_t vectors = divide_up(channels, WIDTH);
+    return (k / STATES * vectors + c / WIDTH + 1) * CHUNK / (padded(s.n) / STATES * vectors);
+}
+
+static void forward(const Task &task, Work &w) {
+    const Scan &s = *task.scan;
+    int64_t first = task.block * BLOCK, channels = s.e - first < BLOCK ? s.e - first : BLOCK;
+    int64_t state = (task.row * s.e + first) * s.n;
+    load_channels(s, w, first, channels);
+    load_state(s, w.h, s.initial_state, state, channels);
+    for (int64_t start = 0; start < s.l; start += CHUNK) {
+        int64_t steps = s.l - start < CHUNK ? s.l - start : CHUNK;
+        if (s.boundaries)
+            memcpy(boundary(s, task.row, task.block, start / CHUNK), w.h, sizeof(float) * tile_of(s));
+        load_chunk(task, w, start, steps, first, channels, false);
+        int64_t touched = 0;
+        for (int64_t k = 0; k < s.n; k += STATES)
+            for (int64_t c = 0; c < channels; c += WIDTH) {
+                advance(s, w, k, c, steps);
+                for (int64_t until = share(s, k, c, channels); touched < until; touched++) {
+                    for (const Sequence *array : {&s.x, &s.delta, &s.z})
+                        touch(task, *array, start + CHUNK + touched, first, channels);
+                    touch(task, s.y, start + touched, first, channels);
+                }
+            }
+        write_outputs(task, w, start, steps, first, channels);
+    }
+    if (s.final_state) from_tile(s.final_state + state, w.h, channels, s.n);
+}
+
+// What is particular to the gradient: dy, the gradient of the ungated output, and zeros to add to.
+static void load_gradients(const Task &task, Work &w, int64_t start, int64_t steps, int64_t first, int64_t channels) {
+    const Scan &s = *task.scan;
+    const bool bfloat16 = s.bfloat16, gated = s.z.data;
+    const int64_t size = bfloat16 ? 2 : 4;
+    for (int64_t t = 0; t < steps; t++) {
+        const char *dy_t = at(s, s.dy, task.row, start + t, first), *z_t = at(s, s.z, task.row, start + t, first);
+        const bool masked = w.masked[t];
+        for (int64_t c = 0; c < channels; c += WIDTH) {
+            V dy = masked ? V{} : read(dy_t + size * c, channels - c, bfloat16), dlinear = dy;
+            if (gated) {
+                V z = masked ? V{} : read(z_t + size * c, channels - c, bfloat16);
+                store(w.z[t] + c, z);
+                dlinear = dy * z * sigmoid(z);
+            }
+            store(w.dy[t] + c, dy);
+            store(w.dlinear[t] + c, dlinear);
+            store(w.du[t] + c, V{});
+            store(w.dlog[t] + c, V{});
+        }
+    }
+}
+
+// As `advance`, and keeps what the gradient goes back over. w.h stays the state before the chunk.
+INLINE void recompute(const Scan &s, Work &w, int64_t k, int64_t c, int64_t steps) {
+    int64_t stride = stride_of_B(s.n);
+    const float *B = w.B + k, *C = w.C + k;
+    bool gated = s.z.data;
+    V A[STATES], h[STATES];
+    load_states(A, w.A + k * BLOCK + c);
+    load_states(h, w.h + k * BLOCK + c);
+    for (int64_t t = 0; t < steps; t++, B += stride, C += stride) {
+        V step = load(w.step[t] + c), u = load(w.u[t] + c), y = V{};
+        for (int j = 0; j < STATES; j++) {
+            store(w.before[t][j], h[j]);
+            if (w.restart[t]) h[j] = V{};
+            V decay = decay_of(step, A[j]);
+            store(w.decay[t][j], decay);
+            h[j] = decay * h[j] + u * B[j];
+            y += h[j] * C[j];
+        }
+        // Only the gradient of a gate needs it.
+        if (gated) store(w.linear[t] + c, load(w.linear[t] + c) + y);
+    }
+    for (int j = 0; j < STATES; j++) store(w.before[steps][j], h[j]);
+}
+
+// The gradients of STATES states and WIDTH channels, last position first; sums over channels begin where fresh.
+INLINE void differentiate(const Scan &s, Work &w, int64_t k, int64_t c, int64_t steps, bool fresh) {
+    int64_t stride = stride_of_B(s.n);
+    const float *B = w.B + k + steps * stride, *C = w.C + k + steps * stride;
+    V A[STATES], h[STATES], g[STATES], dA[STATES];
+    load_states(A, w.A + k * BLOCK + c);
+    load_states(g, w.g + k * BLOCK + c);
+    load_states(dA, w.dA + k * BLOCK + c);
+    for (int j = 0; j < STATES; j++) h[j] = load(w.before[steps][j]);
+    for (int64_t t = steps - 1; t >= 0; t--) {
+        B -= stride;
+        C -= stride;
+        V step = load(w.step[t] + c), u = load(w.u[t] + c), dlinear = load(w.dlinear[t] + c);
+        V du = load(w.du[t] + c), dlog_step = load(w.dlog[t] + c);
+        for (int j = 0; j < STATES; j++) {
+            float *dB = w.dB_lanes[j][t], *dC = w.dC_lanes[j][t];
+            g[j] += dlinear * C[j];
+            store(dC, (fresh ? V{} : load(dC)) + dlinear * h[j]);
+            store(dB, (fresh ? V{} : load(dB)) + u * g[j]);
+            du += g[j] * B[j];
+            h[j] = load(w.before[t][j]);
+            g[j] *= load(w.decay[t][j]);
+            V dlog = g[j] * h[j];
+            if (w.restart[t]) g[j] = dlog = V{};
+            dA[j] += dlog * step;
+            dlog_step += dlog * A[j];
+        }
+        store(w.du[t] + c, du);
+        store(w.dlog[t] + c, dlog_step);
+    }
+    store_states(w.g + k * BLOCK + c, g);
+    store_states(w.dA + k * BLOCK + c, dA);
+}
+
+// The sum of every position's lanes: at each step the vectors are half as many, and hold the sums of two.
+static void sum_lanes(float *sums, const float (*rows)[WIDEST]) {
+    for (int64_t start = 0; start < CHUNK; start += WIDTH) {
+        V part[WIDTH];
+        for (int k = 0; k < WIDTH; k++) part[k] = load(rows[start + k]);
+        for (int half = WIDTH / 2; half; half /= 2)
+            for (int k = 0; k < half; k++)
+                part[k] = SHUFFLE(part[k], part[k + half], ZIP_LOW) + SHUFFLE(part[k], part[k + half], ZIP_HIGH);
+        store(sums + start, part[0]);
+    }
+}
+
+static void write_gradients(const Task &task, Work &w, int64_t start, int64_t steps, int64_t first, int64_t channels) {
+    const Scan &s = *task.scan;
+    const bool bfloat16 = s.bfloat16, gated = s.z.data, through_softplus = s.delta_softplus;
+    const int64_t size = bfloat16 ? 2 : 4;
+    for (int64_t t = 0; t < steps; t++) {
+        char *dx_t = at(s, s.dx, task.row, start + t, first), *ddelta_t = at(s, s.ddelta, task.row, start + t, first);
+        char *dz_t = at(s, s.dz, task.row, start + t, first);
+        const bool masked = w.masked[t];
+        for (int64_t c = 0; c < channels; c += WIDTH) {
+            V x = load(w.x[t] + c), dlinear = load(w.dlinear[t] + c), du = load(w.du[t] + c);
+            V dx = du * load(w.step[t] + c) + dlinear * load(w.D + c);
+            // As A is in units of log 2, so is this.
+            V ddelta = load(w.dlog[t] + c) * 0.6931471806f + du * x;
+            if (through_softplus) ddelta *= sigmoid(load(w.raw[t] + c));
+            if (masked) dx = ddelta = V{};
+            store(w.dD + c, load(w.dD + c) + dlinear * x);
+            store(w.dbias + c, load(w.dbias + c) + ddelta);
+            write(dx_t + size * c, dx, channels - c, bfloat16);
+            write(ddelta_t + size * c, ddelta, channels - c, bfloat16);
+            if (!gated) continue;
+            V z = load(w.z[t] + c), gate = sigmoid(z), dz = load(w.dy[t] + c) * load(w.linear[t] + c);
+            dz *= gate * (1.0f + z * (1.0f - gate));
+            write(dz_t + size * c, masked ? V{} : dz, channels - c, bfloat16);
+        }
+    }
+}
+
+static void backward(const Task &task, Work &w) {
+    const Scan &s = *task.scan;
+    int64_t first = task.block * BLOCK, channels = s.e - first < BLOCK ? s.e - first : BLOCK;
+    int64_t state = (task.row * s.e + first) * s.n;
+    load_channels(s, w, first, channels);
+    load_state(s, w.g, s.dfinal_state, state, channels);
+    memset(w.dA, 0, sizeof(float) * tile_of(s));
+    memset(w.dD, 0, sizeof w.dD);
+    memset(w.dbias, 0, sizeof w.dbias);
+    for (int64_t chunk = chunks_of(s) - 1; chunk >= 0; chunk--) {
+        int64_t start = chunk * CHUNK, steps = s.l - start < CHUNK ? s.l - start : CHUNK;
+        memcpy(w.h, boundary(s, task.row, task.block, chunk), sizeof(float) * tile_of(s));
+        load_chunk(task, w, start, steps, first, channels, true);
+        load_gradients(task, w, start, steps, first, channels);
+        float *dB = partial_of(s, task.partial->dB, task.row, chunk, task.block);
+        float *dC = partial_of(s, task.partial->dC, task.row, chunk, task.block);
+        int64_t touched = 0;
+        for (int64_t k = 0; k < s.n; k += STATES) {
+            for (int64_t c = 0; c < channels; c += WIDTH) {
+                recompute(s, w, k, c, steps);
+                if (c)
+                    differentiate(s, w, k, c, steps, false);
+                else
+                    differentiate(s, w, k, c, steps, true);
+                for (int64_t until = share(s, k, c, channels); touched < until; touched++) {
+                    for (const Sequence *array : {&s.x, &s.delta, &s.z, &s.dy})
+                        touch(task, *array, start - CHUNK + touched, first, channels);
+                    for (const Sequence *array : {&s.dx, &s.ddelta, &s.dz})
+                        touch(task, *array, start + touched, first, channels);
+                }
+            }
+            for (int64_t j = 0; j < STATES; j++) {
+                sum_lanes(dB + (k + j) * CHUNK, w.dB_lanes[j]);
+                sum_lanes(dC + (k + j) * CHUNK, w.dC_lanes[j]);
+            }
+        }
+        write_gradients(task, w, start, steps, first, channels);
+    }
+    if (s.dinitial_state) from_tile(s.dinitial_state + state, w.g, channels, s.n);
+    from_tile(task.partial->dA + state, w.dA, channels, s.n);
+    memcpy(task.partial->dD + task.row * s.e + first, w.dD, sizeof(float) * channels);
+    memcpy(task.partial->dbias + task.row * s.e + first, w.dbias, sizeof(float) * channels);
+}
+
+// dB and dC of one chunk of a row; its index stands where that of a block does.
+static void sum_over_blocks(const Task &task, Work &w) {
+    const Scan &s = *task.scan;
+    int64_t chunk = task.block, start = chunk * CHUNK, steps = s.l - start < CHUNK ? s.l - start : CHUNK;
+    for (int which = 0; which < 2; which++) {
+        const Sequence &result = which ? s.dC : s.dB;
+        float *sums = partial_of(s, which ? task.partial->dC : task.partial->dB, task.row, chunk, 0);
+        int64_t size = padded(s.n) * CHUNK;
+        for (int64_t block = 1; block < blocks_of(s); block++)
+            for (int64_t k = 0; k < size; k += WIDTH)
+                store(sums + k, load(sums + k) + load(sums + block * size + k));
+        for (int64_t t = 0; t < steps; t++) {
+            for (int64_t k = 0; k < s.n; k++) w.B[k] = sums[k * CHUNK + t];
+            for (int64_t k = 0; k < s.n; k += WIDTH)
+                write(at(s, result, task.row, start + t, k), load(w.B + k), s.n - k, s.bfloat16);
+        }
+    }
+}
+
+static const Kernel kernel = {forward, backward, sum_over_blocks};
+
+}  // namespace NAMESPACE
+
+#if WIDTH > 4
+END_TARGET
+#endif
+#undef INLINE
+#undef PRAGMA
+#undef TARGET
+#undef END_TARGET
+#undef NAMESPACE
+#undef ZIP_LOW
+#undef ZIP_HIGH
+#undef SHUFFLE
+#undef WIDTH
+
+#endif
