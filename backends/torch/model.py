@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from mamba_core.backend import Hidden, Output, State
 from mamba_core.backends.torch import state as states
 from mamba_core.backends.torch.layers import Block, RMSNorm
+from mamba_core.backends.torch.scan import kernel_for
 from mamba_core.observe import reporting, within
 from mamba_core.spec.checks import check_inputs, check_state
 from mamba_core.spec.params import parameter_table
@@ -57,7 +58,7 @@ class Model(nn.Module):
     def __init__(self, config, kernels: str):
         super().__init__()
         self.config = config
-        self.kernels = kernels
+        self.chosen_kernels = kernels
         self.backbone = Backbone(config, kernels)
 
     @property
@@ -67,6 +68,10 @@ class Model(nn.Module):
     @property
     def device(self) -> str:
         return str(self.backbone.layers[0].norm.weight.device)
+
+    @property
+    def kernels(self) -> str:
+        return kernel_for(self.chosen_kernels, torch.device(self.device), self.backbone.dtype)
 
     def init_state(self, batch: int) -> State:
         weight = self.backbone.layers[0].norm.weight

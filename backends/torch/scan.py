@@ -4,12 +4,16 @@ The chunked form is one opaque operator to autograd, the compiler and torch.func
 boundaries only; its gradient is by hand, as in `mamba_core.spec.recurrence.selective_scan_vjp`.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from mamba_core.backends.torch.arrays import in_compute_dtype
+from mamba_core.backends.torch.arrays import devices, in_compute_dtype
+from mamba_core.backends.torch.kernels.native import native
+from mamba_core.backends.torch.kernels.native import reason as why_not_native
+from mamba_core.backends.torch.kernels.operator import differentiable, refuse_tangents
 from mamba_core.backends.torch.positions import restarts, where_counting
 from mamba_core.spec.checks import check_scan, check_step, choose_kernel
 
@@ -36,17 +40,9 @@ def selective_scan(
 ):
     """Gradients of gradients and forward mode need kernel="sequential", which keeps every state."""
     check_scan(x, delta, A, B, C, D, z, delta_bias, initial_state, mask, segment_ids)
-    run = KERNELS[choose_kernel(kernel, kernels(x.device.type))]
-    dtype = x.dtype
+    run = KERNELS[kernel_for(kernel, x.device, x.dtype)]
     restart = restarts(mask, segment_ids)
-    x, delta, A, B, C, D, z, delta_bias, h0 = in_compute_dtype(x, delta, A, B, C, D, z, delta_bias, initial_state)
-    # Zeros where masked, not only in the step: that makes y zero, and a NaN there harmless.
-    x, delta, B, C, z = (where_counting(mask, value) for value in (x, delta, B, C, z))
-    step = where_counting(mask, _step_size(delta, delta_bias, delta_softplus))
-    if h0 is None:
-        h0 = x.new_zeros(x.shape[0], *A.shape)
-    y, h = run(x, step, A, B, C, D, z, h0, restart)
-    y = y.to(dtype)
+    y, h = run(x, delta, A, B, C, D, z, delta_bias, initial_state, mask, restart, delta_softplus)
     return (y, h) if return_final_state else y
 
 
@@ -60,10 +56,42 @@ def selective_step(x, delta, A, B, C, D=None, *, z=None, delta_bias=None, delta_
 
 
 def kernels(device: str | None = None) -> dict[str, str | None]:
-    """Both run on every device."""
-    return dict.fromkeys(KERNELS)
+    """Those but "native" run on every device."""
+    return _kernels(torch.device(device or devices()[0]), None)
 
 
+def kernel_for(kernel: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The kernel of that name, or for "auto" the fastest, for arrays there.
+
+    Raises:
+        ValueError: there is no such kernel, or not for them.
+    """
+    return choose_kernel(kernel, _kernels(device, dtype))
+
+
+def _kernels(device, dtype):
+    return {name: why_not_native(device, dtype) if name == "native" else None for name in KERNELS}
+
+
+def _prepared(scan):
+    """A kernel that takes the arguments as they come, from one of the step sizes, all in the compute dtype."""
+
+    @functools.wraps(scan)
+    def kernel(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, delta_softplus):
+        dtype = x.dtype
+        x, delta, A, B, C, D, z, delta_bias, h0 = in_compute_dtype(x, delta, A, B, C, D, z, delta_bias, h0)
+        # Zeros where masked, not only in the step: that makes y zero, and a NaN there harmless.
+        x, delta, B, C, z = (where_counting(mask, value) for value in (x, delta, B, C, z))
+        step = where_counting(mask, _step_size(delta, delta_bias, delta_softplus))
+        if h0 is None:
+            h0 = x.new_zeros(x.shape[0], *A.shape)
+        y, h = scan(x, step, A, B, C, D, z, h0, restart)
+        return y.to(dtype), h
+
+    return kernel
+
+
+@_prepared
 def sequential(x, step, A, B, C, D, z, h0, restart):
     """One position at a time in plain operations, differentiable any number of times."""
     h, outputs = h0, []
@@ -78,19 +106,6 @@ def sequential(x, step, A, B, C, D, z, h0, restart):
     return _output(linear, x, D, z), h
 
 
-def chunked(x, step, A, B, C, D, z, h0, restart):
-    """Over a chunk everything in bulk but h = decay * h + increment; channels last, as n is short for a vector."""
-    _refuse_tangents(x, step, A, B, C, D, z, h0)
-    # A compiled or exported graph keeps the operator, with the gradient registered for it; torch.func wants a Function.
-    run = _scan if torch.compiler.is_compiling() else _Scan.apply
-    y, h, _ = run(x, step, A, B, C, D, z, h0, restart)
-    return y, h
-
-
-# Fastest first.
-KERNELS = {"chunked": chunked, "sequential": sequential}
-
-
 @torch.library.custom_op("mamba_core::selective_scan", mutates_args=())
 def _scan(
     x: Tensor,
@@ -103,9 +118,11 @@ def _scan(
     h0: Tensor,
     restart: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, h_last, boundaries): boundaries (b, chunks + 1, n, e) holds the state before and after every chunk."""
-    # Also here: a compiled graph may be given tangents when it runs.
-    _refuse_tangents(x, step, A, B, C, D, z, h0)
+    """Over a chunk everything in bulk but h = decay * h + increment; channels last, as n is short for a vector.
+
+    (y, h_last, boundaries): boundaries (b, chunks + 1, n, e) holds the state before and after every chunk.
+    """
+    refuse_tangents(x, step, A, B, C, D, z, h0)
     y, boundaries, A = x.new_empty(x.shape), _empty_boundaries(x, A.shape[1]), A.mT.contiguous()
     boundaries[:, 0] = h0.mT
     buffers, restarting = _empty_buffers(2, x, A.shape[0]), _restarting_rows(restart, x)
@@ -122,6 +139,7 @@ def _scan(
 def _scan_backward(
     dy: Tensor,
     dh_last: Tensor | None,
+    boundaries: Tensor,
     x: Tensor,
     step: Tensor,
     A: Tensor,
@@ -129,10 +147,10 @@ def _scan_backward(
     C: Tensor,
     D: Tensor | None,
     z: Tensor | None,
+    h0: Tensor,
     restart: Tensor | None,
-    boundaries: Tensor,
 ) -> list[Tensor]:
-    """Gradients of x, step, A, B, C and h0, then of D and z where given; names as in the reference."""
+    """Gradients of x, step, A, B, C, D and z where given, and h0; names as in the reference."""
     dx, dstep, dB, dC = (value.new_empty(value.shape) for value in (x, step, B, C))
     A = A.mT.contiguous()
     dA, dD = torch.zeros_like(A), None if D is None else torch.zeros_like(D)
@@ -160,7 +178,7 @@ def _scan_backward(
             dx[:, part] += dlinear * D
             dD += (dlinear * x_part).sum((0, 1))
     given = [value for value in (dD, dz) if value is not None]
-    return [dx, dstep, dA.mT.contiguous(), dB, dC, arriving.mT.contiguous(), *given]
+    return [dx, dstep, dA.mT.contiguous(), dB, dC, *given, arriving.mT.contiguous()]
 
 
 def _states(x, step, A, B, before, restarting, decay, states):
@@ -201,95 +219,14 @@ def _(x, step, A, B, C, D, z, h0, restart):
 
 
 @_scan_backward.register_fake
-def _(dy, dh_last, x, step, A, B, C, D, z, restart, boundaries):
-    h0 = A.new_empty(x.shape[0], *A.shape)
-    return [value.new_empty(value.shape) for value in (x, step, A, B, C, h0, D, z) if value is not None]
+def _(dy, dh_last, boundaries, x, step, A, B, C, D, z, h0, restart):
+    return [value.new_empty(value.shape) for value in (x, step, A, B, C, D, z, h0) if value is not None]
 
 
-class _Scan(torch.autograd.Function):
-    """`_scan` with its gradient, for autograd and for torch.func's grad and vmap."""
+chunked = _prepared(differentiable(_scan, _scan_backward))
 
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*arguments):
-        return _scan(*arguments)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, step, A, B, C, D, z, _, restart = inputs
-        ctx.save_for_backward(x, step, A, B, C, D, z, restart, output[2])
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx, dy, dh_last, _):
-        x, step, A, B, C, D, z, restart, boundaries = ctx.saved_tensors
-        if dy is None:
-            dy = torch.zeros_like(x)
-        saved = (x, step, A, B, C, D, z, restart, boundaries)
-        dx, dstep, dA, dB, dC, dh0, *given = _ScanBackward.apply(dy, dh_last, *saved)
-        dD = None if D is None else given.pop(0)
-        dz = None if z is None else given.pop(0)
-        return dx, dstep, dA, dB, dC, dD, dz, dh0, None
-
-    @staticmethod
-    def jvp(ctx, *_):
-        raise NotImplementedError(_FIRST_REVERSE_ONLY)
-
-
-class _ScanBackward(torch.autograd.Function):
-    """`_scan_backward`, which itself is not differentiated."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*arguments):
-        return tuple(_scan_backward(*arguments))
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise NotImplementedError(_FIRST_REVERSE_ONLY)
-
-    jvp = backward
-
-
-_FIRST_REVERSE_ONLY = (
-    'kernel "chunked" has first derivatives in reverse mode only: no second derivative and no jvp; '
-    'for them pass kernel="sequential", to a model kernels="sequential"'
-)
-
-
-def _refuse_tangents(*values):
-    """Forward mode would lose them without a word: it knows no rule for an operator."""
-    if any(value is not None and forward_ad.unpack_dual(value).tangent is not None for value in values):
-        raise NotImplementedError(_FIRST_REVERSE_ONLY)
-
-
-def _one_at_a_time(operator):
-    """A rule for vmap: the operator on each element, one after another, the results stacked."""
-
-    def rule(info, axes, *arguments):
-        pairs = list(zip(arguments, axes, strict=True))
-        if info.batch_size == 0:
-            raise ValueError("vmap over an axis of length 0; expected at least one element")
-
-        def element(index):
-            return (value if axis is None else value.select(axis, index) for value, axis in pairs)
-
-        results = [operator(*element(index)) for index in range(info.batch_size)]
-        stacked = type(results[0])(map(torch.stack, zip(*results, strict=True)))
-        return stacked, type(stacked)([0] * len(stacked))
-
-    return rule
-
-
-_scan.register_autograd(_Scan.backward, setup_context=_Scan.setup_context)
-_scan.register_vmap(_one_at_a_time(_scan))
-_scan_backward.register_vmap(_one_at_a_time(_scan_backward))
+# Fastest first.
+KERNELS = {"native": native, "chunked": chunked, "sequential": sequential}
 
 
 def _parts(x):

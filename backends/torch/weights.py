@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from mamba_core.backends.torch.arrays import devices, from_numpy, to_numpy
+from mamba_core.backends.torch.arrays import devices, dtype_of, from_numpy, to_numpy
 from mamba_core.backends.torch.model import MODELS, Model
-from mamba_core.backends.torch.scan import kernels as scan_kernels
-from mamba_core.spec.checks import choose_device, choose_kernel
+from mamba_core.backends.torch.scan import kernel_for
+from mamba_core.spec.checks import choose_device
 from mamba_core.spec.params import Values, checked
 
 
@@ -18,8 +18,8 @@ def build(config, parameters: Iterable[tuple[str, np.ndarray]], *, dtype="float3
     # Of several GPUs one is named as torch does, "cuda:1".
     indexed = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     device = choose_device(None if device is None else str(device), [*devices(), *indexed])
-    kernels = choose_kernel(kernels, scan_kernels(torch.device(device).type))
-    with torch.device("meta"):
+    kernel_for(kernels, torch.device(device), dtype_of(dtype))
+    with torch.device("meta"):  # "auto" stays so: the model may be moved to where another kernel is the fastest
         model = MODELS[config.task](config, kernels)
     for parameter, value in checked(config, parameters):
         owner, _, leaf = parameter.name.rpartition(".")

@@ -36,7 +36,7 @@ CAUGHT_BY = {
         "state zeroed between chunks": Mutant("scan.py", "boundaries[:, index + 1] = states[:, -1]",
                                           "boundaries[:, index + 1] = states[:, -1] * (index % 2)"),
         "initial state ignored": Mutant("scan.py", "boundaries[:, 0] = h0.mT", "boundaries[:, 0] = 0.0"),
-        "initial state's gradient missing": Mutant("scan.py", "dB, dC, arriving.mT.contiguous()", "dB, dC, 0 * arriving.mT.contiguous()"),
+        "initial state's gradient missing": Mutant("scan.py", "*given, arriving.mT.contiguous()", "*given, 0 * arriving.mT.contiguous()"),
         "final state's gradient ignored": Mutant("scan.py", "if dh_last is None else dh_last.mT.clone()", "if 1 else dh_last"),
         "dA misses the carried term": Mutant("scan.py", "    decay_t[0].mul_(before)\n", "    decay_t[0].zero_()\n"),
         "gradient does not cross chunks": Mutant("scan.py", "[:, -1] += arriving", "[:, -1] += 0 * arriving"),
@@ -73,7 +73,7 @@ CAUGHT_BY = {
         "what is masked not cleared": Mutant("scan.py", "x, delta, B, C, z = (where_counting(mask, value) for", "x, delta, B, C, z = (value for"),
     },
     "test_the_whole": {
-        "final state in half precision": Mutant("scan.py", "return (y, h) if return", "return (y, h.to(dtype)) if return"),
+        "final state in half precision": Mutant("scan.py", "return (y, h) if return", "return (y, h.to(x.dtype)) if return"),
         "restart ignored by the scan": Mutant("scan.py", "        if rows is not None:\n            h = h.masked_fill(rows, 0.0)\n", ""),
         "restart ignored in backward only": Mutant("scan.py", "        if restarting[t] is not None:\n            decay_t[t].masked_fill_(restarting[t], 0.0)\n", ""),
         "restart ignored by the conv": Mutant("conv.py", "if runs is not None and tap < width - 1:", "if False:"),

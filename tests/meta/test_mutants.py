@@ -16,7 +16,7 @@ SUITE = "tests/conformance"
 
 def run(name: str, law: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "pytest", SUITE, "--backend", "torch", "-x", "-k", law, "-p", "tests.meta.plugin"]
-    environment = os.environ | {"MUTANT": name, "HYPOTHESIS_PROFILE": "unshrunk"}
+    environment = os.environ | {"MUTANT": name, "HYPOTHESIS_PROFILE": "unshrunk", "MAMBA_CORE_NATIVE": "0"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
