@@ -8,6 +8,7 @@ from mamba_core.backend import Hidden, Output, State
 from mamba_core.backends.mlx import state as states
 from mamba_core.backends.mlx.arrays import dtype_name
 from mamba_core.backends.mlx.layers import Block, RMSNorm
+from mamba_core.backends.mlx.scan import kernel_for
 from mamba_core.observe import reporting, within
 from mamba_core.spec.checks import check_inputs, check_state
 from mamba_core.spec.params import parameter_table
@@ -62,13 +63,18 @@ class Model(nn.Module):
     def __init__(self, config, kernels: str, device: str):
         super().__init__()
         self.config = config
-        self.kernels = kernels
+        self.chosen_kernels = kernels
         self.device = device
         self.backbone = Backbone(config, kernels)
 
     @property
     def dtype(self) -> str:
         return dtype_name(self.backbone.dtype)
+
+    @property
+    def kernels(self) -> str:
+        """Outside `mx.compile`, where "auto" is another."""
+        return kernel_for(self.chosen_kernels, self.device, self.backbone.dtype)
 
     def on_device(self):
         """A context in which operations are computed on the model's device."""

@@ -3,14 +3,18 @@
 h_t = exp(step_t A) h_{t-1} + step_t B_t x_t;  y_t = (C_t h_t + D x_t) * silu(z_t).
 """
 
+import functools
 from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mamba_core.backends.mlx.arrays import check_device
+from mamba_core.backends.mlx.kernels.native import native
+from mamba_core.backends.mlx.kernels.native import reason as why_not_native
+from mamba_core.backends.mlx.kernels.reverse_only import first_derivative_only
 from mamba_core.backends.mlx.positions import restarts
-from mamba_core.spec.checks import check_scan, check_step
+from mamba_core.spec.checks import check_scan, check_step, choose_kernel
 
 # In positions. The state before each chunk is kept: with 16 of them and 16 states a channel, as much as x.
 CHUNK = 16
@@ -37,18 +41,8 @@ def selective_scan(
 ):
     """Computed in float32, a float64 x too: MLX has no float64 on a GPU."""
     check_scan(x, delta, A, B, C, D, z, delta_bias, initial_state, mask, segment_ids)
-    run = _kernel(kernel)
-    dtype = x.dtype
-    if mask is not None:
-        # Not by a factor of zero: what stands at a masked position may be Inf or NaN.
-        x, delta, B, C, z = (_where_valid(mask, value) for value in (x, delta, B, C, z))
-    x, A, B, C, D, z = (_float32(value) for value in (x, A, B, C, D, z))
-    step = _where_valid(mask, _step_size(delta, delta_bias, delta_softplus))
-    h = mx.zeros((x.shape[0], *A.shape)) if initial_state is None else _float32(initial_state)
-    y = x
-    if x.shape[1] > 0:
-        y, h = run(x, step, A, B, C, D, z, h, restarts(mask, segment_ids))
-    y = _where_valid(mask, y).astype(dtype)
+    arrays = (x, delta, A, B, C, D, z, delta_bias, initial_state, mask, restarts(mask, segment_ids))
+    y, h = KERNELS[kernel_for(kernel, _device(), x.dtype, arrays)](*arrays, delta_softplus)
     return (y, h) if return_final_state else y
 
 
@@ -62,11 +56,42 @@ def selective_step(x, delta, A, B, C, D=None, *, z=None, delta_bias=None, delta_
 
 
 def kernels(device: str | None = None) -> dict[str, str | None]:
-    """Both are made of MLX's own operations and run on every device."""
+    """Those but "native" are made of MLX's own operations and run on every device."""
     check_device(device)
-    return dict.fromkeys(KERNELS)
+    return dict.fromkeys(KERNELS) | {"native": why_not_native(device or _device())}
 
 
+def kernel_for(kernel: str, device: str, dtype: mx.Dtype, arrays=()) -> str:
+    """The kernel of that name, or for "auto" the fastest, for x of that dtype and these arrays.
+
+    Raises:
+        ValueError: there is no such kernel, or not for them.
+    """
+    # The arrays are computed to see whether they can be: not where that does not matter.
+    native = why_not_native(device, dtype, arrays) if kernel in ("auto", "native") else None
+    return choose_kernel(kernel, dict.fromkeys(KERNELS) | {"native": native})
+
+
+def _prepared(scan):
+    """A kernel that takes the arguments as they come, from one of the step sizes, all in float32."""
+
+    @functools.wraps(scan)
+    def kernel(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, delta_softplus):
+        dtype = x.dtype
+        if mask is not None:
+            # Not by a factor of zero: what stands at a masked position may be Inf or NaN.
+            x, delta, B, C, z = (_where_valid(mask, value) for value in (x, delta, B, C, z))
+        x, A, B, C, D, z = (_float32(value) for value in (x, A, B, C, D, z))
+        step = _where_valid(mask, _step_size(delta, delta_bias, delta_softplus))
+        y, h = x, mx.zeros((x.shape[0], *A.shape)) if h0 is None else _float32(h0)
+        if x.shape[1] > 0:
+            y, h = scan(x, step, A, B, C, D, z, h, restart)
+        return _where_valid(mask, y).astype(dtype), h
+
+    return kernel
+
+
+@_prepared
 def sequential(x, step, A, B, C, D, z, h0, restart):
     """A loop over time, differentiated by MLX, which keeps every state: for short sequences and as the plain twin."""
     h, linear = h0, []
@@ -77,6 +102,7 @@ def sequential(x, step, A, B, C, D, z, h0, restart):
     return _output(mx.stack(linear, axis=1), x, D, z), h
 
 
+@_prepared
 def chunked(x, step, A, B, C, D, z, h0, restart):
     """Chunks side by side: from a zero state, then from their true first states, which follow from one another.
 
@@ -87,13 +113,14 @@ def chunked(x, step, A, B, C, D, z, h0, restart):
     return _output(linear, x, D, z), h
 
 
-KERNELS = {"chunked": chunked, "sequential": sequential}
+# Fastest first.
+KERNELS = {"native": native, "chunked": chunked, "sequential": sequential}
 
 
 @mx.custom_function
 def _chunked_scan(x, step, A, B, C, h0, restart):
     """C_t h_t (b, l, e), the last state (b, e, n) and, block by block, the states before chunks (b * chunks, e, n)."""
-    x, step, A, B, C, h0 = _first_derivative_only((x, step, A, B, C, h0))
+    x, step, A, B, C, h0 = first_derivative_only((x, step, A, B, C, h0))
     plan = _plan(x, A)
     h, firsts, linear = h0, [], []
     for index in range(plan.blocks):
@@ -125,25 +152,8 @@ def _chunked_scan_vjp(arguments, cotangents, outputs):
         g, dA, *part = _block_vjp(plan, block, decay, A, states, dy, after, dA)
         parts.append(part)
     dx, dstep, dB, dC = (_join(plan, part[::-1]) for part in zip(*parts[1:], strict=True))
-    gradients = _first_derivative_only((dx, dstep, dA, dB, dC, g))
+    gradients = first_derivative_only((dx, dstep, dA, dB, dC, g))
     return *gradients, None if restart is None else mx.zeros_like(restart)
-
-
-@mx.custom_function
-def _first_derivative_only(values):
-    """The values, guarded: MLX would differentiate the kernel's own operations, and lose the gradient of `firsts`."""
-    return values
-
-
-def _refuse(*_):
-    raise NotImplementedError(
-        "kernel 'chunked' has a first gradient in reverse mode only and no vmap; "
-        "pass kernel='sequential', to a model kernels='sequential'"
-    )
-
-
-for transform in (_first_derivative_only.vjp, _first_derivative_only.jvp, _first_derivative_only.vmap):
-    transform(_refuse)
 
 
 class _Plan(NamedTuple):
@@ -326,14 +336,6 @@ def _step_size(delta, delta_bias, delta_softplus):
     delta = _float32(delta)
     delta = delta if delta_bias is None else delta + _float32(delta_bias)
     return mx.logaddexp(delta, 0.0) if delta_softplus else delta
-
-
-def _kernel(name):
-    if name == "auto":
-        return next(iter(KERNELS.values()))
-    if name not in KERNELS:
-        raise ValueError(f"kernel is {name!r}; on MLX expected 'auto' or one of {', '.join(KERNELS)}")
-    return KERNELS[name]
 
 
 def _where_valid(mask, value):

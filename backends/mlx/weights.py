@@ -7,10 +7,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mamba_core.backends.mlx.arrays import check_device, from_numpy, to_numpy
+from mamba_core.backends.mlx.arrays import check_device, dtype_named, from_numpy, to_numpy
 from mamba_core.backends.mlx.model import MODELS, Model
-from mamba_core.backends.mlx.scan import kernels as scan_kernels
-from mamba_core.spec.checks import choose_kernel
+from mamba_core.backends.mlx.scan import kernel_for
 from mamba_core.spec.params import Values, checked
 
 
@@ -18,7 +17,9 @@ def build(config, parameters: Iterable[tuple[str, np.ndarray]], *, dtype="float3
     """device: MLX's default device if None. The values the module is made with are lazy and never computed."""
     check_device(device)
     device = device or mx.default_device().type.name
-    model = MODELS[config.task](config, choose_kernel(kernels, scan_kernels(device)), device)
+    kernel_for(kernels, device, dtype_named(dtype))
+    # "auto" stays so: inside mx.compile another kernel is the fastest.
+    model = MODELS[config.task](config, kernels, device)
     convolutions = convolution_weights(model)
     weights = []
     for parameter, value in checked(config, parameters):

@@ -45,7 +45,8 @@ class Scan(ctypes.Structure):
     )
 
 
-SEQUENCES = tuple(name for name, kind in Scan._fields_ if kind is Sequence)
+FIELDS = frozenset(name for name, _ in Scan._fields_)
+SEQUENCES = frozenset(name for name, kind in Scan._fields_ if kind is Sequence)
 
 
 def missing() -> str | None:

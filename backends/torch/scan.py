@@ -57,7 +57,7 @@ def selective_step(x, delta, A, B, C, D=None, *, z=None, delta_bias=None, delta_
 
 def kernels(device: str | None = None) -> dict[str, str | None]:
     """Those but "native" run on every device."""
-    return _kernels(torch.device(device or devices()[0]), None)
+    return _kernels(torch.device(device or devices()[0]))
 
 
 def kernel_for(kernel: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -69,8 +69,8 @@ def kernel_for(kernel: str, device: torch.device, dtype: torch.dtype) -> str:
     return choose_kernel(kernel, _kernels(device, dtype))
 
 
-def _kernels(device, dtype):
-    return {name: why_not_native(device, dtype) if name == "native" else None for name in KERNELS}
+def _kernels(device, dtype=None):
+    return dict.fromkeys(KERNELS) | {"native": why_not_native(device, dtype)}
 
 
 def _prepared(scan):

@@ -120,8 +120,9 @@ def test_vmap_of_another_model_names_the_kernel_that_can(transform, kernels):
         mx.eval(transform(model, ids))
 
 
+@pytest.mark.parametrize("kernel", ["native", "chunked"])
 @pytest.mark.parametrize("transform", ["vmap", "jvp", "second derivative"])
-def test_transformations_that_chunked_refuses(transform):
+def test_transformations_that_a_fast_kernel_refuses(transform, kernel):
     arrays = [mx.array(value.astype(np.float32)) for value in scan_arguments().values()]
 
     def run(x, kernel):
@@ -138,7 +139,7 @@ def test_transformations_that_chunked_refuses(transform):
 
     transformed("sequential")
     with pytest.raises((NotImplementedError, ValueError), match="sequential"):
-        transformed("chunked")
+        transformed(kernel)
 
 
 def test_quantised_model_still_generates():

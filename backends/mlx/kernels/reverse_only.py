@@ -1,0 +1,23 @@
+"""What a gradient by hand needs in MLX: that other transformations are refused instead of losing it."""
+
+import mlx.core as mx
+
+
+@mx.custom_function
+def first_derivative_only(values, *given):
+    """The values, guarded: MLX would take the derivative of how a kernel computed them, or none at all.
+
+    given: what they were made from, where MLX does not see it.
+    """
+    return values
+
+
+def _refuse(*_):
+    raise NotImplementedError(
+        "the kernels but 'sequential' have a first gradient in reverse mode only and no vmap; "
+        "pass kernel='sequential', to a model kernels='sequential'"
+    )
+
+
+for transform in (first_derivative_only.vjp, first_derivative_only.jvp, first_derivative_only.vmap):
+    transform(_refuse)
