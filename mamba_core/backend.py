@@ -119,6 +119,7 @@ class Backend(Protocol):
         return_final_state: bool = False,
         mask: Array | None = None,
         segment_ids: Array | None = None,
+        kernel: str = "auto",
     ) -> Array | tuple[Array, Array]:
         """A causal filter of width k for each channel: y_t = activation(bias + sum_j weight[:, j] * x_{t-k+1+j}).
 
@@ -128,6 +129,7 @@ class Backend(Protocol):
             initial_state: (b, k-1, e), the inputs before the first position, oldest first; zeros if None.
             mask, segment_ids: as in `selective_scan`. A position that does not count is absent from every window
                 and yields zero; a restart begins from a window of zeros.
+            kernel: as in `selective_scan`; all but "native" mean the framework's own operations.
 
         Returns:
             y (b, l, e) in x's dtype, and if return_final_state also the last k-1 inputs that counted (b, k-1, e)

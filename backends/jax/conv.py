@@ -19,6 +19,7 @@ def causal_conv(
     return_final_state=False,
     mask=None,
     segment_ids=None,
+    kernel="auto",
 ):
     check_conv(x, weight, bias, activation, initial_state, mask, segment_ids)
     batch, _, channels = x.shape

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from mamba_core.backends.jax.arrays import devices
+from mamba_core.backends.jax.kernels import native
 from mamba_core.backends.jax.positions import restarts
-from mamba_core.spec.checks import check_scan, check_step
+from mamba_core.spec.checks import check_scan, check_step, choose_kernel
 
 # On a CPU a chunk's (t, b, n, e) arrays should stay in cache; elsewhere few and large operations pay.
 LOOP_CHUNK = 16
@@ -43,8 +44,7 @@ def selective_scan(
 ):
     """kernel="auto" is resolved for the platform that the computation is lowered for, also by `jax.export`."""
     check_scan(x, delta, A, B, C, D, z, delta_bias, initial_state, mask, segment_ids)
-    if kernel not in ("auto", *KERNELS):
-        raise ValueError(f"kernel is {kernel!r}; those that run here: auto, {', '.join(kernels())}")
+    kernel_for(kernel, "cpu", x.dtype)  # where it will run is not known before it is lowered
     y, h = _selective_scan(
         *(x, delta, A, B, C, D, z, delta_bias, initial_state, mask, segment_ids),
         delta_softplus=bool(delta_softplus),
@@ -63,14 +63,29 @@ def selective_step(x, delta, A, B, C, D=None, *, z=None, delta_bias=None, delta_
 
 
 def kernels(device: str | None = None) -> dict[str, str | None]:
-    """All are made of JAX's own operations and run on every device."""
-    fastest = "chunked" if (device or devices()[0]) == "cpu" else "associative"
-    return dict.fromkeys([fastest, *KERNELS])
+    """Those but "native" are made of JAX's own operations and run on every device."""
+    return _kernels(device or devices()[0], None)
+
+
+def kernel_for(kernel: str, device: str, dtype) -> str:
+    """The kernel of that name, or for "auto" the fastest, for x of that dtype there.
+
+    Raises:
+        ValueError: there is no such kernel, or not for it.
+    """
+    return choose_kernel(kernel, _kernels(device, dtype))
+
+
+def _kernels(device, dtype):
+    order = KERNELS if device == "cpu" else ["associative", *KERNELS]
+    return dict.fromkeys(order) | {"native": native.reason(device, dtype)}
 
 
 def _auto(*arguments, delta_softplus):
-    run_cpu, run_other = (functools.partial(run, delta_softplus=delta_softplus) for run in (chunked, associative))
-    return lax.platform_dependent(*arguments, cpu=run_cpu, default=run_other)
+    on_cpu = kernel_for("auto", "cpu", arguments[0].dtype)
+    options = {"delta_softplus": delta_softplus}
+    run_cpu = functools.partial(KERNELS[on_cpu], **options, **({"portable": True} if on_cpu == "native" else {}))
+    return lax.platform_dependent(*arguments, cpu=run_cpu, default=functools.partial(associative, **options))
 
 
 def sequential(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, *, delta_softplus):
@@ -98,7 +113,12 @@ def associative(*arguments, delta_softplus):
     return _by_chunks(_TREE, TREE_CHUNK, *arguments, delta_softplus)
 
 
-KERNELS = {"chunked": chunked, "associative": associative, "sequential": sequential}
+KERNELS = {
+    "native": native.beside(chunked),
+    "chunked": chunked,
+    "associative": associative,
+    "sequential": sequential,
+}
 
 
 @functools.partial(jax.jit, static_argnames=("delta_softplus", "kernel"))

@@ -3,7 +3,9 @@
 import mlx.core as mx
 import mlx.nn as nn
 
+from mamba_core.backends.mlx.kernels.native_conv import native
 from mamba_core.backends.mlx.positions import compaction, restarts
+from mamba_core.backends.mlx.scan import kernel_for
 from mamba_core.spec.checks import check_conv, check_conv_step
 
 
@@ -17,14 +19,24 @@ def causal_conv(
     return_final_state=False,
     mask=None,
     segment_ids=None,
+    kernel="auto",
 ):
     check_conv(x, weight, bias, activation, initial_state, mask, segment_ids)
+    arrays = (x, weight, bias, activation, initial_state, mask, restarts(mask, segment_ids))
+    native_here = kernel_for(kernel, x.dtype, arrays) == "native"
+    y, state = (native if native_here else shifted)(*arrays)
+    return (y, state) if return_final_state else y
+
+
+def shifted(x, weight, bias, activation, state, mask, restart):
+    """A multiply-add of the whole length for each tap."""
     batch, length, channels = x.shape
     carried = weight.shape[1] - 1
-    state = mx.zeros((batch, carried, channels), x.dtype) if initial_state is None else initial_state.astype(x.dtype)
+    state = mx.zeros((batch, carried, channels), x.dtype) if state is None else state.astype(x.dtype)
     if length == 0:
-        return (x, state) if return_final_state else x
-    run = _runs(mask, segment_ids)
+        return x, state
+    # How many restarts there were up to each position.
+    run = None if restart is None else mx.cumsum(restart.astype(mx.int32), axis=1)
     if mask is not None:
         order, inverse = compaction(mask)
         x = _permute(mx.where(mask[..., None], x, mx.array(0, x.dtype)), order)
@@ -40,7 +52,7 @@ def causal_conv(
     y = _filter(taps, weight, bias, activation).astype(x.dtype)
     if mask is not None:
         y = mx.where(mask[..., None], _permute(y, inverse), mx.array(0, y.dtype))
-    return (y, _last_inputs(inputs, runs, mask, carried)) if return_final_state else y
+    return y, _last_inputs(inputs, runs, mask, carried)
 
 
 def causal_conv_step(x, weight, bias=None, *, activation=None, state):
@@ -57,12 +69,6 @@ def _filter(taps, weight, bias, activation):
     total = sum(tap.astype(mx.float32) * weight[:, j] for j, tap in enumerate(taps))
     total = total if bias is None else total + bias.astype(mx.float32)
     return nn.silu(total) if activation == "silu" else total
-
-
-def _runs(mask, segment_ids):
-    """(b, l) int: how many restarts there were up to here."""
-    restart = restarts(mask, segment_ids)
-    return None if restart is None else mx.cumsum(restart.astype(mx.int32), axis=1)
 
 
 def _in_run(inputs, run, current):

@@ -78,6 +78,7 @@ class MambaMixer(nn.Module):
             return_final_state=True,
             mask=mask,
             segment_ids=segment_ids,
+            kernel=self.kernels,
         )
 
     def _conv_one(self, x, state):

@@ -74,7 +74,7 @@ class Model(nn.Module):
     @property
     def kernels(self) -> str:
         """Outside `mx.compile`, where "auto" is another."""
-        return kernel_for(self.chosen_kernels, self.device, self.backbone.dtype)
+        return kernel_for(self.chosen_kernels, self.backbone.dtype, device=self.device)
 
     def on_device(self):
         """A context in which operations are computed on the model's device."""

@@ -10,8 +10,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mamba_core.backends.mlx.arrays import check_device
-from mamba_core.backends.mlx.kernels.native import native
-from mamba_core.backends.mlx.kernels.native import reason as why_not_native
+from mamba_core.backends.mlx.kernels.memory import reason as why_not_native
+from mamba_core.backends.mlx.kernels.native_scan import native
 from mamba_core.backends.mlx.kernels.reverse_only import first_derivative_only
 from mamba_core.backends.mlx.positions import restarts
 from mamba_core.spec.checks import check_scan, check_step, choose_kernel
@@ -42,7 +42,7 @@ def selective_scan(
     """Computed in float32, a float64 x too: MLX has no float64 on a GPU."""
     check_scan(x, delta, A, B, C, D, z, delta_bias, initial_state, mask, segment_ids)
     arrays = (x, delta, A, B, C, D, z, delta_bias, initial_state, mask, restarts(mask, segment_ids))
-    y, h = KERNELS[kernel_for(kernel, _device(), x.dtype, arrays)](*arrays, delta_softplus)
+    y, h = KERNELS[kernel_for(kernel, x.dtype, arrays)](*arrays, delta_softplus)
     return (y, h) if return_final_state else y
 
 
@@ -61,14 +61,14 @@ def kernels(device: str | None = None) -> dict[str, str | None]:
     return dict.fromkeys(KERNELS) | {"native": why_not_native(device or _device())}
 
 
-def kernel_for(kernel: str, device: str, dtype: mx.Dtype, arrays=()) -> str:
-    """The kernel of that name, or for "auto" the fastest, for x of that dtype and these arrays.
+def kernel_for(kernel: str, dtype: mx.Dtype, arrays=(), device: str | None = None) -> str:
+    """The kernel of that name, or for "auto" the fastest, for x of that dtype and these arrays; device: MLX's default.
 
     Raises:
         ValueError: there is no such kernel, or not for them.
     """
     # The arrays are computed to see whether they can be: not where that does not matter.
-    native = why_not_native(device, dtype, arrays) if kernel in ("auto", "native") else None
+    native = why_not_native(device or _device(), dtype, arrays) if kernel in ("auto", "native") else None
     return choose_kernel(kernel, dict.fromkeys(KERNELS) | {"native": native})
 
 

@@ -17,7 +17,7 @@ def build(config, parameters: Iterable[tuple[str, np.ndarray]], *, dtype="float3
     """device: MLX's default device if None. The values the module is made with are lazy and never computed."""
     check_device(device)
     device = device or mx.default_device().type.name
-    kernel_for(kernels, device, dtype_named(dtype))
+    kernel_for(kernels, dtype_named(dtype), device=device)
     # "auto" stays so: inside mx.compile another kernel is the fastest.
     model = MODELS[config.task](config, kernels, device)
     convolutions = convolution_weights(model)

@@ -11,7 +11,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 # Of the structs and functions below; the library tells its own.
-ABI = 1
+ABI = 2
 
 DTYPES = ("float32", "bfloat16")
 
@@ -45,8 +45,56 @@ class Scan(ctypes.Structure):
     )
 
 
-FIELDS = frozenset(name for name, _ in Scan._fields_)
-SEQUENCES = frozenset(name for name, kind in Scan._fields_ if kind is Sequence)
+class Conv(ctypes.Structure):
+    """The arguments of a causal convolution and of its gradient, as `causal_conv.cpp` documents them."""
+
+    _fields_ = (
+        *_fields(_int64, "b l e k"),
+        *_fields(_int32, "bfloat16 silu threads width"),
+        *_fields(Sequence, "x"),
+        *_fields(_pointer, "weight bias initial_state mask restart"),
+        *_fields(Sequence, "y"),
+        *_fields(_pointer, "final_state"),
+        *_fields(Sequence, "dy"),
+        *_fields(_pointer, "dfinal_state"),
+        *_fields(Sequence, "dx"),
+        *_fields(_pointer, "dweight dbias dinitial_state"),
+    )
+
+
+class Matrix(ctypes.Structure):
+    """A weight (outputs, inputs), or (inputs, outputs) where the step says `transposed`, and a bias or None."""
+
+    _fields_ = _fields(_pointer, "weight bias")
+
+
+class BlockStep(ctypes.Structure):
+    """The arguments of a residual block at one position, as `block_step.cpp` documents them."""
+
+    _fields_ = (
+        *_fields(_int64, "b d e n k r"),
+        *_fields(_int32, "bfloat16 residual_bfloat16 transposed threads width"),
+        *_fields(ctypes.c_float, "eps"),
+        *_fields(_pointer, "residual conv_state ssm_state norm"),
+        *_fields(Matrix, "in_proj conv x_proj out_proj"),
+        *_fields(_pointer, "dt_proj delta_bias A_log D"),
+        *_fields(_pointer, "new_residual new_conv_state new_ssm_state"),
+    )
+
+
+class LinearStep(ctypes.Structure):
+    """The arguments of a product with a matrix, as `block_step.cpp` documents them."""
+
+    _fields_ = (
+        *_fields(_int64, "b inputs outputs"),
+        *_fields(_int32, "bfloat16 transposed threads width"),
+        *_fields(_pointer, "x"),
+        *_fields(Matrix, "matrix"),
+        *_fields(_pointer, "y"),
+    )
+
+
+SEQUENCES = frozenset(name for kinds in (Scan, Conv) for name, kind in kinds._fields_ if kind is Sequence)
 
 
 def missing() -> str | None:
@@ -106,9 +154,45 @@ def scan_backward(arguments: Scan) -> None:
     _check(library().mamba_scan_backward(ctypes.byref(arguments)))
 
 
+def conv(arguments: Conv) -> None:
+    """Fills y, and final_state where it is given.
+
+    Raises:
+        MemoryError: there is not the memory for its workspace.
+    """
+    _check(library().mamba_conv_forward(ctypes.byref(arguments)))
+
+
+def conv_backward(arguments: Conv) -> None:
+    """Fills the gradients.
+
+    Raises:
+        MemoryError: there is not the memory for its workspace.
+    """
+    _check(library().mamba_conv_backward(ctypes.byref(arguments)))
+
+
+def block_step(arguments: BlockStep) -> None:
+    """Fills new_residual, new_conv_state and new_ssm_state.
+
+    Raises:
+        MemoryError: there is not the memory for its workspace.
+    """
+    _check(library().mamba_block_step(ctypes.byref(arguments)))
+
+
+def linear_step(arguments: LinearStep) -> None:
+    """Fills y.
+
+    Raises:
+        MemoryError: there is not the memory for its workspace.
+    """
+    _check(library().mamba_linear_step(ctypes.byref(arguments)))
+
+
 def _check(failed: int) -> None:
     if failed:
-        raise MemoryError("no memory for the workspace of the native scan")
+        raise MemoryError("no memory for the workspace of a native kernel")
 
 
 @functools.cache
@@ -139,4 +223,8 @@ def _load(path: Path) -> ctypes.CDLL:
     found.mamba_scan_boundaries.restype = _int64
     for name in ("mamba_scan_forward", "mamba_scan_backward"):
         getattr(found, name).argtypes = [ctypes.POINTER(Scan)]
+    for name in ("mamba_conv_forward", "mamba_conv_backward"):
+        getattr(found, name).argtypes = [ctypes.POINTER(Conv)]
+    found.mamba_block_step.argtypes = [ctypes.POINTER(BlockStep)]
+    found.mamba_linear_step.argtypes = [ctypes.POINTER(LinearStep)]
     return found

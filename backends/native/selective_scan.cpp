@@ -6,40 +6,14 @@
 
 #include <initializer_list>
 #include <pthread.h>
-#include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
-#ifdef __x86_64__
-#include <immintrin.h>
-#endif
+
+#include "scan.h"
+#include "vectors.h"
 
 // One task is BLOCK channels of one row; it keeps its state in memory every CHUNK positions. Neither depends on the
 // vector width or the threads, and so the order of every sum is the same for any number of them.
-constexpr int64_t BLOCK = 64, CHUNK = 32, STATES = 2, WIDEST = 16, MOST_THREADS = 256;
-
-// An array (b, l, channels) of the compute dtype, or absent; strides in elements, channels side by side.
-struct Sequence {
-    char *data;
-    int64_t batch, position;
-};
-
-// The arguments of every function below. Shapes and names as in mamba_core.backend; A, D, delta_bias and all states
-// are float32 and contiguous, mask and restart (b, l) bytes. What is optional there may be null here.
-struct Scan {
-    int64_t b, l, e, n;
-    int32_t bfloat16, delta_softplus, threads, width;
-    Sequence x, delta, z, B, C;
-    const float *A, *D, *delta_bias, *initial_state;
-    const uint8_t *mask, *restart;
-    // Results. boundaries: mamba_scan_boundaries() floats that the gradient needs, null where there will be none.
-    Sequence y;
-    float *final_state, *boundaries;
-    // Gradients, each null exactly where its argument is. dfinal_state null is zero; dinitial_state may be null.
-    Sequence dy;
-    const float *dfinal_state;
-    Sequence dx, ddelta, dz, dB, dC;
-    float *dA, *dD, *ddelta_bias, *dinitial_state;
-};
+constexpr int64_t BLOCK = 64, CHUNK = 32, STATES = 2, MOST_THREADS = 256;
 
 // What a thread computes in. Rows of positions; n here is a multiple of STATES, with states of zeros added.
 struct Work {
@@ -66,7 +40,6 @@ struct Task {
     int64_t row, block;
 };
 
-static int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 static int64_t padded(int64_t n) { return divide_up(n, STATES) * STATES; }
 static int64_t stride_of_B(int64_t n) { return divide_up(n, WIDEST) * WIDEST; }
 static int64_t blocks_of(const Scan &s) { return divide_up(s.e, BLOCK); }
@@ -174,25 +147,20 @@ static void sum_over_rows(float *total, const float *rows, int64_t b, int64_t si
         for (int64_t k = 0; k < size; k++) total[k] += rows[row * size + k];
 }
 
-#define EXPORT extern "C" __attribute__((visibility("default")))
+// Raised with every change to a struct or to a function's meaning, as ABI in __init__.py.
+EXPORT int32_t mamba_native_abi() { return 2; }
 
-// Raised with every change to Scan or to a function's meaning, as ABI in __init__.py.
-EXPORT int32_t mamba_native_abi() { return 1; }
+int32_t mamba_scan_width() { return widest(); }
 
-// Lanes of the widest vectors that run here: 16 is AVX-512, 8 AVX2, 4 NEON or plain C.
-EXPORT int32_t mamba_scan_width() { return widest(); }
-
-// How many floats the boundaries of a scan of these sizes are.
-EXPORT int64_t mamba_scan_boundaries(int64_t b, int64_t l, int64_t e, int64_t n) {
+int64_t mamba_scan_boundaries(int64_t b, int64_t l, int64_t e, int64_t n) {
     return b * divide_up(l, CHUNK) * divide_up(e, BLOCK) * BLOCK * padded(n);
 }
 
-// Each of the two returns 0, or 1 where there is not the memory.
-EXPORT int32_t mamba_scan_forward(const Scan *scan) {
+int32_t mamba_scan_forward(const Scan *scan) {
     return run(*scan, nullptr, kernel_of(*scan).forward, blocks_of(*scan));
 }
 
-EXPORT int32_t mamba_scan_backward(const Scan *scan) {
+int32_t mamba_scan_backward(const Scan *scan) {
     const Scan &s = *scan;
     int64_t per_task = s.b * chunks_of(s) * blocks_of(s) * padded(s.n) * CHUNK, per_row = s.b * s.e * (s.n + 2);
     float *memory = (float *)malloc(sizeof(float) * (2 * per_task + per_row));
@@ -213,140 +181,9 @@ EXPORT int32_t mamba_scan_backward(const Scan *scan) {
 
 #else  // What is compiled for each width.
 
-#define INLINE static inline __attribute__((always_inline))
-#define PRAGMA(text) _Pragma(#text)
-#ifdef __clang__
-#define TARGET(names) PRAGMA(clang attribute push(__attribute__((target(names))), apply_to = function))
-#define END_TARGET PRAGMA(clang attribute pop)
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define TARGET(names) PRAGMA(GCC push_options) PRAGMA(GCC target(names))
-#define END_TARGET PRAGMA(GCC pop_options)
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (I){__VA_ARGS__})
-#endif
+#include "vectors.h"
 
-#if WIDTH == 16
-TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
-#define NAMESPACE width16
-#define ZIP_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
-#define ZIP_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
-#elif WIDTH == 8
-TARGET("avx2,fma")
-#define NAMESPACE width8
-#define ZIP_LOW 0, 8, 1, 9, 2, 10, 3, 11
-#define ZIP_HIGH 4, 12, 5, 13, 6, 14, 7, 15
-#else
-#define NAMESPACE width4
-#define ZIP_LOW 0, 4, 1, 5
-#define ZIP_HIGH 2, 6, 3, 7
-#endif
-
-namespace NAMESPACE {
-
-typedef float V __attribute__((vector_size(4 * WIDTH)));
-typedef int32_t I __attribute__((vector_size(4 * WIDTH)));
-typedef uint32_t U __attribute__((vector_size(4 * WIDTH)));
-typedef uint16_t H __attribute__((vector_size(2 * WIDTH)));
-
-INLINE V load(const float *from) {
-    V value;
-    memcpy(&value, from, sizeof value);
-    return value;
-}
-INLINE void store(float *to, V value) { memcpy(to, &value, sizeof value); }
-INLINE V splat(float value) { return value - V{}; }
-
-// `left` values of the compute dtype; lanes beyond them are zero, and are not written.
-INLINE V read_whole(const char *from, bool bfloat16) {
-    if (!bfloat16) return load((const float *)from);
-    H half;
-    memcpy(&half, from, sizeof half);
-    return (V)(__builtin_convertvector(half, U) << 16);
-}
-INLINE V read(const char *from, int64_t left, bool bfloat16) {
-    if (left >= WIDTH) return read_whole(from, bfloat16);
-    char whole[4 * WIDTH] = {};
-    memcpy(whole, from, left * (bfloat16 ? 2 : 4));
-    return read_whole(whole, bfloat16);
-}
-INLINE void write_whole(char *to, V value, bool bfloat16) {
-    if (!bfloat16) return store((float *)to, value);
-    U bits = (U)value, rounded = bits + 0x7fff + (bits >> 16 & 1);
-    // Rounding would carry a NaN into infinity.
-    bits = value == value ? rounded : bits | 0x400000;
-    H half = __builtin_convertvector(bits >> 16, H);
-    memcpy(to, &half, sizeof half);
-}
-INLINE void write(char *to, V value, int64_t left, bool bfloat16) {
-    if (left >= WIDTH) return write_whole(to, value, bfloat16);
-    char whole[4 * WIDTH];
-    write_whole(whole, value, bfloat16);
-    memcpy(to, whole, left * (bfloat16 ? 2 : 4));
-}
-
-// The polynomial is (2^f - 1) / f to 8e-9 for f within 1/2 of 0, so that 2^0 is exactly 1: what a step of almost
-// nothing got wrong would add up over the positions.
-INLINE V power_of_fraction(V f) {
-    V p = 1.5461447767e-4f * f + 1.3390866807e-3f;
-    p = p * f + 9.6180569381e-3f;
-    p = p * f + 5.5503569543e-2f;
-    p = p * f + 2.4022650719e-1f;
-    p = p * f + 6.9314718246e-1f;
-    return p * f + 1.0f;
-}
-
-// 2^power in two steps: `rounded` to whole numbers, which `scaled` makes the exponent of a result.
-#if WIDTH == 16
-// No limits are needed: these instructions give 0 or infinity beyond a float's.
-INLINE V limited(V power) { return power; }
-INLINE V rounded(V power) { return power - _mm512_reduce_ps(power, _MM_FROUND_TO_NEAREST_INT); }
-INLINE V whole_of(V rounded) { return rounded; }
-INLINE V scaled(V value, V rounded) { return _mm512_maskz_scalef_ps(-1, value, rounded); }
-#else
-// To where a float's exponents end; a NaN stays one.
-INLINE V limited(V power) {
-#if WIDTH == 8
-    return _mm256_min_ps(splat(128.0f), _mm256_max_ps(splat(-127.0f), power));
-#elif defined __x86_64__
-    return _mm_min_ps(splat(128.0f), _mm_max_ps(splat(-127.0f), power));
-#else
-    power = power < -127.0f ? splat(-127.0f) : power;
-    return power > 128.0f ? splat(128.0f) : power;
-#endif
-}
-// Adding it rounds, and leaves the exponent's bits of that power of two lowest.
-static const float MAGIC = 12582912.0f + 127.0f;
-INLINE V rounded(V power) { return power + MAGIC; }
-INLINE V whole_of(V rounded) { return rounded - MAGIC; }
-INLINE V scaled(V value, V rounded) { return value * (V)((I)rounded << 23); }
-#endif
-
-// 2^(step A).
-INLINE V decay_of(V step, V A) {
-#if WIDTH == 16
-    V power = step * A, f = _mm512_reduce_ps(power, _MM_FROUND_TO_NEAREST_INT);
-    return scaled(power_of_fraction(f), power - f);
-#else
-    V power = limited(step * A), nearest = rounded(power);
-    return scaled(power_of_fraction(power - whole_of(nearest)), nearest);
-#endif
-}
-// Log 2 in two parts, the first with so few digits that its products are exact.
-INLINE V exponential(V value) {
-    V nearest = rounded(limited(value * 1.4426950409f)), whole = whole_of(nearest);
-    V rest = (value - whole * 0.693145751953125f) - whole * 1.42860677e-6f;
-    return scaled(power_of_fraction(rest * 1.4426950409f), nearest);
-}
-INLINE V sigmoid(V value) { return 1.0f / (1.0f + exponential(-value)); }
-// max(value, 0) + log(1 + exp(-|value|)), the logarithm as 2 atanh(q): to the last digits however small the result.
-INLINE V softplus(V value) {
-    V size = (V)((I)value & 0x7fffffff), power = exponential(-size), q = power / (2.0f + power), q2 = q * q;
-    V series = 0.232390508f * q2 + 0.217033148f;
-    series = series * q2 + 0.285925835f;
-    series = series * q2 + 0.399997026f;
-    series = series * q2 + 0.666666687f;
-    return 0.5f * (value + size) + (q * q2 * series + 2.0f * q);
-}
+BEGIN_WIDTH
 
 // Each step brings together what stood half the lanes apart; as many as a lane's index has bits transpose.
 INLINE void transpose(V *square) {
@@ -601,15 +438,12 @@ INLINE void differentiate(const Scan &s, Work &w, int64_t k, int64_t c, int64_t 
     store_states(w.dA + k * BLOCK + c, dA);
 }
 
-// The sum of every position's lanes: at each step the vectors are half as many, and hold the sums of two.
+// The sum of every position's lanes.
 static void sum_lanes(float *sums, const float (*rows)[WIDEST]) {
     for (int64_t start = 0; start < CHUNK; start += WIDTH) {
         V part[WIDTH];
         for (int k = 0; k < WIDTH; k++) part[k] = load(rows[start + k]);
-        for (int half = WIDTH / 2; half; half /= 2)
-            for (int k = 0; k < half; k++)
-                part[k] = SHUFFLE(part[k], part[k + half], ZIP_LOW) + SHUFFLE(part[k], part[k + half], ZIP_HIGH);
-        store(sums + start, part[0]);
+        store(sums + start, sums_of_lanes(part));
     }
 }
 
@@ -705,19 +539,8 @@ static void sum_over_blocks(const Task &task, Work &w) {
 
 static const Kernel kernel = {forward, backward, sum_over_blocks};
 
-}  // namespace NAMESPACE
+END_WIDTH
 
-#if WIDTH > 4
-END_TARGET
-#endif
-#undef INLINE
-#undef PRAGMA
-#undef TARGET
-#undef END_TARGET
-#undef NAMESPACE
-#undef ZIP_LOW
-#undef ZIP_HIGH
-#undef SHUFFLE
 #undef WIDTH
 
 #endif

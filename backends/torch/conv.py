@@ -1,6 +1,6 @@
 """The short causal convolution of each channel in PyTorch, as shifted multiply-adds.
 
-On a CPU these are faster than `conv1d`, and unlike it they leave out taps that lie before a restart.
+They are faster than `conv1d` on a CPU, and unlike it they leave out taps that lie before a restart.
 """
 
 import torch
@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mamba_core.backends.torch.arrays import in_compute_dtype
+from mamba_core.backends.torch.kernels.native_conv import native
 from mamba_core.backends.torch.positions import compaction, restarts, where_counting
+from mamba_core.backends.torch.scan import kernel_for
 from mamba_core.spec.checks import check_conv, check_conv_step
 
 
@@ -22,12 +24,19 @@ def causal_conv(
     return_final_state=False,
     mask=None,
     segment_ids=None,
+    kernel="auto",
 ):
     """Computed in float32 (float64 if x is), also under autocast."""
     check_conv(x, weight, bias, activation, initial_state, mask, segment_ids)
+    run = native if kernel_for(kernel, x.device, x.dtype) == "native" else shifted
+    y, state = run(x, weight, bias, activation, initial_state, mask, restarts(mask, segment_ids))
+    return (y, state) if return_final_state else y
+
+
+def shifted(x, weight, bias, activation, state, mask, restart):
+    """A multiply-add of the whole length for each tap."""
     dtype = x.dtype
-    restart = restarts(mask, segment_ids)
-    x, weight, bias, state = in_compute_dtype(x, weight, bias, initial_state)
+    x, weight, bias, state = in_compute_dtype(x, weight, bias, state)
     if state is None:
         state = x.new_zeros(x.shape[0], weight.shape[1] - 1, x.shape[2])
     if mask is not None:
@@ -39,8 +48,7 @@ def causal_conv(
     y = _activate(_filter(inputs, weight, bias, runs), activation)
     if mask is not None:
         y = where_counting(mask, _take(y, inverse))
-    y = y.to(dtype)
-    return (y, _last_inputs(inputs, state.shape[1], mask, runs).to(dtype)) if return_final_state else y
+    return y.to(dtype), _last_inputs(inputs, state.shape[1], mask, runs).to(dtype)
 
 
 def causal_conv_step(x, weight, bias=None, *, activation=None, state):

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mamba_core.backends.torch.arrays import devices, in_compute_dtype
-from mamba_core.backends.torch.kernels.native import native
-from mamba_core.backends.torch.kernels.native import reason as why_not_native
+from mamba_core.backends.torch.kernels.memory import reason as why_not_native
+from mamba_core.backends.torch.kernels.native_scan import native
 from mamba_core.backends.torch.kernels.operator import differentiable, refuse_tangents
 from mamba_core.backends.torch.positions import restarts, where_counting
 from mamba_core.spec.checks import check_scan, check_step, choose_kernel

@@ -3,13 +3,10 @@
 import mlx.core as mx
 
 
-@mx.custom_function
-def first_derivative_only(values, *given):
-    """The values, guarded: MLX would take the derivative of how a kernel computed them, or none at all.
-
-    given: what they were made from, where MLX does not see it.
-    """
-    return values
+def reverse_only(function: mx.custom_function) -> None:
+    """Forward mode and vmap of a function that computes at once raise."""
+    for transform in (function.jvp, function.vmap):
+        transform(_refuse)
 
 
 def _refuse(*_):
@@ -19,5 +16,14 @@ def _refuse(*_):
     )
 
 
-for transform in (first_derivative_only.vjp, first_derivative_only.jvp, first_derivative_only.vmap):
-    transform(_refuse)
+@mx.custom_function
+def first_derivative_only(values, *given):
+    """The values, guarded: MLX would take the derivative of how a kernel computed them, or none at all.
+
+    given: what they were made from, where MLX does not see it.
+    """
+    return values
+
+
+reverse_only(first_derivative_only)
+first_derivative_only.vjp(_refuse)

@@ -4,20 +4,8 @@ import torch
 from torch import Tensor
 
 from mamba_core.backends import native as library
+from mamba_core.backends.torch.kernels.memory import laid_out, point, rows
 from mamba_core.backends.torch.kernels.operator import differentiable, is_float, refuse_tangents
-
-DTYPES = tuple(getattr(torch, name) for name in library.DTYPES)
-# Asked once, and not by what the compiler traces.
-MISSING = library.missing()
-
-
-def reason(device: torch.device, dtype: torch.dtype | None) -> str | None:
-    """Why the kernel cannot run on that device, for x of that dtype; None if it can."""
-    if device.type != "cpu":
-        return "it runs on a CPU only"
-    if dtype is not None and dtype not in DTYPES:
-        return f"x is {str(dtype).removeprefix('torch.')}, and it computes {' and '.join(library.DTYPES)}"
-    return MISSING
 
 
 def native(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, delta_softplus):
@@ -80,7 +68,7 @@ def _scan_backward(
     if not keep:  # torch.func may ask for the gradient of tensors that did not say that they require one
         _, _, boundaries = _scan(*given.values(), delta_softplus, True)
     gradients = {f"d{name}": value.new_empty(value.shape) for name, value in given.items() if is_float(value)}
-    arriving = {"dy": _rows(dy), "dfinal_state": None if dfinal_state is None else dfinal_state.contiguous()}
+    arriving = {"dy": rows(dy), "dfinal_state": None if dfinal_state is None else dfinal_state.contiguous()}
     library.scan_backward(
         _arguments(x, A, delta_softplus, given | arriving | gradients | {"boundaries": boundaries.contiguous()})
     )
@@ -108,25 +96,9 @@ def _empty_results(x, A, keep):
 def _named(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart):
     """By the library's names, in memory as it wants them."""
     named = {"x": x, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
-    named |= {"initial_state": h0, "mask": mask, "restart": restart}
-    return {
-        name: value if value is None else _rows(value) if name in library.SEQUENCES else value.contiguous()
-        for name, value in named.items()
-    }
-
-
-def _rows(value):
-    """With the channels side by side; a slice of a wider array has them so, and is not copied."""
-    return value if value.stride(2) == 1 or value.shape[2] == 1 else value.contiguous()
+    return laid_out(named | {"initial_state": h0, "mask": mask, "restart": restart})
 
 
 def _arguments(x, A, delta_softplus, tensors) -> library.Scan:
-    """It does not keep the tensors alive."""
     sizes = (*x.shape, A.shape[1])
-    arguments = library.Scan(*sizes, x.dtype == torch.bfloat16, delta_softplus, torch.get_num_threads())
-    for name, value in tensors.items():
-        if value is not None:
-            pointer = value.data_ptr()
-            sequence = name in library.SEQUENCES
-            setattr(arguments, name, library.Sequence(pointer, *value.stride()[:2]) if sequence else pointer)
-    return arguments
+    return point(library.Scan(*sizes, x.dtype == torch.bfloat16, delta_softplus, torch.get_num_threads()), tensors)

@@ -1,0 +1,1 @@
+"""Fused kernels, each beside the plain op that it must equal."""

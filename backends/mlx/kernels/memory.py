@@ -1,0 +1,59 @@
+"""Arrays as the native library takes them: computed, and by pointer and strides."""
+
+import mlx.core as mx
+import numpy as np
+
+from mamba_core.backends import native as library
+from mamba_core.backends.mlx.arrays import dtype_name
+
+DTYPES = tuple(getattr(mx, name) for name in library.DTYPES)
+
+
+def reason(device: str, dtype: mx.Dtype | None = None, arrays=()) -> str | None:
+    """Why no native kernel can run on that device, for x of that dtype and these arrays; None if one can."""
+    if device != "cpu":
+        return "it runs on a CPU only"
+    if dtype is not None and dtype not in DTYPES:
+        return f"x is {dtype_name(dtype)}, and it computes {' and '.join(library.DTYPES)}"
+    if _are_traced(arrays):
+        return "it computes at once, and inside mx.compile and mx.vmap there is nothing to compute with"
+    return library.missing()
+
+
+def call(function, arguments, given: dict[str, mx.array | None], results: dict[str, mx.array]) -> None:
+    """The results, fresh arrays, are written in place; those that the arguments have no name for stay zero."""
+    named = {name: _laid_out(name, value) for name, value in given.items() if value is not None} | results
+    mx.eval(list(named.values()))
+    for name in dict(arguments._fields_).keys() & named.keys():
+        view = _view(named[name])
+        strides = (stride // view.itemsize for stride in view.strides[:2])
+        pointer = view.ctypes.data
+        setattr(arguments, name, library.Sequence(pointer, *strides) if name in library.SEQUENCES else pointer)
+    function(arguments)
+
+
+def zeros_like(given: dict[str, mx.array | None]) -> dict[str, mx.array]:
+    """Of what is given, under the names of its gradients."""
+    return {f"d{name}": mx.zeros(value.shape, value.dtype) for name, value in given.items() if value is not None}
+
+
+def _laid_out(name, value):
+    """A sequence with its channels side by side, as a slice of a wider array has them too; the rest contiguous."""
+    if name in library.SEQUENCES:
+        mx.eval(value)
+        if value.shape[2] == 1 or _view(value).strides[2] == value.itemsize:
+            return value
+    return mx.contiguous(value)
+
+
+def _view(value) -> np.ndarray:
+    """The array's own memory; NumPy knows no bfloat16."""
+    return np.array(value.view(mx.uint16) if value.dtype == mx.bfloat16 else value, copy=False)
+
+
+def _are_traced(arrays) -> bool:
+    try:
+        mx.eval(arrays)
+    except ValueError:
+        return True
+    return False

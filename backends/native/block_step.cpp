@@ -1,0 +1,445 @@
+// One position of a residual block (Gu and Dao 2023, figure 3), and the product of the head, for a few rows on CPUs.
+// What such a step costs is to read the weights, so it reads them once and straight through, and all else stays in the
+// cache. float32 inside, in whatever the weights are; a plain C ABI that needs C's library and its threads only.
+
+#ifndef WIDTH
+
+#include <math.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdlib.h>
+
+#include "vectors.h"
+
+// (outputs, inputs) as torch stores it, or (inputs, outputs) where `transposed`; bias may be null. Of the compute dtype.
+struct Matrix {
+    const char *weight, *bias;
+};
+
+// Arrays are contiguous. Those of char are of the compute dtype, bfloat16 or float32, but the residual stream of its own.
+struct BlockStep {
+    int64_t b, d, e, n, k, r;
+    int32_t bfloat16, residual_bfloat16, transposed, threads, width;
+    float eps;
+    // (b, d), (b, k-1, e) and (b, e, n).
+    const char *residual, *conv_state;
+    const float *ssm_state;
+    // (d,); conv is (e, k), or (k, e) where `transposed`.
+    const char *norm;
+    Matrix in_proj, conv, x_proj, out_proj;
+    const char *dt_proj;
+    // (e,), (e, n) and (e,).
+    const float *delta_bias, *A_log, *D;
+    // Results, in other memory.
+    char *new_residual, *new_conv_state;
+    float *new_ssm_state;
+};
+
+// y (b, outputs) float32 from x (b, inputs) of the compute dtype.
+struct LinearStep {
+    int64_t b, inputs, outputs;
+    int32_t bfloat16, transposed, threads, width;
+    const char *x;
+    Matrix matrix;
+    float *y;
+};
+
+// What passes from phase to phase: hidden (b, d), x, z, delta and y (b, e), dtbc (b, r + 2n), taps (k, e), A (e, n).
+struct Work {
+    float *hidden, *x, *z, *dtbc, *delta, *y, *taps, *A;
+};
+
+struct Plan;
+typedef void Function(const Plan &, int64_t);
+
+// Tasks of which none needs another; the counts of those begun and done are all that the threads share.
+struct Phase {
+    Function *function;
+    int64_t tasks, begun, done;
+};
+
+struct Plan {
+    const BlockStep *block;
+    const LinearStep *linear;
+    Work work;
+    int64_t outputs_per_task;
+    Phase phases[5];
+    int32_t phase_count;
+};
+
+struct Kernel {
+    Function *normalise, *project_in, *project_x, *scan, *project_out;
+    Function *widen, *project;
+};
+
+// Outputs of one task: few, so that no thread waits long for another's last; where they lie side by side in memory,
+// enough to read more than a cache line at a time.
+constexpr int64_t OUTPUTS = 16, OUTPUTS_TRANSPOSED = 128;
+constexpr int64_t MOST_THREADS = 256, SPINS = 2000;
+// By how many bytes, or rows where transposed, weights are asked for before they are read.
+constexpr int64_t AHEAD = 4096, ROWS_AHEAD = 16;
+
+#define WIDTH 4
+#include "block_step.cpp"
+#ifdef __x86_64__
+#define WIDTH 8
+#include "block_step.cpp"
+#define WIDTH 16
+#include "block_step.cpp"
+#endif
+
+extern "C" int32_t mamba_scan_width();
+
+static const Kernel &kernel_of(__attribute__((unused)) int32_t width) {
+#ifdef __x86_64__
+    if (!width) width = mamba_scan_width();
+    if (width >= 16) return width16::kernel;
+    if (width >= 8) return width8::kernel;
+#endif
+    return width4::kernel;
+}
+
+static void relax() {
+#if defined __x86_64__
+    __builtin_ia32_pause();
+#elif defined __aarch64__
+    __asm__ volatile("yield");
+#endif
+}
+
+// What every thread does. One that comes late, or not at all, is not waited for.
+static void *work_through(void *argument) {
+    Plan &plan = *(Plan *)argument;
+    for (Phase *phase = plan.phases; phase < plan.phases + plan.phase_count; phase++) {
+        for (;;) {
+            int64_t task = __atomic_fetch_add(&phase->begun, 1, __ATOMIC_RELAXED);
+            if (task >= phase->tasks) break;
+            phase->function(plan, task);
+            __atomic_fetch_add(&phase->done, 1, __ATOMIC_RELEASE);
+        }
+        for (int64_t spins = 0; __atomic_load_n(&phase->done, __ATOMIC_ACQUIRE) < phase->tasks; spins++)
+            if (spins < SPINS)
+                relax();
+            else
+                sched_yield();
+    }
+    return nullptr;
+}
+
+// Threads live for one call: none is left for a fork to lose.
+static void run(Plan &plan, int64_t threads, int64_t weights) {
+    // A thread that is started should save more than the start costs.
+    int64_t worth = 1 + (weights >> 17);
+    threads = threads < worth ? threads : worth;
+    threads = threads < MOST_THREADS ? threads : MOST_THREADS;
+    pthread_t helpers[MOST_THREADS];
+    int64_t started = 0;
+    while (started + 1 < threads && !pthread_create(&helpers[started], nullptr, work_through, &plan)) started++;
+    work_through(&plan);
+    for (int64_t k = 0; k < started; k++) pthread_join(helpers[k], nullptr);
+}
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// Each of the two returns 0, or 1 where there is not the memory.
+EXPORT int32_t mamba_block_step(const BlockStep *step) {
+    const BlockStep &s = *step;
+    const Kernel &kernel = kernel_of(s.width);
+    int64_t mixed = s.r + 2 * s.n;
+    Work w;
+    struct {
+        float **array;
+        int64_t size;
+    } parts[] = {{&w.hidden, s.b * s.d}, {&w.x, s.b * s.e},     {&w.z, s.b * s.e},    {&w.delta, s.b * s.e},
+                 {&w.y, s.b * s.e},      {&w.dtbc, s.b * mixed}, {&w.taps, s.k * s.e}, {&w.A, s.e * s.n}};
+    int64_t size = 0;
+    for (auto &part : parts) size += divide_up(part.size, WIDEST) * WIDEST;
+    float *memory = (float *)aligned_alloc(64, sizeof(float) * size), *next = memory;
+    if (!memory) return 1;
+    for (auto &part : parts) {
+        *part.array = next;
+        next += divide_up(part.size, WIDEST) * WIDEST;
+    }
+    int64_t outputs = s.transposed ? OUTPUTS_TRANSPOSED : OUTPUTS;
+    int64_t channels = divide_up(s.e, outputs);
+    Plan plan = {step, nullptr, w, outputs, {
+        {kernel.normalise, s.b, 0, 0},
+        {kernel.project_in, channels, 0, 0},
+        {kernel.project_x, divide_up(mixed, outputs), 0, 0},
+        {kernel.scan, channels, 0, 0},
+        {kernel.project_out, divide_up(s.d, outputs), 0, 0},
+    }, 5};
+    run(plan, s.threads, s.e * (3 * s.d + mixed + s.r));
+    free(memory);
+    return 0;
+}
+
+EXPORT int32_t mamba_linear_step(const LinearStep *step) {
+    const LinearStep &s = *step;
+    const Kernel &kernel = kernel_of(s.width);
+    float *memory = (float *)aligned_alloc(64, 64 * divide_up(s.b * s.inputs, WIDEST));
+    if (!memory) return 1;
+    int64_t outputs = s.transposed ? OUTPUTS_TRANSPOSED : OUTPUTS;
+    Work w = {};
+    w.hidden = memory;
+    Plan plan = {nullptr, step, w, outputs, {
+        {kernel.widen, s.b, 0, 0},
+        {kernel.project, divide_up(s.outputs, outputs), 0, 0},
+    }, 2};
+    run(plan, s.threads, s.inputs * s.outputs);
+    free(memory);
+    return 0;
+}
+
+#else  // What is compiled for each width.
+
+#include "vectors.h"
+
+BEGIN_WIDTH
+
+INLINE V read_float(const float *from, int64_t left) { return read((const char *)from, left, false); }
+INLINE void write_float(float *to, V value, int64_t left) { write((char *)to, value, left, false); }
+
+// y (b, outputs) = x (b, inputs) times a matrix; strides between rows.
+struct Product {
+    Matrix matrix;
+    int64_t b, inputs, outputs;
+    bool bfloat16, transposed;
+    const float *x;
+    int64_t x_stride;
+    float *y;
+    int64_t y_stride;
+};
+
+// ROWS sums over the inputs of one output, lane by lane.
+template <int ROWS, bool BFLOAT16>
+INLINE void multiply(V *sums, const char *weight, const float *x, int64_t stride, int64_t inputs) {
+    const int64_t size = BFLOAT16 ? 2 : 4;
+    V even[ROWS] = {}, odd[ROWS] = {};
+    int64_t i = 0;
+    for (; i + 2 * WIDTH <= inputs; i += 2 * WIDTH) {
+        const char *one = weight + size * i, *other = one + size * WIDTH;
+        __builtin_prefetch(one + AHEAD);
+        __builtin_prefetch(other + AHEAD);
+        V first = read_whole(one, BFLOAT16), second = read_whole(other, BFLOAT16);
+        for (int row = 0; row < ROWS; row++) {
+            even[row] += first * load(x + row * stride + i);
+            odd[row] += second * load(x + row * stride + i + WIDTH);
+        }
+    }
+    for (; i < inputs; i += WIDTH) {
+        V rest = read(weight + size * i, inputs - i, BFLOAT16);
+        for (int row = 0; row < ROWS; row++) even[row] += rest * read_float(x + row * stride + i, inputs - i);
+    }
+    for (int row = 0; row < ROWS; row++) sums[row] = even[row] + odd[row];
+}
+
+// Outputs first to first + count, of ROWS rows.
+template <int ROWS, bool BFLOAT16>
+static void product(const Product &p, const float *x, float *y, int64_t first, int64_t count) {
+    for (int64_t o = 0; o < count; o += WIDTH) {
+        V lanes[ROWS][WIDTH] = {}, sums[ROWS];
+        for (int64_t j = 0; j < WIDTH && o + j < count; j++) {
+            const char *weight = p.matrix.weight + (BFLOAT16 ? 2 : 4) * (first + o + j) * p.inputs;
+            multiply<ROWS, BFLOAT16>(sums, weight, x, p.x_stride, p.inputs);
+            for (int row = 0; row < ROWS; row++) lanes[row][j] = sums[row];
+        }
+        for (int row = 0; row < ROWS; row++)
+            write_float(y + row * p.y_stride + o, sums_of_lanes(lanes[row]), count - o);
+    }
+}
+
+// Lanes are outputs. Sums are of SPAN inputs each, so that rounding does not grow with all of them.
+template <int ROWS, bool BFLOAT16>
+static void product_transposed(const Product &p, const float *x, float *y, int64_t first, int64_t count) {
+    const int64_t size = BFLOAT16 ? 2 : 4, SPAN = 64, VECTORS = 4;
+    for (int64_t o = 0; o < count; o += VECTORS * WIDTH) {
+        V total[ROWS][VECTORS] = {};
+        for (int64_t start = 0; start < p.inputs; start += SPAN) {
+            V sum[ROWS][VECTORS] = {};
+            for (int64_t i = start; i < p.inputs && i < start + SPAN; i++) {
+                const char *weight = p.matrix.weight + size * (i * p.outputs + first + o);
+                for (int64_t j = 0; j < VECTORS && o + j * WIDTH < count; j++) {
+                    __builtin_prefetch(weight + size * (j * WIDTH + ROWS_AHEAD * p.outputs));
+                    V w = read(weight + size * j * WIDTH, count - o - j * WIDTH, BFLOAT16);
+                    for (int row = 0; row < ROWS; row++) sum[row][j] += w * x[row * p.x_stride + i];
+                }
+            }
+            for (int row = 0; row < ROWS; row++)
+                for (int j = 0; j < VECTORS; j++) total[row][j] += sum[row][j];
+        }
+        for (int row = 0; row < ROWS; row++)
+            for (int64_t j = 0; j < VECTORS && o + j * WIDTH < count; j++)
+                write_float(y + row * p.y_stride + o + j * WIDTH, total[row][j], count - o - j * WIDTH);
+    }
+}
+
+template <bool BFLOAT16> static void products_of(const Product &p, int64_t first, int64_t count) {
+    auto eight = p.transposed ? product_transposed<8, BFLOAT16> : product<8, BFLOAT16>;
+    auto four = p.transposed ? product_transposed<4, BFLOAT16> : product<4, BFLOAT16>;
+    auto one = p.transposed ? product_transposed<1, BFLOAT16> : product<1, BFLOAT16>;
+    int64_t row = 0;
+    for (; row + 8 <= p.b; row += 8) eight(p, p.x + row * p.x_stride, p.y + row * p.y_stride, first, count);
+    for (; row + 4 <= p.b; row += 4) four(p, p.x + row * p.x_stride, p.y + row * p.y_stride, first, count);
+    for (; row < p.b; row++) one(p, p.x + row * p.x_stride, p.y + row * p.y_stride, first, count);
+}
+
+// p.y is where output `first` goes.
+static void products(const Product &p, int64_t first, int64_t count) {
+    (p.bfloat16 ? products_of<true> : products_of<false>)(p, first, count);
+    if (!p.matrix.bias) return;
+    for (int64_t o = 0; o < count; o += WIDTH) {
+        V bias = read(p.matrix.bias + (p.bfloat16 ? 2 : 4) * (first + o), count - o, p.bfloat16);
+        for (int64_t row = 0; row < p.b; row++) {
+            float *y = p.y + row * p.y_stride + o;
+            write_float(y, read_float(y, count - o) + bias, count - o);
+        }
+    }
+}
+
+// The root mean square norm of one row of the residual stream.
+static void normalise(const Plan &plan, int64_t row) {
+    const BlockStep &s = *plan.block;
+    const char *residual = s.residual + (s.residual_bfloat16 ? 2 : 4) * row * s.d;
+    float *hidden = plan.work.hidden + row * s.d;
+    V squares = {};
+    for (int64_t i = 0; i < s.d; i += WIDTH) {
+        V value = read(residual + (s.residual_bfloat16 ? 2 : 4) * i, s.d - i, s.residual_bfloat16);
+        write_float(hidden + i, value, s.d - i);
+        squares += value * value;
+    }
+    float sum = 0;
+    for (int lane = 0; lane < WIDTH; lane++) sum += squares[lane];
+    float scale = 1.0f / sqrtf(sum / s.d + s.eps);
+    for (int64_t i = 0; i < s.d; i += WIDTH) {
+        V weight = read(s.norm + (s.bfloat16 ? 2 : 4) * i, s.d - i, s.bfloat16);
+        write_float(hidden + i, read_float(hidden + i, s.d - i) * scale * weight, s.d - i);
+    }
+}
+
+static void load_taps(const BlockStep &s, const Work &w, int64_t first, int64_t count) {
+    const int64_t size = s.bfloat16 ? 2 : 4;
+    for (int64_t c = first; c < first + count; c++)
+        for (int64_t j = 0; j < s.k; j++) {
+            int64_t at = s.transposed ? j * s.e + c : c * s.k + j;
+            w.taps[j * s.e + c] = read(s.conv.weight + size * at, 1, s.bfloat16)[0];
+        }
+}
+
+// The short convolution and its SiLU, in place of x, and the window that the next position sees.
+static void convolve(const BlockStep &s, const Work &w, int64_t row, int64_t first, int64_t count) {
+    const int64_t size = s.bfloat16 ? 2 : 4;
+    const char *window = s.conv_state + size * (row * (s.k - 1) * s.e + first);
+    char *new_window = s.new_conv_state + size * (row * (s.k - 1) * s.e + first);
+    const float *taps = w.taps + first;
+    for (int64_t c = 0; c < count; c += WIDTH) {
+        int64_t left = count - c;
+        float *x = w.x + row * s.e + first + c;
+        V value = read_float(x, left), sum = {};
+        if (s.conv.bias) sum = read(s.conv.bias + size * (first + c), left, s.bfloat16);
+        for (int64_t j = 0; j < s.k; j++) {
+            bool past = j + 1 < s.k;
+            V input = past ? read(window + size * (j * s.e + c), left, s.bfloat16) : value;
+            sum += input * read_float(taps + j * s.e + c, left);
+            if (j) write(new_window + size * ((j - 1) * s.e + c), input, left, s.bfloat16);
+        }
+        write_float(x, sum * sigmoid(sum), left);
+    }
+}
+
+static int64_t count_of(const Plan &plan, int64_t first, int64_t outputs) {
+    return outputs - first < plan.outputs_per_task ? outputs - first : plan.outputs_per_task;
+}
+
+static void project_in(const Plan &plan, int64_t task) {
+    const BlockStep &s = *plan.block;
+    const Work &w = plan.work;
+    int64_t first = task * plan.outputs_per_task, count = count_of(plan, first, s.e);
+    Product p = {s.in_proj, s.b, s.d, 2 * s.e, !!s.bfloat16, !!s.transposed, w.hidden, s.d, w.x + first, s.e};
+    products(p, first, count);
+    p.y = w.z + first;
+    products(p, s.e + first, count);
+    load_taps(s, w, first, count);
+    for (int64_t row = 0; row < s.b; row++) convolve(s, w, row, first, count);
+}
+
+static void project_x(const Plan &plan, int64_t task) {
+    const BlockStep &s = *plan.block;
+    const Work &w = plan.work;
+    int64_t mixed = s.r + 2 * s.n, first = task * plan.outputs_per_task, count = count_of(plan, first, mixed);
+    products({s.x_proj, s.b, s.e, mixed, !!s.bfloat16, !!s.transposed, w.x, s.e, w.dtbc + first, mixed}, first, count);
+}
+
+// The states of one channel of a row; the terms of its output lane by lane.
+INLINE V advance(const BlockStep &s, const Work &w, int64_t row, int64_t channel) {
+    const float *B = w.dtbc + row * (s.r + 2 * s.n) + s.r, *C = B + s.n, *A = w.A + channel * s.n;
+    const float *h = s.ssm_state + (row * s.e + channel) * s.n;
+    float *new_h = s.new_ssm_state + (row * s.e + channel) * s.n;
+    float step = w.delta[row * s.e + channel], u = step * w.x[row * s.e + channel];
+    V y = {};
+    for (int64_t k = 0; k < s.n; k += WIDTH) {
+        int64_t left = s.n - k;
+        V value = decay_of(splat(step), read_float(A + k, left)) * read_float(h + k, left);
+        value += u * read_float(B + k, left);
+        write_float(new_h + k, value, left);
+        y += value * read_float(C + k, left);
+    }
+    return y;
+}
+
+// The step sizes, the recurrence and its gate.
+static void scan(const Plan &plan, int64_t task) {
+    const BlockStep &s = *plan.block;
+    const Work &w = plan.work;
+    int64_t mixed = s.r + 2 * s.n, first = task * plan.outputs_per_task, count = count_of(plan, first, s.e);
+    Matrix dt_proj = {s.dt_proj, nullptr};
+    products({dt_proj, s.b, s.r, s.e, !!s.bfloat16, !!s.transposed, w.dtbc, mixed, w.delta + first, s.e}, first, count);
+    for (int64_t i = first * s.n, end = (first + count) * s.n; i < end; i += WIDTH)
+        write_float(w.A + i, exponential(read_float(s.A_log + i, end - i)) * -1.4426950409f, end - i);
+    for (int64_t row = 0; row < s.b; row++)
+        for (int64_t c = first; c < first + count; c += WIDTH) {
+            int64_t left = first + count - c, at = row * s.e + c;
+            V raw = read_float(w.delta + at, left) + read_float(s.delta_bias + c, left), lanes[WIDTH] = {};
+            write_float(w.delta + at, softplus(raw), left);
+            for (int64_t j = 0; j < WIDTH && j < left; j++) lanes[j] = advance(s, w, row, c + j);
+            V y = sums_of_lanes(lanes) + read_float(s.D + c, left) * read_float(w.x + at, left);
+            V z = read_float(w.z + at, left);
+            write_float(w.y + at, y * z * sigmoid(z), left);
+        }
+}
+
+static void project_out(const Plan &plan, int64_t task) {
+    const BlockStep &s = *plan.block;
+    const Work &w = plan.work;
+    int64_t first = task * plan.outputs_per_task, count = count_of(plan, first, s.d);
+    const int64_t size = s.residual_bfloat16 ? 2 : 4;
+    // What was normalised is not needed any more.
+    products({s.out_proj, s.b, s.e, s.d, !!s.bfloat16, !!s.transposed, w.y, s.e, w.hidden + first, s.d}, first, count);
+    for (int64_t row = 0; row < s.b; row++)
+        for (int64_t c = first; c < first + count; c += WIDTH) {
+            int64_t left = first + count - c, at = row * s.d + c;
+            V sum = read(s.residual + size * at, left, s.residual_bfloat16) + read_float(w.hidden + at, left);
+            write(s.new_residual + size * at, sum, left, s.residual_bfloat16);
+        }
+}
+
+static void widen(const Plan &plan, int64_t row) {
+    const LinearStep &s = *plan.linear;
+    for (int64_t i = row * s.inputs, end = i + s.inputs; i < end; i += WIDTH)
+        write_float(plan.work.hidden + i, read(s.x + (s.bfloat16 ? 2 : 4) * i, end - i, s.bfloat16), end - i);
+}
+
+static void project(const Plan &plan, int64_t task) {
+    const LinearStep &s = *plan.linear;
+    int64_t first = task * plan.outputs_per_task, count = count_of(plan, first, s.outputs);
+    products({s.matrix, s.b, s.inputs, s.outputs, !!s.bfloat16, !!s.transposed, plan.work.hidden, s.inputs,
+              s.y + first, s.outputs}, first, count);
+}
+
+static const Kernel kernel = {normalise, project_in, project_x, scan, project_out, widen, project};
+
+END_WIDTH
+
+#undef WIDTH
+
+#endif

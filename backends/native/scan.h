@@ -1,0 +1,44 @@
+// The arguments of the scan and what is called with them: a plain C ABI.
+
+#ifndef SCAN_H
+#define SCAN_H
+
+#include <stdint.h>
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// An array (b, l, channels) of the compute dtype, or absent; strides in elements, channels side by side.
+struct Sequence {
+    char *data;
+    int64_t batch, position;
+};
+
+// The arguments of every function below. Shapes and names as in mamba_core.backend; A, D, delta_bias and all states
+// are float32 and contiguous, mask and restart (b, l) bytes. What is optional there may be null here.
+struct Scan {
+    int64_t b, l, e, n;
+    int32_t bfloat16, delta_softplus, threads, width;
+    Sequence x, delta, z, B, C;
+    const float *A, *D, *delta_bias, *initial_state;
+    const uint8_t *mask, *restart;
+    // Results. boundaries: mamba_scan_boundaries() floats that the gradient needs, null where there will be none.
+    Sequence y;
+    float *final_state, *boundaries;
+    // Gradients, each null exactly where its argument is. dfinal_state null is zero; dinitial_state may be null.
+    Sequence dy;
+    const float *dfinal_state;
+    Sequence dx, ddelta, dz, dB, dC;
+    float *dA, *dD, *ddelta_bias, *dinitial_state;
+};
+
+// Lanes of the widest vectors that run here: 16 is AVX-512, 8 AVX2, 4 NEON or plain C.
+EXPORT int32_t mamba_scan_width();
+
+// How many floats the boundaries of a scan of these sizes are.
+EXPORT int64_t mamba_scan_boundaries(int64_t b, int64_t l, int64_t e, int64_t n);
+
+// Each of the two returns 0, or 1 where there is not the memory.
+EXPORT int32_t mamba_scan_forward(const Scan *scan);
+EXPORT int32_t mamba_scan_backward(const Scan *scan);
+
+#endif
