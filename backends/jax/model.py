@@ -7,6 +7,7 @@ from flax import nnx
 from mamba_core.backend import Hidden, Output, State
 from mamba_core.backends.jax import state as states
 from mamba_core.backends.jax.layers import Block, RMSNorm, precision
+from mamba_core.backends.jax.scan import kernel_for
 from mamba_core.observe import reporting, within
 from mamba_core.spec.checks import check_inputs, check_state
 
@@ -49,12 +50,16 @@ class Model(nnx.Module):
     def __init__(self, config, dtype: str, kernels: str, rngs: nnx.Rngs):
         self.config = config
         self.dtype = dtype
-        self.kernels = kernels
+        self.chosen_kernels = kernels
         self.backbone = Backbone(config, dtype, kernels, rngs)
 
     @property
     def device(self) -> str:
         return next(iter(self.backbone.layers[0].norm.scale[...].devices())).platform
+
+    @property
+    def kernels(self) -> str:
+        return kernel_for(self.chosen_kernels, self.device, self.dtype)
 
     def init_state(self, batch: int) -> State:
         return states.init_state(self.config, batch, self.dtype)

@@ -9,15 +9,15 @@ from flax import nnx
 from mamba_core.backends.jax.arrays import devices, from_numpy, to_numpy
 from mamba_core.backends.jax.layers import RMSNorm
 from mamba_core.backends.jax.model import MODELS, Model
-from mamba_core.backends.jax.scan import kernels as scan_kernels
-from mamba_core.spec.checks import choose_device, choose_kernel
+from mamba_core.backends.jax.scan import kernel_for
+from mamba_core.spec.checks import choose_device
 from mamba_core.spec.params import Values, checked, parameter_table
 
 
 def build(config, parameters: Iterable[tuple[str, np.ndarray]], *, dtype="float32", device=None, kernels="auto"):
     """The module is made by `nnx.eval_shape`, so that its values exist once."""
     device = choose_device(device, devices())
-    kernels = choose_kernel(kernels, scan_kernels(device))
+    kernel_for(kernels, device, dtype)  # "auto" stays so: the model may be compiled for another device, or exported
     model = nnx.eval_shape(lambda: MODELS[config.task](config, dtype, kernels, nnx.Rngs(0)))
     for parameter, value in checked(config, parameters):
         *owner, leaf = path(model, parameter.name)

@@ -9,6 +9,7 @@
 #include <sched.h>
 #include <stdlib.h>
 
+#include "scan.h"
 #include "vectors.h"
 
 // (outputs, inputs) as torch stores it, or (inputs, outputs) where `transposed`; bias may be null. Of the compute dtype.
@@ -88,8 +89,6 @@ constexpr int64_t AHEAD = 4096, ROWS_AHEAD = 16;
 #include "block_step.cpp"
 #endif
 
-extern "C" int32_t mamba_scan_width();
-
 static const Kernel &kernel_of(__attribute__((unused)) int32_t width) {
 #ifdef __x86_64__
     if (!width) width = mamba_scan_width();
@@ -138,8 +137,6 @@ static void run(Plan &plan, int64_t threads, int64_t weights) {
     work_through(&plan);
     for (int64_t k = 0; k < started; k++) pthread_join(helpers[k], nullptr);
 }
-
-#define EXPORT extern "C" __attribute__((visibility("default")))
 
 // Each of the two returns 0, or 1 where there is not the memory.
 EXPORT int32_t mamba_block_step(const BlockStep *step) {
@@ -329,19 +326,15 @@ static void load_taps(const BlockStep &s, const Work &w, int64_t first, int64_t 
 // The short convolution and its SiLU, in place of x, and the window that the next position sees.
 static void convolve(const BlockStep &s, const Work &w, int64_t row, int64_t first, int64_t count) {
     const int64_t size = s.bfloat16 ? 2 : 4;
-    const char *window = s.conv_state + size * (row * (s.k - 1) * s.e + first);
-    char *new_window = s.new_conv_state + size * (row * (s.k - 1) * s.e + first);
-    const float *taps = w.taps + first;
-    for (int64_t c = 0; c < count; c += WIDTH) {
-        int64_t left = count - c;
-        float *x = w.x + row * s.e + first + c;
+    for (int64_t c = first; c < first + count; c += WIDTH) {
+        int64_t left = first + count - c, window = row * (s.k - 1) * s.e + c;
+        float *x = w.x + row * s.e + c;
         V value = read_float(x, left), sum = {};
-        if (s.conv.bias) sum = read(s.conv.bias + size * (first + c), left, s.bfloat16);
-        for (int64_t j = 0; j < s.k; j++) {
-            bool past = j + 1 < s.k;
-            V input = past ? read(window + size * (j * s.e + c), left, s.bfloat16) : value;
-            sum += input * read_float(taps + j * s.e + c, left);
-            if (j) write(new_window + size * ((j - 1) * s.e + c), input, left, s.bfloat16);
+        if (s.conv.bias) sum = read(s.conv.bias + size * c, left, s.bfloat16);
+        for (int64_t j = 0; j < s.k; j++, window += s.e) {
+            V input = j + 1 < s.k ? read(s.conv_state + size * window, left, s.bfloat16) : value;
+            sum += input * read_float(w.taps + j * s.e + c, left);
+            if (j) write(s.new_conv_state + size * (window - s.e), input, left, s.bfloat16);
         }
         write_float(x, sum * sigmoid(sum), left);
     }

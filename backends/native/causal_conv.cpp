@@ -11,26 +11,6 @@
 // its own sum of the weight's gradient.
 constexpr int64_t CONV_CHUNK = 32, CONV_TASKS = 64;
 
-// The arguments of the functions below. Arrays (b, l, e) in the compute dtype by rows, with strides in elements and
-// channels side by side; weight (k, e) and bias (e) float32, states (b, k-1, e) in the compute dtype and contiguous,
-// mask and restart (b, l) bytes. What is optional may be null.
-struct Conv {
-    int64_t b, l, e, k;
-    int32_t bfloat16, silu, threads, width;
-    Sequence x;
-    const float *weight, *bias;
-    const char *initial_state;
-    const uint8_t *mask, *restart;
-    Sequence y;
-    char *final_state;
-    // Gradients, each null exactly where its argument is; dfinal_state null is zero, dinitial_state may be null.
-    Sequence dy;
-    const char *dfinal_state;
-    Sequence dx;
-    float *dweight, *dbias;
-    char *dinitial_state;
-};
-
 // What counts in a row. An input is numbered among those that count, from 0; those of the initial state from -(k-1).
 struct Row {
     // Of each position the number of its input, or -1; of each number the position, and the first input of its run.
@@ -134,7 +114,6 @@ static int64_t conv_threads(const Conv &s) {
     return s.threads < worth ? s.threads : worth;
 }
 
-// Each of the two returns 0, or 1 where there is not the memory.
 EXPORT int32_t mamba_conv_forward(const Conv *conv) {
     const Conv &s = *conv;
     Call call = call_of(s);

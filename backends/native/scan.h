@@ -41,4 +41,27 @@ EXPORT int64_t mamba_scan_boundaries(int64_t b, int64_t l, int64_t e, int64_t n)
 EXPORT int32_t mamba_scan_forward(const Scan *scan);
 EXPORT int32_t mamba_scan_backward(const Scan *scan);
 
+// The arguments of a causal convolution. Arrays (b, l, e) in the compute dtype by rows, with strides in elements and
+// channels side by side; weight (k, e) and bias (e) float32, states (b, k-1, e) in the compute dtype and contiguous,
+// mask and restart (b, l) bytes. What is optional may be null.
+struct Conv {
+    int64_t b, l, e, k;
+    int32_t bfloat16, silu, threads, width;
+    Sequence x;
+    const float *weight, *bias;
+    const char *initial_state;
+    const uint8_t *mask, *restart;
+    Sequence y;
+    char *final_state;
+    // Gradients, each null exactly where its argument is; dfinal_state null is zero, dinitial_state may be null.
+    Sequence dy;
+    const char *dfinal_state;
+    Sequence dx;
+    float *dweight, *dbias;
+    char *dinitial_state;
+};
+
+EXPORT int32_t mamba_conv_forward(const Conv *conv);
+EXPORT int32_t mamba_conv_backward(const Conv *conv);
+
 #endif

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from mamba_core.backend import Hidden, Output, State
 from mamba_core.backends.torch import state as states
+from mamba_core.backends.torch.kernels import step
 from mamba_core.backends.torch.layers import Block, RMSNorm
 from mamba_core.backends.torch.scan import kernel_for
 from mamba_core.observe import reporting, within
@@ -120,9 +121,12 @@ class LanguageModel(Model):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits in float32 from the backbone's output."""
-        return (
-            F.linear(hidden, self.backbone.embeddings.weight) if self.lm_head is None else self.lm_head(hidden)
-        ).float()
+        tied = self.lm_head is None
+        if tied or step.as_built(nn.Linear, self.lm_head):
+            weight = self.backbone.embeddings.weight if tied else self.lm_head.weight
+            if (logits := step.head(self.chosen_kernels, hidden, weight)) is not None:
+                return logits
+        return (F.linear(hidden, self.backbone.embeddings.weight) if tied else self.lm_head(hidden)).float()
 
 
 class FeatureModel(Model):

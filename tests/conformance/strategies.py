@@ -63,7 +63,7 @@ def scan_cases(draw, lengths=lengths()) -> Case:  # noqa: B008 (a strategy is a 
     """Arguments of `selective_scan`, each optional one present or not; step sizes from 1e-6 to 20."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     b, l = draw(st.sampled_from((1, 2, 3))), draw(lengths)
-    e, n = draw(st.sampled_from((1, 5, 8))), draw(st.sampled_from((1, 2, 3, 7, 16, 33, 64)))
+    e, n = draw(st.sampled_from((1, 5, 8, 67))), draw(st.sampled_from((1, 2, 3, 7, 16, 33, 64)))
     softplus = draw(st.booleans())
     arrays = {"x": rng.normal(size=(b, l, e)), "delta": _steps(rng, (b, l, e), softplus)}
     arrays |= {"A": -np.exp(rng.normal(size=(e, n))), "B": rng.normal(size=(b, l, n)), "C": rng.normal(size=(b, l, n))}
@@ -81,7 +81,7 @@ def conv_cases(draw, lengths=lengths()) -> Case:  # noqa: B008
     """Arguments of `causal_conv`."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     b, l = draw(st.sampled_from((1, 2, 3))), draw(lengths)
-    e, k = draw(st.sampled_from((1, 5, 8))), draw(st.sampled_from((1, 2, 3, 4)))
+    e, k = draw(st.sampled_from((1, 5, 8, 67))), draw(st.sampled_from((1, 2, 3, 4)))
     arrays = {"x": rng.normal(size=(b, l, e)), "weight": rng.normal(size=(e, k))}
     optional = {"bias": (e,), "initial_state": (b, k - 1, e)}
     for name in sorted(draw(st.sets(st.sampled_from(sorted(optional))))):

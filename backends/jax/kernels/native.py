@@ -23,7 +23,7 @@ def reason(device: str, dtype=None) -> str | None:
     """Why the kernel cannot run on that device, for x of that dtype; None if it can."""
     if device != "cpu":
         return "it runs on a CPU only"
-    if dtype is not None and dtype not in library.DTYPES:
+    if dtype is not None and str(dtype) not in library.DTYPES:
         return f"x is {dtype}, and it computes {' and '.join(library.DTYPES)}"
     return library.missing()
 
@@ -36,9 +36,8 @@ def beside(plain: Callable) -> Callable:
     """
 
     def run_plain(delta_softplus, *arrays):
-        return plain(
-            *(None if value.shape == ABSENT.shape else value for value in arrays), delta_softplus=delta_softplus
-        )
+        given = (None if value.shape == ABSENT.shape else value for value in arrays)
+        return plain(*given, delta_softplus=delta_softplus)
 
     def plain_forward(*arrays, delta_softplus, keep):
         run = functools.partial(run_plain, delta_softplus)
@@ -51,8 +50,24 @@ def beside(plain: Callable) -> Callable:
         *inputs, _, dy, dh = arrays
         return jax.vjp(functools.partial(run_plain, delta_softplus), *inputs)[1]((dy, dh))[:9]
 
-    forward = _operator("mamba_scan_forward_xla", _forward_results, plain_forward)
-    backward = _operator("mamba_scan_backward_xla", _backward_results, plain_backward)
+    scan = _differentiable(
+        _operator("mamba_scan_forward_xla", _forward_results, plain_forward),
+        _operator("mamba_scan_backward_xla", _backward_results, plain_backward),
+    )
+
+    def native(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, *, delta_softplus, portable=False):
+        dtype = x.dtype
+        if any(value is not None and value.dtype != dtype for value in (delta, B, C, z)):
+            x, delta, B, C, z = (None if value is None else value.astype(jnp.float32) for value in (x, delta, B, C, z))
+        arguments = (x, delta, A, B, C, D, z, delta_bias, h0, mask, restart)
+        y, h = scan(arguments, {"delta_softplus": delta_softplus, "portable": portable})
+        return y.astype(dtype), h
+
+    return native
+
+
+def _differentiable(forward: Primitive, backward: Primitive) -> Callable:
+    """scan(arguments, options) -> (y, h), with the states that a gradient needs only where there will be one."""
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
     def scan(arguments, options):
@@ -70,18 +85,11 @@ def beside(plain: Callable) -> Callable:
         return (tuple(None if value is None else gradient for value, gradient in pairs),)
 
     scan.defvjp(scan_forward, scan_backward)
-
-    def native(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, *, delta_softplus, portable=False):
-        if any(value is not None and value.dtype != x.dtype for value in (delta, B, C, z)):
-            x, delta, B, C, z = (None if value is None else value.astype(jnp.float32) for value in (x, delta, B, C, z))
-        arguments = (x, delta, A, B, C, D, z, delta_bias, h0, mask, restart)
-        return scan(arguments, {"delta_softplus": delta_softplus, "portable": portable})
-
-    return native
+    return scan
 
 
 def _operator(target: str, results: Callable, plain: Callable) -> Primitive:
-    """An operation that calls that function of the library, or where it cannot be called computes `plain`.
+    """An operation that calls that function of the library, and that `plain` stands in for where it cannot be called.
 
     results(*arrays, **options): shapes and dtypes of what both return.
     """
@@ -93,31 +101,32 @@ def _operator(target: str, results: Callable, plain: Callable) -> Primitive:
 
     def lower(context, *values, portable, **options):
         exported = context.module_context.lowering_parameters.for_export
-        if (exported and not portable) or set(context.platforms or context.module_context.platforms) != {"cpu"}:
-            raise ValueError("kernel 'native' runs on a CPU, and not in an exported module; for others take 'auto'")
+        if not portable and (exported or tuple(context.module_context.platforms) != ("cpu",)):
+            raise ValueError("kernel 'native' runs on a CPU only, and is not exported; take 'auto' or another")
         run = functools.partial(plain if exported else call, **options)
         return mlir.lower_fun(run, multiple_results=True)(context, *values)
 
     def batch(arrays, axes, **options):
-        """One element after another: what is summed over the batch is not to be summed over them."""
-        mapped = [
-            None if axis is None else jnp.moveaxis(value, axis, 0) for value, axis in zip(arrays, axes, strict=True)
-        ]
+        """One element after another: the gradients of A, D and the bias are sums over the rows of each alone."""
+        pairs = list(zip(arrays, axes, strict=True))
+        elements = [None if axis is None else jnp.moveaxis(value, axis, 0) for value, axis in pairs]
 
-        def element(rows):
-            values = (value if row is None else row for value, row in zip(arrays, rows, strict=True))
+        def run(element):
+            values = (value if own is None else own for value, own in zip(arrays, element, strict=True))
             return operator.bind(*values, **options)
 
-        mapped = lax.map(element, mapped)
-        return mapped, [0] * len(mapped)
+        stacked = lax.map(run, elements)
+        return stacked, [0] * len(stacked)
+
+    def jvp(arrays, tangents, portable, **options):
+        tangents = tuple(map(ad.instantiate_zeros, tangents))
+        return jax.jvp(functools.partial(plain, **options), tuple(arrays), tangents)
 
     operator = Primitive(target)
     operator.multiple_results = True
     operator.def_impl(lambda *arrays, portable, **options: call(*arrays, **options))
     operator.def_abstract_eval(lambda *arrays, portable, delta_softplus, **options: results(*arrays, **options))
-    ad.primitive_jvps[operator] = lambda arrays, tangents, portable, **options: jax.jvp(
-        functools.partial(plain, **options), tuple(arrays), tuple(map(ad.instantiate_zeros, tangents))
-    )
+    ad.primitive_jvps[operator] = jvp
     batching.primitive_batchers[operator] = batch
     mlir.register_lowering(operator, lower)
     return operator

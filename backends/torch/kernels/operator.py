@@ -66,7 +66,7 @@ def differentiable(scan, scan_backward) -> Callable[..., tuple[Tensor, Tensor]]:
 
     scan.register_autograd(Scan.backward, setup_context=Scan.setup_context)
     for operator in (scan, scan_backward):
-        operator.register_vmap(_one_at_a_time(operator))
+        operator.register_vmap(one_at_a_time(operator))
 
     def run(*inputs):
         refuse_tangents(*inputs)
@@ -91,7 +91,7 @@ def refuse_tangents(*values) -> None:
         raise NotImplementedError(REVERSE_ONLY)
 
 
-def _one_at_a_time(operator):
+def one_at_a_time(operator):
     """A rule for vmap: the operator on each element, one after another, the results stacked."""
 
     def rule(info, axes, *arguments):

@@ -1,0 +1,223 @@
+"""What is timed: the work, its sizes and dtype, its inputs, and what the float64 reference makes of them."""
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+
+from mamba_core.config import MambaConfig, preset
+from mamba_core.generation import Sampling
+from mamba_core.spec import recurrence
+from mamba_core.spec.init import initial_values
+from mamba_core.spec.reference import ReferenceModel, cross_entropy
+
+# In the order of every scan's arguments, results and gradients.
+SCAN_ARGUMENTS = ("x", "delta", "A", "B", "C", "D")
+# Tokens that one call decodes: JAX hands them out in blocks of as many.
+DECODED = 16
+GREEDY = Sampling()
+# Beyond, the reference would take minutes and gigabytes; candidates are then compared with each other.
+LONGEST_REFERENCE = 2048
+
+WORKS = {
+    "scan": "selective scan, forward",
+    "scan-gradient": "selective scan, forward and backward",
+    "forward": "model, forward over a prompt",
+    "decode": "model, one token after another, each",
+    "block": "residual block, forward and backward",
+    "training": "model, loss and gradients",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something to time.
+
+    Attributes:
+        group: the table of the report that it belongs to.
+        work: a key of WORKS.
+        config: the model's, or that of the block around the scan: channels and states are its d_inner and d_state.
+        length: positions; of the prompt where tokens are decoded. The batch is 1.
+        dtype: the compute dtype.
+        peers: names in `peers.PEERS`.
+        baseline: the candidate that the others are compared with; "" for none.
+        floor: a name in `floors.FLOORS`, what no candidate could beat; "" for none.
+    """
+
+    name: str
+    group: str
+    work: str
+    config: MambaConfig
+    length: int
+    dtype: str = "float32"
+    peers: tuple[str, ...] = ()
+    baseline: str = ""
+    floor: str = ""
+
+    @property
+    def title(self) -> str:
+        channels, states = self.config.d_inner, self.config.d_state
+        if self.work.startswith("scan"):
+            return f"{WORKS[self.work]}, (1, {self.length}, {channels}, {states}) {self.dtype}"
+        layers = f"{self.config.n_layer} layer{'s' * (self.config.n_layer > 1)} of width {self.config.d_model}"
+        return f"{WORKS[self.work]}, {layers}, {self.length} positions, {self.dtype}"
+
+    @property
+    def parts(self) -> int:
+        """How many of what is reported a call computes."""
+        return DECODED if self.work == "decode" else 1
+
+    @property
+    def comparable(self) -> bool:
+        """Whether the reference can say what is right."""
+        return self.length <= LONGEST_REFERENCE
+
+
+def smaller(case: Case) -> Case:
+    """The case for a quick run: of a size that shows that all works, and little more."""
+    config = dataclasses.replace(case.config, n_layer=min(case.config.n_layer, 2))
+    return dataclasses.replace(case, config=config, length=min(case.length, 256))
+
+
+def scan_inputs(case: Case) -> dict[str, np.ndarray]:
+    """SCAN_ARGUMENTS and dy in float32, of the size that they have in a model that was just initialised."""
+    rng = np.random.default_rng(0)
+    length, channels, states = case.length, case.config.d_inner, case.config.d_state
+    values = {
+        "x": rng.normal(size=(1, length, channels)),
+        "delta": np.exp(rng.uniform(np.log(case.config.dt_min), np.log(case.config.dt_max), (1, length, channels))),
+        "A": -np.tile(np.arange(1.0, states + 1), (channels, 1)),
+        "B": rng.normal(size=(1, length, states)),
+        "C": rng.normal(size=(1, length, states)),
+        "D": rng.normal(size=channels),
+        "dy": rng.normal(size=(1, length, channels)),
+    }
+    return {name: value.astype(np.float32) for name, value in values.items()}
+
+
+def tokens(case: Case, more: int = 0) -> np.ndarray:
+    """(1, length + more) int32."""
+    return np.random.default_rng(0).integers(0, case.config.vocab_size, (1, case.length + more)).astype(np.int32)
+
+
+def block_inputs(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """The block's input and the gradient of its output, (1, length, d_model) float32 each."""
+    x, dy = np.random.default_rng(0).normal(size=(2, 1, case.length, case.config.d_model)).astype(np.float32)
+    return x, dy
+
+
+def expected(case: Case) -> list[np.ndarray] | None:
+    """What a candidate's first call must give, as the reference computes it; None where that would take too long."""
+    # The dtype rounds the candidates' results, not the reference's.
+    return _expected(dataclasses.replace(case, name="", dtype="float32")) if case.comparable else None
+
+
+@functools.lru_cache(maxsize=1)
+def _expected(case: Case) -> list[np.ndarray]:
+    return REFERENCES[case.work](case)
+
+
+def _scan(case):
+    inputs = scan_inputs(case)
+    return [recurrence.selective_scan(*(inputs[name] for name in SCAN_ARGUMENTS))]
+
+
+def _scan_gradient(case):
+    inputs = scan_inputs(case)
+    arguments = [inputs[name] for name in SCAN_ARGUMENTS]
+    gradients = recurrence.selective_scan_vjp(inputs["dy"], None, *arguments)
+    return [recurrence.selective_scan(*arguments), *(gradients[name] for name in SCAN_ARGUMENTS)]
+
+
+def _model(case) -> ReferenceModel:
+    return ReferenceModel(case.config, dict(initial_values(case.config)))
+
+
+def _forward(case):
+    return [_model(case)(tokens(case)).logits]
+
+
+def _decode(case):
+    model, given, found = _model(case), tokens(case), []
+    logits, state = model(given)
+    for _ in range(DECODED):
+        last = logits[:, -1, : case.config.vocab_size]
+        chosen = last.argmax(-1)
+        found.append(last.max(-1) - np.log(np.exp(last).sum(-1)))
+        logits, state = model(chosen[:, None], state)
+    return [np.stack(found)]
+
+
+def _block(case):
+    model, (x, dy) = _model(case), block_inputs(case)
+    return [model(x).hidden, model.vjp(dy, x)[0]["inputs_embeds"]]
+
+
+def _training(case):
+    model, given = _model(case), tokens(case, more=1)
+    loss, dlogits = cross_entropy(model(given[:, :-1]).logits, given[:, 1:])
+    gradients, _ = model.vjp(dlogits, given[:, :-1])
+    return [np.array(loss), *(gradients[name] for name in sorted(gradients))]
+
+
+REFERENCES = {
+    "scan": _scan,
+    "scan-gradient": _scan_gradient,
+    "forward": _forward,
+    "decode": _decode,
+    "block": _block,
+    "training": _training,
+}
+
+_BASE = preset("mamba-130m")
+_BLOCK = dataclasses.replace(_BASE, n_layer=1, task="layers")
+_SCALED = MambaConfig(d_model=256, n_layer=4, vocab_size=256)
+LENGTHS = tuple(2**power for power in range(7, 18))
+# Not for long sequences: their backward is of the square of the length, or seconds for each hundred positions.
+_SLOW_SCANS = ("mambapy sequential", "transformers", "mamba_ssm", "minimamba")
+_SCANS = ("mambapy", "JAX associative_scan", "MLX loop")
+
+
+def _cases():
+    for name, length, scans in (("scan", 2048, _SCANS), ("scan-short", 256, _SCANS + _SLOW_SCANS)):
+        settings = {"config": _BASE, "length": length, "peers": scans, "baseline": "mambapy"}
+        yield Case(f"{name}-forward", name, "scan", floor="exponentials", **settings)
+        yield Case(f"{name}-gradient", name, "scan-gradient", **settings)
+    for dtype, baseline, others in (
+        ("float32", "mambapy", ("transformers", "minimamba")),
+        ("bfloat16", "transformers", ()),  # mambapy and MiniMamba cannot run in it
+    ):
+        settings = {"config": _BASE, "dtype": dtype, "baseline": baseline}
+        yield Case(f"prefill-{dtype}", "model", "forward", length=512, peers=(baseline, *others), **settings)
+        # MiniMamba's decoding fails at its first step.
+        decoding = tuple(peer for peer in (baseline, *others) if peer != "minimamba")
+        yield Case(f"decode-{dtype}", "model", "decode", length=16, peers=decoding, floor="weights", **settings)
+    yield Case("block", "training", "block", _BLOCK, 512, peers=("mambapy",), baseline="mambapy")
+    for work in ("forward", "training"):
+        for length in LENGTHS:
+            yield Case(f"scaling-{work}-{length}", "scaling", work, _SCALED, length)
+
+
+CASES = {case.name: case for case in _cases()}
+# Of the scaling, the shortest only.
+QUICK = tuple(name for name, case in CASES.items() if case.group != "scaling" or case.length <= 256)
+
+
+def choose(names: list[str] | None, quick: bool = False) -> list[Case]:
+    """The cases of these names or groups, all by default.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    groups = dict.fromkeys(case.group for case in CASES.values())
+    known = {*CASES, *groups}
+    if unknown := [name for name in names or () if name not in known]:
+        raise ValueError(f"no case {unknown[0]!r}; see mamba-core bench --list; groups are {', '.join(groups)}")
+    chosen = [case for case in CASES.values() if not names or case.name in names or case.group in names]
+    if not quick:
+        return chosen
+    kept = [smaller(case) for case in chosen if case.name in QUICK]
+    if not kept:
+        raise ValueError(f"none of {', '.join(names)} is short enough for --quick; leave it out")
+    return kept

@@ -1,0 +1,68 @@
+"""This package's backends as candidates, a kernel each where the scan is timed."""
+
+from functools import partial
+from itertools import islice
+
+import numpy as np
+
+import mamba_core as mc
+from mamba_core import registry
+from mamba_core.benchmarks import frameworks
+from mamba_core.benchmarks.cases import DECODED, GREEDY, Case, tokens
+from mamba_core.benchmarks.frameworks import Timed
+
+SCANS = {"torch": frameworks.torch_scan, "mlx": frameworks.mlx_scan, "jax": frameworks.jax_scan}
+
+
+def candidates(case: Case, names: list[str]) -> dict:
+    """Name -> how it is made, for the backends of these names."""
+    if not case.work.startswith("scan"):
+        return {name: partial(WORKS[case.work], name) for name in names}
+    kernels = {name: registry.get(name).kernels("cpu") for name in names}
+    return {
+        f"{name} {kernel}": partial(_scan, name, kernel)
+        for name, reasons in kernels.items()
+        for kernel, reason in reasons.items()
+        if reason is None
+    }
+
+
+def _scan(name: str, kernel: str, case: Case) -> Timed:
+    return SCANS[name](partial(registry.get(name).selective_scan, kernel=kernel), case)
+
+
+def _model(name: str, case: Case):
+    return mc.build(case.config, backend=name, dtype=case.dtype, device="cpu")
+
+
+def _forward(name: str, case: Case) -> Timed:
+    model = _model(name, case)
+    if name == "torch":
+        return frameworks.torch_forward(lambda ids: model(ids).logits, case)
+    return {"mlx": frameworks.mlx_forward, "jax": frameworks.jax_forward}[name](model, case)
+
+
+def _decode(name: str, case: Case) -> Timed:
+    prompts = tokens(case)
+    decoding = iter(registry.get(name).decode(_model(name, case), prompts, np.ones(prompts.shape, bool), GREEDY))
+    return Timed(lambda: list(islice(decoding, DECODED)), lambda pairs: [np.stack([logprob for _, logprob in pairs])])
+
+
+def _block(name: str, case: Case) -> Timed:
+    model = _model(name, case)
+    if name == "torch":
+        return frameworks.torch_block(lambda x: model(x).hidden, model.parameters(), case)
+    return {"mlx": frameworks.mlx_block, "jax": frameworks.jax_block}[name](model, case)
+
+
+def _training(name: str, case: Case) -> Timed:
+    model, given = _model(name, case), tokens(case, more=1)
+
+    def arrays(result):
+        loss, gradients = result
+        return [np.array(loss), *(gradients[parameter] for parameter in sorted(gradients))]
+
+    return Timed(lambda: registry.get(name).loss_and_gradients(model, given), arrays)
+
+
+WORKS = {"forward": _forward, "decode": _decode, "block": _block, "training": _training}

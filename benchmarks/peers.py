@@ -1,0 +1,204 @@
+"""Systems written elsewhere, each imported when it is used: their own code, called on our inputs and weights.
+
+Two are what one would write oneself: `jax.lax.associative_scan` over the (b, l, e, n) decays and increments, and a loop
+over positions in MLX.
+"""
+
+import dataclasses
+import importlib
+import sys
+from functools import partial
+from importlib.util import find_spec
+from itertools import islice
+from types import ModuleType
+from unittest import mock
+
+import numpy as np
+
+from mamba_core.benchmarks import frameworks
+from mamba_core.benchmarks.cases import DECODED, Case, tokens
+from mamba_core.benchmarks.frameworks import Timed
+from mamba_core.spec.init import initial_values
+
+
+def mambapy(case: Case, *, sequential: bool = False) -> Timed:
+    """By its parallel scan, or by its loop."""
+    import torch
+    from mambapy import mamba
+
+    config = mamba.MambaConfig(
+        d_model=case.config.d_model,
+        n_layers=case.config.n_layer,
+        d_state=case.config.d_state,
+        expand_factor=case.config.expand,
+        d_conv=case.config.d_conv,
+        pscan=not sequential,
+    )
+    if case.work.startswith("scan"):
+        block = mamba.MambaBlock(config)
+        return frameworks.torch_scan(block.selective_scan_seq if sequential else block.selective_scan, case)
+    if case.work == "block":
+        block = _filled(mamba.ResidualBlock(config), _torch_values(case, {"backbone.layers.0.": ""}))
+        return frameworks.torch_block(block, block.parameters(), case)
+    # It imports Triton, for Mamba-2 only.
+    stubs = ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton", "mamba_ssm.ops.triton.ssd_combined")
+    lm = _import_with("mambapy.lm", {name: mock.MagicMock() for name in stubs})
+    names = {"backbone.embeddings": "embedding", "backbone.norm_f": "norm_f", "backbone.layers": "mamba.layers"}
+    values = _torch_values(case, names)
+    values["lm_head.weight"] = values["embedding.weight"]
+    model = _filled(lm.LM(config, case.config.vocab_size, case.config.pad_vocab_size_multiple), values)
+    if case.work == "forward":
+        return frameworks.torch_forward(model, case)
+
+    def begin(ids):
+        caches = [(None, torch.zeros(1, case.config.d_inner, case.config.d_conv - 1)) for _ in model.mamba.layers]
+        for token in ids.unbind(1):
+            logits, caches = model.step(token, caches)
+        return logits, caches
+
+    return _torch_decode(begin, model.step, case)
+
+
+def transformers(case: Case) -> Timed:
+    """Its path without CUDA, which is plain torch."""
+    theirs = importlib.import_module("transformers")
+    theirs.logging.set_verbosity_error()
+    if case.work.startswith("scan"):
+        module = importlib.import_module("transformers.models.mamba.modeling_mamba")
+        return frameworks.torch_scan(partial(_channels_first, module.mamba_selective_scan), case)
+    import torch
+
+    model = theirs.MambaForCausalLM(theirs.MambaConfig(**case.config.to_hf()))
+    values = _torch_values(case, {})
+    values["lm_head.weight"] = values["backbone.embeddings.weight"]
+    model = _filled(model, values).to(getattr(torch, case.dtype)).eval()
+    if case.work == "forward":
+        return frameworks.torch_forward(lambda ids: model(ids, use_cache=False).logits, case)
+
+    def begin(ids):
+        out = model(ids, use_cache=True)
+        return out.logits[:, -1], out.cache_params
+
+    def advance(token, cache):
+        out = model(token[:, None], cache_params=cache, use_cache=True)
+        return out.logits[:, -1], out.cache_params
+
+    return _torch_decode(begin, advance, case)
+
+
+def mamba_ssm(case: Case) -> Timed:
+    """Its reference function, which runs without CUDA; its packages import Triton and CUDA's scan wherever entered."""
+    if (spec := find_spec("mamba_ssm")) is None:
+        raise ModuleNotFoundError("No module named 'mamba_ssm'", name="mamba_ssm")
+    stubs = {name: mock.MagicMock() for name in ("selective_scan_cuda", "mamba_ssm.ops.triton.layer_norm")}
+    for name in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.utils"):
+        stubs[name] = ModuleType(name)
+        stubs[name].__path__ = ["/".join([*spec.submodule_search_locations, *name.split(".")[1:]])]
+    theirs = _import_with("mamba_ssm.ops.selective_scan_interface", stubs)
+    return frameworks.torch_scan(partial(_channels_first, theirs.selective_scan_ref), case)
+
+
+def minimamba(case: Case) -> Timed:
+    """Its model is not Mamba (see the README) but takes as long; its scan is Mamba's, with a gate of one."""
+    import torch
+
+    theirs = importlib.import_module("minimamba")
+    fields = {field.name for field in dataclasses.fields(theirs.MambaLMConfig)}
+    same = {name: value for name, value in dataclasses.asdict(case.config).items() if name in fields}
+    config = theirs.MambaLMConfig(**same | {"dt_rank": case.config.dt_rank_size, "device": "cpu"})
+    if case.work == "forward":
+        model = theirs.MambaForCausalLM(config).eval()
+        return frameworks.torch_forward(model, case, same=False)
+    scan = importlib.import_module("minimamba.s6").S6(config)._selective_scan_forward
+    gate = torch.ones(1, case.length, case.config.d_inner)
+    return frameworks.torch_scan(lambda *arguments: scan(*arguments, gate), case)
+
+
+def jax_associative_scan(case: Case) -> Timed:
+    from jax import lax
+    from jax import numpy as jnp
+
+    def join(left, right):
+        return left[0] * right[0], right[0] * left[1] + right[1]
+
+    def scan(x, delta, A, B, C, D):
+        decay = jnp.exp(delta[..., None] * A)
+        increment = (delta * x)[..., None] * B[:, :, None]
+        _, h = lax.associative_scan(join, (decay, increment), axis=1)
+        return jnp.einsum("blen,bln->ble", h, C) + D * x
+
+    return frameworks.jax_scan(scan, case)
+
+
+def mlx_loop(case: Case) -> Timed:
+    import mlx.core as mx
+
+    def scan(x, delta, A, B, C, D):
+        h, outputs = mx.zeros((x.shape[0], *A.shape)), []
+        for t in range(x.shape[1]):
+            increment = (delta[:, t] * x[:, t])[..., None] * B[:, t, None]
+            h = mx.exp(delta[:, t, :, None] * A) * h + increment
+            outputs.append((h @ C[:, t, :, None])[..., 0])
+        return mx.stack(outputs, axis=1) + D * x
+
+    return frameworks.mlx_scan(scan, case)
+
+
+PEERS = {
+    "mambapy": mambapy,
+    "mambapy sequential": partial(mambapy, sequential=True),
+    "transformers": transformers,
+    "mamba_ssm": mamba_ssm,
+    "minimamba": minimamba,
+    "JAX associative_scan": jax_associative_scan,
+    "MLX loop": mlx_loop,
+}
+
+
+def _torch_decode(begin, advance, case: Case) -> Timed:
+    """begin(ids) and advance(token, cache) -> logits (1, v), cache."""
+    import torch
+
+    def decode():
+        logits, cache = begin(torch.from_numpy(tokens(case)).long())
+        while True:
+            logprobs = logits[:, : case.config.vocab_size].float().log_softmax(-1)
+            logprob, token = logprobs.max(-1)
+            yield logprob
+            logits, cache = advance(token, cache)
+
+    decoding = decode()
+
+    @torch.inference_mode()
+    def call():
+        return list(islice(decoding, DECODED))
+
+    return Timed(call, lambda logprobs: [np.stack(frameworks.torch_arrays(logprobs))])
+
+
+def _torch_values(case: Case, names: dict[str, str]) -> dict:
+    """The initial values by their names: canonical prefix -> theirs."""
+    import torch
+
+    def rename(name):
+        for ours, theirs in names.items():
+            if name.startswith(ours):
+                return theirs + name.removeprefix(ours)
+        return name
+
+    return {rename(name): torch.from_numpy(np.array(value)) for name, value in initial_values(case.config)}
+
+
+def _filled(model, values):
+    model.load_state_dict(values, strict=True)
+    return model
+
+
+def _channels_first(scan, x, delta, A, B, C, D):
+    return scan(x.mT, delta.mT, A, B.mT, C.mT, D).mT
+
+
+def _import_with(name: str, stubs: dict) -> ModuleType:
+    """The module, with others that its import asks for and its CPU functions do not use; they do not stay."""
+    with mock.patch.dict(sys.modules, stubs):
+        return importlib.import_module(name)

@@ -1,0 +1,102 @@
+"""The tests of the native library reject small realistic faults in its C++."""
+
+# ruff: noqa: E501 (a row is a mutant)
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from mamba_core.backends import native
+
+ROOT = Path(__file__).parents[2]
+SOURCES = Path(native.__file__).parent
+
+pytestmark = [
+    pytest.mark.skipif(native.missing() is not None, reason=f"native library: {native.missing()}"),
+    pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler"),
+]
+
+
+class Mutant(NamedTuple):
+    """Every place of the file where `old` stands becomes `new`."""
+
+    file: str
+    old: str
+    new: str
+
+
+SCAN, CONV, VECTORS = "selective_scan.cpp", "causal_conv.cpp", "vectors.h"
+MUTANTS = {
+    "restart ignored": Mutant(SCAN, "            if (w.restart[t]) h[j] = V{};\n            h[j] = decay_of", "            h[j] = decay_of"),
+    "restart ignored where the gradient recomputes": Mutant(SCAN, "h[j]);\n            if (w.restart[t]) h[j] = V{};", "h[j]);"),
+    "restart ignored in the gradient": Mutant(SCAN, "if (w.restart[t]) g[j] = dlog = V{};", ""),
+    "y of masked positions": Mutant(SCAN, "masked ? V{} : value", "value"),
+    "mask ignored": Mutant(SCAN, "masked = s.mask && !s.mask[position]", "masked = false"),
+    "an exponential a little off": Mutant(VECTORS, "2.4022650719e-1f", "2.4022950719e-1f"),
+    "a logarithm a little off": Mutant(VECTORS, "0.285925835f", "0.2839f"),
+    "bfloat16 ties away from zero": Mutant(VECTORS, "0x7fff + (bits >> 16 & 1)", "0x8000"),
+    "bfloat16 NaN rounded to infinity": Mutant(VECTORS, "value == value ? rounded : bits | 0x400000", "rounded"),
+    "log 2 a little off": Mutant(SCAN, "* 0.6931471806f + du * x", "* 0.6931971806f + du * x"),
+    "final state's gradient ignored": Mutant(SCAN, "load_state(s, w.g, s.dfinal_state", "load_state(s, w.g, nullptr"),
+    "no derivative of softplus": Mutant(SCAN, "if (through_softplus) ddelta *=", "if (false) ddelta *="),
+    "derivative of the gate": Mutant(SCAN, "gate * (1.0f + z * (1.0f - gate))", "gate * (1.0f + z)"),
+    "D missing from dx": Mutant(SCAN, "+ dlinear * load(w.D + c);", ";"),
+    "first row's sums only": Mutant(SCAN, "row < b; row++)\n        for (int64_t k", "row < 1; row++)\n        for (int64_t k"),
+    "first block's sums only": Mutant(SCAN, "block < blocks_of(s); block++", "block < 1; block++"),
+    "last channels not written": Mutant(VECTORS, "memcpy(to, whole, left *", "memcpy(to, whole, (left - 1) *"),
+    "first chunk's state for all": Mutant(SCAN, "memcpy(w.h, boundary(s, task.row, task.block, chunk)",
+                                          "memcpy(w.h, boundary(s, task.row, task.block, 0)"),
+    "states transposed half": Mutant(SCAN, "for (int step = 1; step < WIDTH", "for (int step = 2; step < WIDTH"),
+    "conv: taps the other way round": Mutant(CONV, "s.weight + tap * s.e;", "s.weight + (s.k - 1 - tap) * s.e;"),
+    "conv: a tap before the restart": Mutant(CONV, "input < call.rows[row].first[number] ?", "false ?"),
+    "conv: gradient across a restart": Mutant(CONV, "|| input < of.first[seen]", ""),
+    "conv: gradient within a chunk": Mutant(CONV, "from + own + carried(s) < of.count ? from + own + carried(s) : of.count",
+                                            "from + own"),
+    "conv: no gradient of the final state": Mutant(CONV, "kept = s.dfinal_state &&", "kept = false && s.dfinal_state &&"),
+    "conv: state across a restart": Mutant(CONV, "input < last_run(s, rows[row]) ?", "false ?"),
+    "conv: initial state's gradient": Mutant(CONV, "row, 0, slot - carried(s));", "row, 0, slot);"),
+    "conv: no derivative of SiLU": Mutant(CONV, "gate * (1.0f + linear * (1.0f - gate))", "gate"),
+    "conv: sums of the halo too": Mutant(CONV, "if (number >= from + own) continue;", ""),
+    "conv: one task's sums": Mutant(CONV, "task < tasks; task++", "task < 1; task++"),
+    "conv: masked positions not zeroed": Mutant(CONV, "            memset(y, 0, row_bytes(s));\n", ""),
+}  # fmt: skip
+
+
+def compiled(source: Path) -> Path:
+    """Without optimising: that would take longer than the tests."""
+    subprocess.run(["c++", "-O0", "-w", "-c", "-fPIC", source, "-o", source.with_suffix(".o")], check=True)
+    return source.with_suffix(".o")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A copy of the sources with their objects."""
+    folder = tmp_path_factory.mktemp("native")
+    for source in [*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")]:
+        shutil.copy(source, folder)
+    for source in folder.glob("*.cpp"):
+        compiled(source)
+    return folder
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_tests_reject(name, whole, tmp_path):
+    mutant, folder = MUTANTS[name], tmp_path / "native"
+    shutil.copytree(whole, folder)
+    text = (folder / mutant.file).read_text()
+    assert mutant.old in text, f"{mutant.file} has no {mutant.old!r}"
+    (folder / mutant.file).write_text(text.replace(mutant.old, mutant.new))
+    for source in folder.glob("*.cpp"):
+        if mutant.file in (source.name, VECTORS):
+            compiled(source)
+    library = tmp_path / "broken.so"
+    subprocess.run(["c++", "-shared", "-pthread", *folder.glob("*.o"), "-o", library], check=True)
+    command = [sys.executable, "-m", "pytest", "-x", "-k", "not sanitizers", "tests/unit/test_native.py"]
+    environment = os.environ | {"MAMBA_CORE_NATIVE": str(library), "HYPOTHESIS_PROFILE": "unshrunk"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, f"not rejected:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"

@@ -1,0 +1,77 @@
+"""The native library on NumPy arrays, with the vector width and the threads to choose."""
+
+import ml_dtypes
+import numpy as np
+
+from mamba_core.backends import native
+
+SEQUENCES = ("x", "delta", "z", "B", "C")
+
+
+def widths() -> list[int]:
+    """Those that run on this CPU; none where there is no library."""
+    return [] if native.missing() else [width for width in (4, 8, 16) if width <= native.width()]
+
+
+def scan(threads=1, width=0, delta_softplus=False, keep=True, **arrays):
+    """(y, final state, boundaries or None)."""
+    b, l, e = arrays["x"].shape
+    n = arrays["A"].shape[1]
+    boundaries = np.empty(native.count_boundaries(b, l, e, n), np.float32) if keep else None
+    results = {"y": np.empty((b, l, e), arrays["x"].dtype), "final_state": np.empty((b, e, n), np.float32)}
+    native.scan(_scan(threads, width, delta_softplus, arrays | results | {"boundaries": boundaries}))
+    return *results.values(), boundaries
+
+
+def scan_backward(dy, dfinal_state, boundaries, threads=1, width=0, delta_softplus=False, **arrays):
+    """name -> gradient, of every array of floats that was given and of the initial state."""
+    b, _, e = arrays["x"].shape
+    floats = {name: value for name, value in arrays.items() if name not in ("mask", "restart") and value is not None}
+    gradients = {f"d{name}": np.empty(value.shape, value.dtype) for name, value in floats.items()}
+    gradients["dinitial_state"] = np.empty((b, e, arrays["A"].shape[1]), np.float32)
+    arriving = {"dy": dy, "dfinal_state": dfinal_state, "boundaries": boundaries}
+    native.scan_backward(_scan(threads, width, delta_softplus, arrays | arriving | gradients))
+    return {name.removeprefix("d"): value for name, value in gradients.items()}
+
+
+def conv(threads=1, width=0, silu=False, **arrays):
+    """(y, final state); weight is (k, e)."""
+    b, _, e = arrays["x"].shape
+    results = {"y": np.empty_like(arrays["x"], order="C")}
+    results["final_state"] = np.empty((b, len(arrays["weight"]) - 1, e), arrays["x"].dtype)
+    native.conv(_conv(threads, width, silu, arrays | results))
+    return tuple(results.values())
+
+
+def conv_backward(dy, dfinal_state, threads=1, width=0, silu=False, **arrays):
+    """name -> gradient, as `scan_backward`."""
+    floats = {name: value for name, value in arrays.items() if name not in ("mask", "restart") and value is not None}
+    gradients = {f"d{name}": np.empty(value.shape, value.dtype) for name, value in floats.items()}
+    native.conv_backward(_conv(threads, width, silu, arrays | gradients | {"dy": dy, "dfinal_state": dfinal_state}))
+    return {name.removeprefix("d"): value for name, value in gradients.items()}
+
+
+def _scan(threads, width, delta_softplus, arrays):
+    x, A = arrays["x"], arrays["A"]
+    bfloat16 = x.dtype == ml_dtypes.bfloat16
+    return _point(native.Scan(*x.shape, A.shape[1], bfloat16, delta_softplus, threads, width), arrays)
+
+
+def _conv(threads, width, silu, arrays):
+    x, weight = arrays["x"], arrays["weight"]
+    bfloat16 = x.dtype == ml_dtypes.bfloat16
+    return _point(native.Conv(*x.shape, len(weight), bfloat16, silu, threads, width), arrays)
+
+
+def _point(arguments, arrays):
+    """It does not keep the arrays alive."""
+    for name, value in arrays.items():
+        if value is None:
+            continue
+        if name in native.SEQUENCES:
+            strides = (stride // value.itemsize for stride in value.strides[:2])
+            setattr(arguments, name, native.Sequence(value.ctypes.data, *strides))
+        else:
+            assert value.flags.c_contiguous
+            setattr(arguments, name, value.ctypes.data)
+    return arguments

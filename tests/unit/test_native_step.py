@@ -1,0 +1,469 @@
+"""One position in one native call: the block and the head against the reference, and when a model uses them."""
+
+import ctypes
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import mamba_core as mc
+from mamba_core.backend import LayerState, State
+from mamba_core.backends import native
+from mamba_core.spec.reference import ReferenceModel
+from tests.conformance.assertions import assert_close
+from tests.unit.native_arrays import widths
+
+pytestmark = pytest.mark.skipif(native.missing() is not None, reason=f"native library: {native.missing()}")
+every_width = pytest.mark.parametrize("width", widths())
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+
+options = st.fixed_dictionaries(
+    {
+        "d_model": st.integers(1, 40),
+        "expand": st.sampled_from((1, 1.5, 2, 3.3)),
+        "d_state": st.integers(1, 64),
+        "d_conv": st.integers(1, 4),
+        "dt_rank": st.integers(1, 20),
+        "bias": st.booleans(),
+        "conv_bias": st.booleans(),
+        "norm_eps": st.sampled_from((1e-5, 0.3)),
+    }
+)
+# 13 rows are every size of the groups that rows are computed in.
+rows = st.integers(1, 8) | st.just(13)
+orders = st.booleans()
+dtypes = st.sampled_from(list(DTYPES))
+
+
+class Case:
+    """A block with drawn parameters, named as they end, and what one position of it is given."""
+
+    def __init__(self, fields, b, dtype, residual_dtype, seed=0):
+        self.config = mc.MambaConfig(n_layer=1, vocab_size=1, task="layers", **fields)
+        self.b, self.dtype, self.residual_dtype = b, DTYPES[dtype], DTYPES[residual_dtype]
+        self.rng = np.random.default_rng(seed)
+        d, e, n, k = self.config.d_model, self.config.d_inner, self.config.d_state, self.config.d_conv
+        self.names = mc.spec.params.parameter_table(self.config)
+        self.parameters = {name: self.parameter(entry) for name, entry in self.names.items()}
+        self.residual = self.draw((b, 1, d), self.residual_dtype)
+        self.state = LayerState(self.draw((b, k - 1, e), self.dtype), self.draw((b, e, n), np.float32))
+
+    def draw(self, shape, dtype, scale=1.0):
+        return (self.rng.normal(size=shape) * scale).astype(dtype)
+
+    def parameter(self, entry):
+        scale = 1.0 if len(entry.shape) == 1 else entry.shape[-1] ** -0.5
+        return self.draw(entry.shape, np.float32 if entry.float32 else self.dtype, scale)
+
+    def reference(self):
+        """(residual, state) in float64."""
+        state = State((self.state,), np.zeros(self.b, np.int32))
+        out = ReferenceModel(self.config, self.parameters)(self.residual.astype(np.float64), state)
+        return out.hidden, out.state.layers[0]
+
+    def native(self, width=0, threads=1, transposed=False):
+        """(residual, state)."""
+        c, kept = self.config, []
+
+        def at(array):
+            if array is None:
+                return None
+            kept.append(np.ascontiguousarray(array))
+            return kept[-1].ctypes.data
+
+        def own(name):
+            return self.parameters.get(f"backbone.layers.0.{name}")
+
+        def weight(name):
+            value = own(f"mixer.{name}.weight").reshape(own(f"mixer.{name}.weight").shape[0], -1)
+            return at(value.T if transposed else value)
+
+        def matrix(name):
+            return native.Matrix(weight(name), at(own(f"mixer.{name}.bias")))
+
+        results = np.empty_like(self.residual), *map(np.empty_like, self.state)
+        native.block_step(
+            native.BlockStep(
+                *(self.b, c.d_model, c.d_inner, c.d_state, c.d_conv, c.dt_rank_size),
+                *(self.dtype != np.float32, self.residual_dtype != np.float32, transposed, threads, width),
+                c.norm_eps,
+                *(at(value) for value in (self.residual, *self.state, own("norm.weight"))),
+                *(matrix(name) for name in ("in_proj", "conv1d", "x_proj", "out_proj")),
+                weight("dt_proj"),
+                *(at(own(f"mixer.{name}")) for name in ("dt_proj.bias", "A_log", "D")),
+                *(result.ctypes.data for result in results),
+            )
+        )
+        return results[0], LayerState(*results[1:])
+
+
+@every_width
+@given(options, rows, dtypes, dtypes, orders, st.sampled_from((1, 2, 3)), st.integers(0, 99))
+def test_a_step_is_the_reference(width, fields, b, dtype, residual_dtype, transposed, threads, seed):
+    case = Case(fields, b, dtype, residual_dtype, seed)
+    before = [value.copy() for value in (case.residual, *case.state)]
+    residual, state = case.native(width, threads, transposed)
+    wanted, wanted_state = case.reference()
+    # All is float32 inside, and so what is not rounded to bfloat16 in the end is as good as float32.
+    assert_close(residual, wanted, residual_dtype, "value", "residual")
+    assert_close(state.conv, wanted_state.conv, dtype, "value", "conv state")
+    assert_close(state.ssm, wanted_state.ssm, "float32", "value", "ssm state")
+    for value, kept in zip((case.residual, *case.state), before, strict=True):
+        np.testing.assert_array_equal(value, kept)
+
+
+# Enough for every thread that is asked for to be started.
+LARGE = {"d_model": 256, "d_state": 16, "expand": 2.01}
+
+
+@every_width
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_change_no_bit(width, transposed, dtype):
+    case = Case(LARGE, 2, dtype, "float32")
+    one, one_state = case.native(width, 1, transposed)
+    assert_close(one, case.reference()[0], "float32", "value", "residual")
+    for threads in (2, 3):
+        for _ in range(20):
+            other, other_state = case.native(width, threads, transposed)
+            for value, wanted in zip((other, *other_state), (one, *one_state), strict=True):
+                np.testing.assert_array_equal(value, wanted)
+
+
+def test_a_row_is_that_row_alone():
+    case = Case(LARGE, 13, "float32", "float32")
+    together, _ = case.native()
+    for row in (0, 8, 12):
+        alone = Case(LARGE, 1, "float32", "float32")
+        alone.parameters, alone.residual = case.parameters, case.residual[row : row + 1]
+        alone.state = LayerState(*(value[row : row + 1] for value in case.state))
+        np.testing.assert_array_equal(alone.native()[0][0], together[row])
+
+
+def linear(x, weight, bias, width=0, threads=1, transposed=False):
+    """x (b, in) times the transpose of weight (out, in), and a bias (out,)."""
+    stored = np.ascontiguousarray(weight.T if transposed else weight)
+    y = np.empty((len(x), len(weight)), np.float32)
+    matrix = native.Matrix(stored.ctypes.data, None if bias is None else bias.ctypes.data)
+    sizes, settings = (*x.shape, len(weight)), (x.dtype != np.float32, transposed, threads, width)
+    native.linear_step(native.LinearStep(*sizes, *settings, x.ctypes.data, matrix, y.ctypes.data))
+    return y
+
+
+def drawn_linear(b, inputs, outputs, dtype):
+    rng = np.random.default_rng(0)
+    return [rng.normal(size=shape).astype(DTYPES[dtype]) for shape in ((b, inputs), (outputs, inputs), (outputs,))]
+
+
+@every_width
+@given(rows, st.integers(1, 200), st.integers(1, 300), st.booleans(), dtypes, orders, st.sampled_from((1, 2, 3)))
+def test_a_linear_step_is_the_product(width, b, inputs, outputs, biased, dtype, transposed, threads):
+    x, weight, bias = drawn_linear(b, inputs, outputs, dtype)
+    y = linear(x, weight, bias if biased else None, width, threads, transposed)
+    wanted = x.astype(np.float64) @ weight.astype(np.float64).T + (bias.astype(np.float64) if biased else 0.0)
+    assert_close(y, wanted, "float32", "value", "y")
+
+
+@every_width
+@pytest.mark.parametrize("transposed", [False, True])
+def test_threads_change_no_bit_of_a_product(width, transposed):
+    x, weight, bias = drawn_linear(3, 300, 1501, "bfloat16")
+    one = linear(x, weight, bias, width, 1, transposed)
+    for threads in (2, 3):
+        np.testing.assert_array_equal(linear(x, weight, bias, width, threads, transposed), one)
+
+
+def test_a_workspace_beyond_memory_is_an_error():
+    huge = native.LinearStep(2**31, 2**31, 1)
+    with pytest.raises(MemoryError, match="workspace"):
+        native.linear_step(huge)
+
+
+def test_the_structs_are_as_long_as_they_are_in_c():
+    """Six and three sizes, five and four settings, a float and pointers, without a gap but one before pointers."""
+    assert ctypes.sizeof(native.BlockStep) == 6 * 8 + 6 * 4 + (4 + 4 * 2 + 4 + 3) * 8
+    assert ctypes.sizeof(native.LinearStep) == 3 * 8 + 4 * 4 + 4 * 8
+
+
+CONFIG = mc.MambaConfig(d_model=20, n_layer=3, vocab_size=29, d_state=5, initializer_range=0.5)
+PROMPTS = [[1, 2, 3], [7], [4, 5, 6, 7, 8]]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The names of the library's functions that a torch model called."""
+    pytest.importorskip("torch")
+    from mamba_core.backends.torch.kernels import step
+
+    called = []
+    for name in ("block_step", "linear_step"):
+        function = getattr(step.library, name)
+        monkeypatch.setattr(step.library, name, lambda *a, f=function, n=name: (called.append(n), f(*a))[1])
+    return called
+
+
+def stepping(config=CONFIG, batch=2, **settings):
+    """(model, ids (b, 1), state before them, logits and state of the plain operations)."""
+    import torch
+
+    model = mc.build(config, backend="torch", device="cpu", **settings)
+    ids = torch.arange(2 * batch).reshape(batch, 2) % 29
+    state = model(ids).state
+    out = mc.build(config, backend="torch", device="cpu", **settings | {"kernels": "sequential"})(ids[:, :1], state)
+    return model, ids[:, :1], torch.utils._pytree.tree_map(torch.detach, state), out
+
+
+ALL_NATIVE = ["block_step"] * 3 + ["linear_step"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"dtype": "bfloat16"}, {"kernels": "native"}])
+@pytest.mark.parametrize("fields", [{}, {"bias": True, "conv_bias": False, "tie_embeddings": False, "d_conv": 1}])
+@pytest.mark.parametrize("mode", ["no_grad", "inference_mode"])
+def test_a_model_steps_natively(calls, settings, fields, mode):
+    import torch
+
+    config = mc.MambaConfig(**{"d_model": 20, "n_layer": 3, "vocab_size": 29, "initializer_range": 0.5} | fields)
+    model, ids, state, wanted = stepping(config, **settings)
+    with getattr(torch, mode)():
+        out = model(ids, state)
+    assert calls == ALL_NATIVE
+    dtype = settings.get("dtype", "float32")
+    for value, plain in zip(torch.utils._pytree.tree_leaves(out), torch.utils._pytree.tree_leaves(wanted), strict=True):
+        assert (value.shape, value.dtype) == (plain.shape, plain.dtype)
+        assert_close(value.float().numpy(), plain.detach().float().numpy(), dtype, "node", "result")
+
+
+class Adapted:
+    """What takes a Linear's place, as an adapter does."""
+
+    def __new__(cls, linear):
+        import torch
+
+        class Adapter(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.base = linear
+                self.weight, self.bias = linear.weight, linear.bias
+
+            def forward(self, x):
+                return 2 * self.base(x)
+
+        return Adapter()
+
+
+def replaced(model):
+    model.backbone.layers[1].mixer.in_proj = Adapted(model.backbone.layers[1].mixer.in_proj)
+
+
+def hooked(model):
+    model.backbone.layers[1].mixer.x_proj.register_forward_hook(lambda module, given, result: 2 * result)
+
+
+def hooked_before(model):
+    model.backbone.layers[1].norm.register_forward_pre_hook(lambda module, given: (2 * given[0],))
+
+
+def hooked_mixer(model):
+    model.backbone.layers[1].mixer.register_forward_hook(lambda module, given, result: (2 * result[0], result[1]))
+
+
+def patched(model):
+    linear = model.backbone.layers[1].mixer.out_proj
+    linear.forward = lambda x, forward=linear.forward: 2 * forward(x)
+
+
+def subclassed(model):
+    import torch
+
+    class Doubled(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, arguments=(), named=None):
+            plain = torch.utils._pytree.tree_map(
+                lambda value: value.as_subclass(torch.Tensor) if isinstance(value, cls) else value, arguments
+            )
+            return (2 if function is torch.nn.functional.linear else 1) * function(*plain, **named or {})
+
+    linear = model.backbone.layers[1].mixer.in_proj
+    linear.weight = torch.nn.Parameter(linear.weight.detach().as_subclass(Doubled), requires_grad=False)
+
+
+def strided(model):
+    import torch
+
+    linear = model.backbone.layers[1].mixer.out_proj
+    linear.weight = torch.nn.Parameter(linear.weight.detach().T.contiguous().T)
+
+
+@pytest.mark.parametrize(
+    "change", [replaced, hooked, hooked_before, hooked_mixer, patched, subclassed, strided], ids=lambda f: f.__name__
+)
+def test_a_changed_block_computes_what_it_was_changed_to(calls, change):
+    import torch
+
+    model, ids, state, _ = stepping()
+    other = mc.build(CONFIG, backend="torch", device="cpu", kernels="sequential")
+    change(model)
+    change(other)
+    with torch.no_grad():
+        logits, wanted = model(ids, state).logits, other(ids, state).logits
+    assert calls == ["block_step"] * 2 + ["linear_step"]
+    assert_close(logits.numpy(), wanted.numpy(), "float32", "node", "logits")
+
+
+def test_an_adapted_head_is_called(calls):
+    import torch
+
+    model, ids, state, _ = stepping(mc.MambaConfig(d_model=20, n_layer=3, vocab_size=29, tie_embeddings=False))
+    with torch.no_grad():
+        once = model(ids, state).logits
+        model.lm_head = Adapted(model.lm_head)
+        twice = model(ids, state).logits
+    assert calls == ALL_NATIVE + ["block_step"] * 3
+    assert_close(twice.numpy(), 2 * once.numpy(), "float32", "node", "logits")
+
+
+PLAIN = {
+    "a mask": lambda model, ids, state: model(ids, state, mask=ids >= 0),
+    "segments": lambda model, ids, state: model(ids, state, segment_ids=ids * 0),
+    "observed": lambda model, ids, state: model(ids, state, observe=lambda name, value: None),
+    "two positions": lambda model, ids, state: model(ids.repeat(1, 2), state),
+    "no position": lambda model, ids, state: model(ids[:, :0], state),
+}
+
+
+@pytest.mark.parametrize("call", PLAIN.values(), ids=PLAIN)
+def test_plain_operations_where_a_step_is_not_all(calls, call):
+    import torch
+
+    model, ids, state, _ = stepping()
+    with torch.no_grad():
+        call(model, ids, state)
+    assert "block_step" not in calls
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kernels": "chunked"},
+        {"dtype": "float16"},
+        {"batch": 9},
+        {"config": mc.MambaConfig(d_model=20, n_layer=3, vocab_size=29, compat="minimamba", bias=True)},
+    ],
+)
+def test_plain_operations_for_another_model(calls, settings):
+    import torch
+
+    model, ids, state, wanted = stepping(**settings)
+    with torch.no_grad():
+        out = model(ids, state)
+    assert "block_step" not in calls
+    assert_close(out.logits.numpy(), wanted.logits.detach().numpy(), settings.get("dtype", "float32"), "node", "logits")
+
+
+def test_plain_operations_with_derivatives_autocast_or_without_the_library(calls, monkeypatch):
+    import torch
+
+    from mamba_core.backends.torch.kernels import memory
+
+    model, ids, state, _ = stepping()
+    assert model(ids, state).logits.requires_grad
+    forward_ad = torch.autograd.forward_ad
+    with torch.no_grad(), forward_ad.dual_level():
+        state_dual = state._replace(
+            layers=tuple(layer._replace(ssm=forward_ad.make_dual(layer.ssm, layer.ssm)) for layer in state.layers)
+        )
+        assert forward_ad.unpack_dual(model(ids, state_dual).logits).tangent is not None
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(ids, state)
+    monkeypatch.setattr(memory, "MISSING", "not built")
+    with torch.no_grad():
+        model(ids, state)
+    assert calls == []
+
+
+def test_changed_values_count_at_once(calls):
+    import torch
+
+    model, ids, state, _ = stepping()
+    with torch.no_grad():
+        before = model(ids, state).logits
+        weight = model.backbone.layers[0].mixer.out_proj.weight
+        weight.data = weight.data.clone().zero_()
+        model.backbone.layers[1].mixer.D.mul_(3.0)
+        after = model(ids, state).logits
+        wanted = stepping_plain(model, ids, state)
+    assert not torch.equal(before, after)
+    assert_close(after.numpy(), wanted.numpy(), "float32", "node", "logits")
+    model.to(torch.bfloat16)
+    with torch.no_grad():
+        assert_close(model(ids, model(ids, None).state).logits.numpy(), model(ids, model(ids).state).logits.numpy(),
+                     "bfloat16", "value", "logits")
+    assert len(calls) == 4 * 6
+
+
+def stepping_plain(model, ids, state):
+    """By the plain operations: a position that counts is what no mask says."""
+    return model(ids, state, mask=ids >= 0).logits
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_compiled_model_steps_natively(calls, dynamic):
+    import torch
+
+    model, ids, state, wanted = stepping()
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    with torch.no_grad():
+        out = compiled(ids, state)
+        assert calls == ALL_NATIVE
+        assert_close(compiled(ids[:1], model(ids[:1]).state).logits.shape, (1, 1, 32), "float64", "value", "shape")
+    assert_close(out.logits.numpy(), wanted.logits.detach().numpy(), "float32", "node", "logits")
+
+
+def test_a_step_of_any_batch_is_exported():
+    import torch
+
+    model, ids, state, wanted = stepping()
+    batch = torch.export.Dim("batch")
+    shapes = ({0: batch}, torch.utils._pytree.tree_map(lambda _: {0: batch}, state))
+    with torch.no_grad():
+        exported = torch.export.export(model, (ids, state), dynamic_shapes=shapes).module()
+        assert_close(exported(ids, state).logits.numpy(), wanted.logits.detach().numpy(), "float32", "node", "logits")
+        assert exported(ids[:1].repeat(11, 1), model.init_state(11)).logits.shape[0] == 11
+
+
+def test_vmap_over_states(calls):
+    import torch
+
+    model, ids, state, _ = stepping()
+    with torch.no_grad():
+        states = [state, model(ids, state).state]
+        stacked = torch.utils._pytree.tree_map(lambda *values: torch.stack(values), *states)
+        together = torch.func.vmap(lambda state: model(ids, state).logits)(stacked)
+        for logits, each in zip(together, states, strict=True):
+            assert_close(logits.numpy(), stepping_plain(model, ids, each).numpy(), "float32", "node", "logits")
+    assert "block_step" in calls
+
+
+GENERATE = """
+    import mamba_core as mc
+    config = mc.MambaConfig(d_model=20, n_layer=3, vocab_size=29, d_state=5, initializer_range=0.5)
+    model = mc.build(config, backend="torch", device="cpu")
+    print(mc.generate(model, [[1, 2, 3], [7], [4, 5, 6, 7, 8]], max_new_tokens=24).tokens)
+"""
+
+
+@pytest.mark.parametrize("native_library", ["", "0"])
+def test_greedy_tokens_are_those_of_the_plain_operations(calls, native_library, monkeypatch):
+    import textwrap
+
+    tokens = mc.generate(mc.build(CONFIG, backend="torch", device="cpu"), PROMPTS, max_new_tokens=24).tokens
+    assert calls.count("block_step") > 24
+    monkeypatch.setenv("MAMBA_CORE_NATIVE", native_library)
+    code = textwrap.dedent(GENERATE)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == repr(tokens), done.stderr
