@@ -1,19 +1,18 @@
 """Errors of every backend against the float64 reference, on the model of `tests/conformance/test_accuracy.py`.
 
-    python benchmarks/accuracy.py
+    python -m mamba_core.benchmarks.accuracy
 
 Writes results/accuracy.json, with the machine, and prints the table of the README.
 """
 
 import json
-import platform
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
 import mamba_core as mc
 from mamba_core import registry
+from mamba_core.benchmarks.machine import machine
 from mamba_core.parity import installed
 from mamba_core.spec.init import initial_values
 from mamba_core.spec.reference import ReferenceModel, cross_entropy
@@ -46,21 +45,6 @@ def measure(name: str, tokens, logits, gradients) -> dict[str, dict[str, float]]
         worst = max(relative_l2(given[key], value) for key, value in gradients.items())
         found[dtype] = {"logits": relative_l2(backend.to_numpy(out.logits), logits), "gradient": worst}
     return found
-
-
-def machine() -> dict[str, str]:
-    """Where it was measured, and with what."""
-    devices = {name: registry.get(name).devices()[0] for name in installed()}
-    versions = {name: version(registry.PACKAGES[name][0]) for name in installed()}
-    return {"processor": processor(), "python": platform.python_version(), "devices": devices, "versions": versions}
-
-
-def processor() -> str:
-    """The CPU's name where the system tells it."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def table(rows) -> str:

@@ -75,9 +75,9 @@ class Case:
 
 
 def smaller(case: Case) -> Case:
-    """The case for a quick run: of a size that shows that all works, and little more."""
-    config = dataclasses.replace(case.config, n_layer=min(case.config.n_layer, 2))
-    return dataclasses.replace(case, config=config, length=min(case.length, 256))
+    """The case for a quick run, of a size that shows that all works, and little more."""
+    sizes = {"n_layer": min(case.config.n_layer, 2), "vocab_size": min(case.config.vocab_size, 1000)}
+    return dataclasses.replace(case, config=dataclasses.replace(case.config, **sizes), length=case.length // 8)
 
 
 def scan_inputs(case: Case) -> dict[str, np.ndarray]:

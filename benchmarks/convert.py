@@ -1,7 +1,8 @@
 """Time and memory of a conversion against a plain copy of the bytes that it wrote, both synced to disk.
 
-    python benchmarks/convert.py                                              # mamba-370m in float32, 1.5 GB
-    python benchmarks/convert.py --preset mamba-2.8b --dtype bfloat16         # 5.5 GB; needs three times that on disk
+    python -m mamba_core.benchmarks.convert                      # mamba-370m in float32, 1.5 GB
+    python -m mamba_core.benchmarks.convert --preset mamba-2.8b --dtype bfloat16
+                                                                 # 5.5 GB; needs three times that on disk
 
 Makes a checkpoint of that size, converts it in a process of its own, copies the result, and so on in turns. Adds to
 results/convert.json, with the machine.
@@ -18,8 +19,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-from accuracy import processor
 
+from mamba_core.benchmarks.machine import cores, processor
 from mamba_core.config import COMPUTE_DTYPES, PRESETS, preset
 from mamba_core.spec.params import parameter_table
 from mamba_core.weights.convert import convert
@@ -54,7 +55,7 @@ def main() -> None:
     largest = max(count_bytes(parameter.shape, parameter.dtype(arguments.dtype)) for parameter in table)
     report = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     key = f"{arguments.preset} {arguments.dtype}"
-    report[key] = {"processor": processor(), "cores": os.cpu_count(), "largest_tensor_mb": largest / 1e6, "to": rows}
+    report[key] = {"processor": processor(), "cores": cores(), "largest_tensor_mb": largest / 1e6, "to": rows}
     RESULTS.write_text(json.dumps(report, indent=1) + "\n")
     print(f"{key}: largest tensor {largest / 1e6:.0f} MB")
     for name, row in rows.items():

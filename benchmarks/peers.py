@@ -200,5 +200,9 @@ def _channels_first(scan, x, delta, A, B, C, D):
 
 def _import_with(name: str, stubs: dict) -> ModuleType:
     """The module, with others that its import asks for and its CPU functions do not use; they do not stay."""
-    with mock.patch.dict(sys.modules, stubs):
+    sys.modules.update(stubs)
+    try:
         return importlib.import_module(name)
+    finally:
+        for stub in stubs:
+            del sys.modules[stub]

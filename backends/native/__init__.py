@@ -154,6 +154,15 @@ def scan_backward(arguments: Scan) -> None:
     _check(library().mamba_scan_backward(ctypes.byref(arguments)))
 
 
+def scan_floor(b: int, l: int, e: int, n: int) -> None:
+    """The scan's arithmetic alone, without its memory: what no scan could be faster than. For benchmarks.
+
+    Raises:
+        MemoryError: there is not the memory for its workspace.
+    """
+    _check(library().mamba_scan_floor(b, l, e, n, threads()))
+
+
 def conv(arguments: Conv) -> None:
     """Fills y, and final_state where it is given.
 
@@ -172,13 +181,13 @@ def conv_backward(arguments: Conv) -> None:
     _check(library().mamba_conv_backward(ctypes.byref(arguments)))
 
 
-def block_step(arguments: BlockStep) -> None:
-    """Fills new_residual, new_conv_state and new_ssm_state.
+def block_steps(arguments: ctypes.Array) -> None:
+    """Fills new_residual, new_conv_state and new_ssm_state of `BlockStep`s of the same sizes, one after another.
 
     Raises:
         MemoryError: there is not the memory for its workspace.
     """
-    _check(library().mamba_block_step(ctypes.byref(arguments)))
+    _check(library().mamba_block_steps(arguments, len(arguments)))
 
 
 def linear_step(arguments: LinearStep) -> None:
@@ -223,8 +232,9 @@ def _load(path: Path) -> ctypes.CDLL:
     found.mamba_scan_boundaries.restype = _int64
     for name in ("mamba_scan_forward", "mamba_scan_backward"):
         getattr(found, name).argtypes = [ctypes.POINTER(Scan)]
+    found.mamba_scan_floor.argtypes = [*[_int64] * 4, _int32]
     for name in ("mamba_conv_forward", "mamba_conv_backward"):
         getattr(found, name).argtypes = [ctypes.POINTER(Conv)]
-    found.mamba_block_step.argtypes = [ctypes.POINTER(BlockStep)]
+    found.mamba_block_steps.argtypes = [ctypes.POINTER(BlockStep), _int64]
     found.mamba_linear_step.argtypes = [ctypes.POINTER(LinearStep)]
     return found

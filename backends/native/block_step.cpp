@@ -45,6 +45,8 @@ struct LinearStep {
     float *y;
 };
 
+static int64_t mixed_of(const BlockStep &s) { return s.r + 2 * s.n; }
+
 // What passes from phase to phase: hidden (b, d), x, z, delta and y (b, e), dtbc (b, r + 2n), taps (k, e), A (e, n).
 struct Work {
     float *hidden, *x, *z, *dtbc, *delta, *y, *taps, *A;
@@ -106,9 +108,12 @@ static void relax() {
 #endif
 }
 
-// What every thread does. One that comes late, or not at all, is not waited for.
-static void *work_through(void *argument) {
-    Plan &plan = *(Plan *)argument;
+struct Team {
+    Plan *plans;
+    int64_t count;
+};
+
+static void work_through(Plan &plan) {
     for (Phase *phase = plan.phases; phase < plan.phases + plan.phase_count; phase++) {
         for (;;) {
             int64_t task = __atomic_fetch_add(&phase->begun, 1, __ATOMIC_RELAXED);
@@ -122,68 +127,86 @@ static void *work_through(void *argument) {
             else
                 sched_yield();
     }
+}
+
+// What every thread does. One that comes late, or not at all, is not waited for.
+static void *work_through_all(void *argument) {
+    Team &team = *(Team *)argument;
+    for (int64_t k = 0; k < team.count; k++) work_through(team.plans[k]);
     return nullptr;
 }
 
 // Threads live for one call: none is left for a fork to lose.
-static void run(Plan &plan, int64_t threads, int64_t weights) {
+static void run(Team team, int64_t threads, int64_t weights) {
     // A thread that is started should save more than the start costs.
     int64_t worth = 1 + (weights >> 17);
     threads = threads < worth ? threads : worth;
     threads = threads < MOST_THREADS ? threads : MOST_THREADS;
     pthread_t helpers[MOST_THREADS];
     int64_t started = 0;
-    while (started + 1 < threads && !pthread_create(&helpers[started], nullptr, work_through, &plan)) started++;
-    work_through(&plan);
+    while (started + 1 < threads && !pthread_create(&helpers[started], nullptr, work_through_all, &team)) started++;
+    work_through_all(&team);
     for (int64_t k = 0; k < started; k++) pthread_join(helpers[k], nullptr);
 }
 
-// Each of the two returns 0, or 1 where there is not the memory.
-EXPORT int32_t mamba_block_step(const BlockStep *step) {
-    const BlockStep &s = *step;
-    const Kernel &kernel = kernel_of(s.width);
-    int64_t mixed = s.r + 2 * s.n;
-    Work w;
+// The memory of all of them, null where there is not so much.
+static float *divide_memory(const BlockStep &s, Work &w) {
     struct {
         float **array;
         int64_t size;
-    } parts[] = {{&w.hidden, s.b * s.d}, {&w.x, s.b * s.e},     {&w.z, s.b * s.e},    {&w.delta, s.b * s.e},
-                 {&w.y, s.b * s.e},      {&w.dtbc, s.b * mixed}, {&w.taps, s.k * s.e}, {&w.A, s.e * s.n}};
+    } parts[] = {{&w.hidden, s.b * s.d}, {&w.x, s.b * s.e},          {&w.z, s.b * s.e},    {&w.delta, s.b * s.e},
+                 {&w.y, s.b * s.e},      {&w.dtbc, s.b * mixed_of(s)}, {&w.taps, s.k * s.e}, {&w.A, s.e * s.n}};
     int64_t size = 0;
     for (auto &part : parts) size += divide_up(part.size, WIDEST) * WIDEST;
     float *memory = (float *)aligned_alloc(64, sizeof(float) * size), *next = memory;
-    if (!memory) return 1;
     for (auto &part : parts) {
         *part.array = next;
-        next += divide_up(part.size, WIDEST) * WIDEST;
+        if (memory) next += divide_up(part.size, WIDEST) * WIDEST;
     }
-    int64_t outputs = s.transposed ? OUTPUTS_TRANSPOSED : OUTPUTS;
-    int64_t channels = divide_up(s.e, outputs);
-    Plan plan = {step, nullptr, w, outputs, {
+    return memory;
+}
+
+static Plan plan_of(const BlockStep &s, const Kernel &kernel, const Work &w) {
+    int64_t outputs = s.transposed ? OUTPUTS_TRANSPOSED : OUTPUTS, channels = divide_up(s.e, outputs);
+    return {&s, nullptr, w, outputs, {
         {kernel.normalise, s.b, 0, 0},
         {kernel.project_in, channels, 0, 0},
-        {kernel.project_x, divide_up(mixed, outputs), 0, 0},
+        {kernel.project_x, divide_up(mixed_of(s), outputs), 0, 0},
         {kernel.scan, channels, 0, 0},
         {kernel.project_out, divide_up(s.d, outputs), 0, 0},
     }, 5};
-    run(plan, s.threads, s.e * (3 * s.d + mixed + s.r));
+}
+
+// Blocks one after another, all of the same sizes and settings: each goes on from what the one before it writes, where
+// the caller says so. Each of the two returns 0, or 1 where there is not the memory.
+EXPORT int32_t mamba_block_steps(const BlockStep *steps, int64_t count) {
+    if (!count) return 0;
+    const BlockStep &s = *steps;
+    Work w;
+    float *memory = divide_memory(s, w);
+    Plan *plans = (Plan *)malloc(sizeof(Plan) * count);
+    if (memory && plans) {
+        for (int64_t k = 0; k < count; k++) plans[k] = plan_of(steps[k], kernel_of(s.width), w);
+        run({plans, count}, s.threads, count * s.e * (3 * s.d + mixed_of(s) + s.r));
+    }
+    int32_t failed = !memory || !plans;
+    free(plans);
     free(memory);
-    return 0;
+    return failed;
 }
 
 EXPORT int32_t mamba_linear_step(const LinearStep *step) {
     const LinearStep &s = *step;
     const Kernel &kernel = kernel_of(s.width);
-    float *memory = (float *)aligned_alloc(64, 64 * divide_up(s.b * s.inputs, WIDEST));
+    Work w = {};
+    float *memory = w.hidden = (float *)aligned_alloc(64, 64 * divide_up(s.b * s.inputs, WIDEST));
     if (!memory) return 1;
     int64_t outputs = s.transposed ? OUTPUTS_TRANSPOSED : OUTPUTS;
-    Work w = {};
-    w.hidden = memory;
     Plan plan = {nullptr, step, w, outputs, {
         {kernel.widen, s.b, 0, 0},
         {kernel.project, divide_up(s.outputs, outputs), 0, 0},
     }, 2};
-    run(plan, s.threads, s.inputs * s.outputs);
+    run({&plan, 1}, s.threads, s.inputs * s.outputs);
     free(memory);
     return 0;
 }
@@ -359,13 +382,13 @@ static void project_in(const Plan &plan, int64_t task) {
 static void project_x(const Plan &plan, int64_t task) {
     const BlockStep &s = *plan.block;
     const Work &w = plan.work;
-    int64_t mixed = s.r + 2 * s.n, first = task * plan.outputs_per_task, count = count_of(plan, first, mixed);
+    int64_t mixed = mixed_of(s), first = task * plan.outputs_per_task, count = count_of(plan, first, mixed);
     products({s.x_proj, s.b, s.e, mixed, !!s.bfloat16, !!s.transposed, w.x, s.e, w.dtbc + first, mixed}, first, count);
 }
 
 // The states of one channel of a row; the terms of its output lane by lane.
 INLINE V advance(const BlockStep &s, const Work &w, int64_t row, int64_t channel) {
-    const float *B = w.dtbc + row * (s.r + 2 * s.n) + s.r, *C = B + s.n, *A = w.A + channel * s.n;
+    const float *B = w.dtbc + row * mixed_of(s) + s.r, *C = B + s.n, *A = w.A + channel * s.n;
     const float *h = s.ssm_state + (row * s.e + channel) * s.n;
     float *new_h = s.new_ssm_state + (row * s.e + channel) * s.n;
     float step = w.delta[row * s.e + channel], u = step * w.x[row * s.e + channel];
@@ -384,7 +407,7 @@ INLINE V advance(const BlockStep &s, const Work &w, int64_t row, int64_t channel
 static void scan(const Plan &plan, int64_t task) {
     const BlockStep &s = *plan.block;
     const Work &w = plan.work;
-    int64_t mixed = s.r + 2 * s.n, first = task * plan.outputs_per_task, count = count_of(plan, first, s.e);
+    int64_t mixed = mixed_of(s), first = task * plan.outputs_per_task, count = count_of(plan, first, s.e);
     Matrix dt_proj = {s.dt_proj, nullptr};
     products({dt_proj, s.b, s.r, s.e, !!s.bfloat16, !!s.transposed, w.dtbc, mixed, w.delta + first, s.e}, first, count);
     for (int64_t i = first * s.n, end = (first + count) * s.n; i < end; i += WIDTH)

@@ -6,9 +6,7 @@ from torch import Tensor, nn
 
 from mamba_core.backend import LayerState
 from mamba_core.backends.torch.conv import causal_conv, causal_conv_step
-from mamba_core.backends.torch.kernels import step
 from mamba_core.backends.torch.scan import selective_scan, selective_step
-from mamba_core.observe import unobserved
 
 
 class RMSNorm(nn.Module):
@@ -126,17 +124,8 @@ class Block(nn.Module):
         self.mixer = MIXERS[config.architecture](config, kernels)
 
     def forward(self, residual: Tensor, state: LayerState, mask, segment_ids, observe) -> tuple[Tensor, LayerState]:
-        one = residual.shape[1] == 1 and mask is None and segment_ids is None
-        if one and observe is unobserved and (stepped := self._step(residual, state)) is not None:
-            return stepped
         hidden, state = self.mixer(observe("norm", self.norm(residual)), state, mask, segment_ids, observe)
         return observe("residual", residual + hidden), state
-
-    def _step(self, residual, state):
-        """In one call of the native library; None where it is not to be used."""
-        if not (step.as_built(RMSNorm, self.norm) and step.as_built(MambaMixer, self.mixer)):
-            return None
-        return step.block(self.norm, self.mixer, residual, state)
 
 
 MIXERS = {"mamba": MambaMixer}

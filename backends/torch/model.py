@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from mamba_core.backend import Hidden, Output, State
 from mamba_core.backends.torch import state as states
 from mamba_core.backends.torch.kernels import step
-from mamba_core.backends.torch.layers import Block, RMSNorm
+from mamba_core.backends.torch.layers import Block, MambaMixer, RMSNorm
 from mamba_core.backends.torch.scan import kernel_for
-from mamba_core.observe import reporting, within
+from mamba_core.observe import reporting, unobserved, within
 from mamba_core.spec.checks import check_inputs, check_state
 from mamba_core.spec.params import parameter_table
 
@@ -32,14 +32,32 @@ class Backbone(nn.Module):
     def forward(self, inputs: Tensor, state: State, mask, segment_ids, observe) -> tuple[Tensor, State]:
         residual = inputs if self.embeddings is None else observe("embedding", self._embed(inputs))
         residual = residual.to(torch.float32 if self.residual_in_fp32 else self.dtype)
+        one = residual.shape[1] == 1 and mask is None and segment_ids is None and observe is unobserved
+        if one and (stepped := self._step(residual, state.layers)) is not None:
+            residual, layers = stepped
+        else:
+            residual, layers = self._blocks(residual, state, mask, segment_ids, observe)
+        hidden = residual.to(self.dtype) if self.norm_f is None else observe("norm_f", self.norm_f(residual))
+        return hidden, states.leaving(layers, state, mask, segment_ids)
+
+    def _step(self, residual, layers):
+        """All blocks in one call of the native library; None where it is not to be used."""
+        blocks = list(self.layers)
+        as_built = (
+            step.as_built(Block, *blocks)
+            and step.as_built(RMSNorm, *(block.norm for block in blocks))
+            and step.as_built(MambaMixer, *(block.mixer for block in blocks))
+        )
+        return step.blocks(blocks, residual, layers) if as_built else None
+
+    def _blocks(self, residual, state, mask, segment_ids, observe):
         layers = []
         for index, (block, carried) in enumerate(
             zip(self.layers, states.entering(state, mask, segment_ids), strict=True)
         ):
             residual, carried = block(residual, carried, mask, segment_ids, within(f"layers.{index}.", observe))
             layers.append(carried)
-        hidden = residual.to(self.dtype) if self.norm_f is None else observe("norm_f", self.norm_f(residual))
-        return hidden, states.leaving(tuple(layers), state, mask, segment_ids)
+        return residual, tuple(layers)
 
     def _embed(self, input_ids):
         """An id outside the vocabulary raises on a CPU and gives NaN elsewhere, where it would end the CUDA context."""

@@ -21,6 +21,7 @@ COMMANDS = {
     "convert": "write a checkpoint in another layout",
     "inspect": "what a checkpoint holds",
     "parity": "compare backends with the float64 reference on a checkpoint, node by node",
+    "bench": "time and memory, beside other packages and the machine's limits",
 }
 
 BROKEN_PIPE = 141  # as shells have it for a program that SIGPIPE ends

@@ -1,5 +1,6 @@
 """The package as installed: what importing it brings in, missing frameworks, the wheel, the README."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -93,18 +94,26 @@ def test_backends_says_what_there_is(backend, attribute):
     assert mc.backends.__path__, "the function is the package too"
 
 
+@pytest.fixture(scope="session", params=["c++", None], ids=["with a compiler", "without a compiler"])
+def compiler(request):
+    if request.param and shutil.which(request.param) is None:
+        pytest.skip(f"no {request.param} here")
+    return request.param
+
+
 @pytest.fixture(scope="session")
-def wheel(tmp_path_factory):
+def wheel(tmp_path_factory, compiler):
     """The wheel, unpacked: importable without the repository and without installing."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"  # a copy, because a build leaves its own files behind
-    for name in ("mamba_core", "backends", "weights"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("mamba_core", "backends", "weights", "benchmarks"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     build = ["wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     command = [sys.executable, "-m", "pip", *build, "-w", folder, source]
-    done = subprocess.run(command, capture_output=True, text=True)
+    compilers = {} if compiler else {"CC": "false", "CXX": "false"}
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | compilers)
     assert done.returncode == 0, done.stderr
     (built,) = folder.glob("*.whl")
     target = ["--no-deps", "--quiet", "--target", folder / "site", built]
@@ -115,12 +124,12 @@ def wheel(tmp_path_factory):
 def test_the_wheel_holds_every_module_and_nothing_else(wheel):
     installed = {str(path.relative_to(wheel)) for path in wheel.rglob("*.py")}
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "mamba_core").rglob("*.py")}
-    for folder in ("backends", "weights"):
+    for folder in ("backends", "weights", "benchmarks"):
         expected |= {f"mamba_core/{path.relative_to(ROOT)}" for path in (ROOT / folder).rglob("*.py")}
     assert installed == expected
 
 
-def test_the_wheel_works_on_each_backend(backend, wheel, tmp_path):
+def test_the_wheel_works_on_each_backend(backend, compiler, wheel, tmp_path):
     """-S and a path of the wheel and the site's packages, less the editable install of this repository."""
     done = python(
         f"""
@@ -132,11 +141,13 @@ def test_the_wheel_works_on_each_backend(backend, wheel, tmp_path):
         model = mc.build(mc.MambaConfig(d_model=8, n_layer=1, vocab_size=256), backend={backend.name!r})
         mc.save(model, "model")
         result = mc.generate(mc.load("model", backend={backend.name!r}), "x", max_new_tokens=3)
-        print(len(result.tokens[0]))
+        print(len(result.tokens[0]), mc.backends()[{backend.name!r}].kernels["native"])
     """,
         cwd=tmp_path,
     )
-    assert done.stdout.strip() == "3", done.stdout + done.stderr
+    tokens, _, native = done.stdout.strip().partition(" ")
+    assert tokens == "3", done.stdout + done.stderr
+    assert native == "None" if compiler else native.startswith("not built; with a C++ compiler")
 
 
 def snippets() -> dict[str, str]:

@@ -99,10 +99,17 @@ def one_at_a_time(operator):
         if info.batch_size == 0:
             raise ValueError("vmap over an axis of length 0; expected at least one element")
 
+        def part(value, axis, index):
+            if isinstance(value, list):
+                return [part(item, its_axis, index) for item, its_axis in zip(value, axis, strict=True)]
+            return value if axis is None else value.select(axis, index)
+
         def element(index):
-            return (value if axis is None else value.select(axis, index) for value, axis in pairs)
+            return (part(value, axis, index) for value, axis in pairs)
 
         results = [operator(*element(index)) for index in range(info.batch_size)]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
         stacked = type(results[0])(map(torch.stack, zip(*results, strict=True)))
         return stacked, type(stacked)([0] * len(stacked))
 

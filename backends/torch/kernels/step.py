@@ -1,4 +1,4 @@
-"""One position of a residual block, and the head of one position, each in one native call on a CPU.
+"""One position of all residual blocks, and the head of one position, each in one native call on a CPU.
 
 With few rows such a step is as long as its weights take to be read; in single operations it is half as long again.
 """
@@ -15,19 +15,33 @@ from mamba_core.backends.torch.kernels.operator import one_at_a_time
 # More rows take longer to compute than their weights to be read.
 MOST_ROWS = 8
 KINDS = (nn.Parameter, Tensor)
+# Tensors of a block, and which of them is its ssm state; the first is its conv state.
+OPERANDS, SSM_STATE = 14, 10
 
 
-def block(norm, mixer, residual: Tensor, state: LayerState) -> tuple[Tensor, LayerState] | None:
-    """What `Block.forward` returns for residual (b, 1, d); None where plain operations are to compute it."""
-    linears = (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj)
-    if mixer.minimamba or not (_runs(mixer.kernels, norm.weight) and residual.shape[0] <= MOST_ROWS):
+def blocks(layers, residual: Tensor, states) -> tuple[Tensor, tuple[LayerState, ...]] | None:
+    """The residual stream (b, 1, d) and the states after all blocks; None where plain operations are to compute it."""
+    norm, mixer = layers[0].norm, layers[0].mixer
+    if mixer.minimamba or not _runs(mixer.kernels, residual, norm.weight):
         return None
-    if not (as_built(nn.Linear, *linears) and as_built(nn.Conv1d, mixer.conv1d)):
+    (b, _, d), (e, n), r, k = residual.shape, mixer.A_log.shape, mixer.sizes[0], mixer.conv1d.weight.shape[-1]
+    tensors = []
+    for block, state in zip(layers, states, strict=True):
+        if (own := _tensors(block, state, (b, d, e, n, r, k), norm.weight.dtype)) is None:
+            return None
+        tensors += own
+    residual, *after = _blocks(residual, tensors, r, [block.norm.eps for block in layers])
+    return residual, tuple(LayerState(*after[k : k + 2]) for k in range(0, len(after), 2))
+
+
+def _tensors(block, state: LayerState, sizes: tuple[int, ...], dtype: torch.dtype) -> list[Tensor | None] | None:
+    """OPERANDS tensors of a block, the first its conv state; None if it is not as it was built."""
+    (b, d, e, n, r, k), norm, mixer = sizes, block.norm, block.mixer
+    linears = in_proj, x_proj, dt_proj, out_proj = mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj
+    if not (as_built(nn.Linear, *linears) and as_built(nn.Conv1d, mixer.conv1d) and x_proj.bias is None):
         return None
-    in_proj, x_proj, dt_proj, out_proj = linears
-    e, _, k = mixer.conv1d.weight.shape
-    (d,), (r, n, _), b, dtype = norm.weight.shape, mixer.sizes, residual.shape[0], norm.weight.dtype
     stored = (
+        (state.conv, (b, k - 1, e)),
         (norm.weight, (d,)),
         (in_proj.weight, (2 * e, d)),
         (in_proj.bias, (2 * e,)),
@@ -37,25 +51,22 @@ def block(norm, mixer, residual: Tensor, state: LayerState) -> tuple[Tensor, Lay
         (dt_proj.weight, (e, r)),
         (out_proj.weight, (d, e)),
         (out_proj.bias, (d,)),
-        (state.conv, (b, k - 1, e)),
     )
-    float32 = ((dt_proj.bias, (e,)), (mixer.A_log, (e, n)), (mixer.D, (e,)), (state.ssm, (b, e, n)))
-    if not (_all(dtype, stored) and _all(torch.float32, float32) and x_proj.bias is None):
+    float32 = ((state.ssm, (b, e, n)), (dt_proj.bias, (e,)), (mixer.A_log, (e, n)), (mixer.D, (e,)))
+    if not (_all(dtype, stored) and _all(torch.float32, float32)):
         return None
-    weights = (*(value for value, _ in stored[:-1]), *(value for value, _ in float32[:-1]))
-    residual, conv, ssm = _block(residual, *state, *weights, norm.eps)
-    return residual, LayerState(conv, ssm)
+    return [value for value, _ in stored + float32]
 
 
 def head(kernels: str, hidden: Tensor, weight: Tensor) -> Tensor | None:
     """Logits (b, ..., v) float32 of hidden (b, d) or (b, 1, d); None where plain operations are to compute them."""
     one = hidden.ndim == 2 or hidden.shape[1] == 1
-    if not (one and hidden.shape[0] <= MOST_ROWS and _runs(kernels, weight) and hidden.dtype is weight.dtype):
+    if not (one and _runs(kernels, hidden, weight) and _all(hidden.dtype, [(weight, weight.shape)])):
         return None
-    return _linear(hidden, weight) if _all(weight.dtype, [(weight, weight.shape)]) else None
+    return _linear(hidden, weight)
 
 
-def _runs(kernels: str, weight: Tensor) -> bool:
+def _runs(kernels: str, x: Tensor, weight: Tensor) -> bool:
     """Whether the library computes here what the model would: in that dtype, and without derivatives of any mode."""
     return (
         kernels in ("auto", "native")
@@ -63,7 +74,9 @@ def _runs(kernels: str, weight: Tensor) -> bool:
         and reason(weight.device, weight.dtype) is None
         and not torch.is_autocast_enabled("cpu")
         and forward_ad._current_level < 0
-        and not torch.compiler.is_exporting()  # which would fix the batch
+        # An exported program is for any batch.
+        and not torch.compiler.is_exporting()
+        and x.shape[0] <= MOST_ROWS
     )
 
 
@@ -90,40 +103,32 @@ def _all(dtype: torch.dtype, tensors) -> bool:
     return True
 
 
-@torch.library.custom_op("mamba_core::block_step", mutates_args=(), device_types="cpu")
-def _block(
-    residual: Tensor,
-    conv_state: Tensor,
-    ssm_state: Tensor,
-    norm: Tensor,
-    in_proj: Tensor,
-    in_bias: Tensor | None,
-    conv: Tensor,
-    conv_bias: Tensor | None,
-    x_proj: Tensor,
-    dt_proj: Tensor,
-    out_proj: Tensor,
-    out_bias: Tensor | None,
-    delta_bias: Tensor,
-    A_log: Tensor,
-    D: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The residual stream and both states after the position."""
+@torch.library.custom_op("mamba_core::block_steps", mutates_args=(), device_types="cpu")
+def _blocks(residual: Tensor, tensors: list[Tensor | None], r: int, eps: list[float]) -> list[Tensor]:
+    """The residual stream after all blocks, and each one's conv and ssm state; tensors are those of `_tensors`."""
     residual = residual.contiguous()
-    results = _empty(residual, conv_state, ssm_state)
-    (e, n), (_, r), (_, d), k = A_log.shape, dt_proj.shape, in_proj.shape, conv.shape[2]
-    library.block_step(
-        library.BlockStep(
-            *(residual.shape[0], d, e, n, k, r),
-            *(in_proj.dtype == torch.bfloat16, residual.dtype == torch.bfloat16, False, torch.get_num_threads(), 0),
-            eps,
-            *(value.data_ptr() for value in (residual, conv_state, ssm_state, norm)),
-            *(_matrix(in_proj, in_bias), _matrix(conv, conv_bias), _matrix(x_proj), _matrix(out_proj, out_bias)),
-            *(value.data_ptr() for value in (dt_proj, delta_bias, A_log, D, *results)),
-        )
+    results = _empty(residual, tensors)
+    (b, _, d), (_, e, n), in_proj, conv = residual.shape, tensors[SSM_STATE].shape, tensors[2], tensors[4]
+    fixed = (
+        *(b, d, e, n, conv.shape[2], r),
+        *(in_proj.dtype == torch.bfloat16, residual.dtype == torch.bfloat16, False, torch.get_num_threads(), 0),
     )
+    after, *states = (value.data_ptr() for value in results)
+    before, pointers = residual.data_ptr(), [None if value is None else value.data_ptr() for value in tensors]
+    steps = []
+    for k, its_eps in enumerate(eps):
+        own = pointers[k * OPERANDS : (k + 1) * OPERANDS]
+        steps.append(_block_step(fixed, its_eps, before, own, after, states[2 * k : 2 * k + 2]))
+        before = after
+    library.block_steps((library.BlockStep * len(steps))(*steps))
     return results
+
+
+def _block_step(fixed, eps, before, pointers, after, states) -> library.BlockStep:
+    conv_state, norm, in_proj, in_bias, conv, conv_bias, x_proj, dt_proj, out_proj, out_bias, ssm_state = pointers[:11]
+    matrices = ((in_proj, in_bias), (conv, conv_bias), (x_proj, None), (out_proj, out_bias))
+    read = (before, conv_state, ssm_state, norm, *matrices, dt_proj, *pointers[11:])
+    return library.BlockStep(*fixed, eps, *read, after, *states)
 
 
 @torch.library.custom_op("mamba_core::linear_step", mutates_args=(), device_types="cpu")
@@ -143,9 +148,9 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
-@_block.register_fake
-def _(residual, conv_state, ssm_state, *rest):
-    return _empty(residual, conv_state, ssm_state)
+@_blocks.register_fake
+def _(residual, tensors, r, eps):
+    return _empty(residual, tensors)
 
 
 @_linear.register_fake
@@ -153,12 +158,14 @@ def _(x, weight):
     return x.new_empty(*x.shape[:-1], len(weight), dtype=torch.float32)
 
 
-for operator in (_block, _linear):
+for operator in (_blocks, _linear):
     operator.register_vmap(one_at_a_time(operator))
 
 
-def _empty(*values):
-    return tuple(value.new_empty(value.shape) for value in values)
+def _empty(residual, tensors):
+    """Memory for the results of `_blocks`."""
+    states = [value for k in range(0, len(tensors), OPERANDS) for value in (tensors[k], tensors[k + SSM_STATE])]
+    return [value.new_empty(value.shape) for value in (residual, *states)]
 
 
 def _matrix(weight, bias=None) -> library.Matrix:
