@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench bench-quick clean
 
 demo: $(VENV)/.demo
 	$(BIN)/mamba-core demo --backends torch,mlx,jax
@@ -17,6 +17,14 @@ test: $(VENV)/.test
 lint: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Hours, on a machine with nothing else to do; then the README's tables and plot.
+bench: $(VENV)/.test
+	$(BIN)/mamba-core bench --out benchmarks/results/bench.json
+	$(BIN)/python -m mamba_core.benchmarks.report
+
+bench-quick: $(VENV)/.test
+	$(BIN)/mamba-core bench --quick
 
 # torch first and pinned: without it a dependency would bring a build with several gigabytes of CUDA.
 $(VENV)/.demo: pyproject.toml constraints.txt

@@ -91,7 +91,7 @@ def table(columns: list[tuple[dict, str, bool]]) -> str:
     """A row a candidate; a case has its median time, that as a multiple of the baseline's speed, and its memory."""
     header = [""]
     for record, heading, memory in columns:
-        header += [heading, f"times {record['baseline']}"] + ["memory"] * memory
+        header += [heading, f"x {record['baseline']}"] + ["memory"] * memory
     names = dict.fromkeys(name for record, _, _ in columns for name in record["candidates"])
     rows = []
     for name in names:
@@ -104,7 +104,7 @@ def table(columns: list[tuple[dict, str, bool]]) -> str:
 def _cells(entry: dict, memory: bool) -> list[str]:
     if "median" not in entry:
         return [""] * (2 + memory)
-    floor = f" ({entry['over_floor']:.1f} of the floor)" if "over_floor" in entry else ""
+    floor = f" ({entry['over_floor']:.1f} floors)" if "over_floor" in entry else ""
     speedup = f"{entry['speedup']:.2f}" if "speedup" in entry else ""
     extra = [f"{entry['extra_bytes'] / 2**20:,.0f} MiB"] if memory else []
     return [milliseconds(entry["median"]) + floor, speedup, *extra]
@@ -169,7 +169,7 @@ def plot(lines: dict[tuple[str, str], list], path: Path) -> None:
 def _where(found: dict[str, Any]) -> str:
     machine = found["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    return f"{found['threads']} threads of an {machine['processor']}; {versions}."
+    return f"{machine['processor']}, {found['threads']} threads; {versions}."
 
 
 def _markdown(header: list[str], rows: list[list[str]]) -> str:

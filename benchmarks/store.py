@@ -1,6 +1,7 @@
 """The file that measurements are kept in."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,6 @@ def write(path: Path, found: dict[str, Any]) -> None:
 
 
 def milliseconds(seconds: float) -> str:
-    """With three digits that count."""
+    """With at least three digits that count."""
     value = seconds * 1e3
-    return f"{value:.{max(0, 3 - len(str(int(value))))}f} ms" if value < 1000 else f"{value:,.0f} ms"
+    return f"{value:,.{max(0, 2 - math.floor(math.log10(value)))}f} ms"

@@ -1,11 +1,14 @@
-"""The short causal convolution as k shifted multiply-adds, which XLA fuses into one pass over the input."""
+"""The short causal convolution: k shifted multiply-adds, which XLA fuses, and on a CPU in C++ in one pass."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
+from mamba_core.backends.jax.kernels import native_conv
 from mamba_core.backends.jax.positions import compaction, restarts
+from mamba_core.backends.jax.scan import kernel_for
 from mamba_core.spec.checks import check_conv, check_conv_step
 
 
@@ -21,11 +24,13 @@ def causal_conv(
     segment_ids=None,
     kernel="auto",
 ):
+    """kernel="auto" is resolved as that of `selective_scan`."""
     check_conv(x, weight, bias, activation, initial_state, mask, segment_ids)
+    kernel_for(kernel, "cpu", x.dtype)  # where it will run is not known before it is lowered
     batch, _, channels = x.shape
     if initial_state is None:
         initial_state = jnp.zeros((batch, weight.shape[1] - 1, channels), x.dtype)
-    y, state = _causal_conv(x, weight, bias, initial_state, mask, segment_ids, activation=activation)
+    y, state = _causal_conv(x, weight, bias, initial_state, mask, segment_ids, activation=activation, kernel=kernel)
     return (y, state) if return_final_state else y
 
 
@@ -36,10 +41,20 @@ def causal_conv_step(x, weight, bias=None, *, activation=None, state):
     return y[:, 0].astype(x.dtype), window[:, 1:]
 
 
-@functools.partial(jax.jit, static_argnames="activation")
-def _causal_conv(x, weight, bias, state, mask, segment_ids, *, activation):
+@functools.partial(jax.jit, static_argnames=("activation", "kernel"))
+def _causal_conv(x, weight, bias, state, mask, segment_ids, *, activation, kernel):
+    arguments = (x, weight, bias, state.astype(x.dtype), mask, restarts(mask, segment_ids))
+    run_shifted, run_native = (functools.partial(run, activation=activation) for run in (shifted, native))
+    on_cpu = kernel_for(kernel, "cpu", x.dtype)
+    if kernel == "auto" and on_cpu == "native":
+        run_cpu = functools.partial(run_native, portable=True)
+        return lax.platform_dependent(*arguments, cpu=run_cpu, default=run_shifted)
+    return (run_native if on_cpu == "native" else run_shifted)(*arguments)
+
+
+def shifted(x, weight, bias, state, mask, restart, *, activation):
+    """A multiply-add of the whole length for each tap."""
     length, carried = x.shape[1], state.shape[1]
-    restart = restarts(mask, segment_ids)
     if mask is None:
         end = jnp.full(x.shape[:1], length)
     else:
@@ -47,7 +62,7 @@ def _causal_conv(x, weight, bias, state, mask, segment_ids, *, activation):
         end = mask.sum(1)
         x = jnp.take_along_axis(jnp.where(mask[..., None], x, 0), order[..., None], axis=1)
         restart = None if restart is None else jnp.take_along_axis(restart, order, axis=1)
-    inputs = jnp.concatenate([state.astype(x.dtype), x], axis=1)
+    inputs = jnp.concatenate([state, x], axis=1)
     run = None if restart is None else jnp.pad(jnp.cumsum(restart, axis=1), ((0, 0), (carried, 0)))
 
     y = _filter(inputs, weight, bias, run, activation).astype(x.dtype)
@@ -60,6 +75,9 @@ def _causal_conv(x, weight, bias, state, mask, segment_ids, *, activation):
         in_last_run = jnp.take_along_axis(run, last, axis=1) == restart.sum(1, keepdims=True)
         state = jnp.where(in_last_run[..., None], state, 0)
     return y, state
+
+
+native = native_conv.beside(shifted)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -8,6 +8,7 @@ from jax import lax
 from mamba_core.backend import LayerState
 from mamba_core.backends.jax.conv import causal_conv, causal_conv_step
 from mamba_core.backends.jax.scan import selective_scan, selective_step
+from mamba_core.observe import within
 
 
 def precision(dtype: str) -> lax.Precision | None:
@@ -74,6 +75,7 @@ class MambaMixer(nnx.Module):
             return_final_state=True,
             mask=mask,
             segment_ids=segment_ids,
+            kernel=self.kernels,
         )
 
     def _conv_one(self, x, state):
@@ -132,6 +134,15 @@ class Block(nnx.Module):
     def __call__(self, residual: jax.Array, state: LayerState, mask, segment_ids, observe):
         hidden, state = self.mixer(observe("norm", self.norm(residual)), state, mask, segment_ids, observe)
         return observe("residual", residual + hidden), state
+
+
+def through(blocks, residual: jax.Array, states, mask, segment_ids, observe) -> tuple[jax.Array, tuple]:
+    """The residual stream and the states after all blocks."""
+    after = []
+    for index, (block, state) in enumerate(zip(blocks, states, strict=True)):
+        residual, state = block(residual, state, mask, segment_ids, within(f"layers.{index}.", observe))
+        after.append(state)
+    return residual, tuple(after)
 
 
 MIXERS = {"mamba": MambaMixer}

@@ -6,9 +6,10 @@ from flax import nnx
 
 from mamba_core.backend import Hidden, Output, State
 from mamba_core.backends.jax import state as states
-from mamba_core.backends.jax.layers import Block, RMSNorm, precision
+from mamba_core.backends.jax.kernels import step
+from mamba_core.backends.jax.layers import Block, RMSNorm, precision, through
 from mamba_core.backends.jax.scan import kernel_for
-from mamba_core.observe import reporting, within
+from mamba_core.observe import reporting, unobserved
 from mamba_core.spec.checks import check_inputs, check_state
 
 
@@ -27,14 +28,14 @@ class Backbone(nnx.Module):
     def __call__(self, inputs: jax.Array, state: State, mask, segment_ids, observe) -> tuple[jax.Array, State]:
         residual = inputs if self.embeddings is None else observe("embedding", self._embed(inputs))
         residual = residual.astype(jnp.float32 if self.residual_in_fp32 else self.dtype)
-        layers = []
-        for index, (block, carried) in enumerate(
-            zip(self.layers, states.entering(state, mask, segment_ids), strict=True)
-        ):
-            residual, carried = block(residual, carried, mask, segment_ids, within(f"layers.{index}.", observe))
-            layers.append(carried)
+        one = residual.shape[1] == 1 and mask is None and segment_ids is None and observe is unobserved
+        stepped = step.blocks(self.layers, residual, state.layers) if one else None
+        if stepped is None:
+            entering = states.entering(state, mask, segment_ids)
+            stepped = through(self.layers, residual, entering, mask, segment_ids, observe)
+        residual, layers = stepped
         hidden = residual.astype(self.dtype) if self.norm_f is None else observe("norm_f", self.norm_f(residual))
-        return hidden, states.leaving(tuple(layers), state, mask, segment_ids)
+        return hidden, states.leaving(layers, state, mask, segment_ids)
 
     def _embed(self, input_ids):
         """NaN for an id outside the vocabulary: indexing would take negative ids from the end."""
@@ -94,10 +95,12 @@ class LanguageModel(Model):
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """Logits in float32 from the backbone's output."""
-        if self.lm_head is not None:
-            return self.lm_head(hidden)
-        weight = self.backbone.embeddings.embedding[...].T
-        return jnp.matmul(hidden, weight, precision=precision(self.dtype), preferred_element_type=jnp.float32)
+        tied = self.lm_head is None
+        if tied or step.is_linear(self.lm_head):
+            weight = self.backbone.embeddings.embedding[...] if tied else self.lm_head.kernel[...]
+            if (logits := step.head(self.chosen_kernels, hidden, weight, transposed=not tied)) is not None:
+                return logits
+        return step.product(hidden, weight, transposed=False) if tied else self.lm_head(hidden)
 
 
 class FeatureModel(Model):

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from mamba_core.backends.jax.arrays import devices
-from mamba_core.backends.jax.kernels import native
+from mamba_core.backends.jax.kernels import native_scan
+from mamba_core.backends.jax.kernels.operator import reason
 from mamba_core.backends.jax.positions import restarts
 from mamba_core.spec.checks import check_scan, check_step, choose_kernel
 
@@ -78,7 +79,7 @@ def kernel_for(kernel: str, device: str, dtype) -> str:
 
 def _kernels(device, dtype):
     order = KERNELS if device == "cpu" else ["associative", *KERNELS]
-    return dict.fromkeys(order) | {"native": native.reason(device, dtype)}
+    return dict.fromkeys(order) | {"native": reason(device, dtype)}
 
 
 def _auto(*arguments, delta_softplus):
@@ -114,7 +115,7 @@ def associative(*arguments, delta_softplus):
 
 
 KERNELS = {
-    "native": native.beside(chunked),
+    "native": native_scan.beside(chunked),
     "chunked": chunked,
     "associative": associative,
     "sequential": sequential,

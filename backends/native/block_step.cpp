@@ -12,12 +12,12 @@
 #include "scan.h"
 #include "vectors.h"
 
-// (outputs, inputs) as torch stores it, or (inputs, outputs) where `transposed`; bias may be null. Of the compute dtype.
+// Of the compute dtype: (outputs, inputs) as torch stores it, or (inputs, outputs) if `transposed`. bias may be null.
 struct Matrix {
     const char *weight, *bias;
 };
 
-// Arrays are contiguous. Those of char are of the compute dtype, bfloat16 or float32, but the residual stream of its own.
+// Arrays are contiguous. Those of char are of the compute dtype, bfloat16 or float32; the residual stream has its own.
 struct BlockStep {
     int64_t b, d, e, n, k, r;
     int32_t bfloat16, residual_bfloat16, transposed, threads, width;
@@ -31,7 +31,7 @@ struct BlockStep {
     const char *dt_proj;
     // (e,), (e, n) and (e,).
     const float *delta_bias, *A_log, *D;
-    // Results, in other memory.
+    // Results, in other memory; only new_residual may be residual.
     char *new_residual, *new_conv_state;
     float *new_ssm_state;
 };

@@ -5,15 +5,14 @@
 #ifndef WIDTH
 
 #include <initializer_list>
-#include <pthread.h>
-#include <stdlib.h>
 
 #include "scan.h"
+#include "tasks.h"
 #include "vectors.h"
 
 // One task is BLOCK channels of one row; it keeps its state in memory every CHUNK positions. Neither depends on the
 // vector width or the threads, and so the order of every sum is the same for any number of them.
-constexpr int64_t BLOCK = 64, CHUNK = 32, STATES = 2, MOST_THREADS = 256;
+constexpr int64_t BLOCK = 64, CHUNK = 32, STATES = 2;
 
 // What a thread computes in. Rows of positions; n here is a multiple of STATES, with states of zeros added.
 struct Work {
@@ -89,55 +88,35 @@ static const Kernel &kernel_of(__attribute__((unused)) const Scan &s) {
     return width4::kernel;
 }
 
-struct Queue {
-    const Scan *scan;
-    const Partial *partial;
-    Function *function;
-    int64_t count, per_row, next;
-    char *works;
-    size_t work_size;
-    int32_t started;
-};
-
 static size_t work_size_of(const Scan &s) {
     return sizeof(Work) + sizeof(float) * (4 * tile_of(s) + 2 * CHUNK * stride_of_B(s.n));
 }
 
-static void *run_tasks(void *argument) {
-    Queue &queue = *(Queue *)argument;
-    const Scan &s = *queue.scan;
-    Work &w = *(Work *)(queue.works + queue.work_size * __atomic_fetch_add(&queue.started, 1, __ATOMIC_RELAXED));
+struct Job {
+    const Scan *scan;
+    const Partial *partial;
+    Function *function;
+    int64_t per_row;
+};
+
+static void run_one(const void *argument, int64_t index, void *memory) {
+    const Job &job = *(const Job *)argument;
+    const Scan &s = *job.scan;
+    Work &w = *(Work *)memory;
     w.A = (float *)(&w + 1);
     w.h = w.A + tile_of(s);
     w.g = w.h + tile_of(s);
     w.dA = w.g + tile_of(s);
     w.B = w.dA + tile_of(s);
     w.C = w.B + CHUNK * stride_of_B(s.n);
-    for (;;) {
-        int64_t index = __atomic_fetch_add(&queue.next, 1, __ATOMIC_RELAXED);
-        if (index >= queue.count) return nullptr;
-        queue.function({queue.scan, queue.partial, index / queue.per_row, index % queue.per_row}, w);
-    }
+    job.function({job.scan, job.partial, index / job.per_row, index % job.per_row}, w);
 }
 
-// Threads live for one call: to start one costs some ten microseconds, and none is left for a fork to lose.
-static int run(const Scan &s, const Partial *partial, Function *function, int64_t per_row) {
+static bool run(const Scan &s, const Partial *partial, Function *function, int64_t per_row) {
     // A thread that is started should save more than the start costs.
-    int64_t count = s.b * per_row, worth = 1 + (s.b * s.l * s.e * s.n >> 18), threads = s.threads;
-    for (int64_t limit : {count, worth, MOST_THREADS}) threads = threads < limit ? threads : limit;
-    threads = threads < 1 ? 1 : threads;
-    size_t size = divide_up(work_size_of(s), 64) * 64;
-    char *works = (char *)aligned_alloc(64, size * threads);
-    if (!works) return 1;
-    Queue queue = {&s, partial, function, count, per_row, 0, works, size, 0};
-    pthread_t helpers[MOST_THREADS];
-    int64_t started = 0;
-    // Where the system gives no more threads, those that there are do the work.
-    while (started + 1 < threads && !pthread_create(&helpers[started], nullptr, run_tasks, &queue)) started++;
-    run_tasks(&queue);
-    for (int64_t k = 0; k < started; k++) pthread_join(helpers[k], nullptr);
-    free(works);
-    return 0;
+    int64_t worth = 1 + (s.b * s.l * s.e * s.n >> 18);
+    Job job = {&s, partial, function, per_row};
+    return run_tasks(run_one, &job, s.b * per_row, s.threads < worth ? s.threads : worth, work_size_of(s));
 }
 
 static void sum_over_rows(float *total, const float *rows, int64_t b, int64_t size) {
@@ -157,7 +136,7 @@ int64_t mamba_scan_boundaries(int64_t b, int64_t l, int64_t e, int64_t n) {
 }
 
 int32_t mamba_scan_forward(const Scan *scan) {
-    return run(*scan, nullptr, kernel_of(*scan).forward, blocks_of(*scan));
+    return !run(*scan, nullptr, kernel_of(*scan).forward, blocks_of(*scan));
 }
 
 int32_t mamba_scan_backward(const Scan *scan) {
@@ -168,15 +147,15 @@ int32_t mamba_scan_backward(const Scan *scan) {
     float *dA = memory + 2 * per_task, *dD = dA + s.b * s.e * s.n, *dbias = dD + s.b * s.e;
     Partial partial = {memory, memory + per_task, dA, dD, dbias};
     const Kernel &kernel = kernel_of(s);
-    int failed = run(s, &partial, kernel.backward, blocks_of(s));
-    if (!failed) failed = run(s, &partial, kernel.sum_over_blocks, chunks_of(s));
-    if (!failed) {
+    bool done = run(s, &partial, kernel.backward, blocks_of(s)) &&
+                run(s, &partial, kernel.sum_over_blocks, chunks_of(s));
+    if (done) {
         sum_over_rows(s.dA, dA, s.b, s.e * s.n);
         sum_over_rows(s.dD, dD, s.b, s.e);
         sum_over_rows(s.ddelta_bias, dbias, s.b, s.e);
     }
     free(memory);
-    return failed;
+    return !done;
 }
 
 #else  // What is compiled for each width.

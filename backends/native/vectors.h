@@ -1,5 +1,5 @@
-// Vectors of floats for each width that a kernel is compiled for, and what is computed in them. A source includes itself
-// once a width, with WIDTH defined; between BEGIN_WIDTH and END_WIDTH it may use that width's instructions.
+// Vectors of floats for each width that a kernel is compiled for, and what is computed in them. A source includes
+// itself once a width, with WIDTH defined; between BEGIN_WIDTH and END_WIDTH it may use that width's instructions.
 
 #ifndef BEGIN_WIDTH
 

@@ -1,17 +1,18 @@
-// The scan as XLA's FFI calls it: handlers that fill Scan from XLA's buffers, and copy nothing.
+// The library's functions as XLA's FFI calls them: on XLA's own buffers, which are not copied.
 // The build has no headers of jaxlib's. What is used of its C ABI is declared here; that part is the same in versions
 // 0.1 (JAX 0.8) to 0.4 (JAX 0.11), and every struct begins with its size.
 
-#include "scan.h"
-
 #include <stddef.h>
+#include <stdlib.h>
 #include <string.h>
+
+#include "scan.h"
 
 namespace xla {
 
-enum Type { BOOL = 1, INT32 = 4, FLOAT32 = 11, BFLOAT16 = 16 };
+enum Type { INT64 = 5 };
 enum Code { INVALID_ARGUMENT = 3, RESOURCE_EXHAUSTED = 8 };
-enum { METADATA = 1, SCALAR = 3 };
+enum { METADATA = 1, ARRAY = 1 };
 
 struct Error;
 
@@ -78,9 +79,10 @@ struct Name {
     size_t length;
 };
 
-struct Scalar {
+struct Array {
     int32_t type;
-    const void *value;
+    size_t count;
+    const void *data;
 };
 
 struct Attributes {
@@ -106,92 +108,45 @@ struct CallFrame {
 
 using namespace xla;
 
-// Takes the buffers of a call in their order, and notes whether each is what is expected.
-struct Reader {
-    const Buffers &from;
-    const bool enough;
-    bool fits = true;
-    int64_t next = 0;
+struct BlockStep;
+struct LinearStep;
+EXPORT int32_t mamba_block_steps(const BlockStep *steps, int64_t count);
+EXPORT int32_t mamba_linear_step(const LinearStep *step);
 
-    Reader(const Buffers &buffers, int64_t count) : from(buffers), enough(buffers.count == count) {}
+// A function of the library by the address of `count` structs; 0, or 1 where there is not the memory.
+typedef int32_t Function(const void *structs, int64_t count);
 
-    void *take(int32_t type, int64_t count, bool optional = false) {
-        if (!enough) return nullptr;
-        const Buffer &buffer = *from.buffers[next++];
-        int64_t size = 1;
-        for (int64_t k = 0; k < buffer.rank; k++) size *= buffer.dims[k];
-        if (!size && (optional || !count)) return nullptr;
-        fits = fits && size == count && buffer.type == type;
-        return buffer.data;
-    }
-    float *floats(int64_t count, bool optional = false) { return (float *)take(FLOAT32, count, optional); }
-    const uint8_t *flags(const Scan &s) { return (const uint8_t *)take(BOOL, s.b * s.l, true); }
-    Sequence sequence(const Scan &s, int64_t channels, bool optional = false) {
-        void *data = take(s.bfloat16 ? BFLOAT16 : FLOAT32, s.b * s.l * channels, optional);
-        return {(char *)data, s.l * channels, channels};
-    }
+struct Words {
+    int64_t count;
+    const int64_t *data;
 };
 
-static bool read_sizes(const Buffers &arguments, Scan &s) {
-    if (arguments.count < 3 || arguments.buffers[0]->rank != 3 || arguments.buffers[2]->rank != 2) return false;
-    const Buffer &x = *arguments.buffers[0], &A = *arguments.buffers[2];
-    s.b = x.dims[0], s.l = x.dims[1], s.e = x.dims[2], s.n = A.dims[1];
-    s.bfloat16 = x.type == BFLOAT16;
-    return true;
-}
-
-static bool read_attribute(const Attributes &attributes, const char *name, int32_t *value) {
+// That attribute, without elements where there is none such.
+static Words read_words(const Attributes &attributes, const char *name) {
     for (int64_t k = 0; k < attributes.count; k++) {
         const Name &found = *attributes.names[k];
         if (found.length != strlen(name) || memcmp(found.text, name, found.length)) continue;
-        const Scalar &scalar = *(const Scalar *)attributes.values[k];
-        if (attributes.kinds[k] != SCALAR || scalar.type != INT32) return false;
-        memcpy(value, scalar.value, sizeof *value);
-        return true;
+        const Array &array = *(const Array *)attributes.values[k];
+        if (attributes.kinds[k] != ARRAY || array.type != INT64) break;
+        return {(int64_t)array.count, (const int64_t *)array.data};
     }
-    return false;
+    return {0, nullptr};
 }
 
-static void read_inputs(Reader &arguments, Scan &s) {
-    s.x = arguments.sequence(s, s.e);
-    s.delta = arguments.sequence(s, s.e);
-    s.A = arguments.floats(s.e * s.n);
-    s.B = arguments.sequence(s, s.n);
-    s.C = arguments.sequence(s, s.n);
-    s.D = arguments.floats(s.e, true);
-    s.z = arguments.sequence(s, s.e, true);
-    s.delta_bias = arguments.floats(s.e, true);
-    s.initial_state = arguments.floats(s.b * s.e * s.n);
-    s.mask = arguments.flags(s);
-    s.restart = arguments.flags(s);
-}
-
-static bool read_forward(const CallFrame &frame, Scan &s) {
-    Reader arguments(frame.arguments, 11), results(frame.results, 3);
-    read_inputs(arguments, s);
-    s.y = results.sequence(s, s.e);
-    s.final_state = results.floats(s.b * s.e * s.n);
-    s.boundaries = results.floats(mamba_scan_boundaries(s.b, s.l, s.e, s.n), true);
-    return arguments.enough && arguments.fits && results.enough && results.fits;
-}
-
-// The gradients have the order of the inputs, and no elements where those have none.
-static bool read_backward(const CallFrame &frame, Scan &s) {
-    Reader arguments(frame.arguments, 14), results(frame.results, 9);
-    read_inputs(arguments, s);
-    s.boundaries = arguments.floats(mamba_scan_boundaries(s.b, s.l, s.e, s.n));
-    s.dy = arguments.sequence(s, s.e);
-    s.dfinal_state = arguments.floats(s.b * s.e * s.n);
-    s.dx = results.sequence(s, s.e);
-    s.ddelta = results.sequence(s, s.e);
-    s.dA = results.floats(s.e * s.n);
-    s.dB = results.sequence(s, s.n);
-    s.dC = results.sequence(s, s.n);
-    s.dD = results.floats(s.D ? s.e : 0);
-    s.dz = results.sequence(s, s.z.data ? s.e : 0);
-    s.ddelta_bias = results.floats(s.delta_bias ? s.e : 0);
-    s.dinitial_state = results.floats(s.b * s.e * s.n);
-    return arguments.enough && arguments.fits && results.enough && results.fits;
+// The buffers' addresses in place of their numbers, which count the arguments and then the results. False where what is
+// asked for is not there.
+static bool place_buffers(const CallFrame &frame, int64_t *structs, int64_t size, const Words &pointers) {
+    const Buffers &arguments = frame.arguments, &results = frame.results;
+    for (int64_t k = 0; k < pointers.count; k++) {
+        int64_t at = pointers.data[k];
+        if (at < 0 || at >= size) return false;
+        int64_t number = structs[at];
+        if (number < 0 || number >= arguments.count + results.count) return false;
+        bool given = number < arguments.count;
+        const Buffer &buffer = given ? *arguments.buffers[number] : *results.buffers[number - arguments.count];
+        memcpy(structs + at, &buffer.data, sizeof buffer.data);
+    }
+    return true;
 }
 
 static Error *error(const CallFrame &frame, int32_t code, const char *message) {
@@ -199,25 +154,42 @@ static Error *error(const CallFrame &frame, int32_t code, const char *message) {
     return frame.api->create_error(&arguments);
 }
 
-static Error *call(CallFrame &frame, bool read(const CallFrame &, Scan &), int32_t run(const Scan *)) {
+static Error *call(CallFrame &frame, Function run) {
     if (frame.extensions && frame.extensions->type == METADATA) {
         Metadata &metadata = *((MetadataExtension *)frame.extensions)->metadata;
         metadata.version.major = 0;
         metadata.version.minor = 1;
         return nullptr;
     }
-    Scan s = {};
-    if (!read_attribute(frame.attributes, "delta_softplus", &s.delta_softplus) ||
-        !read_attribute(frame.attributes, "threads", &s.threads) || !read_sizes(frame.arguments, s) || !read(frame, s))
-        return error(frame, INVALID_ARGUMENT, "the native scan was called with other arguments than it takes");
-    return run(&s) ? error(frame, RESOURCE_EXHAUSTED, "no memory for the workspace of the native scan") : nullptr;
+    Words words = read_words(frame.attributes, "structs"), pointers = read_words(frame.attributes, "pointers");
+    Words count = read_words(frame.attributes, "count");
+    // Calls may run at the same time, each on buffers of its own.
+    int64_t *structs = (int64_t *)malloc(sizeof(int64_t) * words.count + 1);
+    if (!structs) return error(frame, RESOURCE_EXHAUSTED, "no memory for the arguments of a native kernel");
+    if (words.count) memcpy(structs, words.data, sizeof(int64_t) * words.count);
+    bool fits = words.count && count.count == 1 && place_buffers(frame, structs, words.count, pointers);
+    int32_t failed = fits && run(structs, *count.data);
+    free(structs);
+    if (!fits) return error(frame, INVALID_ARGUMENT, "a native kernel was called with other arguments than it takes");
+    return failed ? error(frame, RESOURCE_EXHAUSTED, "no memory for the workspace of a native kernel") : nullptr;
 }
 
-// Handlers of XLA's typed FFI. Arguments: x, delta, A, B, C, D, z, delta_bias, initial_state, mask and restart, those
-// that are absent without elements; attributes: delta_softplus and threads, int32.
+// Handlers of XLA's typed FFI, of any arguments and results. Attributes, all arrays of int64: `structs`, those that the
+// function takes, with the number of a buffer for its address; `pointers`, which words of it these are; `count`, of
+// structs. That shapes and dtypes are what the structs say is for the caller to see to.
+#define HANDLER(name, type, run)                                                                     \
+    EXPORT Error *name(CallFrame *frame) {                                                           \
+        return call(*frame, [](const void *structs, int64_t) { return run((const type *)structs); }); \
+    }
 
-// Results: y, final_state, boundaries, which may be without elements.
-EXPORT Error *mamba_scan_forward_xla(CallFrame *frame) { return call(*frame, read_forward, mamba_scan_forward); }
+HANDLER(mamba_scan_forward_xla, Scan, mamba_scan_forward)
+HANDLER(mamba_scan_backward_xla, Scan, mamba_scan_backward)
+HANDLER(mamba_conv_forward_xla, Conv, mamba_conv_forward)
+HANDLER(mamba_conv_backward_xla, Conv, mamba_conv_backward)
+HANDLER(mamba_linear_step_xla, LinearStep, mamba_linear_step)
 
-// Further arguments: boundaries, dy, dfinal_state. Results: a gradient for each argument to initial_state.
-EXPORT Error *mamba_scan_backward_xla(CallFrame *frame) { return call(*frame, read_backward, mamba_scan_backward); }
+EXPORT Error *mamba_block_steps_xla(CallFrame *frame) {
+    return call(*frame, [](const void *structs, int64_t count) {
+        return mamba_block_steps((const BlockStep *)structs, count);
+    });
+}

@@ -68,7 +68,7 @@ def _measure(case: cases.Case, backends: list[str], settings: runner.Settings, q
             case, entrants, settings, log=lambda line: progress.update(task, advance=1, status=line)
         )
     if not quiet:
-        columns = ["", "median", "quartiles", f"times {case.baseline or '-'}", "of the floor", "extra memory"]
+        columns = ["", "median", "quartiles, ms", f"x {case.baseline or '-'}", "of floor", "extra MiB"]
         print_table(record["title"], columns, [_row(*entry) for entry in record["candidates"].items()])
     return record
 
@@ -76,11 +76,10 @@ def _measure(case: cases.Case, backends: list[str], settings: runner.Settings, q
 def _row(name: str, entry: dict) -> list[str]:
     if "error" in entry:
         return [name, "-", f"{'absent' if entry['absent'] else 'FAILED'}: {entry['error']}", "-", "-", "-"]
-    low, high = entry["quartiles"]
+    low, high = (f"{value * 1e3:.3g}" for value in entry["quartiles"])
     speedup, over_floor = (f"{entry[key]:.2f}" if key in entry else "-" for key in ("speedup", "over_floor"))
-    memory = f"{entry['extra_bytes'] / 2**20:.0f} MiB"
-    return [name, store.milliseconds(entry["median"]),
-            f"{store.milliseconds(low)} to {store.milliseconds(high)}", speedup, over_floor, memory]  # fmt: skip
+    memory = f"{entry['extra_bytes'] / 2**20:,.0f}"
+    return [name, store.milliseconds(entry["median"]), f"{low}-{high}", speedup, over_floor, memory]
 
 
 def _list(chosen: list[cases.Case], as_json: bool) -> None:

@@ -274,6 +274,10 @@ def hooked_mixer(model):
     model.backbone.layers[1].mixer.register_forward_hook(lambda module, given, result: (2 * result[0], result[1]))
 
 
+def hooked_block(model):
+    model.backbone.layers[1].register_forward_hook(lambda module, given, result: (2 * result[0], result[1]))
+
+
 def patched(model):
     linear = model.backbone.layers[1].mixer.out_proj
     linear.forward = lambda x, forward=linear.forward: 2 * forward(x)
@@ -294,6 +298,10 @@ def subclassed(model):
     linear.weight = torch.nn.Parameter(linear.weight.detach().as_subclass(Doubled), requires_grad=False)
 
 
+def narrowed(model):
+    model.backbone.layers[1].mixer.D.data = model.backbone.layers[1].mixer.D.data.bfloat16()
+
+
 def strided(model):
     import torch
 
@@ -302,7 +310,9 @@ def strided(model):
 
 
 @pytest.mark.parametrize(
-    "change", [replaced, hooked, hooked_before, hooked_mixer, patched, subclassed, strided], ids=lambda f: f.__name__
+    "change",
+    [replaced, hooked, hooked_before, hooked_mixer, hooked_block, patched, subclassed, narrowed, strided],
+    ids=lambda f: f.__name__,
 )
 def test_a_changed_block_computes_what_it_was_changed_to(calls, change):
     import torch

@@ -1,0 +1,37 @@
+"""The scan in C++ on a CPU and its gradient: one pass over inputs as they come."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from mamba_core.backends import native as library
+from mamba_core.backends.jax.kernels.operator import differentiable
+
+ARGUMENTS = ("x", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state", "mask", "restart")
+
+
+def beside(plain: Callable) -> Callable:
+    """The kernel with the arguments of the kernel `plain`, its twin, and portable.
+
+    portable: an exported module has the twin in its place. Otherwise that raises a ValueError, as does another device
+    than a CPU, when it is compiled for it.
+    """
+    scan = differentiable("scan", library.Scan, ARGUMENTS, _settings, plain, kept=[("boundaries", _count_boundaries)])
+
+    def native(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, **options):
+        dtype = x.dtype
+        if any(value is not None and value.dtype != dtype for value in (delta, B, C, z)):
+            x, delta, B, C, z = (None if value is None else value.astype(jnp.float32) for value in (x, delta, B, C, z))
+        y, h = scan(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, **options)
+        return y.astype(dtype), h
+
+    return native
+
+
+def _settings(x, delta, A, *_, delta_softplus):
+    b, l, e = x
+    return {"b": b, "l": l, "e": e, "n": A[1], "delta_softplus": delta_softplus}
+
+
+def _count_boundaries(x, delta, A, *_):
+    return library.count_boundaries(*x, A[1])

@@ -1,0 +1,195 @@
+"""The native library's functions as operators of JAX, called through XLA's FFI on XLA's own arrays.
+
+An exported module cannot carry such a call, and another device than a CPU cannot run it: there an operator's plain twin
+takes its place, as it does where the operator is differentiated.
+"""
+
+import ctypes
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from mamba_core.backends import native as library
+
+# Of an argument that is not given.
+ABSENT = np.zeros(0, np.float32)
+
+
+def reason(device: str, dtype=None) -> str | None:
+    """Why the kernels cannot run on that device, for x of that dtype; None if they can."""
+    if device != "cpu":
+        return "it runs on a CPU only"
+    if dtype is not None and str(dtype) not in library.DTYPES:
+        return f"x is {dtype}, and it computes {' and '.join(library.DTYPES)}"
+    return library.missing()
+
+
+def pointing(kind: type[ctypes.Structure], settings: dict, numbers: dict[str, int], arrays) -> tuple:
+    """(the struct's words, which of them are pointers): a pointer is the number of an array, by the field's name.
+
+    Those of a `Matrix` have names such as "in_proj.weight". An array without elements is null, as an absent one.
+    """
+    words = np.frombuffer(bytes(kind(**settings)), np.int64).copy()
+    pointers = []
+    for name, number in numbers.items():
+        if not arrays[number].size:
+            continue
+        owner, at = kind, 0
+        for key in name.split("."):
+            at += getattr(owner, key).offset // 8
+            owner = dict(owner._fields_)[key]
+        words[at] = number
+        pointers.append(at)
+        if owner is library.Sequence:
+            _, length, channels = arrays[number].shape
+            words[at + 1 : at + 3] = length * channels, channels
+    return words, np.array(pointers)
+
+
+def operator(target: str, results: Callable, structs: Callable, plain: Callable) -> Primitive:
+    """An operation that calls that function of the library, and that `plain` stands in for where it cannot be called.
+
+    results(*arrays, **options): shapes and dtypes of what both return.
+    structs(*arrays and results, **options): what the function is given, each as of `pointing`.
+    The operator's option `portable`: whether it may be compiled for where `plain` is all that runs.
+    """
+
+    def call(*arrays, **options):
+        _register(target)
+        returned = results(*arrays, **options)
+        parts = structs(*arrays, *returned, **options)
+        starts = np.cumsum([0, *(len(words) for words, _ in parts)])
+        attributes = {
+            "structs": np.concatenate([words for words, _ in parts]),
+            "pointers": np.concatenate([start + own for start, (_, own) in zip(starts, parts, strict=False)]),
+            "count": np.array([len(parts)]),
+        }
+        return jax.ffi.ffi_call(target, returned)(*arrays, **attributes)
+
+    def lower(context, *values, portable, **options):
+        module = context.module_context
+        callable_here = not module.lowering_parameters.for_export and tuple(module.platforms) == ("cpu",)
+        if not (portable or callable_here):
+            raise ValueError("kernel 'native' runs on a CPU only, and is not exported; take 'auto' or another")
+        run = functools.partial(call if callable_here else plain, **options)
+        return mlir.lower_fun(run, multiple_results=True)(context, *values)
+
+    def batch(arrays, axes, **options):
+        """One element after another: the gradients of A, D and the bias are sums over the rows of each alone."""
+        pairs = list(zip(arrays, axes, strict=True))
+        elements = [None if axis is None else jnp.moveaxis(value, axis, 0) for value, axis in pairs]
+
+        def run(element):
+            values = (value if own is None else own for value, own in zip(arrays, element, strict=True))
+            return primitive.bind(*values, **options)
+
+        stacked = lax.map(run, elements)
+        return stacked, [0] * len(stacked)
+
+    def jvp(arrays, tangents, portable, **options):
+        tangents = tuple(map(ad.instantiate_zeros, tangents))
+        return jax.jvp(functools.partial(plain, **options), tuple(arrays), tangents)
+
+    primitive = Primitive(target)
+    primitive.multiple_results = True
+    primitive.def_impl(lambda *arrays, portable, **options: call(*arrays, **options))
+    primitive.def_abstract_eval(lambda *arrays, portable, **options: results(*arrays, **options))
+    ad.primitive_jvps[primitive] = jvp
+    batching.primitive_batchers[primitive] = batch
+    mlir.register_lowering(primitive, lower)
+    return primitive
+
+
+def differentiable(name: str, kind, arguments: tuple[str, ...], settings: Callable, plain: Callable, kept=()):
+    """run(*arrays or None, portable=False, **options) -> (y, final state), with the library's gradient.
+
+    name: of the library's functions, mamba_{name}_forward and mamba_{name}_backward, which take a `kind`.
+    arguments: their names there; the first is x, one is initial_state, the last two are mask and restart.
+    settings(*shapes, **options): of the struct, but its threads.
+    plain(*arrays or None, **options): the twin.
+    kept: pairs of a name and a function of the arrays' shapes, that of a float32 array, empty where there will be no
+        gradient, which the forward fills and the backward needs.
+    """
+    floats = arguments[:-2]
+    state = arguments.index("initial_state")
+
+    def structs(names, *arrays, keep=None, **options):
+        numbers = {name: number for number, name in enumerate(names)}
+        shapes = [value.shape for value in arrays[: len(arguments)]]
+        fixed = {"bfloat16": arrays[0].dtype == jnp.bfloat16, "threads": library.threads()}
+        return [pointing(kind, fixed | settings(*shapes, **options), numbers, arrays)]
+
+    def forward_results(*arrays, keep, **_):
+        sizes = [size(*(value.shape for value in arrays)) if keep else 0 for _, size in kept]
+        own = [jax.core.ShapedArray((size,), jnp.float32) for size in sizes]
+        return [_like(arrays[0]), _like(arrays[state]), *own]
+
+    def backward_results(*arrays, **_):
+        return [_like(value) for value in arrays[: len(floats)]]
+
+    def run_plain(options, *arrays):
+        given = (None if value.shape == ABSENT.shape else value for value in arrays)
+        return plain(*given, **options)
+
+    def plain_forward(*arrays, keep, **options):
+        run = functools.partial(run_plain, options)
+        # For a gradient to come as it is differentiated: the twin itself would refuse forward mode over reverse.
+        y, h = jax.vjp(run, *arrays)[0] if keep else run(*arrays)
+        own = forward_results(*arrays, keep=keep)[2:]
+        return y, h, *(jnp.zeros(value.shape, value.dtype) for value in own)
+
+    def plain_backward(*arrays, **options):
+        inputs, cotangents = arrays[: len(arguments)], arrays[-2:]
+        return jax.vjp(functools.partial(run_plain, options), *inputs)[1](cotangents)[: len(floats)]
+
+    kept_names = [kept_name for kept_name, _ in kept]
+    forward_names = [*arguments, "y", "final_state", *kept_names]
+    backward_names = [*arguments, *kept_names, "dy", "dfinal_state", *(f"d{name}" for name in floats)]
+    forward = operator(
+        f"mamba_{name}_forward_xla", forward_results, functools.partial(structs, forward_names), plain_forward
+    )
+    backward = operator(
+        f"mamba_{name}_backward_xla", backward_results, functools.partial(structs, backward_names), plain_backward
+    )
+    run = _with_gradient(forward, backward)
+    return lambda *values, portable=False, **options: run(values, {"portable": portable} | options)
+
+
+def _with_gradient(forward: Primitive, backward: Primitive) -> Callable:
+    """run(arguments, options) -> (y, final state), keeping what a gradient needs only where there will be one."""
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+    def run(arguments, options):
+        return tuple(forward.bind(*_as_arrays(arguments), keep=False, **options)[:2])
+
+    def run_forward(arguments, options):
+        y, h, *kept = forward.bind(*_as_arrays(arguments), keep=True, **options)
+        return (y, h), (arguments, kept)
+
+    def run_backward(options, saved, cotangents):
+        arguments, kept = saved
+        gradients = backward.bind(*_as_arrays(arguments), *kept, *cotangents, **options)
+        pairs = zip(arguments, [*gradients, None, None], strict=True)
+        return (tuple(None if value is None else gradient for value, gradient in pairs),)
+
+    run.defvjp(run_forward, run_backward)
+    return run
+
+
+@functools.cache
+def _register(target: str) -> None:
+    jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library.library(), target)), platform="cpu")
+
+
+def _as_arrays(arguments):
+    return [ABSENT if value is None else value for value in arguments]
+
+
+def _like(value):
+    return jax.core.ShapedArray(value.shape, value.dtype)

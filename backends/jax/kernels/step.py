@@ -1,0 +1,183 @@
+"""One position of all residual blocks, and the head of one position, each in one native call on a CPU.
+
+With few rows such a step is as long as its weights take to be read; in XLA's operations it is much longer.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from mamba_core.backend import LayerState
+from mamba_core.backends import native as library
+from mamba_core.backends.jax.kernels.operator import operator, pointing, reason
+from mamba_core.backends.jax.layers import Block, MambaMixer, RMSNorm, precision, through
+from mamba_core.observe import unobserved
+
+# More rows take longer to compute than their weights to be read.
+MOST_ROWS = 8
+# A block's parameters -> their names in the library.
+PARAMETERS = {
+    ("norm", "scale"): "norm",
+    ("mixer", "in_proj", "kernel"): "in_proj.weight",
+    ("mixer", "in_proj", "bias"): "in_proj.bias",
+    ("mixer", "conv1d", "kernel"): "conv.weight",
+    ("mixer", "conv1d", "bias"): "conv.bias",
+    ("mixer", "x_proj", "kernel"): "x_proj.weight",
+    ("mixer", "dt_proj", "kernel"): "dt_proj",
+    ("mixer", "dt_proj", "bias"): "delta_bias",
+    ("mixer", "A_log"): "A_log",
+    ("mixer", "D"): "D",
+    ("mixer", "out_proj", "kernel"): "out_proj.weight",
+    ("mixer", "out_proj", "bias"): "out_proj.bias",
+}
+PATHS = {name: path for path, name in PARAMETERS.items()}
+OPTIONAL = {"in_proj.bias", "conv.bias", "out_proj.bias"}
+FLOAT32 = {"delta_bias", "A_log", "D", "ssm_state"}
+
+
+def blocks(layers, residual: jax.Array, states) -> tuple[jax.Array, tuple[LayerState, ...]] | None:
+    """The residual stream (b, 1, d) and the states after all blocks; None where plain operations are to compute it."""
+    dtype, kernels = layers[0].norm.scale.dtype, layers[0].mixer.kernels
+    if not (_runs(kernels, residual, dtype) and residual.dtype in (jnp.float32, dtype)):
+        return None
+    if not all(map(_as_built, layers)):
+        return None
+    operands, graphs = [], []
+    for block, state in zip(layers, states, strict=True):
+        graph, values = nnx.split(block)
+        flat = nnx.to_flat_state(values)
+        if not {path for path, _ in flat} <= set(PARAMETERS):
+            return None
+        own = {PARAMETERS[path]: value[...] for path, value in flat}
+        operands.append(own | {"conv_state": state.conv, "ssm_state": state.ssm})
+        graphs.append(graph)
+    sizes = _sizes(residual, operands[0])
+    if not all(_fits(own, sizes, dtype) for own in operands):
+        return None
+    eps = tuple(block.norm.eps for block in layers)
+    return _step(residual, operands, graphs=tuple(graphs), sizes=sizes, eps=eps, portable=kernels == "auto")
+
+
+def head(kernels: str, hidden: jax.Array, weight: jax.Array, *, transposed: bool) -> jax.Array | None:
+    """`product` for hidden (b, d) or (b, 1, d); None where plain operations are to compute it."""
+    one = hidden.ndim == 2 or hidden.shape[1] == 1
+    if not (one and weight.dtype == hidden.dtype and _runs(kernels, hidden, weight.dtype)):
+        return None
+    logits = _linear_step(hidden.reshape(hidden.shape[0], -1), weight, transposed, portable=kernels == "auto")
+    return logits.reshape(*hidden.shape[:-1], -1)
+
+
+def product(x: jax.Array, weight: jax.Array, *, transposed: bool) -> jax.Array:
+    """x (b, ..., in) times the transpose of weight (out, in), or weight (in, out) where transposed, in float32."""
+    weight = weight if transposed else weight.T
+    return jnp.matmul(x, weight, precision=precision(str(x.dtype)), preferred_element_type=jnp.float32)
+
+
+def is_linear(module: nnx.Module) -> bool:
+    """Whether it computes as `nnx.Linear` does, and none that an adapter or a quantiser put in its place."""
+    return type(module) is nnx.Linear and module.dot_general is lax.dot_general
+
+
+def _runs(kernels: str, x: jax.Array, dtype) -> bool:
+    # An exported program may be for any batch.
+    few = isinstance(x.shape[0], int) and x.shape[0] <= MOST_ROWS
+    return few and kernels in ("auto", "native") and reason("cpu", dtype) is None
+
+
+def _as_built(block: nnx.Module) -> bool:
+    if type(block) is not Block or type(block.norm) is not RMSNorm or type(block.mixer) is not MambaMixer:
+        return False
+    mixer = block.mixer
+    linears = (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj)
+    return not mixer.minimamba and type(mixer.conv1d) is nnx.Conv and all(map(is_linear, linears))
+
+
+def _sizes(residual, own) -> tuple[tuple[str, int], ...]:
+    (b, _, d), (e, n) = residual.shape, own["A_log"].shape
+    return tuple({"b": b, "d": d, "e": e, "n": n, "k": own["conv.weight"].shape[0], "r": len(own["dt_proj"])}.items())
+
+
+def _fits(own: dict, sizes, dtype) -> bool:
+    """Whether a block's arrays are what the library reads."""
+    b, d, e, n, k, r = (size for _, size in sizes)
+    shapes = {
+        "norm": (d,),
+        "in_proj.weight": (d, 2 * e),
+        "in_proj.bias": (2 * e,),
+        "conv.weight": (k, 1, e),
+        "conv.bias": (e,),
+        "x_proj.weight": (e, r + 2 * n),
+        "dt_proj": (r, e),
+        "delta_bias": (e,),
+        "A_log": (e, n),
+        "D": (e,),
+        "out_proj.weight": (e, d),
+        "out_proj.bias": (d,),
+        "conv_state": (b, k - 1, e),
+        "ssm_state": (b, e, n),
+    }
+    found = {name: (value.shape, value.dtype) for name, value in own.items()}
+    wanted = {name: (shape, jnp.dtype("float32") if name in FLOAT32 else dtype) for name, shape in shapes.items()}
+    return wanted | found == wanted and set(wanted) - set(found) <= OPTIONAL
+
+
+@functools.partial(jax.jit, static_argnames=("graphs", "sizes", "eps", "portable"))
+def _step(residual, operands, *, portable, **options):
+    arrays, tree = jax.tree.flatten((residual, operands))
+    after, *states = _block_steps.bind(*arrays, tree=tree, portable=portable, **options)
+    return after, tuple(LayerState(*pair) for pair in zip(states[::2], states[1::2], strict=True))
+
+
+def _block_results(*arrays, tree, **_):
+    residual, operands = jax.tree.unflatten(tree, arrays)
+    states = (own[name] for own in operands for name in ("conv_state", "ssm_state"))
+    return [jax.core.ShapedArray(value.shape, value.dtype) for value in (residual, *states)]
+
+
+def _block_structs(*arrays, tree, sizes, eps, **_):
+    before, operands = jax.tree.unflatten(tree, range(tree.num_leaves))
+    after = tree.num_leaves
+    residual, dtype = arrays[before], arrays[operands[0]["norm"]].dtype
+    fixed = dict(sizes) | {"transposed": True, "threads": library.threads()}
+    fixed |= {"bfloat16": dtype == jnp.bfloat16, "residual_bfloat16": residual.dtype == jnp.bfloat16}
+    structs = []
+    for k, own in enumerate(operands):
+        results = {"new_residual": after, "new_conv_state": after + 2 * k + 1, "new_ssm_state": after + 2 * k + 2}
+        numbers = own | {"residual": before} | results
+        structs.append(pointing(library.BlockStep, fixed | {"eps": eps[k]}, numbers, arrays))
+        before = after
+    return structs
+
+
+def _plain_blocks(*arrays, tree, graphs, **_):
+    residual, operands = jax.tree.unflatten(tree, arrays)
+    layers, states = [], []
+    for graph, own in zip(graphs, operands, strict=True):
+        parameters = [(PATHS[name], nnx.Param(value)) for name, value in own.items() if name in PATHS]
+        layers.append(nnx.merge(graph, nnx.from_flat_state(parameters)))
+        states.append(LayerState(own["conv_state"], own["ssm_state"]))
+    return jax.tree.leaves(through(layers, residual, states, None, None, unobserved))
+
+
+def _linear_results(x, weight, *, transposed):
+    return [jax.core.ShapedArray((len(x), weight.shape[1 if transposed else 0]), jnp.float32)]
+
+
+def _linear_structs(x, weight, y, *, transposed):
+    sizes = {"b": len(x), "inputs": x.shape[1], "outputs": y.shape[1], "transposed": transposed}
+    settings = sizes | {"bfloat16": x.dtype == jnp.bfloat16, "threads": library.threads()}
+    return [pointing(library.LinearStep, settings, {"x": 0, "matrix.weight": 1, "y": 2}, (x, weight, y))]
+
+
+@functools.partial(jax.jit, static_argnames=("transposed", "portable"))
+def _linear_step(x, weight, transposed, portable):
+    return _linear.bind(x, weight, transposed=transposed, portable=portable)[0]
+
+
+_block_steps = operator("mamba_block_steps_xla", _block_results, _block_structs, _plain_blocks)
+_linear = operator(
+    "mamba_linear_step_xla", _linear_results, _linear_structs, lambda *arrays, **own: [product(*arrays, **own)]
+)
