@@ -44,7 +44,7 @@ def _forward(name: str, case: Case) -> Timed:
 
 def _decode(name: str, case: Case) -> Timed:
     prompts = tokens(case)
-    decoding = iter(registry.get(name).decode(_model(name, case), prompts[:, :-1], np.ones((1, prompts.shape[1] - 1), bool), GREEDY))
+    decoding = iter(registry.get(name).decode(_model(name, case), prompts, np.ones(prompts.shape, bool), GREEDY))
     return Timed(lambda: list(islice(decoding, DECODED)), lambda pairs: [np.stack([logprob for _, logprob in pairs])])
 
 

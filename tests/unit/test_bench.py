@@ -156,6 +156,24 @@ def test_memory_is_the_most_during_a_call_beyond_what_was_held():
     assert 95 * MIB <= served.memory()["extra_bytes"] < 104 * MIB
 
 
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux")
+def test_one_that_keeps_much_gives_it_back_and_has_it_again_before_it_is_timed(monkeypatch):
+    kept, warm = [], []
+
+    def call():
+        warm.append(bool(kept))
+        kept.append(np.ones(16 * MIB, np.uint8))
+        time.sleep(runner.BRIEF)
+
+    monkeypatch.setattr(runner, "KEPT", 8 * MIB)
+    monkeypatch.setattr(runner, "_release", kept.clear)
+    served = runner._Served(Timed(call, None))
+    served.memory()
+    assert served.turn() >= runner.BRIEF
+    assert warm == [False, False, True]
+    assert kept == []
+
+
 @pytest.mark.parametrize("work", cases.WORKS)
 def test_every_backend_computes_what_is_timed(backend, work):
     case = tiny(work)
@@ -208,9 +226,10 @@ def test_results_of_other_conditions_are_not_mixed(tmp_path):
     assert store.begin(out, found) == kept
     with pytest.raises(ValueError, match="measured with another threads, quick; give another --out"):
         store.begin(out, found | {"threads": 1, "quick": True})
-    out.write_text("[]")
-    with pytest.raises(ValueError, match="holds no results of mamba-core bench"):
-        store.begin(out, found)
+    for text in ("no JSON", "[]", '{"errors": {}}'):
+        out.write_text(text)
+        with pytest.raises(ValueError, match="holds no results of mamba-core bench"):
+            store.begin(out, found)
 
 
 def test_list(capsys):
