@@ -43,6 +43,7 @@ class Case:
         peers: names in `peers.PEERS`.
         baseline: the candidate that the others are compared with; "" for none.
         floor: a name in `floors.FLOORS`, what no candidate could beat; "" for none.
+        remat: whether a gradient computes the blocks again instead of keeping them.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Case:
     peers: tuple[str, ...] = ()
     baseline: str = ""
     floor: str = ""
+    remat: bool = False
 
     @property
     def title(self) -> str:
@@ -61,7 +63,8 @@ class Case:
         if self.work.startswith("scan"):
             return f"{WORKS[self.work]}, (1, {self.length}, {channels}, {states}) {self.dtype}"
         layers = f"{self.config.n_layer} layer{'s' * (self.config.n_layer > 1)} of width {self.config.d_model}"
-        return f"{WORKS[self.work]}, {layers}, {self.length} positions, {self.dtype}"
+        recomputed = ", blocks recomputed" if self.remat else ""
+        return f"{WORKS[self.work]}, {layers}, {self.length} positions, {self.dtype}{recomputed}"
 
     @property
     def parts(self) -> int:
@@ -196,7 +199,7 @@ def _cases():
     yield Case("block", "training", "block", _BLOCK, 512, peers=("mambapy",), baseline="mambapy")
     for work in ("forward", "training"):
         for length in LENGTHS:
-            yield Case(f"scaling-{work}-{length}", "scaling", work, _SCALED, length)
+            yield Case(f"scaling-{work}-{length}", "scaling", work, _SCALED, length, remat=work == "training")
 
 
 CASES = {case.name: case for case in _cases()}

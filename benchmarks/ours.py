@@ -32,7 +32,9 @@ def _scan(name: str, kernel: str, case: Case) -> Timed:
 
 
 def _model(name: str, case: Case):
-    return mc.build(case.config, backend=name, dtype=case.dtype, device="cpu")
+    model = mc.build(case.config, backend=name, dtype=case.dtype, device="cpu")
+    model.remat = case.remat
+    return model
 
 
 def _forward(name: str, case: Case) -> Timed:

@@ -189,6 +189,9 @@ class Backend(Protocol):
         a row of input_ids outside the vocabulary raises or gives NaN, never numbers. observe(name, array) is called
         with the value of every node of the block graph.
 
+        `model.remat`, False at first, may be set to True: a gradient then keeps no more of a block than its inputs, and
+        computes the block again.
+
         A model without a head is called the same way, model(inputs, state=None, ...) -> Hidden, with hidden zero at
         masked positions: inputs are input_ids for task "features", and for task "layers" inputs_embeds (b, l, d) in
         any float dtype, in which it is differentiable.

@@ -90,7 +90,9 @@ def _filter(inputs, weight, bias, run, activation):
 
 
 def _filter_forward(inputs, weight, bias, run, activation):
-    return _filter(inputs, weight, bias, run, activation), (inputs, weight, bias, run)
+    # Not of `_filter`, which would refuse forward mode over reverse.
+    y = _activate(_linear(_windows(inputs, weight, run), weight, bias), activation)
+    return y, (inputs, weight, bias, run)
 
 
 def _filter_backward(activation, saved, dy):

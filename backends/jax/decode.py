@@ -31,12 +31,16 @@ def decode(model, prompts, mask, sampling: Sampling, state: State | None = None)
     state = model.init_state(rows) if state is None else state
     # The seed is in the uniforms; another one must not compile again.
     policy = dataclasses.replace(sampling, seed=0)
-    carry = _prefill(model, prompts, mask, state, _uniforms(sampling, 0, 1, rows)[0], sampling=policy)
+    # Not `nnx.jit`, which returns the parameters, and so copies them in every call.
+    graph, parameters = nnx.split(model)
+    first = _uniforms(sampling, 0, 1, rows)[0]
+    carry = _prefill(graph, parameters, prompts, mask, state, first, sampling=policy)
     yield to_numpy(carry.tokens), to_numpy(carry.logprobs)
     step = 1
     while True:
         count = min(step, BLOCK)
-        carry, chosen = _advance(model, carry, _uniforms(sampling, step, count, rows), count, sampling=policy)
+        drawn = _uniforms(sampling, step, count, rows)
+        carry, chosen = _advance(graph, parameters, carry, drawn, count, sampling=policy)
         tokens, logprobs = (to_numpy(value) for value in chosen)
         yield from zip(tokens[:count], logprobs[:count], strict=True)
         step += count
@@ -85,18 +89,20 @@ class _Carry(NamedTuple):
     seen: jax.Array
 
 
-@functools.partial(nnx.jit, static_argnames="sampling")
-def _prefill(model, prompts, mask, state, uniform, *, sampling) -> _Carry:
+@functools.partial(jax.jit, static_argnames=("graph", "sampling"))
+def _prefill(graph, parameters, prompts, mask, state, uniform, *, sampling) -> _Carry:
     """The first tokens, from each row's last position that counts."""
+    model = nnx.merge(graph, parameters)
     hidden, state = _forward(model, prompts, mask, state)
     last = mask.sum(1) - 1
     seen = _seen(prompts, mask, model.config.vocab_size)
     return _chosen(model, hidden[jnp.arange(len(prompts)), last], state, seen, uniform, sampling)
 
 
-@functools.partial(nnx.jit, static_argnames="sampling")
-def _advance(model, carry, uniforms, count, *, sampling) -> tuple[_Carry, tuple[jax.Array, jax.Array]]:
+@functools.partial(jax.jit, static_argnames=("graph", "sampling"))
+def _advance(graph, parameters, carry, uniforms, count, *, sampling) -> tuple[_Carry, tuple[jax.Array, jax.Array]]:
     """`count` more tokens; what stands behind them in the (BLOCK, b) tokens and log-probabilities means nothing."""
+    model = nnx.merge(graph, parameters)
 
     def position(index, loop):
         carry, tokens, logprobs = loop

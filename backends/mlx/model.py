@@ -9,7 +9,7 @@ from mamba_core.backends.mlx import state as states
 from mamba_core.backends.mlx.arrays import dtype_name
 from mamba_core.backends.mlx.layers import Block, RMSNorm
 from mamba_core.backends.mlx.scan import kernel_for
-from mamba_core.observe import reporting, within
+from mamba_core.observe import reporting, unobserved, within
 from mamba_core.spec.checks import check_inputs, check_state
 from mamba_core.spec.params import parameter_table
 
@@ -20,6 +20,7 @@ class Backbone(nn.Module):
     def __init__(self, config, kernels: str):
         super().__init__()
         self.residual_in_fp32 = config.residual_in_fp32
+        self.remat = False
         self.vocabulary = config.padded_vocab_size
         whole = config.task != "layers"
         self.embeddings = nn.Embedding(config.padded_vocab_size, config.d_model) if whole else None
@@ -38,7 +39,8 @@ class Backbone(nn.Module):
         for index, (block, carried) in enumerate(
             zip(self.layers, states.entering(state, mask, segment_ids), strict=True)
         ):
-            residual, carried = block(residual, carried, mask, segment_ids, within(f"layers.{index}.", observe))
+            run = _recomputed if self.remat and observe is unobserved else _called
+            residual, carried = run(block, residual, carried, mask, segment_ids, within(f"layers.{index}.", observe))
             layers.append(carried)
         hidden = residual.astype(self.dtype) if self.norm_f is None else observe("norm_f", self.norm_f(residual))
         return hidden, states.leaving(tuple(layers), state, mask, segment_ids)
@@ -50,6 +52,16 @@ class Backbone(nn.Module):
         inside = (input_ids >= 0) & (input_ids < self.vocabulary)
         embedded = self.embeddings(mx.where(inside, input_ids, 0))
         return mx.where(inside[..., None], embedded, mx.array(mx.nan, embedded.dtype))
+
+
+def _called(block, *arguments):
+    return block(*arguments)
+
+
+def _recomputed(block, residual, carried, *positions):
+    """Called again in the backward pass, from its inputs, which are all that is kept of it."""
+    # MLX would differentiate in a mask that it is given.
+    return nn.utils.checkpoint(block, lambda *values: block(*values, *positions))(residual, carried)
 
 
 class Model(nn.Module):
@@ -70,6 +82,14 @@ class Model(nn.Module):
     @property
     def dtype(self) -> str:
         return dtype_name(self.backbone.dtype)
+
+    @property
+    def remat(self) -> bool:
+        return self.backbone.remat
+
+    @remat.setter
+    def remat(self, value: bool) -> None:
+        self.backbone.remat = value
 
     @property
     def kernels(self) -> str:

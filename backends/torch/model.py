@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mamba_core.backend import Hidden, Output, State
 from mamba_core.backends.torch import state as states
@@ -20,6 +21,7 @@ class Backbone(nn.Module):
     def __init__(self, config, kernels: str):
         super().__init__()
         self.residual_in_fp32 = config.residual_in_fp32
+        self.remat = False
         whole = config.task != "layers"
         self.embeddings = nn.Embedding(config.padded_vocab_size, config.d_model) if whole else None
         self.layers = nn.ModuleList(Block(config, kernels) for _ in range(config.n_layer))
@@ -51,11 +53,11 @@ class Backbone(nn.Module):
         return step.blocks(blocks, residual, layers) if as_built else None
 
     def _blocks(self, residual, state, mask, segment_ids, observe):
-        layers = []
+        run, layers = _recomputed if self.remat and observe is unobserved else _called, []
         for index, (block, carried) in enumerate(
             zip(self.layers, states.entering(state, mask, segment_ids), strict=True)
         ):
-            residual, carried = block(residual, carried, mask, segment_ids, within(f"layers.{index}.", observe))
+            residual, carried = run(block, residual, carried, mask, segment_ids, within(f"layers.{index}.", observe))
             layers.append(carried)
         return residual, tuple(layers)
 
@@ -67,6 +69,15 @@ class Backbone(nn.Module):
         inside = (input_ids >= 0) & (input_ids < self.embeddings.num_embeddings)
         embedded = self.embeddings(torch.where(inside, input_ids, 0))
         return torch.where(inside[..., None], embedded, torch.nan)
+
+
+def _called(block, *arguments):
+    return block(*arguments)
+
+
+def _recomputed(block, *arguments):
+    """Called again in the backward pass, from its inputs, which are all that is kept of it."""
+    return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 class Model(nn.Module):
@@ -87,6 +98,14 @@ class Model(nn.Module):
     @property
     def device(self) -> str:
         return str(self.backbone.layers[0].norm.weight.device)
+
+    @property
+    def remat(self) -> bool:
+        return self.backbone.remat
+
+    @remat.setter
+    def remat(self, value: bool) -> None:
+        self.backbone.remat = value
 
     @property
     def kernels(self) -> str:

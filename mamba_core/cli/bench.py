@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backends", metavar="NAMES", help="comma-separated; every one that is installed")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the results as JSON, or add to those there")
     parser.add_argument("--threads", type=int, default=cores(), metavar="N", help="of every candidate; one a core")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="of each candidate's turns; 30, 2 if --quick")
     parser.add_argument("--list", action="store_true", help="list the cases")
     add_json(parser)
 
@@ -48,7 +49,10 @@ def run(arguments: argparse.Namespace) -> int:
 def _settings(arguments: argparse.Namespace) -> runner.Settings:
     if not 1 <= arguments.threads <= cores():
         raise ValueError(f"--threads is {arguments.threads}; expected 1 to {cores()}, the cores there are")
+    if arguments.budget is not None and not arguments.budget > 0:
+        raise ValueError(f"--budget is {arguments.budget}; expected seconds, more than 0")
     sizes = {"rounds": 3, "budget": 2.0, "limit": 60.0} if arguments.quick else {}
+    sizes |= {} if arguments.budget is None else {"budget": arguments.budget}
     return runner.Settings(threads=arguments.threads, **sizes)
 
 

@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--resume", action="store_true", help="go on with the run in --out exactly where it stopped")
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json; bytes without one")
     parser.add_argument("--checkpoint-every", type=int, default=0, metavar="N", help="steps; 0 for the end only")
+    parser.add_argument("--remat", action="store_true", help="keep less for the gradient, and compute it again")
     parser.add_argument("--init-seed", type=int, default=0, metavar="N", help="of the initial values")
     for name, default in _DEFAULTS.items():
         parser.add_argument(_option(name), type=type(default), metavar="X", help=f"{default}")
@@ -47,6 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         tokenizer = tokenizer or arguments.out / TOKENIZER_FILE
     data = read_tokens(arguments.data, None if tokenizer is None else SubwordTokenizer(tokenizer))
     model = _model(arguments)
+    model.remat = arguments.remat
     with progress_bar(quiet=arguments.json) as progress:
         task = progress.add_task(f"train on {model.backend}", total=settings.steps, status="")
 

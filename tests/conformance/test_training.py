@@ -10,6 +10,7 @@ from mamba_core import registry
 from mamba_core.spec.init import initial_values
 from mamba_core.spec.params import parameter_table
 from mamba_core.spec.reference import ReferenceModel, cross_entropy
+from mamba_core.spec.tolerances import relative_l2
 from mamba_core.training import TrainSettings, batch
 
 from .strategies import CONFIGS
@@ -99,3 +100,17 @@ def test_tokens_outside_the_vocabulary_are_refused(backend):
             mc.train(model, tokens, SETTINGS)
     with pytest.raises(ValueError, match="16"):
         mc.train(model, DATA[:10], SETTINGS)
+
+
+@pytest.mark.parametrize("kernels", ["auto", "sequential"])
+def test_recomputed_blocks_have_the_same_gradients(backend, kernels):
+    tokens = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (2, 21)).astype(np.int32)
+    mask = np.arange(21) >= np.array([[0], [6]])
+    model = mc.build(CONFIG, backend=backend.name, kernels=kernels)
+    loss, wanted = backend.loss_and_gradients(model, tokens, mask)
+    model.remat = True
+    assert model.remat
+    again, gradients = backend.loss_and_gradients(model, tokens, mask)
+    assert again == pytest.approx(loss, rel=1e-6)
+    for name, value in wanted.items():
+        assert relative_l2(gradients[name], value) < 1e-6, name

@@ -1,23 +1,28 @@
-"""The native scan under JAX: what the conformance suite and the tests of transformations do not ask."""
+"""The native kernels under JAX: what the conformance suite and the tests of transformations do not ask."""
 
 import concurrent.futures
 import os
+import re
 import subprocess
 import sys
 import textwrap
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import mamba_core as mc
 from mamba_core.backends import native
-from mamba_core.spec.tolerances import relative_l2
+from mamba_core.spec.tolerances import relative_l2, tolerance
 
 jax = pytest.importorskip("jax")
-pytest.importorskip("flax")
+nnx = pytest.importorskip("flax.nnx")
 jnp = jax.numpy
 if native.missing():
     pytest.skip(f"no native kernels: {native.missing()}", allow_module_level=True)
+
+from mamba_core.backends.jax.kernels import step  # noqa: E402 (after the packages that it needs)
 
 B, L, E, N = 2, 70, 10, 5
 SHAPES = {"x": (B, L, E), "delta": (B, L, E), "A": (E, N), "B": (B, L, N), "C": (B, L, N), "D": (E,), "z": (B, L, E)}
@@ -166,30 +171,39 @@ def test_without_the_library_others_take_its_place():
     ]
 
 
+def words(*values):
+    return np.array(values, np.int64)
+
+
 def test_a_call_with_other_arguments_is_an_error():
     """Of every kind that the handlers look at, though our own calls never are so."""
-    scan(arguments())  # registers the handler
-    given = {"delta_softplus": np.int32(0), "threads": np.int32(1)}
-    arrays = list((arguments() | {"mask": jnp.ones((B, L), bool), "restart": jnp.zeros((B, L), bool)}).values())
-    results = [jax.ShapeDtypeStruct(shape, "float32") for shape in ((B, L, E), (B, E, N), (0,))]
+    step.head("auto", jnp.ones((1, 2)), jnp.ones((3, 2)), transposed=False)  # registers the handler
+    struct = native.LinearStep(b=1, inputs=2, outputs=3, threads=1)
+    x, weight, y = (getattr(native.LinearStep, name).offset // 8 for name in ("x", "matrix", "y"))
+    structs = np.frombuffer(bytes(struct), np.int64).copy()
+    structs[[x, weight, y]] = 0, 1, 2
+    given = {"structs": structs, "pointers": words(x, weight, y), "count": words(1)}
 
-    def call(arrays, results, attributes):
-        return jax.ffi.ffi_call("mamba_scan_forward_xla", results)(*arrays, **attributes)
+    def call(attributes):
+        result = jax.ShapeDtypeStruct((1, 3), "float32")
+        arrays = jnp.ones((1, 2)), jnp.ones((3, 2))
+        return jax.block_until_ready(jax.ffi.ffi_call("mamba_linear_step_xla", result)(*arrays, **attributes))
 
-    assert len(call(arrays, results, given)) == 3
+    np.testing.assert_array_equal(call(given), np.full((1, 3), 2.0))
+    beyond, below = structs.copy(), structs.copy()
+    beyond[y], below[y] = 3, -1
     for wrong in (
-        (arrays[:-1], results, given),
-        (arrays, results[:-1], given),
-        (arrays, results[1:] + results[:1], given),
-        ([arrays[0][..., None], *arrays[1:]], results, given),
-        ([arrays[0], arrays[1][:, 1:], *arrays[2:]], results, given),
-        ([arrays[0], arrays[1].astype("bfloat16"), *arrays[2:]], results, given),
-        ([*arrays[:9], arrays[9].astype("float32"), arrays[10]], results, given),
-        (arrays, results, {"threads": np.int32(1)}),
-        (arrays, results, given | {"threads": np.float32(2)}),
+        *({name: value for name, value in given.items() if name != missing} for missing in given),
+        given | {"structs": structs.astype(np.int32)},
+        given | {"count": np.int64(1)},
+        given | {"count": words(1, 1)},
+        given | {"structs": beyond},
+        given | {"structs": below},
+        given | {"pointers": words(x, weight, len(structs))},
+        given | {"pointers": words(x, weight, -1)},
     ):
-        with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT: the native scan was called with other"):
-            jax.block_until_ready(call(*wrong))
+        with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT: a native kernel was called with other"):
+            call(wrong)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space as Linux does")
@@ -207,4 +221,290 @@ def test_no_memory_is_an_error():
         except jax.errors.JaxRuntimeError as error:
             print(str(error).splitlines()[0])
     """
-    assert "no memory for the workspace of the native scan" in python(code, JAX_PLATFORMS="cpu")
+    assert "no memory for the workspace of a native kernel" in python(code, JAX_PLATFORMS="cpu")
+
+
+causal_conv = mc.registry.get("jax").causal_conv
+
+
+def conv_arguments(seed=0) -> dict:
+    rng = np.random.default_rng(seed)
+    shapes = {"x": (B, L, E), "weight": (E, 3), "bias": (E,), "initial_state": (B, 2, E)}
+    return {name: jnp.asarray(rng.normal(size=shape), "float32") for name, shape in shapes.items()}
+
+
+def conv_loss(arrays, kernel="native", **positions):
+    y, h = causal_conv(**arrays, **positions, activation="silu", return_final_state=True, kernel=kernel)
+    return (y**2).sum() + (h**3).sum()
+
+
+def test_the_convolution_takes_the_kernel_of_a_scan():
+    def kernels(kernel, dtype="float32"):
+        x = conv_arguments()["x"].astype(dtype)
+        run = jax.jit(lambda x: causal_conv(x, conv_arguments()["weight"], kernel=kernel))
+        return "mamba_conv_forward_xla" in run.lower(x).as_text()
+
+    assert kernels("auto") == (jax.default_backend() == "cpu")
+    assert kernels("native")
+    assert not any(map(kernels, ("chunked", "associative", "sequential")))
+    assert not kernels("auto", "float16")
+    with pytest.raises(ValueError, match="no kernel 'abacus'"):
+        kernels("abacus")
+    with pytest.raises(ValueError, match="x is float16, and it computes"):
+        kernels("native", "float16")
+    model = mc.build(CONFIG, backend="jax", kernels="chunked")
+    assert "mamba_conv" not in jax.jit(lambda ids: model(ids).logits).lower(jnp.ones((1, 5), int)).as_text()
+
+
+def test_the_convolution_differentiated_twice_and_mapped():
+    arrays, direction = conv_arguments(), conv_arguments(1)
+    positions = {
+        "mask": jnp.asarray(np.random.default_rng(2).random((B, L)) < 0.7),
+        "segment_ids": jnp.arange(L)[None].repeat(B, 0) // 7,
+    }
+
+    def derivatives(kernel):
+        gradient = jax.grad(lambda arrays: conv_loss(arrays, kernel, **positions))
+        mapped = jax.vmap(gradient)(jax.tree.map(lambda *pair: jnp.stack(pair), arrays, direction))
+        return gradient(arrays), jax.jvp(gradient, (arrays,), (direction,))[1], mapped
+
+    close(derivatives("native"), derivatives("chunked"))
+
+
+CONFIG = mc.MambaConfig(d_model=20, n_layer=3, vocab_size=29, d_state=5, initializer_range=0.5)
+
+
+def stepping(config=CONFIG, batch=2, **settings):
+    """(model, ids (b, 1), state before them, logits and state of the plain operations)."""
+    model = mc.build(config, backend="jax", device="cpu", **settings)
+    plain = mc.build(config, backend="jax", device="cpu", **settings | {"kernels": "sequential"})
+    ids = jnp.arange(2 * batch).reshape(batch, 2) % 29
+    rng = np.random.default_rng(0)
+    state = jax.tree.map(lambda zero: jnp.asarray(rng.normal(size=zero.shape), zero.dtype), plain.init_state(batch))
+    return model, ids[:, :1], state, jax.jit(plain)(ids[:, :1], state)
+
+
+def calls(function, *arguments) -> set[str]:
+    """The library's functions of one position that it is compiled to call."""
+    text = jax.jit(function).lower(*arguments).as_text()
+    return {name for name in ("block_steps", "linear_step") if f"mamba_{name}_xla" in text}
+
+
+BOTH = {"block_steps", "linear_step"}
+
+
+def same(out, wanted, dtype="float32"):
+    limit = tolerance(dtype, "node")
+    for value, plain in zip(jax.tree.leaves(out), jax.tree.leaves(wanted), strict=True):
+        assert (value.shape, value.dtype) == (plain.shape, plain.dtype)
+        assert relative_l2(value.astype("float32"), plain.astype("float32")) < limit
+
+
+fields = st.fixed_dictionaries(
+    {
+        "d_model": st.integers(1, 40),
+        "expand": st.sampled_from((1, 1.5, 2, 3.3)),
+        "d_state": st.integers(1, 40),
+        "d_conv": st.integers(1, 5),
+        "dt_rank": st.integers(1, 20),
+        "bias": st.booleans(),
+        "conv_bias": st.booleans(),
+        "norm_eps": st.sampled_from((1e-5, 0.3)),
+        "residual_in_fp32": st.booleans(),
+        "tie_embeddings": st.booleans(),
+    }
+)
+
+
+# Few, because each compiles anew.
+@settings(max_examples=6)
+@given(fields, st.integers(1, 8), st.sampled_from(("float32", "bfloat16")), st.sampled_from(("auto", "native")))
+def test_a_step_is_that_of_the_plain_operations(fields, batch, dtype, kernels):
+    config = mc.MambaConfig(n_layer=2, vocab_size=29, initializer_range=0.5, **fields)
+    model, ids, state, wanted = stepping(config, batch, dtype=dtype, kernels=kernels)
+    assert calls(model, ids, state) == BOTH
+    same(jax.jit(model)(ids, state), wanted, dtype)
+
+
+def test_a_step_without_jit():
+    model, ids, state, wanted = stepping()
+    same(model(ids, state), wanted)
+
+
+def test_a_step_of_the_layers_alone():
+    config = mc.MambaConfig(d_model=20, n_layer=3, task="layers")
+    model, plain = (mc.build(config, backend="jax", device="cpu", kernels=name) for name in ("auto", "sequential"))
+    x, state = jnp.arange(40.0).reshape(2, 1, 20), plain(jnp.ones((2, 3, 20))).state
+    assert calls(model, x, state) == {"block_steps"}
+    same(model(x, state), plain(x, state))
+
+
+def replaced(model):
+    class Doubled(nnx.Linear):
+        def __call__(self, x):
+            return 2 * super().__call__(x)
+
+    mixer = model.backbone.layers[1].mixer
+    doubled = nnx.eval_shape(lambda: Doubled(20, 80, use_bias=False, rngs=nnx.Rngs(0)))
+    doubled.kernel = mixer.in_proj.kernel
+    mixer.in_proj = doubled
+
+
+def adapted(model):
+    linear = model.backbone.layers[1].mixer.in_proj
+    model.backbone.layers[1].mixer.in_proj = nnx.LoRA(20, 4, 80, base_module=linear, rngs=nnx.Rngs(0))
+    model.backbone.layers[1].mixer.in_proj.lora_b[...] += 1.0
+
+
+def another_product(model):
+    linear = model.backbone.layers[1].mixer.in_proj
+    linear.dot_general = lambda *arguments, **options: 2 * jax.lax.dot_general(*arguments, **options)
+
+
+def narrowed(model):
+    model.backbone.layers[1].mixer.D = nnx.Param(2 * model.backbone.layers[1].mixer.D[...].astype("bfloat16"))
+
+
+def another_bias(model):
+    mixer = model.backbone.layers[1].mixer
+    kernel = mixer.x_proj.kernel
+    mixer.x_proj = nnx.Linear(40, 12, rngs=nnx.Rngs(0))
+    mixer.x_proj.kernel, mixer.x_proj.bias = kernel, nnx.Param(jnp.ones(12))
+
+
+def another_block(model):
+    class Doubled(type(model.backbone.layers[1])):
+        def __call__(self, *arguments):
+            residual, state = super().__call__(*arguments)
+            return 2 * residual, state
+
+    model.backbone.layers[1].__class__ = Doubled
+
+
+@pytest.mark.parametrize("change", [replaced, adapted, another_product, narrowed, another_bias, another_block])
+def test_a_changed_block_computes_what_it_was_changed_to(change):
+    unchanged, ids, state, _ = stepping()
+    model, plain = both(change)
+    assert calls(model, ids, state) == {"linear_step"}
+    same(model(ids, state), plain(ids, state))
+    assert relative_l2(model(ids, state).logits, unchanged(ids, state).logits) > 1e-3
+
+
+def both(change):
+    """The native model and that of the plain operations, both changed."""
+    models = [mc.build(CONFIG, backend="jax", device="cpu", kernels=kernels) for kernels in ("auto", "sequential")]
+    for model in models:
+        change(model)
+    return models
+
+
+def test_each_norm_has_its_own_eps():
+    _, ids, state, _ = stepping()
+    model, plain = both(lambda model: setattr(model.backbone.layers[1].norm, "eps", 3.0))
+    assert calls(model, ids, state) == BOTH
+    same(model(ids, state), plain(ids, state))
+
+
+def test_an_adapted_head_is_called():
+    config = mc.MambaConfig(d_model=20, n_layer=1, vocab_size=32, tie_embeddings=False)
+    model, ids, state, wanted = stepping(config)
+    head = nnx.eval_shape(lambda: nnx.LoRALinear(20, 32, lora_rank=2, use_bias=False, rngs=nnx.Rngs(0)))
+    head.kernel = model.lm_head.kernel
+    head.lora.lora_a, head.lora.lora_b = nnx.Param(jnp.ones((20, 2))), nnx.Param(jnp.ones((2, 32)))
+    model.lm_head = head
+    assert calls(model, ids, state) == {"block_steps"}
+    assert relative_l2(model(ids, state).logits, wanted.logits) > 1e-3
+
+
+PLAIN = {
+    "a mask": lambda model, ids, state: model(ids, state, mask=ids >= 0),
+    "segments": lambda model, ids, state: model(ids, state, segment_ids=ids * 0),
+    "observed": lambda model, ids, state: model(ids, state, observe=lambda name, value: None),
+    "two positions": lambda model, ids, state: model(ids.repeat(2, 1), state),
+    "no position": lambda model, ids, state: model(ids[:, :0], state),
+}
+
+
+@pytest.mark.parametrize("call", PLAIN.values(), ids=PLAIN)
+def test_plain_operations_where_a_step_is_not_all(call):
+    model, ids, state, _ = stepping()
+    assert "block_steps" not in calls(lambda ids, state: call(model, ids, state), ids, state)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kernels": "chunked"},
+        {"dtype": "float16"},
+        {"batch": 9},
+        {"config": mc.MambaConfig(d_model=20, n_layer=3, vocab_size=29, compat="minimamba", bias=True)},
+    ],
+)
+def test_plain_operations_for_another_model(settings):
+    model, ids, state, wanted = stepping(**settings)
+    assert "block_steps" not in calls(model, ids, state)
+    same(model(ids, state), wanted, settings.get("dtype", "float32"))
+
+
+def test_gradients_through_a_step_are_those_of_the_plain_operations():
+    """Of the parameters and of the state, once and twice."""
+    model, ids, state, _ = stepping()
+    plain = mc.build(CONFIG, backend="jax", device="cpu", kernels="sequential")
+
+    def gradients(model):
+        graph, parameters = nnx.split(model)
+
+        def loss(parameters, layers):
+            out = nnx.merge(graph, parameters)(ids, state._replace(layers=layers))
+            return (out.logits**2).mean() + sum((layer.ssm**2).mean() for layer in out.state.layers)
+
+        gradient = jax.grad(loss, argnums=(0, 1))
+        at = (parameters, state.layers)
+        return gradient(*at), jax.jvp(lambda layers: gradient(parameters, layers), at[1:], at[1:])[1]
+
+    close(gradients(model), gradients(plain))
+
+
+def test_vmap_of_a_step_over_states_and_over_models():
+    model, ids, state, _ = stepping()
+    other = mc.build(CONFIG, backend="jax", device="cpu", seed=1)
+    graph, first = nnx.split(model)
+    twice = jax.tree.map(lambda *pair: jnp.stack(pair), first, nnx.split(other)[1])
+    states = jax.tree.map(lambda value: jnp.stack([value, value / 2]), state)
+
+    over_states = jax.jit(jax.vmap(lambda state: model(ids, state)))(states)
+    over_models = jax.jit(jax.vmap(lambda values: nnx.merge(graph, values)(ids, state)))(twice)
+    for index, (its_state, its_model) in enumerate(((state, model), (jax.tree.map(lambda v: v / 2, state), other))):
+        close(jax.tree.map(lambda value, index=index: value[index], over_states), model(ids, its_state), 1e-6)
+        close(jax.tree.map(lambda value, index=index: value[index], over_models), its_model(ids, state), 1e-6)
+
+
+def test_an_exported_step_is_that_of_the_plain_operations():
+    model, ids, state, wanted = stepping()
+    exported = jax.export.export(jax.jit(model), platforms=("cpu", "cuda", "tpu"))(ids, state)
+    assert "xla" not in exported.mlir_module()
+    same(exported.call(ids, state), wanted)
+    jax.jit(model).trace(ids, state).lower(lowering_platforms=("cuda",))
+
+    batch = jax.export.symbolic_shape("b, 1")
+    any_batch = jax.export.export(jax.jit(lambda ids: model(ids).logits))(jax.ShapeDtypeStruct(batch, ids.dtype))
+    close(any_batch.call(ids), model(ids).logits)
+
+    model = mc.build(CONFIG, backend="jax", device="cpu", kernels="native")
+    with pytest.raises(ValueError, match="on a CPU only, and is not exported"):
+        jax.export.export(jax.jit(model))(ids, state)
+
+
+def test_decoding_does_not_copy_the_weights():
+    """Each is read once a token, which is all the time that a token takes."""
+    decode = sys.modules["mamba_core.backends.jax.decode"]
+    model = mc.build(CONFIG, backend="jax", device="cpu")
+    graph, parameters = nnx.split(model)
+    policy, drawn = mc.generation.Sampling(), np.zeros((decode.BLOCK, 1), np.float32)
+    prompts, mask, state = jnp.ones((1, 16), int), jnp.ones((1, 16), bool), model.init_state(1)
+    carry = decode._prefill(graph, parameters, prompts, mask, state, drawn[0], sampling=policy)
+    compiled = decode._advance.lower(graph, parameters, carry, drawn, 3, sampling=policy).compile().as_text()
+    assert all(f"mamba_{name}_xla" in compiled for name in BOTH)
+    for value in jax.tree.leaves(parameters):
+        if value.ndim == 2:
+            assert not re.search(rf"f32\[{value.shape[0]},{value.shape[1]}\]\S* (copy|transpose)\(", compiled)

@@ -106,6 +106,23 @@ def operator(target: str, results: Callable, structs: Callable, plain: Callable)
     return primitive
 
 
+def reversible(primitive: Primitive, plain: Callable) -> Callable:
+    """run(portable, options, *arrays) of an operator, whose gradient is that of its twin."""
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+    def run(portable, options, *arrays):
+        return primitive.bind(*arrays, portable=portable, **options)
+
+    def forward(portable, options, *arrays):
+        return jax.vjp(functools.partial(plain, **options), *arrays)
+
+    def backward(portable, options, pullback, cotangents):
+        return pullback(cotangents)
+
+    run.defvjp(forward, backward)
+    return run
+
+
 def differentiable(name: str, kind, arguments: tuple[str, ...], settings: Callable, plain: Callable, kept=()):
     """run(*arrays or None, portable=False, **options) -> (y, final state), with the library's gradient.
 

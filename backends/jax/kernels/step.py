@@ -12,7 +12,7 @@ from jax import lax
 
 from mamba_core.backend import LayerState
 from mamba_core.backends import native as library
-from mamba_core.backends.jax.kernels.operator import operator, pointing, reason
+from mamba_core.backends.jax.kernels.operator import operator, pointing, reason, reversible
 from mamba_core.backends.jax.layers import Block, MambaMixer, RMSNorm, precision, through
 from mamba_core.observe import unobserved
 
@@ -91,13 +91,13 @@ def _as_built(block: nnx.Module) -> bool:
     if type(block) is not Block or type(block.norm) is not RMSNorm or type(block.mixer) is not MambaMixer:
         return False
     mixer = block.mixer
-    linears = (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj)
-    return not mixer.minimamba and type(mixer.conv1d) is nnx.Conv and all(map(is_linear, linears))
+    # Of the others nothing is called: their parameters are all that the mixer takes.
+    return not mixer.minimamba and all(map(is_linear, (mixer.in_proj, mixer.x_proj, mixer.out_proj)))
 
 
 def _sizes(residual, own) -> tuple[tuple[str, int], ...]:
-    (b, _, d), (e, n) = residual.shape, own["A_log"].shape
-    return tuple({"b": b, "d": d, "e": e, "n": n, "k": own["conv.weight"].shape[0], "r": len(own["dt_proj"])}.items())
+    (b, _, d), (e, n), k, r = residual.shape, own["A_log"].shape, own["conv.weight"].shape[0], own["dt_proj"].shape[0]
+    return (("b", b), ("d", d), ("e", e), ("n", n), ("k", k), ("r", r))
 
 
 def _fits(own: dict, sizes, dtype) -> bool:
@@ -127,7 +127,7 @@ def _fits(own: dict, sizes, dtype) -> bool:
 @functools.partial(jax.jit, static_argnames=("graphs", "sizes", "eps", "portable"))
 def _step(residual, operands, *, portable, **options):
     arrays, tree = jax.tree.flatten((residual, operands))
-    after, *states = _block_steps.bind(*arrays, tree=tree, portable=portable, **options)
+    after, *states = _block_steps(portable, options | {"tree": tree}, *arrays)
     return after, tuple(LayerState(*pair) for pair in zip(states[::2], states[1::2], strict=True))
 
 
@@ -163,21 +163,25 @@ def _plain_blocks(*arrays, tree, graphs, **_):
 
 
 def _linear_results(x, weight, *, transposed):
-    return [jax.core.ShapedArray((len(x), weight.shape[1 if transposed else 0]), jnp.float32)]
+    return [jax.core.ShapedArray((x.shape[0], weight.shape[1 if transposed else 0]), jnp.float32)]
 
 
 def _linear_structs(x, weight, y, *, transposed):
-    sizes = {"b": len(x), "inputs": x.shape[1], "outputs": y.shape[1], "transposed": transposed}
+    sizes = {"b": x.shape[0], "inputs": x.shape[1], "outputs": y.shape[1], "transposed": transposed}
     settings = sizes | {"bfloat16": x.dtype == jnp.bfloat16, "threads": library.threads()}
     return [pointing(library.LinearStep, settings, {"x": 0, "matrix.weight": 1, "y": 2}, (x, weight, y))]
 
 
+def _plain_linear(*arrays, **options):
+    return [product(*arrays, **options)]
+
+
 @functools.partial(jax.jit, static_argnames=("transposed", "portable"))
 def _linear_step(x, weight, transposed, portable):
-    return _linear.bind(x, weight, transposed=transposed, portable=portable)[0]
+    return _linear(portable, {"transposed": transposed}, x, weight)[0]
 
 
-_block_steps = operator("mamba_block_steps_xla", _block_results, _block_structs, _plain_blocks)
-_linear = operator(
-    "mamba_linear_step_xla", _linear_results, _linear_structs, lambda *arrays, **own: [product(*arrays, **own)]
+_block_steps = reversible(
+    operator("mamba_block_steps_xla", _block_results, _block_structs, _plain_blocks), _plain_blocks
 )
+_linear = reversible(operator("mamba_linear_step_xla", _linear_results, _linear_structs, _plain_linear), _plain_linear)
