@@ -26,7 +26,6 @@ def causal_conv(
 ):
     """kernel="auto" is resolved as that of `selective_scan`."""
     check_conv(x, weight, bias, activation, initial_state, mask, segment_ids)
-    kernel_for(kernel, "cpu", x.dtype)  # where it will run is not known before it is lowered
     batch, _, channels = x.shape
     if initial_state is None:
         initial_state = jnp.zeros((batch, weight.shape[1] - 1, channels), x.dtype)
@@ -45,7 +44,7 @@ def causal_conv_step(x, weight, bias=None, *, activation=None, state):
 def _causal_conv(x, weight, bias, state, mask, segment_ids, *, activation, kernel):
     arguments = (x, weight, bias, state.astype(x.dtype), mask, restarts(mask, segment_ids))
     run_shifted, run_native = (functools.partial(run, activation=activation) for run in (shifted, native))
-    on_cpu = kernel_for(kernel, "cpu", x.dtype)
+    on_cpu = kernel_for(kernel, "cpu", x.dtype)  # where it will run is not known before it is lowered
     if kernel == "auto" and on_cpu == "native":
         run_cpu = functools.partial(run_native, portable=True)
         return lax.platform_dependent(*arguments, cpu=run_cpu, default=run_shifted)

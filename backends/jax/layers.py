@@ -8,7 +8,7 @@ from jax import lax
 from mamba_core.backend import LayerState
 from mamba_core.backends.jax.conv import causal_conv, causal_conv_step
 from mamba_core.backends.jax.scan import selective_scan, selective_step
-from mamba_core.observe import within
+from mamba_core.observe import unobserved, within
 
 
 def precision(dtype: str) -> lax.Precision | None:
@@ -136,13 +136,23 @@ class Block(nnx.Module):
         return observe("residual", residual + hidden), state
 
 
-def through(blocks, residual: jax.Array, states, mask, segment_ids, observe) -> tuple[jax.Array, tuple]:
+def through(blocks, residual: jax.Array, states, mask, segment_ids, observe, remat=False) -> tuple[jax.Array, tuple]:
     """The residual stream and the states after all blocks."""
-    after = []
+    run, after = _recomputed if remat and observe is unobserved else _called, []
     for index, (block, state) in enumerate(zip(blocks, states, strict=True)):
-        residual, state = block(residual, state, mask, segment_ids, within(f"layers.{index}.", observe))
+        residual, state = run(block, residual, state, mask, segment_ids, within(f"layers.{index}.", observe))
         after.append(state)
     return residual, tuple(after)
+
+
+def _called(block, *arguments):
+    return block(*arguments)
+
+
+def _recomputed(block, *arguments):
+    """Called again in the backward pass, from its inputs, which are all that is kept of it."""
+    *arrays, observe = arguments
+    return nnx.remat(lambda block, *arrays: block(*arrays, observe))(block, *arrays)
 
 
 MIXERS = {"mamba": MambaMixer}

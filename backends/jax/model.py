@@ -18,6 +18,7 @@ class Backbone(nnx.Module):
 
     def __init__(self, config, dtype: str, kernels: str, rngs: nnx.Rngs):
         self.residual_in_fp32 = config.residual_in_fp32
+        self.remat = False
         self.dtype = dtype
         whole = config.task != "layers"
         options = {"dtype": dtype, "param_dtype": dtype, "rngs": rngs}
@@ -32,7 +33,7 @@ class Backbone(nnx.Module):
         stepped = step.blocks(self.layers, residual, state.layers) if one else None
         if stepped is None:
             entering = states.entering(state, mask, segment_ids)
-            stepped = through(self.layers, residual, entering, mask, segment_ids, observe)
+            stepped = through(self.layers, residual, entering, mask, segment_ids, observe, self.remat)
         residual, layers = stepped
         hidden = residual.astype(self.dtype) if self.norm_f is None else observe("norm_f", self.norm_f(residual))
         return hidden, states.leaving(layers, state, mask, segment_ids)
@@ -57,6 +58,14 @@ class Model(nnx.Module):
     @property
     def device(self) -> str:
         return next(iter(self.backbone.layers[0].norm.scale[...].devices())).platform
+
+    @property
+    def remat(self) -> bool:
+        return self.backbone.remat
+
+    @remat.setter
+    def remat(self, value: bool) -> None:
+        self.backbone.remat = value
 
     @property
     def kernels(self) -> str:

@@ -11,7 +11,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 # Of the structs and functions below; the library tells its own.
-ABI = 2
+ABI = 3
 
 DTYPES = ("float32", "bfloat16")
 

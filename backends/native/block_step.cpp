@@ -65,7 +65,6 @@ struct Plan {
     const BlockStep *block;
     const LinearStep *linear;
     Work work;
-    int64_t outputs_per_task;
     Phase phases[5];
     int32_t phase_count;
 };
@@ -75,12 +74,33 @@ struct Kernel {
     Function *widen, *project;
 };
 
-// Outputs of one task: few, so that no thread waits long for another's last; where they lie side by side in memory,
-// enough to read more than a cache line at a time.
-constexpr int64_t OUTPUTS = 16, OUTPUTS_TRANSPOSED = 128;
+// Outputs of one task, at most: few, so that no thread waits long for another's last; where they lie side by side in
+// memory, enough to read long stretches of it.
+constexpr int64_t OUTPUTS = 48, OUTPUTS_TRANSPOSED = 384;
 constexpr int64_t MOST_THREADS = 256, SPINS = 2000;
+// Rows of weights that are read side by side: the memory serves several streams faster than one.
+constexpr int STREAMS = 4, STREAMS_TRANSPOSED = 8;
 // By how many bytes, or rows where transposed, weights are asked for before they are read.
-constexpr int64_t AHEAD = 4096, ROWS_AHEAD = 16;
+constexpr int64_t AHEAD = 12288, ROWS_AHEAD = 8;
+
+// How many of so many outputs are a task; BlockStep and LinearStep.
+template <class Step> static int64_t per_task(const Step &s, int64_t outputs) {
+    if (!s.transposed) return OUTPUTS;
+    int64_t share = divide_up(divide_up(outputs, s.threads < 1 ? 1 : s.threads), 2 * WIDEST) * 2 * WIDEST;
+    return share < OUTPUTS_TRANSPOSED ? share : OUTPUTS_TRANSPOSED;
+}
+template <class Step> static int64_t tasks_of(const Step &s, int64_t outputs) {
+    return divide_up(outputs, per_task(s, outputs));
+}
+
+// The outputs of a task.
+struct Range {
+    int64_t first, count;
+};
+template <class Step> static Range range_of(const Step &s, int64_t outputs, int64_t task) {
+    int64_t size = per_task(s, outputs), first = task * size;
+    return {first, outputs - first < size ? outputs - first : size};
+}
 
 #define WIDTH 4
 #include "block_step.cpp"
@@ -167,13 +187,12 @@ static float *divide_memory(const BlockStep &s, Work &w) {
 }
 
 static Plan plan_of(const BlockStep &s, const Kernel &kernel, const Work &w) {
-    int64_t outputs = s.transposed ? OUTPUTS_TRANSPOSED : OUTPUTS, channels = divide_up(s.e, outputs);
-    return {&s, nullptr, w, outputs, {
+    return {&s, nullptr, w, {
         {kernel.normalise, s.b, 0, 0},
-        {kernel.project_in, channels, 0, 0},
-        {kernel.project_x, divide_up(mixed_of(s), outputs), 0, 0},
-        {kernel.scan, channels, 0, 0},
-        {kernel.project_out, divide_up(s.d, outputs), 0, 0},
+        {kernel.project_in, tasks_of(s, s.e), 0, 0},
+        {kernel.project_x, tasks_of(s, mixed_of(s)), 0, 0},
+        {kernel.scan, tasks_of(s, s.e), 0, 0},
+        {kernel.project_out, tasks_of(s, s.d), 0, 0},
     }, 5};
 }
 
@@ -201,10 +220,9 @@ EXPORT int32_t mamba_linear_step(const LinearStep *step) {
     Work w = {};
     float *memory = w.hidden = (float *)aligned_alloc(64, 64 * divide_up(s.b * s.inputs, WIDEST));
     if (!memory) return 1;
-    int64_t outputs = s.transposed ? OUTPUTS_TRANSPOSED : OUTPUTS;
-    Plan plan = {nullptr, step, w, outputs, {
+    Plan plan = {nullptr, step, w, {
         {kernel.widen, s.b, 0, 0},
-        {kernel.project, divide_up(s.outputs, outputs), 0, 0},
+        {kernel.project, tasks_of(s, s.outputs), 0, 0},
     }, 2};
     run({&plan, 1}, s.threads, s.inputs * s.outputs);
     free(memory);
@@ -231,67 +249,74 @@ struct Product {
     int64_t y_stride;
 };
 
-// ROWS sums over the inputs of one output, lane by lane.
-template <int ROWS, bool BFLOAT16>
-INLINE void multiply(V *sums, const char *weight, const float *x, int64_t stride, int64_t inputs) {
+// ROWS sums over the inputs of each of COUNT outputs, lane by lane.
+template <int ROWS, int COUNT, bool BFLOAT16>
+INLINE void multiply(V (*sums)[WIDTH], const char *weight, const float *x, int64_t stride, int64_t inputs) {
     const int64_t size = BFLOAT16 ? 2 : 4;
-    V even[ROWS] = {}, odd[ROWS] = {};
+    V sum[ROWS][COUNT] = {};
     int64_t i = 0;
-    for (; i + 2 * WIDTH <= inputs; i += 2 * WIDTH) {
-        const char *one = weight + size * i, *other = one + size * WIDTH;
-        __builtin_prefetch(one + AHEAD);
-        __builtin_prefetch(other + AHEAD);
-        V first = read_whole(one, BFLOAT16), second = read_whole(other, BFLOAT16);
-        for (int row = 0; row < ROWS; row++) {
-            even[row] += first * load(x + row * stride + i);
-            odd[row] += second * load(x + row * stride + i + WIDTH);
+    for (; i + WIDTH <= inputs; i += WIDTH)
+        for (int k = 0; k < COUNT; k++) {
+            const char *from = weight + size * (k * inputs + i);
+            __builtin_prefetch(from + AHEAD);
+            V value = read_whole(from, BFLOAT16);
+            for (int row = 0; row < ROWS; row++) sum[row][k] += value * load(x + row * stride + i);
         }
+    for (int k = 0; k < COUNT && i < inputs; k++) {
+        V rest = read(weight + size * (k * inputs + i), inputs - i, BFLOAT16);
+        for (int row = 0; row < ROWS; row++) sum[row][k] += rest * read_float(x + row * stride + i, inputs - i);
     }
-    for (; i < inputs; i += WIDTH) {
-        V rest = read(weight + size * i, inputs - i, BFLOAT16);
-        for (int row = 0; row < ROWS; row++) even[row] += rest * read_float(x + row * stride + i, inputs - i);
-    }
-    for (int row = 0; row < ROWS; row++) sums[row] = even[row] + odd[row];
+    for (int row = 0; row < ROWS; row++)
+        for (int k = 0; k < COUNT; k++) sums[row][k] = sum[row][k];
 }
 
 // Outputs first to first + count, of ROWS rows.
 template <int ROWS, bool BFLOAT16>
 static void product(const Product &p, const float *x, float *y, int64_t first, int64_t count) {
+    // As many sums as registers hold.
+    const int COUNT = ROWS < STREAMS ? STREAMS : 2;
     for (int64_t o = 0; o < count; o += WIDTH) {
-        V lanes[ROWS][WIDTH] = {}, sums[ROWS];
-        for (int64_t j = 0; j < WIDTH && o + j < count; j++) {
-            const char *weight = p.matrix.weight + (BFLOAT16 ? 2 : 4) * (first + o + j) * p.inputs;
-            multiply<ROWS, BFLOAT16>(sums, weight, x, p.x_stride, p.inputs);
-            for (int row = 0; row < ROWS; row++) lanes[row][j] = sums[row];
-        }
+        V lanes[ROWS][WIDTH] = {};
+        int64_t left = count - o < WIDTH ? count - o : WIDTH, j = 0;
+        const char *weight = p.matrix.weight + (BFLOAT16 ? 2 : 4) * (first + o) * p.inputs;
+        const int64_t row_bytes = (BFLOAT16 ? 2 : 4) * p.inputs;
+        for (; j + COUNT <= left; j += COUNT)
+            multiply<ROWS, COUNT, BFLOAT16>((V(*)[WIDTH])(lanes[0] + j), weight + j * row_bytes, x, p.x_stride, p.inputs);
+        for (; j < left; j++)
+            multiply<ROWS, 1, BFLOAT16>((V(*)[WIDTH])(lanes[0] + j), weight + j * row_bytes, x, p.x_stride, p.inputs);
         for (int row = 0; row < ROWS; row++)
-            write_float(y + row * p.y_stride + o, sums_of_lanes(lanes[row]), count - o);
+            write_float(y + row * p.y_stride + o, sums_of_lanes(lanes[row]), left);
     }
 }
 
-// Lanes are outputs. Sums are of SPAN inputs each, so that rounding does not grow with all of them.
+// Adds to y, whose lanes are outputs, COUNT inputs of each row.
+template <int ROWS, int COUNT, bool BFLOAT16>
+INLINE void add_inputs(const Product &p, const float *x, float *y, int64_t first, int64_t count, int64_t i) {
+    const int64_t size = BFLOAT16 ? 2 : 4, row_bytes = size * p.outputs;
+    const char *weight = p.matrix.weight + size * (i * p.outputs + first);
+    for (int64_t o = 0; o < count; o += WIDTH) {
+        V value[COUNT];
+        for (int k = 0; k < COUNT; k++) {
+            const char *from = weight + k * row_bytes + size * o;
+            __builtin_prefetch(from + ROWS_AHEAD * row_bytes);
+            value[k] = read(from, count - o, BFLOAT16);
+        }
+        for (int row = 0; row < ROWS; row++) {
+            float *to = y + row * p.y_stride + o;
+            V sum = {};
+            for (int k = 0; k < COUNT; k++) sum += value[k] * x[row * p.x_stride + i + k];
+            write_float(to, i ? read_float(to, count - o) + sum : sum, count - o);
+        }
+    }
+}
+
+// Where the outputs lie side by side. Sums of so many inputs are added up, and rounding grows with their number only.
 template <int ROWS, bool BFLOAT16>
 static void product_transposed(const Product &p, const float *x, float *y, int64_t first, int64_t count) {
-    const int64_t size = BFLOAT16 ? 2 : 4, SPAN = 64, VECTORS = 4;
-    for (int64_t o = 0; o < count; o += VECTORS * WIDTH) {
-        V total[ROWS][VECTORS] = {};
-        for (int64_t start = 0; start < p.inputs; start += SPAN) {
-            V sum[ROWS][VECTORS] = {};
-            for (int64_t i = start; i < p.inputs && i < start + SPAN; i++) {
-                const char *weight = p.matrix.weight + size * (i * p.outputs + first + o);
-                for (int64_t j = 0; j < VECTORS && o + j * WIDTH < count; j++) {
-                    __builtin_prefetch(weight + size * (j * WIDTH + ROWS_AHEAD * p.outputs));
-                    V w = read(weight + size * j * WIDTH, count - o - j * WIDTH, BFLOAT16);
-                    for (int row = 0; row < ROWS; row++) sum[row][j] += w * x[row * p.x_stride + i];
-                }
-            }
-            for (int row = 0; row < ROWS; row++)
-                for (int j = 0; j < VECTORS; j++) total[row][j] += sum[row][j];
-        }
-        for (int row = 0; row < ROWS; row++)
-            for (int64_t j = 0; j < VECTORS && o + j * WIDTH < count; j++)
-                write_float(y + row * p.y_stride + o + j * WIDTH, total[row][j], count - o - j * WIDTH);
-    }
+    int64_t i = 0;
+    for (; i + STREAMS_TRANSPOSED <= p.inputs; i += STREAMS_TRANSPOSED)
+        add_inputs<ROWS, STREAMS_TRANSPOSED, BFLOAT16>(p, x, y, first, count, i);
+    for (; i < p.inputs; i++) add_inputs<ROWS, 1, BFLOAT16>(p, x, y, first, count, i);
 }
 
 template <bool BFLOAT16> static void products_of(const Product &p, int64_t first, int64_t count) {
@@ -363,14 +388,10 @@ static void convolve(const BlockStep &s, const Work &w, int64_t row, int64_t fir
     }
 }
 
-static int64_t count_of(const Plan &plan, int64_t first, int64_t outputs) {
-    return outputs - first < plan.outputs_per_task ? outputs - first : plan.outputs_per_task;
-}
-
 static void project_in(const Plan &plan, int64_t task) {
     const BlockStep &s = *plan.block;
     const Work &w = plan.work;
-    int64_t first = task * plan.outputs_per_task, count = count_of(plan, first, s.e);
+    auto [first, count] = range_of(s, s.e, task);
     Product p = {s.in_proj, s.b, s.d, 2 * s.e, !!s.bfloat16, !!s.transposed, w.hidden, s.d, w.x + first, s.e};
     products(p, first, count);
     p.y = w.z + first;
@@ -382,7 +403,8 @@ static void project_in(const Plan &plan, int64_t task) {
 static void project_x(const Plan &plan, int64_t task) {
     const BlockStep &s = *plan.block;
     const Work &w = plan.work;
-    int64_t mixed = mixed_of(s), first = task * plan.outputs_per_task, count = count_of(plan, first, mixed);
+    int64_t mixed = mixed_of(s);
+    auto [first, count] = range_of(s, mixed, task);
     products({s.x_proj, s.b, s.e, mixed, !!s.bfloat16, !!s.transposed, w.x, s.e, w.dtbc + first, mixed}, first, count);
 }
 
@@ -407,7 +429,8 @@ INLINE V advance(const BlockStep &s, const Work &w, int64_t row, int64_t channel
 static void scan(const Plan &plan, int64_t task) {
     const BlockStep &s = *plan.block;
     const Work &w = plan.work;
-    int64_t mixed = mixed_of(s), first = task * plan.outputs_per_task, count = count_of(plan, first, s.e);
+    int64_t mixed = mixed_of(s);
+    auto [first, count] = range_of(s, s.e, task);
     Matrix dt_proj = {s.dt_proj, nullptr};
     products({dt_proj, s.b, s.r, s.e, !!s.bfloat16, !!s.transposed, w.dtbc, mixed, w.delta + first, s.e}, first, count);
     for (int64_t i = first * s.n, end = (first + count) * s.n; i < end; i += WIDTH)
@@ -427,7 +450,7 @@ static void scan(const Plan &plan, int64_t task) {
 static void project_out(const Plan &plan, int64_t task) {
     const BlockStep &s = *plan.block;
     const Work &w = plan.work;
-    int64_t first = task * plan.outputs_per_task, count = count_of(plan, first, s.d);
+    auto [first, count] = range_of(s, s.d, task);
     const int64_t size = s.residual_bfloat16 ? 2 : 4;
     // What was normalised is not needed any more.
     products({s.out_proj, s.b, s.e, s.d, !!s.bfloat16, !!s.transposed, w.y, s.e, w.hidden + first, s.d}, first, count);
@@ -447,7 +470,7 @@ static void widen(const Plan &plan, int64_t row) {
 
 static void project(const Plan &plan, int64_t task) {
     const LinearStep &s = *plan.linear;
-    int64_t first = task * plan.outputs_per_task, count = count_of(plan, first, s.outputs);
+    auto [first, count] = range_of(s, s.outputs, task);
     products({s.matrix, s.b, s.inputs, s.outputs, !!s.bfloat16, !!s.transposed, plan.work.hidden, s.inputs,
               s.y + first, s.outputs}, first, count);
 }

@@ -3,6 +3,7 @@
 Against the reference, through each backend, the conformance suite tests it.
 """
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -205,7 +206,9 @@ def test_sanitizers_find_nothing(tmp_path):
     for width in widths():
         outputs = []
         for threads in ("1", "3"):
-            done = subprocess.run([program, str(width), threads], capture_output=True, timeout=120)
+            # GCC 13's AddressSanitizer misaligns wide vectors on the stack that it keeps for after a return.
+            environment = os.environ | {"ASAN_OPTIONS": "detect_stack_use_after_return=0"}
+            done = subprocess.run([program, str(width), threads], capture_output=True, timeout=120, env=environment)
             assert done.returncode == 0, done.stderr.decode()
             outputs.append(done.stdout)
         assert outputs[0] == outputs[1], "the number of threads changed a bit"
