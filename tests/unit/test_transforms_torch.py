@@ -219,3 +219,23 @@ def test_export_with_mask_and_segments_is_trainable():
     gradients = {name: value.grad for name, value in exported.named_parameters()}
     wanted = gradients_of(model, ids, **arguments)
     close([gradients[name] for name in wanted], list(wanted.values()))
+
+
+def test_checkpoint_keeps_the_gradient():
+    model, ids, _ = plain("torch")
+    logits = torch.utils.checkpoint.checkpoint(model, ids, use_reentrant=False).logits
+    gradients = torch.autograd.grad(logits.square().sum(), list(model.parameters()))
+    close(gradients, list(gradients_of(model, ids).values()))
+
+
+def test_remat_keeps_less_for_the_gradient():
+    model, ids, _ = plain("torch")
+
+    def kept(remat):
+        """How many numbers."""
+        sizes, model.remat = [], remat
+        with torch.autograd.graph.saved_tensors_hooks(lambda value: sizes.append(value.numel()), lambda value: value):
+            model(ids)
+        return sum(sizes)
+
+    assert kept(True) < kept(False) / 2
