@@ -52,7 +52,7 @@ CAUGHT_BY = {
         "conv without its SiLU": Mutant("conv.py", "F.silu(value) if activation", "value if activation"),
         "norm eps ignored": Mutant("layers.py", "keepdim=True) + self.eps", "keepdim=True) + 1e-5"),
         "norm over the sum": Mutant("layers.py", "x.square().mean(", "x.square().sum("),
-        "head of the embedding when untied": Mutant("model.py", "if self.lm_head is None else self.lm_head(hidden)", "if True else hidden"),
+        "head of the embedding when untied": Mutant("model.py", "        tied = self.lm_head is None\n", "        tied = True\n"),
         "ids shifted": Mutant("model.py", "self.embeddings(input_ids)", "self.embeddings((input_ids + 1) % 11)"),
     },
     "test_steps": {
