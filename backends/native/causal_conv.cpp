@@ -36,6 +36,10 @@ static const char *state_of(const Conv &s, const char *state, int64_t row, int64
     return state ? state + bytes_of(s) * (row * carried(s) + slot) * s.e : nullptr;
 }
 
+// What a thread's memory begins with, and what follows in it.
+static size_t taps_size(const Conv &s) { return 2 * sizeof(void *) * s.k; }
+static float *gradients_in(const Conv &s, void *work) { return (float *)((char *)work + taps_size(s)); }
+
 // An input by its number, null for zeros.
 static const char *input_of(const Conv &s, const Row *rows, int64_t row, int64_t input) {
     if (input < 0) return state_of(s, s.initial_state, row, input + carried(s));
@@ -118,7 +122,7 @@ EXPORT int32_t mamba_conv_forward(const Conv *conv) {
     const Conv &s = *conv;
     Call call = call_of(s);
     if (!call.rows) return 1;
-    bool done = run_tasks(conv_kernel_of(s).forward, &call, s.b * call.parts, conv_threads(s), 0);
+    bool done = run_tasks(conv_kernel_of(s).forward, &call, s.b * call.parts, conv_threads(s), taps_size(s));
     write_final_state(s, call.rows);
     free(call.rows);
     return !done;
@@ -129,7 +133,7 @@ EXPORT int32_t mamba_conv_backward(const Conv *conv) {
     Call call = call_of(s);
     int64_t tasks = s.b * call.parts, sums = (s.k + 1) * s.e;
     call.sums = (float *)calloc(tasks * sums, sizeof(float));
-    size_t work = sizeof(float) * (CONV_CHUNK + carried(s)) * s.e;
+    size_t work = taps_size(s) + sizeof(float) * (CONV_CHUNK + carried(s)) * s.e;
     bool done = call.rows && call.sums &&
                 run_tasks(conv_kernel_of(s).backward, &call, tasks, conv_threads(s), work);
     if (done) {
@@ -156,15 +160,16 @@ struct Taps {
     int64_t count;
 };
 
-static Taps taps_of(const Call &call, int64_t row, int64_t number, const char **inputs, const float **weights) {
+// At the beginning of a thread's memory.
+static Taps taps_of(const Call &call, int64_t row, int64_t number, void *work) {
     const Conv &s = *call.conv;
-    Taps taps = {inputs, weights, 0};
+    Taps taps = {(const char **)work, (const float **)work + s.k, 0};
     for (int64_t tap = 0; tap < s.k; tap++) {
         int64_t input = number - carried(s) + tap;
         const char *from = input < call.rows[row].first[number] ? nullptr : input_of(s, call.rows, row, input);
         if (!from) continue;
-        inputs[taps.count] = from;
-        weights[taps.count++] = s.weight + tap * s.e;
+        taps.inputs[taps.count] = from;
+        taps.weights[taps.count++] = s.weight + tap * s.e;
     }
     return taps;
 }
@@ -177,12 +182,10 @@ INLINE V linear_of(const Conv &s, const Taps &taps, int64_t c, bool bfloat16) {
     return total;
 }
 
-static void forward(const void *argument, int64_t index, void *) {
+static void forward(const void *argument, int64_t index, void *work) {
     const Call &call = *(const Call *)argument;
     const Conv &s = *call.conv;
     int64_t row = index / call.parts, start = index % call.parts * call.size, size = bytes_of(s);
-    const char *inputs[s.k];
-    const float *weights[s.k];
     for (int64_t t = start; t < s.l && t < start + call.size; t++) {
         char *y = row_of(s, s.y, row, t);
         int64_t number = call.rows[row].number[t];
@@ -190,7 +193,7 @@ static void forward(const void *argument, int64_t index, void *) {
             memset(y, 0, row_bytes(s));
             continue;
         }
-        Taps taps = taps_of(call, row, number, inputs, weights);
+        Taps taps = taps_of(call, row, number, work);
         for (int64_t c = 0; c < s.e; c += WIDTH) {
             V linear = linear_of(s, taps, c, s.bfloat16);
             write(y + size * c, s.silu ? linear * sigmoid(linear) : linear, s.e - c, s.bfloat16);
@@ -199,14 +202,13 @@ static void forward(const void *argument, int64_t index, void *) {
 }
 
 // dy through the SiLU, of the inputs numbered from..until; and what the first `own` of them add to the sums.
-static void load_gradients(const Call &call, float *g, float *sums, int64_t row, int64_t from, int64_t until,
+static void load_gradients(const Call &call, void *work, float *sums, int64_t row, int64_t from, int64_t until,
                            int64_t own) {
     const Conv &s = *call.conv;
     int64_t size = bytes_of(s);
-    const char *inputs[s.k];
-    const float *weights[s.k];
+    float *g = gradients_in(s, work);
     for (int64_t number = from; number < until; number++, g += s.e) {
-        Taps taps = taps_of(call, row, number, inputs, weights);
+        Taps taps = taps_of(call, row, number, work);
         const char *dy = row_of(s, s.dy, row, call.rows[row].position[number]);
         for (int64_t c = 0; c < s.e; c += WIDTH) {
             int64_t left = s.e - c;
@@ -253,10 +255,10 @@ static void backward(const void *argument, int64_t index, void *work) {
     const Conv &s = *call.conv;
     int64_t row = index / call.parts, start = index % call.parts * call.size;
     const Row &of = call.rows[row];
-    float *g = (float *)work, *sums = call.sums + index * (s.k + 1) * s.e;
+    float *g = gradients_in(s, work), *sums = call.sums + index * (s.k + 1) * s.e;
     if (start == 0 && s.dinitial_state) {
         int64_t until = carried(s) < of.count ? carried(s) : of.count;
-        load_gradients(call, g, sums, row, 0, until, 0);
+        load_gradients(call, work, sums, row, 0, until, 0);
         for (int64_t slot = 0; slot < carried(s); slot++)
             write_gradient(call, (char *)state_of(s, s.dinitial_state, row, slot), g, row, 0, slot - carried(s));
     }
@@ -272,7 +274,7 @@ static void backward(const void *argument, int64_t index, void *work) {
         }
         if (!own) continue;
         int64_t until = from + own + carried(s) < of.count ? from + own + carried(s) : of.count;
-        load_gradients(call, g, sums, row, from, until, own);
+        load_gradients(call, work, sums, row, from, until, own);
         for (int64_t number = from; number < from + own; number++)
             write_gradient(call, row_of(s, s.dx, row, of.position[number]), g, row, from, number);
     }

@@ -140,8 +140,11 @@ INLINE V decay_of(V step, V A) {
     return scaled(power_of_fraction(power - whole_of(nearest)), nearest);
 #endif
 }
-// Log 2 in two parts, the first with so few digits that its products are exact.
+// Log 2 in two parts, the first with so few digits that its products are exact. A NaN stays one.
 INLINE V exponential(V value) {
+    // Beyond these it is 0 or infinity, and further out the rest would be neither.
+    value = value < -104.0f ? splat(-104.0f) : value;
+    value = value > 89.0f ? splat(89.0f) : value;
     V nearest = rounded(limited(value * 1.4426950409f)), whole = whole_of(nearest);
     V rest = (value - whole * 0.693145751953125f) - whole * 1.42860677e-6f;
     return scaled(power_of_fraction(rest * 1.4426950409f), nearest);
@@ -154,7 +157,7 @@ INLINE V softplus(V value) {
     series = series * q2 + 0.285925835f;
     series = series * q2 + 0.399997026f;
     series = series * q2 + 0.666666687f;
-    return 0.5f * (value + size) + (q * q2 * series + 2.0f * q);
+    return (value < 0.0f ? V{} : value) + (q * q2 * series + 2.0f * q);
 }
 
 // The sums of WIDTH vectors' lanes, one a lane: at each step the vectors are half as many, and hold the sums of two.

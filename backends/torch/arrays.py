@@ -53,6 +53,17 @@ def dtype_name(array: Tensor) -> str:
     return str(array.dtype).removeprefix("torch.")
 
 
+def check_devices(x: Tensor, **others: Tensor | None) -> None:
+    """An operator would give a tensor that holds nothing if one of its arguments were on "meta".
+
+    Raises:
+        ValueError: one of the others is not where x is.
+    """
+    for name, value in others.items():
+        if value is not None and value.device != x.device:
+            raise ValueError(f"{name} is on {value.device}; expected {x.device}, where x is")
+
+
 def in_compute_dtype(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:
     """All in float64 where x is, else in float32: what the ops compute in."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32

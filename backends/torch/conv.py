@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mamba_core.backends.torch.arrays import in_compute_dtype
+from mamba_core.backends.torch.arrays import check_devices, in_compute_dtype
 from mamba_core.backends.torch.kernels.native_conv import native
 from mamba_core.backends.torch.positions import compaction, restarts, where_counting
 from mamba_core.backends.torch.scan import kernel_for
@@ -28,6 +28,8 @@ def causal_conv(
 ):
     """Computed in float32 (float64 if x is), also under autocast."""
     check_conv(x, weight, bias, activation, initial_state, mask, segment_ids)
+    others = {"weight": weight, "bias": bias, "initial_state": initial_state}
+    check_devices(x, **others, mask=mask, segment_ids=segment_ids)
     run = native if kernel_for(kernel, x.device, x.dtype) == "native" else shifted
     y, state = run(x, weight, bias, activation, initial_state, mask, restarts(mask, segment_ids))
     return (y, state) if return_final_state else y

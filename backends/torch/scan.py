@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mamba_core.backends.torch.arrays import devices, in_compute_dtype
+from mamba_core.backends.torch.arrays import check_devices, devices, in_compute_dtype
 from mamba_core.backends.torch.kernels.memory import reason as why_not_native
 from mamba_core.backends.torch.kernels.native_scan import native
 from mamba_core.backends.torch.kernels.operator import differentiable, refuse_tangents
@@ -40,6 +40,8 @@ def selective_scan(
 ):
     """Gradients of gradients and forward mode need kernel="sequential", which keeps every state."""
     check_scan(x, delta, A, B, C, D, z, delta_bias, initial_state, mask, segment_ids)
+    others = {"delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
+    check_devices(x, **others, initial_state=initial_state, mask=mask, segment_ids=segment_ids)
     run = KERNELS[kernel_for(kernel, x.device, x.dtype)]
     restart = restarts(mask, segment_ids)
     y, h = run(x, delta, A, B, C, D, z, delta_bias, initial_state, mask, restart, delta_softplus)

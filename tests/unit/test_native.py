@@ -121,11 +121,17 @@ def test_the_count_of_boundaries_is_the_library_s(sizes):
 
 
 @every_width
-@pytest.mark.parametrize("value", [-80.0, -30.0, -5.0, -1e-3, 0.0, 1e-3, 0.7, 5.0, 30.0, 200.0, 1e5])
-def test_softplus_is_exact(width, value):
-    one = np.ones((1, 1, 1), np.float32)
-    y, *_ = scan(1, width, True, x=one, delta=one * np.float32(value), A=np.full((1, 1), -1e-30, "f"), B=one, C=one)
-    assert y.item() == pytest.approx(np.logaddexp(0.0, np.float64(np.float32(value))), rel=3e-7)
+@pytest.mark.parametrize("value", [0.0, 1e-3, 0.7, 5.0, 30.0, 80.0, 200.0, 1e5, 1e7, 1e9, 1e20, 1e30])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_softplus_and_silu_are_exact(width, value, sign):
+    one, value = np.ones((1, 1, 1), np.float32), np.float32(sign * value)
+    arrays = {"x": one, "delta": one * value, "A": np.full((1, 1), -1e-38, np.float32), "B": one, "C": one}
+    y, *_ = scan(1, width, True, **arrays)
+    assert y.item() == pytest.approx(np.logaddexp(0.0, np.float64(value)), rel=3e-7, abs=1e-37)
+    y, *_ = scan(1, width, **arrays | {"delta": one}, z=one * value)
+    with np.errstate(over="ignore"):
+        silu = np.float64(value) / (1 + np.exp(-np.float64(value)))
+    assert y.item() == pytest.approx(silu, rel=1e-6, abs=1e-35)
 
 
 def decayed(width, step, A=-1.0):

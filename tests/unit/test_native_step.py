@@ -509,3 +509,47 @@ def test_greedy_tokens_are_those_of_the_plain_operations(calls, native_library, 
     code = textwrap.dedent(GENERATE)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.stdout.strip() == repr(tokens), done.stderr
+
+
+@pytest.mark.parametrize("shape", [(1, 16), (1, 48), (1, 1, 64), (1, 3, 2, 32)])
+def test_a_head_of_another_width_is_the_plain_operations_to_refuse_or_compute(shape):
+    import torch
+
+    model, *_ = stepping()
+    with torch.no_grad():
+        try:
+            logits = model.head(torch.ones(shape))
+        except RuntimeError as error:
+            assert "shapes cannot be multiplied" in str(error)  # noqa: PT017 (it may compute as well)
+        else:
+            wanted = torch.ones(shape) @ model.backbone.embeddings.weight.T
+            assert_close(logits.numpy(), wanted.numpy(), "float32", "value", "logits")
+
+
+def test_a_hook_of_all_modules_is_called(calls):
+    import torch
+
+    model, ids, state, _ = stepping()
+    seen = []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__))
+    try:
+        with torch.no_grad():
+            model(ids, state)
+    finally:
+        handle.remove()
+    assert "MambaMixer" in seen
+    assert calls.count("block_steps") == 0
+
+
+@pytest.mark.parametrize("name", ["initial_state", "D", "z", "delta_bias", "A"])
+@pytest.mark.parametrize("kernel", ["native", "chunked"])
+def test_an_argument_elsewhere_is_refused(name, kernel):
+    import torch
+
+    from mamba_core.backends.torch.scan import selective_scan
+
+    shapes = {"x": (1, 5, 3), "delta": (1, 5, 3), "A": (3, 2), "B": (1, 5, 2), "C": (1, 5, 2), "D": (3,)}
+    shapes |= {"z": (1, 5, 3), "delta_bias": (3,), "initial_state": (1, 3, 2)}
+    tensors = {key: torch.ones(shape) for key, shape in shapes.items()}
+    with pytest.raises(ValueError, match=f"{name} is on meta; expected cpu"):
+        selective_scan(**tensors | {name: tensors[name].to("meta")}, kernel=kernel)

@@ -63,8 +63,9 @@ def blocks(layers, residual: jax.Array, states) -> tuple[jax.Array, tuple[LayerS
 
 def head(kernels: str, hidden: jax.Array, weight: jax.Array, *, transposed: bool) -> jax.Array | None:
     """`product` for hidden (b, d) or (b, 1, d); None where plain operations are to compute it."""
-    one = hidden.ndim == 2 or hidden.shape[1] == 1
-    if not (one and weight.dtype == hidden.dtype and _runs(kernels, hidden, weight.dtype)):
+    one = hidden.ndim == 2 or (hidden.ndim == 3 and hidden.shape[1] == 1)
+    fits = hidden.shape[-1] == weight.shape[0 if transposed else 1]
+    if not (one and fits and weight.dtype == hidden.dtype and _runs(kernels, hidden, weight.dtype)):
         return None
     logits = _linear_step(hidden.reshape(hidden.shape[0], -1), weight, transposed, portable=kernels == "auto")
     return logits.reshape(*hidden.shape[:-1], -1)

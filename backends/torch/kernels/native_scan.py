@@ -68,10 +68,10 @@ def _scan_backward(
     if not keep:  # torch.func may ask for the gradient of tensors that did not say that they require one
         _, _, boundaries = _scan(*given.values(), delta_softplus, True)
     gradients = {f"d{name}": value.new_empty(value.shape) for name, value in given.items() if is_float(value)}
+    # Named, because the pointers do not keep them alive.
     arriving = {"dy": rows(dy), "dfinal_state": None if dfinal_state is None else dfinal_state.contiguous()}
-    library.scan_backward(
-        _arguments(x, A, delta_softplus, given | arriving | gradients | {"boundaries": boundaries.contiguous()})
-    )
+    arriving["boundaries"] = boundaries.contiguous()
+    library.scan_backward(_arguments(x, A, delta_softplus, given | arriving | gradients))
     return list(gradients.values())
 
 

@@ -6,6 +6,7 @@ With few rows such a step is as long as its weights take to be read; in single o
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules import module as everywhere
 
 from mamba_core.backend import LayerState
 from mamba_core.backends import native as library
@@ -60,8 +61,13 @@ def _tensors(block, state: LayerState, sizes: tuple[int, ...], dtype: torch.dtyp
 
 def head(kernels: str, hidden: Tensor, weight: Tensor) -> Tensor | None:
     """Logits (b, ..., v) float32 of hidden (b, d) or (b, 1, d); None where plain operations are to compute them."""
-    one = hidden.ndim == 2 or hidden.shape[1] == 1
-    if not (one and _runs(kernels, hidden, weight) and _all(hidden.dtype, [(weight, weight.shape)])):
+    one = hidden.ndim == 2 or (hidden.ndim == 3 and hidden.shape[1] == 1)
+    if not (
+        one
+        and hidden.shape[-1] == weight.shape[1]
+        and _runs(kernels, hidden, weight)
+        and _all(hidden.dtype, [(weight, weight.shape)])
+    ):
         return None
     return _linear(hidden, weight)
 
@@ -76,6 +82,7 @@ def _runs(kernels: str, x: Tensor, weight: Tensor) -> bool:
         and forward_ad._current_level < 0
         # An exported program is for any batch.
         and not torch.compiler.is_exporting()
+        and x.device == weight.device
         and x.shape[0] <= MOST_ROWS
     )
 
@@ -83,6 +90,8 @@ def _runs(kernels: str, x: Tensor, weight: Tensor) -> bool:
 # Loops, because a generator costs a fourth of what a block's call does in Python.
 def as_built(kind: type, *modules: nn.Module) -> bool:
     """Whether nobody has put another module in their place, or asked to be called when they are."""
+    if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
+        return False
     for module in modules:
         if type(module) is not kind or module._forward_hooks or module._forward_pre_hooks:
             return False
