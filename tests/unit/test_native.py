@@ -18,6 +18,7 @@ from mamba_core.backends import native
 from mamba_core.spec import recurrence
 from tests.conformance.assertions import assert_close
 from tests.conformance.strategies import conv_cases, scan_cases
+from tests.conformance.subjects import least_norm
 from tests.unit.native_arrays import SEQUENCES, conv, conv_backward, scan, scan_backward, widths
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason=f"native library: {native.missing()}")
@@ -42,21 +43,14 @@ def test_the_scan_is_the_recurrence(width, case, threads):
     wanted, wanted_h = recurrence.selective_scan(
         **case.arrays, **case.positions, **case.options, return_final_state=True
     )
-    assert_close(y, wanted, "float32", "gradient", "y")
+    assert_close(y, wanted, "float32", "value", "y", least_norm(case, case.arrays, "y", wanted))
     assert_close(h, wanted_h, "float32", "value", "final state")
     np.testing.assert_array_equal(scan(threads, width, keep=False, **options, **given_arrays)[0], y)
     dy = np.random.default_rng(0).normal(size=y.shape).astype(y.dtype)
     gradients = scan_backward(dy, h, boundaries, threads, width, **options, **given_arrays)
     for name, value in recurrence.selective_scan_vjp(dy, h, **case.arrays, **case.positions, **case.options).items():
-        close_sum(gradients[name], value, name, case)
-
-
-def close_sum(value, wanted, name, case):
-    """A sum over many positions that cancels keeps the rounding of its terms: it counts as one of their scale."""
-    terms = case.shape[0] * case.shape[1] if name in ("A", "D", "delta_bias", "weight", "bias") else 1
-    terms *= case.arrays["A"].shape[1] if name in ("delta", "delta_bias") and "A" in case.arrays else 1
-    scale = max(1.0, np.sqrt(terms))
-    assert_close(value.astype(np.float64) / scale, wanted / scale, "float32", "gradient", f"gradient of {name}")
+        least = least_norm(case, case.arrays, name, value)
+        assert_close(gradients[name], value, "float32", "gradient", f"gradient of {name}", least)
 
 
 @every_width
@@ -73,7 +67,8 @@ def test_the_convolution_is_the_reference(width, case, threads):
     gradients["weight"] = gradients["weight"].T
     for name, value in recurrence.causal_conv_vjp(dy, h, **case.arrays, **case.positions, **case.options).items():
         if name in gradients:
-            close_sum(gradients[name], value, name, case)
+            least = least_norm(case, case.arrays, name, value)
+        assert_close(gradients[name], value, "float32", "gradient", f"gradient of {name}", least)
 
 
 def drawn(b, l, e, n, names=("D", "z", "delta_bias", "initial_state")):
