@@ -1,0 +1,216 @@
+"""The selective scan's GPU kernels, without a framework: how they are compiled, laid out over a GPU and called.
+
+`selective_scan.h` is the algorithm, in what CUDA C++ and Metal have in common. A framework asks for a `Plan`, allocates
+what its `Launch`es name, and launches them in order.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+SOURCES = Path(__file__).parent
+ELEMENTS = {"float32": 0, "bfloat16": 1, "float16": 2}
+LARGEST_STATE = 256
+
+# Arrays that the kernels take, in their order.
+SEQUENCES = ("x", "delta", "B", "C", "z", "dy")
+INPUTS = (*SEQUENCES, "A", "D", "delta_bias", "begin", "mask", "restart")
+FIRST_RESULTS = ("added", "total")
+FORWARD_RESULTS = ("y", "final_state", "kept")
+BACKWARD_RESULTS = ("dx", "ddelta", "dz", "dBC", "dA", "dD", "ddelta_bias", "dstate")
+COMBINED = ("A", "begin", "total", "added")
+OPTIONS = ("HAS_D", "HAS_Z", "HAS_BIAS", "SOFTPLUS", "HAS_STATE", "HAS_MASK", "HAS_RESTART")
+
+
+class Geometry(NamedTuple):
+    """NS states a thread, S threads a channel, K channels a thread; positions a tile. See selective_scan.h."""
+
+    NS: int
+    S: int
+    K: int
+    WARPS: int
+    TILE: int
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.WARPS
+
+    @property
+    def channels(self) -> int:
+        """Of a block."""
+        return self.WARPS * 32 // self.S * self.K
+
+    @property
+    def padded(self) -> int:
+        """States with those that only fill up."""
+        return self.NS * self.S
+
+    @property
+    def vector(self) -> int:
+        """Elements that are read at a time."""
+        return min(8, self.TILE * self.K // self.S)
+
+    @property
+    def forward_shared(self) -> int:
+        """Bytes of shared memory."""
+        return 4 * (3 * self._rows + 2 * self.TILE * self.padded + self.TILE)
+
+    @property
+    def backward_shared(self) -> int:
+        history, sums = self.TILE * self.K * self.NS * self.threads, self.TILE * self.WARPS * 2 * self.padded
+        return 4 * (history + 6 * self._rows + 2 * self.TILE * self.padded + sums + self.TILE)
+
+    @property
+    def _rows(self) -> int:
+        return self.TILE * (self.channels + 8)
+
+
+# Positions between the states that the forward keeps for the backward, which begins its tiles from them.
+KEEP_EVERY = 16
+# Fewer positions are not worth a chunk of their own.
+SHORTEST_CHUNK = 128
+# Blocks that a multiprocessor holds at a time.
+BLOCKS_A_MULTIPROCESSOR = 3
+
+
+def geometry(states: int, backward: bool = False) -> Geometry:
+    """For up to that many states; what was fastest on an H200.
+
+    Raises:
+        ValueError: more states than LARGEST_STATE.
+    """
+    if states > LARGEST_STATE:
+        raise ValueError(f"d_state is {states}; the GPU kernels hold at most {LARGEST_STATE}")
+    tile = KEEP_EVERY if backward else 2 * KEEP_EVERY
+    if states > 128:
+        return Geometry(NS=16, S=16, K=1, WARPS=2, TILE=KEEP_EVERY)
+    spread = max(4, -(-states // 4))
+    S = 1 << (spread - 1).bit_length()
+    NS = 4 if states > 8 else 2 if states > 4 else 1
+    return Geometry(NS, S, K=2, WARPS=2, TILE=tile)
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A scan as its kernels are made for it.
+
+    rows, length, channels, states: b, l, e, n.
+    dtype: of x, delta, B, C, z and y.
+    options: those of OPTIONS that hold; HAS_STATE says whether there is a state to begin from, in the backward a
+        gradient of the final state.
+    aligned: whether all rows of all sequences begin at multiples of 8 elements, and the arrays at 16 bytes.
+    keep: whether the forward keeps the states that a backward needs.
+    """
+
+    rows: int
+    length: int
+    channels: int
+    states: int
+    dtype: str
+    options: frozenset[str]
+    aligned: bool
+    multiprocessors: int
+    keep: bool = False
+    backward: bool = False
+
+    @property
+    def geometry(self) -> Geometry:
+        return geometry(self.states, self.backward)
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.length // self.chunk)
+
+    @property
+    def chunk(self) -> int:
+        """Positions; all of them where rows and channels fill the GPU."""
+        blocks, wanted = self.rows * self.blocks, self.multiprocessors * BLOCKS_A_MULTIPROCESSOR
+        count = min(wanted // max(blocks, 1), self.length // SHORTEST_CHUNK)
+        # A second run costs as much again as it gains with fewer.
+        if count < 3:
+            return max(self.length, 1)
+        step = 2 * KEEP_EVERY
+        return -(-self.length // count // step) * step
+
+    @property
+    def blocks(self) -> int:
+        """Of channels."""
+        return -(-self.channels // self.geometry.channels)
+
+    @property
+    def defines(self) -> dict[str, int]:
+        """What the source is compiled with."""
+        g = self.geometry
+        aligned = self.aligned and self.channels % g.vector == 0
+        flags = {name: int(name in self.options) for name in OPTIONS}
+        return {
+            **g._asdict(),
+            **flags,
+            "ELEMENT": ELEMENTS[self.dtype],
+            "KEEP_EVERY": KEEP_EVERY,
+            "ALIGNED": int(aligned),
+            "CHUNKED": int(self.chunks > 1),
+            "KEEP": int(self.keep),
+            "BACKWARD": int(self.backward),
+        }
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every result and of what lies between two kernels; those of float32 but y, dx, ddelta and dz."""
+        b, l, e, padded, chunks = self.rows, self.length, self.channels, self.geometry.padded, self.chunks
+        between = {"added": (b, chunks, e, padded), "total": (b, chunks, e)} if chunks > 1 else {}
+        if not self.backward:
+            kept = (b, -(-l // KEEP_EVERY), e, padded) if self.keep else (0,)
+            return between | {"y": (b, l, e), "final_state": (b, e, padded), "kept": kept}
+        sums = {"dBC": (b, self.blocks, l, 2, padded), "dA": (b, chunks, e, padded), "dD": (b, chunks, e)}
+        sequences = dict.fromkeys(("dx", "ddelta", "dz"), (b, l, e))
+        return between | sequences | sums | {"ddelta_bias": (b, chunks, e), "dstate": (b, e, padded)}
+
+    @property
+    def launches(self) -> list["Launch"]:
+        """The kernels in their order."""
+        g, name = self.geometry, "backward" if self.backward else "forward"
+        grid = self.blocks * self.chunks * self.rows
+        shared = g.backward_shared if self.backward else g.forward_shared
+        kept, results = (("kept",), BACKWARD_RESULTS) if self.backward else ((), FORWARD_RESULTS)
+        main = Launch(name, (*INPUTS, *kept, *results), grid, g.threads, shared)
+        if self.chunks == 1:
+            return [main]
+        first = Launch(f"{name}_first", (*INPUTS, *FIRST_RESULTS), grid, g.threads, shared)
+        combined = -(-self.rows * self.channels * g.padded // g.threads)
+        return [first, Launch("combine_chunks", COMBINED, combined, g.threads, 0), main]
+
+    def sizes(self, launch: "Launch") -> tuple[int, ...]:
+        """The integers that the kernel takes after its arrays, before the strides."""
+        if launch.kernel == "combine_chunks":
+            return self.rows, self.channels, self.states, self.chunks
+        return self.length, self.channels, self.states, self.chunk, self.chunks
+
+
+class Launch(NamedTuple):
+    """kernel: its name in the source. arrays: names of what it takes, in order.
+
+    Then come `Scan.sizes` in 32 bits and, but for "combine_chunks", row and position stride of each of SEQUENCES in 64.
+    The main kernel of a scan of several chunks is given "added" as its "begin".
+    """
+
+    kernel: str
+    arrays: tuple[str, ...]
+    blocks: int
+    threads: int
+    shared: int
+
+
+def source(prelude: str = "cuda.h", *files: str) -> str:
+    """The source in one piece."""
+    return "\n".join(
+        (SOURCES / name).read_text() for name in (prelude, *(files or ("selective_scan.h", "selective_scan.cu")))
+    )
+
+
+def scan_for_backward(scan: Scan, has_state: bool) -> Scan:
+    """The backward of a forward; has_state: whether the final state has a gradient."""
+    options = scan.options - {"HAS_STATE"} | ({"HAS_STATE"} if has_state else frozenset())
+    return dataclasses.replace(scan, options=options, backward=True, keep=False)

@@ -1,0 +1,57 @@
+"""The GPU kernels of the scan, compiled as C++ and run block by block on a CPU: slow, and the same code."""
+
+import ctypes
+import functools
+import subprocess
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from mamba_core.backends import gpu
+
+HERE = Path(__file__).parent
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+
+
+def forward(scan: gpu.Scan, arrays: dict, folder: Path) -> dict:
+    """The results by their names; arrays as INPUTS names them, "begin" (b, e, padded) the initial state."""
+    return _run(scan, arrays, folder)
+
+
+def backward(scan: gpu.Scan, arrays: dict, folder: Path) -> dict:
+    """As `forward`; arrays with dy and kept, "begin" the gradient of the final state."""
+    return _run(scan, arrays, folder)
+
+
+def _run(scan, arrays, folder):
+    elements = ("y", "dx", "ddelta", "dz")
+    # What is not written is seen: NaN.
+    found = {
+        name: np.full(shape, np.nan, DTYPES[scan.dtype] if name in elements else np.float32)
+        for name, shape in scan.shapes.items()
+    }
+    library = _library(folder, tuple(f"-D{name}={value}" for name, value in scan.defines.items()))
+    for launch in scan.launches:
+        given = arrays | found
+        if scan.chunks > 1 and launch.kernel in ("forward", "backward"):
+            given["begin"] = found["added"]
+        words = [0 if given.get(name) is None else given[name].ctypes.data for name in launch.arrays]
+        words += scan.sizes(launch)
+        if launch.kernel != "combine_chunks":
+            words += [stride for name in gpu.SEQUENCES for stride in _strides(arrays.get(name))]
+        library.launch(launch.kernel.encode(), (ctypes.c_uint64 * len(words))(*words), launch.blocks)
+    return found
+
+
+def _strides(array):
+    return (0, 0) if array is None else [stride // array.itemsize for stride in array.strides[:2]]
+
+
+@functools.cache
+def _library(folder: Path, defines: tuple[str, ...]) -> ctypes.CDLL:
+    target = folder / f"kernels-{len(list(folder.iterdir()))}.so"
+    source = Path(gpu.__file__).parent
+    options = ["-std=c++17", "-O2", "-shared", "-fPIC", "-w", f"-I{source}", f"-I{HERE}"]
+    subprocess.run(["g++", *options, *defines, str(HERE / "gpu_on_cpu.cpp"), "-o", str(target)], check=True)
+    return ctypes.CDLL(str(target))
