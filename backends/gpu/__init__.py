@@ -4,8 +4,6 @@
 what its `Launch`es name, and launches them in order.
 """
 
-import dataclasses
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -100,7 +98,7 @@ class Scan:
     dtype: of x, delta, B, C, z and y.
     options: those of OPTIONS that hold; HAS_STATE says whether there is a state to begin from, in the backward a
         gradient of the final state.
-    aligned: whether all rows of all sequences begin at multiples of 8 elements, and the arrays at 16 bytes.
+    aligned: whether the positions of x, delta, z and dy begin at multiples of 8 elements, and the arrays at 16 bytes.
     keep: whether the forward keeps the states that a backward needs.
     """
 
@@ -175,25 +173,28 @@ class Scan:
         grid = self.blocks * self.chunks * self.rows
         shared = g.backward_shared if self.backward else g.forward_shared
         kept, results = (("kept",), BACKWARD_RESULTS) if self.backward else ((), FORWARD_RESULTS)
-        main = Launch(name, (*INPUTS, *kept, *results), grid, g.threads, shared)
-        if self.chunks == 1:
+        chunked = self.chunks > 1
+        main = Launch(name, (*INPUTS, *kept, *results), grid, g.threads, shared, begins_from_added=chunked)
+        if not chunked:
             return [main]
         first = Launch(f"{name}_first", (*INPUTS, *FIRST_RESULTS), grid, g.threads, shared)
         combined = -(-self.rows * self.channels * g.padded // g.threads)
-        return [first, Launch("combine_chunks", COMBINED, combined, g.threads, 0), main]
+        return [first, Launch("combine_chunks", COMBINED, combined, g.threads, 0, strided=False), main]
 
     def sizes(self, launch: "Launch") -> tuple[int, ...]:
         """The integers that the kernel takes after its arrays, before the strides."""
-        if launch.kernel == "combine_chunks":
-            return self.rows, self.channels, self.states, self.chunks
-        return self.length, self.channels, self.states, self.chunk, self.chunks
+        if launch.strided:
+            return self.length, self.channels, self.states, self.chunk, self.chunks
+        return self.rows, self.channels, self.states, self.chunks
 
 
 class Launch(NamedTuple):
-    """kernel: its name in the source. arrays: names of what it takes, in order.
+    """kernel: its name in the source.
 
-    Then come `Scan.sizes` in 32 bits and, but for "combine_chunks", row and position stride of each of SEQUENCES in 64.
-    The main kernel of a scan of several chunks is given "added" as its "begin".
+    arrays: names of what it takes, in order. Then come `Scan.sizes`, 32 bits each, and if `strided` row and position
+        stride of each of SEQUENCES, in elements, 64 bits each.
+    begins_from_added: whether its "begin" is what the kernels before it left in "added".
+    shared: bytes of shared memory that the launch asks for.
     """
 
     kernel: str
@@ -201,6 +202,8 @@ class Launch(NamedTuple):
     blocks: int
     threads: int
     shared: int
+    strided: bool = True
+    begins_from_added: bool = False
 
 
 def source(prelude: str = "cuda.h", *files: str) -> str:
@@ -208,9 +211,3 @@ def source(prelude: str = "cuda.h", *files: str) -> str:
     return "\n".join(
         (SOURCES / name).read_text() for name in (prelude, *(files or ("selective_scan.h", "selective_scan.cu")))
     )
-
-
-def scan_for_backward(scan: Scan, has_state: bool) -> Scan:
-    """The backward of a forward; has_state: whether the final state has a gradient."""
-    options = scan.options - {"HAS_STATE"} | ({"HAS_STATE"} if has_state else frozenset())
-    return dataclasses.replace(scan, options=options, backward=True, keep=False)

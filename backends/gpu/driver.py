@@ -46,7 +46,10 @@ class Kernel:
 
 def _offsets(layout: str) -> list[int]:
     """Where each parameter lies in what `struct` packs natively."""
-    return [struct.calcsize(f"@{layout[:end]}") - struct.calcsize(f"@{layout[end - 1]}") for end in range(1, len(layout) + 1)]
+    return [
+        struct.calcsize(f"@{layout[:end]}") - struct.calcsize(f"@{layout[end - 1]}")
+        for end in range(1, len(layout) + 1)
+    ]
 
 
 @functools.cache

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mamba_core.backends.torch.arrays import check_devices, devices, in_compute_dtype
+from mamba_core.backends.torch.kernels.cuda_scan import cuda
+from mamba_core.backends.torch.kernels.cuda_scan import reason as why_not_cuda
 from mamba_core.backends.torch.kernels.memory import reason as why_not_native
 from mamba_core.backends.torch.kernels.native_scan import native
 from mamba_core.backends.torch.kernels.operator import differentiable, refuse_tangents
@@ -42,7 +44,7 @@ def selective_scan(
     check_scan(x, delta, A, B, C, D, z, delta_bias, initial_state, mask, segment_ids)
     others = {"delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
     check_devices(x, **others, initial_state=initial_state, mask=mask, segment_ids=segment_ids)
-    run = KERNELS[kernel_for(kernel, x.device, x.dtype)]
+    run = KERNELS[kernel_for(kernel, x.device, x.dtype, A.shape[1])]
     restart = restarts(mask, segment_ids)
     y, h = run(x, delta, A, B, C, D, z, delta_bias, initial_state, mask, restart, delta_softplus)
     return (y, h) if return_final_state else y
@@ -58,21 +60,22 @@ def selective_step(x, delta, A, B, C, D=None, *, z=None, delta_bias=None, delta_
 
 
 def kernels(device: str | None = None) -> dict[str, str | None]:
-    """Those but "native" run on every device."""
+    """Those but "native" and "cuda" run on every device."""
     return _kernels(torch.device(device or devices()[0]))
 
 
-def kernel_for(kernel: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The kernel of that name, or for "auto" the fastest, for arrays there.
+def kernel_for(kernel: str, device: torch.device, dtype: torch.dtype, states: int | None = None) -> str:
+    """The kernel of that name, or for "auto" the fastest, for arrays there and so many states.
 
     Raises:
         ValueError: there is no such kernel, or not for them.
     """
-    return choose_kernel(kernel, _kernels(device, dtype))
+    return choose_kernel(kernel, _kernels(device, dtype, states))
 
 
-def _kernels(device, dtype=None):
-    return dict.fromkeys(KERNELS) | {"native": why_not_native(device, dtype)}
+def _kernels(device, dtype=None, states=None):
+    reasons = {"native": why_not_native(device, dtype), "cuda": why_not_cuda(device, dtype, states)}
+    return dict.fromkeys(KERNELS) | reasons
 
 
 def _prepared(scan):
@@ -228,7 +231,7 @@ def _(dy, dh_last, boundaries, x, step, A, B, C, D, z, h0, restart):
 chunked = _prepared(differentiable(_scan, _scan_backward))
 
 # Fastest first.
-KERNELS = {"native": native, "chunked": chunked, "sequential": sequential}
+KERNELS = {"native": native, "cuda": cuda, "chunked": chunked, "sequential": sequential}
 
 
 def _parts(x):

@@ -14,17 +14,8 @@ HERE = Path(__file__).parent
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 
 
-def forward(scan: gpu.Scan, arrays: dict, folder: Path) -> dict:
-    """The results by their names; arrays as INPUTS names them, "begin" (b, e, padded) the initial state."""
-    return _run(scan, arrays, folder)
-
-
-def backward(scan: gpu.Scan, arrays: dict, folder: Path) -> dict:
-    """As `forward`; arrays with dy and kept, "begin" the gradient of the final state."""
-    return _run(scan, arrays, folder)
-
-
-def _run(scan, arrays, folder):
+def run(scan: gpu.Scan, arrays: dict, folder: Path) -> dict:
+    """What the scan's kernels compute, by its names; arrays as INPUTS names them, and `kept` for a backward."""
     elements = ("y", "dx", "ddelta", "dz")
     # What is not written is seen: NaN.
     found = {
@@ -34,11 +25,11 @@ def _run(scan, arrays, folder):
     library = _library(folder, tuple(f"-D{name}={value}" for name, value in scan.defines.items()))
     for launch in scan.launches:
         given = arrays | found
-        if scan.chunks > 1 and launch.kernel in ("forward", "backward"):
+        if launch.begins_from_added:
             given["begin"] = found["added"]
         words = [0 if given.get(name) is None else given[name].ctypes.data for name in launch.arrays]
         words += scan.sizes(launch)
-        if launch.kernel != "combine_chunks":
+        if launch.strided:
             words += [stride for name in gpu.SEQUENCES for stride in _strides(arrays.get(name))]
         library.launch(launch.kernel.encode(), (ctypes.c_uint64 * len(words))(*words), launch.blocks)
     return found
