@@ -45,9 +45,12 @@ def _forward(name: str, case: Case) -> Timed:
 
 
 def _decode(name: str, case: Case) -> Timed:
-    prompts = tokens(case)
-    decoding = iter(registry.get(name).decode(_model(name, case), prompts, np.ones(prompts.shape, bool), GREEDY))
-    return Timed(lambda: list(islice(decoding, DECODED)), lambda pairs: [np.stack([logprob for _, logprob in pairs])])
+    prompts, model, backend = tokens(case), _model(name, case), registry.get(name)
+    prefilled = backend.prefill(model, prompts, np.ones(prompts.shape, bool))
+    decoding = iter(backend.decode(model, prefilled, GREEDY))
+    return Timed(
+        lambda: list(islice(decoding, DECODED)), lambda choices: [np.stack([choice.logprobs for choice in choices])]
+    )
 
 
 def _block(name: str, case: Case) -> Timed:

@@ -1,12 +1,16 @@
 """Systems written elsewhere, each imported when it is used: their own code, called on our inputs and weights.
 
+"memory kept" is the same with an allocator that gives nothing back to the system: large arrays come from it anew at
+every call otherwise, and that can take longer than what is computed in them.
 Two are what one would write oneself: `jax.lax.associative_scan` over the (b, l, e, n) decays and increments, and a loop
 over positions in MLX.
 """
 
+import ctypes
 import dataclasses
 import importlib
 import sys
+from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from itertools import islice
@@ -19,6 +23,9 @@ from mamba_core.benchmarks import frameworks
 from mamba_core.benchmarks.cases import DECODED, Case, tokens
 from mamba_core.benchmarks.frameworks import Timed
 from mamba_core.spec.init import initial_values
+
+# mallopt's M_MMAP_MAX and M_TRIM_THRESHOLD: no array of its own mapping, and no end of the heap too long.
+GLIBC_KEEPS = ((-4, 0), (-1, -1))
 
 
 def mambapy(case: Case, *, sequential: bool = False) -> Timed:
@@ -144,8 +151,21 @@ def mlx_loop(case: Case) -> Timed:
     return frameworks.mlx_scan(scan, case)
 
 
+def keeping_memory(make: Callable, case: Case) -> Timed:
+    """Made after the C library was told to serve all sizes from its heap and to keep that.
+
+    Raises:
+        ImportError: it is not glibc.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None or not all(mallopt(name, value) for name, value in GLIBC_KEEPS):
+        raise ImportError("the C library is not glibc, whose allocator can be told to keep memory")
+    return make(case)
+
+
 PEERS = {
     "mambapy": mambapy,
+    "mambapy, memory kept": partial(keeping_memory, mambapy),
     "mambapy sequential": partial(mambapy, sequential=True),
     "transformers": transformers,
     "mamba_ssm": mamba_ssm,

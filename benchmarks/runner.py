@@ -29,10 +29,12 @@ from mamba_core.spec.tolerances import relative_l2
 # Relative L2 errors beyond which it is another function: how exact the same one is, the tests ask of ours, and others'
 # scans round more than ours may.
 WRONG = {"float32": 1e-3, "bfloat16": 1e-1}
-# Seconds. A turn begins with a call that is not timed, because the system may have taken back what was freed since the
-# last, and to have it again can cost more than the call; one longer than LONG is the turn. Of calls shorter than BRIEF
-# a turn has as many as fit.
-LONG, BRIEF = 5.0, 0.2
+# A turn begins with a call that is not timed, because the system may have taken back what was freed since the last, and
+# to have it again can cost more than the call; one longer than LONG seconds is the turn. Then it has as many calls as
+# BRIEF seconds hold, and FEWEST at least: a virtual machine's host may take memory at any time.
+LONG, BRIEF, FEWEST = 5.0, 0.5, 3
+# Seconds. A call longer than this is made once: its first is its memory and its only turn, compiled or not.
+ONCE = 30.0
 # Bytes that a candidate may keep beside its inputs while the others run, as MLX does for its next call.
 KEPT = 2**30
 
@@ -228,41 +230,55 @@ class _Served:
 
     def __init__(self, timed: Timed):
         self.timed = timed
-        self.rise = 0
+        self.seconds, self.sizes, self.turns = 0.0, {}, 0
         self.keeps_much = False
 
     def first(self) -> list[np.ndarray] | None:
         """The result of the first call, None if it is not to be compared."""
-        before = _most_resident()
-        result = self.timed.call()
-        self.rise = _most_resident() - before
+        result = self._watched_call()
         return None if self.timed.arrays is None else self.timed.arrays(result)
 
     def memory(self) -> dict[str, int]:
         """extra_bytes: the most memory during a call beyond that before it. peak_bytes: the most in all."""
+        # Where the most cannot be forgotten (not Linux), what the first call added to it, which may have compiled.
+        if self.seconds <= ONCE and _forget_most_resident():
+            self._watched_call()
         _release()
-        if not _forget_most_resident():  # not Linux: what the first call, which may have compiled, added to the most
-            return {"extra_bytes": self.rise, "peak_bytes": _most_resident()}
-        before = _status("VmRSS")
-        self.timed.call()
-        peak = _status("VmHWM")
-        self.keeps_much = _status("VmRSS") - before > KEPT
-        _release()
-        return {"extra_bytes": max(0, peak - before), "peak_bytes": peak}
+        return self.sizes
 
-    def turn(self) -> float:
-        """Seconds of a call."""
+    def turn(self) -> float | None:
+        """Seconds of a call; None where there will be no other."""
+        self.turns += 1
+        if self.seconds > ONCE:
+            return self.seconds if self.turns == 1 else None
         taken = self._timed_calls()
         if self.keeps_much:
             _release()
         return taken
 
+    def _watched_call(self) -> Any:
+        """Its result; keeps what it took."""
+        _release()
+        forgotten = _forget_most_resident()
+        held, before = _status("VmRSS") if forgotten else 0, _most_resident()
+        started = time.perf_counter()
+        result = self.timed.call()
+        self.seconds = time.perf_counter() - started
+        if forgotten:
+            peak = _status("VmHWM")
+            self.sizes = {"extra_bytes": max(0, peak - held), "peak_bytes": peak}
+            self.keeps_much = _status("VmRSS") - held > KEPT
+        else:
+            peak = _most_resident()
+            self.sizes = {"extra_bytes": peak - before, "peak_bytes": peak}
+        return result
+
     def _timed_calls(self) -> float:
         first = _seconds(self.timed.call)
         if first >= LONG:
             return first
-        taken = [_seconds(self.timed.call)]
-        while sum(taken) < BRIEF:
+        taken = []
+        while sum(taken) < BRIEF or len(taken) < FEWEST:
             taken.append(_seconds(self.timed.call))
         return statistics.median(taken)
 

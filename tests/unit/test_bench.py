@@ -163,15 +163,47 @@ def test_one_that_keeps_much_gives_it_back_and_has_it_again_before_it_is_timed(m
     def call():
         warm.append(bool(kept))
         kept.append(np.ones(16 * MIB, np.uint8))
-        time.sleep(runner.BRIEF)
+        time.sleep(0.01)
 
     monkeypatch.setattr(runner, "KEPT", 8 * MIB)
+    monkeypatch.setattr(runner, "BRIEF", 0)
     monkeypatch.setattr(runner, "_release", kept.clear)
     served = runner._Served(Timed(call, None))
     served.memory()
-    assert served.turn() >= runner.BRIEF
-    assert warm == [False, False, True]
+    assert served.turn() >= 0.01
+    assert warm == [False, False] + [True] * runner.FEWEST
     assert kept == []
+
+
+@pytest.mark.parametrize(
+    ("calls", "used", "turn"),
+    [
+        ([0.9, 0.4, 0.1, 0.6], 4, 0.4),  # the least number of calls
+        ([0.9, *[0.125] * 4], 5, 0.125),  # as many as it takes
+        ([7.0], 1, 7.0),  # too long to be called for nothing
+    ],
+)
+def test_a_turn_is_the_median_of_calls_after_one_that_does_not_count(monkeypatch, calls, used, turn):
+    left = [*calls, 0.0]
+    monkeypatch.setattr(runner, "_seconds", lambda call: left.pop(0))
+    assert runner._Served(Timed(None, None)).turn() == turn
+    assert len(calls) + 1 - len(left) == used
+
+
+def test_a_call_that_takes_very_long_is_made_once(monkeypatch):
+    calls = []
+
+    def call():
+        calls.append(np.ones(64 * MIB, np.uint8)[0])
+        time.sleep(0.01)
+
+    monkeypatch.setattr(runner, "ONCE", 0.01)
+    served = runner._Served(Timed(call, None))
+    served.first()
+    assert served.memory()["extra_bytes"] > 60 * MIB
+    assert served.turn() >= 0.01
+    assert served.turn() is None
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("work", cases.WORKS)
