@@ -48,6 +48,48 @@ class Hidden(NamedTuple):
     state: State
 
 
+class Context(NamedTuple):
+    """What a choice depends on beside the logits; logits processors are given it. Arrays of fixed shapes.
+
+    last: (b,) int, each row's last token; 0 where there is none.
+    prompt: (b, v) bool, the tokens that stand in the prompt.
+    counts: (b, v) int32, how often each has been generated.
+    step: () int32, how many tokens a row has been given.
+    bias: (v,) float32, added to the logits; or None.
+    """
+
+    last: Array
+    prompt: Array
+    counts: Array
+    step: Array
+    bias: Array | None
+
+
+class Choice(NamedTuple):
+    """One token a row.
+
+    tokens: (b,) int.
+    logprobs: (b,) float32, its log-probability under the logits as they came; NaN or -inf where there is no token.
+    top_tokens, top_logprobs: (b, top_logprobs), the likeliest under them, the lower id first among equals; or None.
+    """
+
+    tokens: Array
+    logprobs: Array
+    top_tokens: Array | None = None
+    top_logprobs: Array | None = None
+
+
+class Carry(NamedTuple):
+    """What decoding carries from token to token: arrays of fixed shapes on the model's device.
+
+    choice: the last tokens. state: before them. context: with them, or None where no choice depends on it.
+    """
+
+    choice: Choice
+    state: State
+    context: Context | None
+
+
 class Backend(Protocol):
     """The functions of a backend.
 
@@ -209,23 +251,46 @@ class Backend(Protocol):
 
     # --- decoding and training ---------------------------------------------------------------------
 
-    def decode(self, model: Model, prompts, mask, sampling, state: State | None = None) -> Iterable[tuple[Any, Any]]:
-        """The prompts' continuations, without end: ((b,) int tokens, (b,) float32 log-probabilities) as NumPy.
+    def prefill(self, model: Model, tokens, mask, state: State | None = None) -> Output:
+        """Logits (b, v) float32 at the last column, padded vocabulary removed, and the state after it; compiled.
 
         Args:
-            prompts: (b, l) NumPy ints, right-padded; mask: (b, l) bool, False at the padding.
-            sampling: a `mamba_core.generation.Sampling`; its filters, order and random stream are documented there.
-            state: what the prompts go on from.
+            tokens: (b, l) NumPy ints, l at least 1, left-padded; mask: (b, l) bool, False at the padding.
+            state: what the tokens go on from. A row that is all padding leaves it as it was; its logits mean nothing.
         """
 
-    def choose(self, logits: Array, seen: Array, uniform: Array | None, sampling) -> tuple[Array, Array]:
-        """One token a row, (b,), and its log-probability under the logits, (b,).
+    def fork(self, values: Any, rows) -> Any:
+        """Rows of a tree of arrays, such as a `State` or an `Output`: row rows[i] (NumPy ints) becomes row i."""
+
+    def decode(
+        self, model: Model, prefilled: Output, sampling, *, context: Context | None = None, draw=None, limit=None
+    ) -> Iterable[Choice]:
+        """The continuations of what was prefilled, one `Choice` of NumPy arrays after another.
+
+        Each backend's `decode.py` has `begin(prefilled, context, uniform, sampling) -> Carry`, the first token, and
+        `advance(model, carry, uniform, sampling) -> Carry`, one more: operations on the device, of fixed shapes, that
+        branch on settings alone, so that any number of tokens may be computed before the host looks at one.
 
         Args:
-            logits: (b, v) float32. seen: (b, v) bool, the tokens that stand in the row.
+            prefilled: of `prefill`.
+            sampling: a `mamba_core.sampling.Sampling`; order and meaning are documented there.
+            context: of NumPy arrays, from `mamba_core.sampling.first_context`.
+            draw: a function (start, count) -> (count, b) float32 NumPy, the uniform numbers of the steps from start,
+                such as `mamba_core.sampling.Uniforms`; not used, and may be None, where sampling is greedy.
+            limit: how many tokens a row will be taken at most; without end if None.
+        """
+
+    def choose(self, logits: Array, context: Context | None, uniform: Array | None, sampling) -> Choice:
+        """One token a row.
+
+        Args:
+            logits: (b, v) float32.
             uniform: (b,) float32 in [0, 1); not used, and may be None, where sampling is greedy.
-            sampling: as in `decode`.
+            context, sampling: as in `decode`.
         """
+
+    def distribution(self, logits: Array, context: Context | None, sampling) -> Array:
+        """Probabilities (b, v) float32, up to a factor a row: what `choose` draws from where sampling is not greedy."""
 
     def trainer(self, model: Model, settings) -> "Trainer":
         """An AdamW trainer of the model, with `mamba_core.training.TrainSettings`.

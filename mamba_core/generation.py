@@ -1,128 +1,47 @@
-"""Generation: what to sample, when to stop, and how tokens become text. The arithmetic is each backend's `decode.py`.
+"""Generation: prompts of any form to rows, the decode loop, when a row ends, and how tokens become text.
 
-From float32 logits (padded vocabulary entries removed) a token is chosen so, on every backend:
-    1. repetition: a token already in the row, prompt included, has its logit divided by the penalty if positive, else
-       multiplied (Keskar et al. 2019, arXiv:1909.05858, section 4.1).
-    2. temperature: logits are divided by it; 0 takes the largest logit, the lower id of equals, and ends here.
-    3. top_k, then top_p, then min_p: tokens ranked by probability, the lower id first among equals. top_k keeps the
-       first k; top_p the shortest prefix with at least that probability; min_p those with at least that fraction of
-       the largest probability. The most probable token is always kept.
-    4. the token is the first, by id, at which the running sum of the kept probabilities exceeds u times their total.
-u is `uniforms(seed, step, rows)`, the same numbers on every backend, so the same seed samples the same text on each
-but where rounding moves a boundary across u.
+How a token is chosen is `mamba_core.sampling`'s, the arithmetic each backend's `decode.py`.
 """
 
-import codecs
-import numbers
-import operator
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from time import perf_counter
 
 import numpy as np
 
 from mamba_core import registry
-from mamba_core.spec.checks import check_task
-from mamba_core.spec.init import random_stream
+from mamba_core.backend import Choice, Output, State
+from mamba_core.sampling import Sampling, Uniforms, first_context, integer
+from mamba_core.spec.checks import check_state, check_task
+from mamba_core.tokenizer import tokenizer_of
 
-# Of positive settings, well inside float32.
-SMALLEST, LARGEST = 1e-20, 1e20
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is chosen; see this module's docstring for the order and the meaning."""
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self):
-        _within("temperature", self.temperature, 0.0, LARGEST)
-        if 0.0 < self.temperature < SMALLEST:
-            raise ValueError(f"temperature is {self.temperature!r}; expected 0 for greedy, or at least {SMALLEST}")
-        _within("top_p", self.top_p, 0.0, 1.0)
-        _within("min_p", self.min_p, 0.0, 1.0)
-        if not (isinstance(self.top_k, int) and self.top_k >= 0):
-            raise ValueError(f"top_k is {self.top_k!r}; expected an integer >= 0, 0 for all")
-        _within("repetition_penalty", self.repetition_penalty, SMALLEST, LARGEST)
-
-    @property
-    def greedy(self) -> bool:
-        return self.temperature == 0.0
-
-    @property
-    def filters(self) -> bool:
-        return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
-
-
-def uniforms(seed: int, step: int, rows: int) -> np.ndarray:
-    """(rows,) float32 in [0, 1): a row's number depends on the seed, the step and the row, not on the other rows."""
-    return np.array([random_stream(seed, f"sample.{row}.{step}").random(dtype=np.float32) for row in range(rows)])
+# Positions of a prompt that are computed at once: enough to be fast, and few enough to need little memory.
+PREFILL_CHUNK = 2048
 
 
 @dataclass
 class Result:
-    """What was generated, one entry a row.
+    """What was generated, one entry a row: the n continuations of the first prompt, then those of the second, ...
 
     tokens: new token ids, the prompt excluded, the token that ended the row included.
     text: the same as text without what ended the row; None without a tokenizer.
-    logprobs: of each new token under the model, before the filters.
-    finish_reasons: "length", "eos" or "stop".
+    logprobs: of each new token under the model, before what `mamba_core.sampling` does to the logits.
+    top_logprobs: for each new token the likeliest as (token, log-probability) pairs; None unless asked for.
+    finish_reasons: "length", "eos" or "stop"; "masked" where no token was left to choose, "nan" where the logits were
+        not numbers; None where it was interrupted.
+    state: after the prompts and all new tokens; None unless asked for.
+    prompt_seconds: until the first tokens were there. seconds: in all. What is compiled on the way is in them.
     """
 
     tokens: list[list[int]] = field(default_factory=list)
     text: list[str] | None = None
     logprobs: list[list[float]] = field(default_factory=list)
-    finish_reasons: list[str] = field(default_factory=list)
-
-
-class ByteTokenizer:
-    """Text as its UTF-8 bytes: token i is byte i."""
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode())
-
-    def decoder(self):
-        """A function from a token to the whole characters that it completes; `None` flushes."""
-        incremental = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        return lambda token: (
-            incremental.decode(b"", final=True) if token is None else incremental.decode(bytes([token]))
-        )
-
-
-class SubwordTokenizer:
-    """A `tokenizers.Tokenizer` from a tokenizer.json."""
-
-    def __init__(self, path):
-        try:
-            import tokenizers
-        except ModuleNotFoundError:
-            raise ImportError("reading tokenizer.json needs tokenizers; pip install 'mamba_core[hub]'") from None
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as fault:  # tokenizers raises the bare class
-            raise ValueError(f"{path}: not a tokenizer that can be read: {fault}") from None
-
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text).ids
-
-    def decoder(self):
-        """A function from a token to the whole characters that it completes; `None` flushes."""
-        from tokenizers.decoders import DecodeStream
-
-        pieces = DecodeStream(skip_special_tokens=True)
-        return lambda token: "" if token is None else pieces.step(self._tokenizer, token) or ""
-
-
-def tokenizer_of(model):
-    """The tokenizer that came with the model's checkpoint; bytes for a vocabulary of 256; None if there is none."""
-    folder = getattr(model, "source", None)
-    if folder is not None and (folder / "tokenizer.json").is_file():
-        return SubwordTokenizer(folder / "tokenizer.json")
-    return ByteTokenizer() if model.config.vocab_size == 256 else None
+    top_logprobs: list[list[list[tuple[int, float]]]] | None = None
+    finish_reasons: list[str | None] = field(default_factory=list)
+    state: State | None = field(default=None, repr=False)
+    prompt_seconds: float = 0.0
+    seconds: float = 0.0
 
 
 def generate(
@@ -135,60 +54,194 @@ def generate(
     top_p: float = 1.0,
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    logit_bias: Mapping[int, float] | None = None,
+    processors: Callable | Sequence[Callable] = (),
     stop: str | int | Sequence[str | int] = (),
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
+    n: int = 1,
+    top_logprobs: int = 0,
+    state: State | None = None,
+    return_state: bool = False,
+    prefill_chunk: int = PREFILL_CHUNK,
     tokenizer=None,
 ) -> Result:
     """Continue a batch of prompts of any lengths; a row does not depend on its neighbours.
 
     Args:
-        prompts: a text or a list of texts, or a list of token ids or a list of such lists.
-        max_new_tokens: for each row.
-        temperature, top_k, top_p, min_p, repetition_penalty, seed: see this module; temperature 0 is greedy.
+        prompts: a text or a list of texts, or a list of token ids or a list of such lists. An empty one is the config's
+            bos_token_id.
+        max_new_tokens: for each row; with 0 the prompts are read, and no more.
+        temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias: see
+            `mamba_core.sampling`; temperature 0 is greedy. The penalties know what this call is given and generates.
+        processors: functions of logits (b, v) and a `mamba_core.backend.Context` that return logits, all arrays of the
+            model's framework. They run inside the compiled step, and one that is new is compiled anew.
         stop: token ids, or texts, at which a row ends; the config's eos_token_id always does.
+        seed: for all prompts, or one for each.
+        n: continuations of each prompt.
+        top_logprobs: how many of the likeliest tokens to return beside each.
+        state: what the prompts go on from, of one row for each prompt, or of one row that all of them go on from.
+        return_state: whether the result has a state, to go on from in another call.
+        prefill_chunk: positions of the prompts that are computed at once. The memory they need grows with it, and not
+            with the prompts.
         tokenizer: has `encode(text)` and `decoder()`; by default the checkpoint's own, or bytes for 256 entries.
 
     Raises:
-        ValueError: the model is of another task than "lm", a prompt is empty and the config has no bos_token_id, a
-            token is outside the vocabulary, or a setting is out of range.
+        ValueError: the model is of another task than "lm", a prompt is empty and there is a state or the config has no
+            bos_token_id, a token is outside the vocabulary, or a setting is out of range.
     """
-    check_task(model.config, "generating")
-    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-    tokenizer = tokenizer or tokenizer_of(model)
-    encoded = _encode(model.config, prompts, tokenizer)
-    max_new_tokens = _limit(max_new_tokens)
-    rows = [_Row(model.config, stop, tokenizer, max_new_tokens) for _ in encoded]
-    for _ in _advance(model, encoded, sampling, rows, max_new_tokens):
-        pass
-    return Result(
-        tokens=[row.tokens for row in rows],
-        text=[row.text for row in rows] if tokenizer else None,
-        logprobs=[row.logprobs for row in rows],
-        finish_reasons=[row.finished for row in rows],
+    sampling = Sampling(
+        *(temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty),
+        processors=processors,
+        top_logprobs=top_logprobs,
     )
+    run = _Run(model, prompts, max_new_tokens, sampling, logit_bias, stop, seed, n, state, prefill_chunk, tokenizer)
+    for _ in run.steps():
+        pass
+    return run.result(return_state)
 
 
-def stream(model, prompt, *, max_new_tokens: int = 64, stop=(), tokenizer=None, **sampling) -> Iterator[str]:
-    """Continue one prompt, yielding text as it comes, always whole characters; arguments as in `generate`."""
+class Stream(Iterator[str]):
+    """Text as it comes, always whole characters. `close()` ends it early, as leaving it does, and frees its memory."""
+
+    def __init__(self, run: "_Run"):
+        self._run = run
+        self._pieces = self._generate()
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        self._pieces.close()
+
+    def result(self, return_state: bool = False) -> Result:
+        """What has been generated so far, as `generate` would return it."""
+        return self._run.result(return_state)
+
+    def _generate(self) -> Iterator[str]:
+        row, sent = self._run.rows[0], 0
+        for _ in self._run.steps():
+            text, sent = row.since(sent)
+            if text:
+                yield text
+
+
+def stream(
+    model,
+    prompt,
+    *,
+    max_new_tokens: int = 64,
+    logit_bias: Mapping[int, float] | None = None,
+    stop: str | int | Sequence[str | int] = (),
+    seed: int = 0,
+    state: State | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
+    tokenizer=None,
+    **sampling,
+) -> Stream:
+    """Continue one prompt, text by text as it comes; arguments as in `generate`."""
     check_task(model.config, "generating")
     tokenizer = tokenizer or tokenizer_of(model)
     if tokenizer is None:
         raise ValueError("streaming text needs a tokenizer; the model has none, so pass tokenizer=")
-    encoded = _encode(model.config, prompt, tokenizer)
-    if len(encoded) != 1:
-        raise ValueError(f"stream continues one prompt; {len(encoded)} were given")
-    max_new_tokens = _limit(max_new_tokens)
-    row = _Row(model.config, stop, tokenizer, max_new_tokens)
-    return _pieces(row, _advance(model, encoded, Sampling(**sampling), [row], max_new_tokens))
+    policy = Sampling(**sampling)
+    run = _Run(model, prompt, max_new_tokens, policy, logit_bias, stop, seed, 1, state, prefill_chunk, tokenizer)
+    if len(run.rows) != 1:
+        raise ValueError(f"stream continues one prompt; {len(run.rows)} were given")
+    return Stream(run)
 
 
-def _pieces(row: "_Row", steps: Iterator[None]) -> Iterator[str]:
-    sent = 0
-    for _ in steps:
-        ready = row.ready()
-        if ready > sent:
-            yield row.text[sent:ready]
-            sent = ready
+class _Run:
+    """One call: what was given, checked; the loop; and the rows so far."""
+
+    def __init__(
+        self, model, prompts, max_new_tokens, sampling, logit_bias, stop, seed, n, state, prefill_chunk, tokenizer
+    ):
+        check_task(model.config, "generating")
+        tokenizer = tokenizer or tokenizer_of(model)
+        self._model, self._backend, self._sampling = model, registry.get(model.backend), sampling
+        self._chunk, n = integer("prefill_chunk", prefill_chunk, least=1), integer("n", n, least=1)
+        self._limit = integer("max_new_tokens", max_new_tokens, least=0)
+        self._prompts = _encode(model.config, prompts, tokenizer, state is not None, self._limit)
+        self._state = self._given(state)
+        self._forks = np.repeat(np.arange(len(self._prompts)), n)
+        self._draw = None if sampling.greedy else Uniforms(seed, len(self._prompts), n)
+        contexts = [self._prompts[prompt] for prompt in self._forks]
+        self._context = first_context(sampling, logit_bias, contexts, model.config.vocab_size)
+        self.rows = [_Row(model.config, stop, tokenizer, self._limit) for _ in self._forks]
+        self._text = tokenizer is not None
+        self._began = self._first = self._ended = perf_counter()
+
+    def steps(self) -> Iterator[None]:
+        """Decode until every row has ended, filling the rows; yields after each token."""
+        self._began = self._first = self._ended = perf_counter()
+        prefilled = self._prefill(self._prompts, self._state)
+        if len(self._forks) > len(self._prompts):
+            prefilled = self._backend.fork(prefilled, self._forks)
+        self._state = prefilled.state
+        if self._limit == 0:
+            return
+        settings = {"context": self._context, "draw": self._draw, "limit": self._limit}
+        for step, choice in enumerate(self._backend.decode(self._model, prefilled, self._sampling, **settings)):
+            self._ended = perf_counter()
+            self._first = self._first if step else self._ended
+            for row, choices in zip(self.rows, _by_row(choice), strict=True):
+                row.add(*choices)
+            yield
+            if all(row.finished for row in self.rows):
+                return
+
+    def result(self, return_state: bool) -> Result:
+        return Result(
+            tokens=[row.tokens for row in self.rows],
+            text=[row.text for row in self.rows] if self._text else None,
+            logprobs=[row.logprobs for row in self.rows],
+            top_logprobs=[row.top_logprobs for row in self.rows] if self._sampling.top_logprobs else None,
+            finish_reasons=[row.finished for row in self.rows],
+            state=self._prefill([row.tokens for row in self.rows], self._state).state if return_state else None,
+            prompt_seconds=self._first - self._began,
+            seconds=self._ended - self._began,
+        )
+
+    def _given(self, state: State | None) -> State | None:
+        """The state with a row for each prompt."""
+        if state is None:
+            return None
+        rows = len(self._prompts)
+        if rows > 1 and getattr(getattr(state, "segment", None), "shape", None) == (1,):
+            state = self._backend.fork(state, np.zeros(rows, np.int64))
+        check_state(self._model.config, rows, state)
+        return state
+
+    def _prefill(self, rows: list[list[int]], state: State | None) -> Output:
+        """The logits after each row's last token, and the state there, chunk by chunk.
+
+        Rows are padded on the left, so that all end in the last chunk, and a chunk's end does not depend on neighbours.
+        """
+        longest = max(len(row) for row in rows)
+        if longest == 0:
+            return Output(None, self._model.init_state(len(rows)) if state is None else state)
+        tokens = np.zeros((len(rows), longest), np.int32)
+        mask = np.zeros(tokens.shape, bool)
+        for row, given in enumerate(rows):
+            if given:
+                tokens[row, -len(given) :], mask[row, -len(given) :] = given, True
+        ends = range(longest % self._chunk or self._chunk, longest + 1, self._chunk)
+        for end in ends:
+            part = slice(max(end - self._chunk, 0), end)
+            prefilled = self._backend.prefill(self._model, tokens[:, part], mask[:, part], state)
+            state = prefilled.state
+        return prefilled
+
+
+def _by_row(choice: Choice) -> Iterator[tuple]:
+    """(token, log-probability, the likeliest as pairs or None) of each row."""
+    tops = [None] * len(choice.tokens)
+    if choice.top_tokens is not None:
+        likeliest = zip(choice.top_tokens.tolist(), choice.top_logprobs.tolist(), strict=True)
+        tops = [list(zip(tokens, logprobs, strict=True)) for tokens, logprobs in likeliest]
+    return zip(choice.tokens.tolist(), choice.logprobs.tolist(), tops, strict=True)
 
 
 class _Row:
@@ -197,69 +250,72 @@ class _Row:
     def __init__(self, config, stop, tokenizer, limit: int):
         stops = [stop] if isinstance(stop, str) or not isinstance(stop, Iterable) else list(stop)
         self._stop_texts = [item for item in stops if isinstance(item, str)]
-        self._stop_tokens = {_integer("stop", item) for item in stops if not isinstance(item, str)}
+        self._stop_tokens = {integer("stop", item) for item in stops if not isinstance(item, str)}
         if self._stop_texts and tokenizer is None:
             raise ValueError("stop has texts, which need a tokenizer; the model has none, so pass tokenizer= or ids")
         if "" in self._stop_texts:
             raise ValueError("stop has an empty text, which would end every row at once")
+        self._longest = max((len(text) for text in self._stop_texts), default=0)
         self._eos = config.eos_token_ids
         self._decode = tokenizer.decoder() if tokenizer else (lambda token: "")
         self._limit = limit
-        self.tokens, self.logprobs, self.text = [], [], ""
-        self.finished = None
+        # Text that is surely there, and what may yet be the beginning of a stop text.
+        self._pieces, self._held = [], ""
+        self.tokens, self.logprobs, self.top_logprobs = [], [], []
+        self.finished = "length" if limit == 0 else None
 
-    def add(self, token: int, logprob: float) -> None:
+    @property
+    def text(self) -> str:
+        return "".join(self._pieces) + self._held
+
+    def since(self, sent: int) -> tuple[str, int]:
+        """What has been surely there since this was last called, and what to call it with next."""
+        return "".join(self._pieces[sent:]), len(self._pieces)
+
+    def add(self, token: int, logprob: float, top: list | None) -> None:
         if self.finished:
+            return
+        if not math.isfinite(logprob):
+            self._finish("nan" if math.isnan(logprob) else "masked")
             return
         self.tokens.append(token)
         self.logprobs.append(logprob)
+        self.top_logprobs.append(top)
         if token in self._eos:
             self._finish("eos")
         elif token in self._stop_tokens:
             self._finish("stop")
-        else:
-            self.text += self._decode(token)
-            if (at := min((self.text.find(text) for text in self._stop_texts if text in self.text), default=-1)) >= 0:
-                self.text, self.finished = self.text[:at], "stop"
-            elif len(self.tokens) == self._limit:
-                self._finish("length")
-
-    def ready(self) -> int:
-        """How much of the text cannot be the beginning of a stop text."""
-        if self.finished:
-            return len(self.text)
-        longest = max((len(text) for text in self._stop_texts), default=0)
-        for held in range(min(longest - 1, len(self.text)), 0, -1):
-            if any(text.startswith(self.text[-held:]) for text in self._stop_texts):
-                return len(self.text) - held
-        return len(self.text)
+        elif not self._stopped(self._decode(token)) and len(self.tokens) == self._limit:
+            self._finish("length")
 
     def _finish(self, reason: str) -> None:
-        self.text += self._decode(None)
-        self.finished = reason
+        if not self._stopped(self._decode(None)):
+            self._pieces.append(self._held)
+            self._held, self.finished = "", reason
+
+    def _stopped(self, piece: str) -> bool:
+        """Whether a stop text is complete with this piece, which ends the row; else it joins the text."""
+        text = self._held + piece
+        if found := [at for stop in self._stop_texts if (at := text.find(stop)) >= 0]:
+            self._pieces.append(text[: min(found)])
+            self._held, self.finished = "", "stop"
+            return True
+        held = next(
+            (
+                length
+                for length in range(min(self._longest - 1, len(text)), 0, -1)
+                if any(stop.startswith(text[-length:]) for stop in self._stop_texts)
+            ),
+            0,
+        )
+        if piece:
+            self._pieces.append(text[: len(text) - held])
+            self._held = text[len(text) - held :]
+        return False
 
 
-def _advance(model, encoded, sampling: Sampling, rows: list[_Row], limit: int) -> Iterator[None]:
-    """Decode until every row has finished, filling the rows; yields after each token."""
-    if limit == 0:
-        for row in rows:
-            row.finished = "length"
-        return
-    longest = max(len(prompt) for prompt in encoded)
-    prompts = np.zeros((len(encoded), longest), np.int32)
-    mask = np.zeros(prompts.shape, bool)
-    for row, prompt in enumerate(encoded):
-        prompts[row, : len(prompt)], mask[row, : len(prompt)] = prompt, True
-    for tokens, logprobs in registry.get(model.backend).decode(model, prompts, mask, sampling):
-        for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
-            row.add(int(token), float(logprob))
-        yield
-        if all(row.finished for row in rows):
-            return
-
-
-def _encode(config, prompts, tokenizer) -> list[list[int]]:
-    """Prompts of any accepted form as a list of non-empty token lists."""
+def _encode(config, prompts, tokenizer, goes_on: bool, limit: int) -> list[list[int]]:
+    """Prompts of any accepted form as a list of token lists, empty ones only where nothing follows them."""
     if not isinstance(prompts, (str, Sequence, np.ndarray)):
         raise TypeError(f"prompts is {type(prompts).__name__}; expected text, token ids, or a list of either")
     if isinstance(prompts, str) or (len(prompts) and not isinstance(prompts[0], (str, Sequence, np.ndarray))):
@@ -269,33 +325,16 @@ def _encode(config, prompts, tokenizer) -> list[list[int]]:
     if any(isinstance(prompt, str) for prompt in prompts) and tokenizer is None:
         raise ValueError("the prompts are text and the model has no tokenizer; pass tokenizer= or token ids")
     encoded = [
-        tokenizer.encode(item) if isinstance(item, str) else [_integer("a token", token) for token in item]
+        tokenizer.encode(item) if isinstance(item, str) else [integer("a token", token) for token in item]
         for item in prompts
     ]
     for row, tokens in enumerate(encoded):
-        if not tokens and config.bos_token_id is None:
+        if not tokens and goes_on and limit:
+            raise ValueError(f"prompt {row} is empty; going on from a state takes at least one token")
+        if not tokens and not goes_on and config.bos_token_id is None:
             raise ValueError(f"prompt {row} is empty and the config has no bos_token_id; give at least one token")
-        tokens[:] = tokens or [config.bos_token_id]
+        if not tokens and not goes_on:
+            tokens.append(config.bos_token_id)
         if outside := [token for token in tokens if not 0 <= token < config.vocab_size]:
             raise ValueError(f"prompt {row} holds token {outside[0]}; vocab_size is {config.vocab_size}")
     return encoded
-
-
-def _integer(name: str, value) -> int:
-    if isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name} is {value!r}; expected an integer")
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} is {value!r}; expected an integer") from None
-
-
-def _limit(max_new_tokens) -> int:
-    if _integer("max_new_tokens", max_new_tokens) < 0:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 0")
-    return operator.index(max_new_tokens)
-
-
-def _within(name: str, value: float, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not low <= value <= high:
-        raise ValueError(f"{name} is {value!r}; expected a number from {low:g} to {high:g}")

@@ -21,13 +21,13 @@ import numpy as np
 
 from mamba_core import registry
 from mamba_core.config import COMPUTE_DTYPES
-from mamba_core.generation import tokenizer_of
 from mamba_core.spec.checks import check_task
 from mamba_core.spec.graph import block_graph
 from mamba_core.spec.init import random_stream
 from mamba_core.spec.params import parameter_count
 from mamba_core.spec.reference import ReferenceModel, cross_entropy
 from mamba_core.spec.tolerances import relative_l2, tolerance
+from mamba_core.tokenizer import tokenizer_of
 from mamba_core.weights.layouts import open_model
 
 STEPS = 8

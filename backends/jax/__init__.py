@@ -2,7 +2,7 @@
 
 from mamba_core.backends.jax.arrays import devices, from_numpy, to_numpy, vjp
 from mamba_core.backends.jax.conv import causal_conv, causal_conv_step
-from mamba_core.backends.jax.decode import choose, decode
+from mamba_core.backends.jax.decode import choose, decode, distribution, fork, prefill
 from mamba_core.backends.jax.scan import kernels, selective_scan, selective_step
 from mamba_core.backends.jax.train import Trainer, loss_and_gradients
 from mamba_core.backends.jax.weights import build, parameters
@@ -24,7 +24,10 @@ class JaxBackend:
     build = staticmethod(build)
     parameters = staticmethod(parameters)
     loss_and_gradients = staticmethod(loss_and_gradients)
+    prefill = staticmethod(prefill)
+    fork = staticmethod(fork)
     choose = staticmethod(choose)
+    distribution = staticmethod(distribution)
     decode = staticmethod(decode)
     trainer = staticmethod(Trainer)
 

@@ -4,60 +4,115 @@ from collections.abc import Iterator
 from itertools import count
 
 import mlx.core as mx
-import numpy as np
+from mlx.utils import tree_map
 
-from mamba_core.backend import State
+from mamba_core.backend import Carry, Choice, Context, Output, State
 from mamba_core.backends.mlx.arrays import from_numpy, to_numpy
-from mamba_core.generation import Sampling, uniforms
 from mamba_core.observe import unobserved
+from mamba_core.sampling import Sampling
+
+# Steps whose random numbers are brought to the device at once.
+BLOCK = 64
 
 
-def decode(model, prompts, mask, sampling: Sampling, state: State | None = None) -> Iterator[tuple]:
-    """A token is handed out while the next is under way: what follows the last that is asked for is in vain."""
-    vocabulary = model.config.vocab_size
-
-    def advance(tokens, state):
-        hidden, state = _forward(model, tokens[:, None], None, state)
-        return model.head(hidden[:, 0]), state
-
-    advance = mx.compile(advance, inputs=model.state)
+def prefill(model, tokens, mask, state: State | None = None) -> Output:
+    """Not compiled, for the native kernels are not to be had there."""
+    state = model.init_state(len(tokens)) if state is None else state
     with model.on_device():
-        hidden, state = _prefill(model, prompts, mask, state)
-        logits, seen = model.head(hidden), _seen(prompts, mask, vocabulary)
-    for step in count():
+        hidden, state = _forward(model, from_numpy(tokens), None if mask.all() else from_numpy(mask), state)
+        prefilled = Output(model.head(hidden[:, -1])[:, : model.config.vocab_size], state)
+        # Else the graph of all tokens, and what it holds, would live until the state is looked at.
+        mx.eval(prefilled)
+    return prefilled
+
+
+def fork(values, rows):
+    return tree_map(lambda value: value[from_numpy(rows)], values)
+
+
+def decode(
+    model, prefilled: Output, sampling: Sampling, *, context: Context | None = None, draw=None, limit: int | None = None
+) -> Iterator[Choice]:
+    """A token is handed out while the next is under way: without a limit what follows the last taken is in vain."""
+    step = mx.compile(lambda carry, uniform: advance(model, carry, uniform, sampling), inputs=model.state)
+    uniforms = _uniforms(draw)
+    with model.on_device():
+        context = tree_map(lambda value: None if value is None else from_numpy(value), context)
+        carry = begin(prefilled, context, next(uniforms), sampling)
+    for made in count(1):
+        more = limit is None or made < limit
         with model.on_device():
-            uniform = None if sampling.greedy else from_numpy(uniforms(sampling.seed, step, len(prompts)))
-            tokens, logprobs = choose(logits[:, :vocabulary], seen, uniform, sampling)
-            mx.async_eval(tokens, logprobs)
-            seen = seen | (mx.arange(vocabulary) == tokens[:, None])
-            logits, state = advance(tokens, state)
-            mx.async_eval(logits, state, seen)
-        yield to_numpy(tokens), to_numpy(logprobs)
+            following = step(carry, next(uniforms)) if more else carry
+            mx.async_eval(following)
+        yield _on_host(carry.choice)
+        if not more:
+            return
+        carry = following
 
 
-def choose(logits: mx.array, seen: mx.array, uniform: mx.array | None, sampling: Sampling) -> tuple[mx.array, mx.array]:
-    """(tokens (b,), log-probabilities (b,)) from float32 logits (b, v), as `mamba_core.generation` says."""
+def begin(prefilled: Output, context: Context | None, uniform: mx.array | None, sampling: Sampling) -> Carry:
+    """The first tokens."""
+    choice = choose(prefilled.logits, context, uniform, sampling)
+    return Carry(choice, prefilled.state, _with(context, choice.tokens))
+
+
+def advance(model, carry: Carry, uniform: mx.array | None, sampling: Sampling) -> Carry:
+    """One token more in each row."""
+    hidden, state = _forward(model, carry.choice.tokens[:, None], None, carry.state)
+    logits = model.head(hidden[:, 0])[:, : model.config.vocab_size]
+    return begin(Output(logits, state), carry.context, uniform, sampling)
+
+
+def choose(logits: mx.array, context: Context | None, uniform: mx.array | None, sampling: Sampling) -> Choice:
+    """See `mamba_core.sampling`."""
     logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    if sampling.repetition_penalty != 1.0:
-        penalised = mx.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
-        logits = mx.where(seen, penalised, logits)
+    logits = _adjusted(logits, context, sampling)
     if sampling.greedy:
         tokens = mx.argmax(logits, axis=-1)
     else:
-        probabilities = filtered((logits - logits.max(axis=-1, keepdims=True)) / sampling.temperature, sampling)
+        probabilities = _filtered(logits, sampling)
         running = mx.cumsum(probabilities, axis=-1)
         # A sum in parallel may rise by rounding where nothing is added, or stay below u times the total at the end.
         kept = probabilities > 0
         reached = kept & (running > uniform[:, None] * running[:, -1:])
         last = kept.shape[-1] - 1 - mx.argmax(kept[:, ::-1], axis=-1)
         tokens = mx.where(reached.any(axis=-1), mx.argmax(reached, axis=-1), last)
-    tokens = tokens.astype(mx.int32)
-    return tokens, mx.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+    largest = logits.max(axis=-1)
+    tokens = mx.where(mx.isfinite(largest), tokens, 0).astype(mx.int32)
+    chosen = mx.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+    chosen = mx.where(mx.isfinite(largest), chosen, mx.nan)
+    chosen = mx.where(largest == -mx.inf, -mx.inf, chosen)
+    if not sampling.top_logprobs:
+        return Choice(tokens, chosen)
+    order = mx.argsort(-logprobs, axis=-1)[:, : sampling.top_logprobs].astype(mx.int32)
+    return Choice(tokens, chosen, order, mx.take_along_axis(logprobs, order, axis=-1))
 
 
-def filtered(logits: mx.array, sampling: Sampling) -> mx.array:
+def distribution(logits: mx.array, context: Context | None, sampling: Sampling) -> mx.array:
+    """See `mamba_core.sampling`."""
+    return _filtered(_adjusted(logits, context, sampling), sampling)
+
+
+def _adjusted(logits: mx.array, context: Context | None, sampling: Sampling) -> mx.array:
+    """Logits (b, v) after the bias, the penalties and the processors."""
+    if context is None:
+        return logits
+    if context.bias is not None:
+        logits = logits + context.bias
+    generated = context.counts > 0
+    if sampling.repetition_penalty != 1.0:
+        penalised = mx.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
+        logits = mx.where(context.prompt | generated, penalised, logits)
+    if sampling.frequency_penalty:
+        logits = logits - sampling.frequency_penalty * context.counts
+    if sampling.presence_penalty:
+        logits = logits - sampling.presence_penalty * generated
+    return sampling.processed(logits, context)
+
+
+def _filtered(logits: mx.array, sampling: Sampling) -> mx.array:
     """Probabilities (b, v) with those that top_k, top_p and min_p reject at zero."""
-    probabilities = mx.softmax(logits, axis=-1)
+    probabilities = mx.softmax((logits - logits.max(axis=-1, keepdims=True)) / sampling.temperature, axis=-1)
     if not sampling.filters:
         return probabilities
     # MLX sorts stably on every device: of equals the lower id comes first.
@@ -66,26 +121,30 @@ def filtered(logits: mx.array, sampling: Sampling) -> mx.array:
     rank = mx.arange(ranked.shape[-1])
     if sampling.top_k:
         ranked = mx.where(rank < sampling.top_k, ranked, 0.0)
-    before = mx.cumsum(ranked, axis=-1) - ranked
-    keep = (before < sampling.top_p * ranked.sum(axis=-1, keepdims=True)) | (rank == 0)
-    keep = keep & (ranked >= sampling.min_p * ranked[:, :1])
-    return mx.put_along_axis(mx.zeros_like(probabilities), order, mx.where(keep, ranked, 0.0), axis=-1)
+    if sampling.top_p < 1.0:
+        before = mx.cumsum(ranked, axis=-1) - ranked
+        ranked = mx.where((before < sampling.top_p * ranked.sum(axis=-1, keepdims=True)) | (rank == 0), ranked, 0.0)
+    ranked = mx.where(ranked >= sampling.min_p * ranked[:, :1], ranked, 0.0)
+    return mx.put_along_axis(mx.zeros_like(probabilities), order, ranked, axis=-1)
 
 
-def _prefill(model, prompts, mask, state) -> tuple[mx.array, State]:
-    """The hidden state at each row's last position that counts, and the state after it."""
-    state = model.init_state(len(prompts)) if state is None else state
-    hidden, state = _forward(model, from_numpy(prompts), None if mask.all() else from_numpy(mask), state)
-    return hidden[mx.arange(len(prompts)), from_numpy(mask.sum(1) - 1)], state
+def _with(context: Context | None, tokens: mx.array) -> Context | None:
+    """The context after these tokens."""
+    if context is None:
+        return None
+    counts = context.counts.at[mx.arange(len(tokens)), tokens].add(1)
+    return context._replace(last=tokens, counts=counts, step=context.step + 1)
 
 
 def _forward(model, tokens, mask, state):
     return model.backbone(tokens, state, mask, None, unobserved)
 
 
-def _seen(prompts, mask, vocabulary) -> mx.array:
-    """(b, v) bool: the token stands in the row."""
-    seen = np.zeros((len(prompts), vocabulary), bool)
-    rows, positions = mask.nonzero()
-    seen[rows, prompts[rows, positions]] = True
-    return from_numpy(seen)
+def _uniforms(draw) -> Iterator[mx.array | None]:
+    """(b,) for each step; None where nothing is drawn."""
+    for start in count(0, BLOCK):
+        yield from [None] * BLOCK if draw is None else from_numpy(draw(start, BLOCK))
+
+
+def _on_host(choice: Choice) -> Choice:
+    return tree_map(lambda value: None if value is None else to_numpy(value), choice)

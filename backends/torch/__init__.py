@@ -2,7 +2,7 @@
 
 from mamba_core.backends.torch.arrays import devices, from_numpy, to_numpy, vjp
 from mamba_core.backends.torch.conv import causal_conv, causal_conv_step
-from mamba_core.backends.torch.decode import choose, decode
+from mamba_core.backends.torch.decode import choose, decode, distribution, fork, prefill
 from mamba_core.backends.torch.scan import kernels, selective_scan, selective_step
 from mamba_core.backends.torch.train import Trainer, loss_and_gradients
 from mamba_core.backends.torch.weights import build, parameters
@@ -24,7 +24,10 @@ class TorchBackend:
     build = staticmethod(build)
     parameters = staticmethod(parameters)
     loss_and_gradients = staticmethod(loss_and_gradients)
+    prefill = staticmethod(prefill)
+    fork = staticmethod(fork)
     choose = staticmethod(choose)
+    distribution = staticmethod(distribution)
     decode = staticmethod(decode)
     trainer = staticmethod(Trainer)
 

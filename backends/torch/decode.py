@@ -1,83 +1,145 @@
 """Decoding: prefill, then one token at a time, sampled on the device."""
 
 from collections.abc import Iterator
+from itertools import count
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
-from mamba_core.backend import State
+from mamba_core.backend import Carry, Choice, Context, Output, State
 from mamba_core.backends.torch.arrays import from_numpy
-from mamba_core.generation import Sampling, uniforms
 from mamba_core.observe import unobserved
+from mamba_core.sampling import Sampling
+
+# Steps whose random numbers are brought to the device at once.
+BLOCK = 64
+
+
+@torch.no_grad()
+def prefill(model, tokens, mask, state: State | None = None) -> Output:
+    """Not in inference mode: autograd would refuse its state."""
+    state = model.init_state(len(tokens)) if state is None else state
+    own_mask = None if mask.all() else from_numpy(mask, device=model.device)
+    hidden, state = _forward(model, from_numpy(tokens, device=model.device), own_mask, state)
+    return Output(model.head(hidden[:, -1])[:, : model.config.vocab_size], state)
+
+
+@torch.no_grad()
+def fork(values, rows):
+    def taken(value):
+        return value[torch.as_tensor(rows, dtype=torch.long, device=value.device)]
+
+    return _pytree.tree_map(taken, values)
 
 
 @torch.inference_mode()
-def decode(model, prompts, mask, sampling: Sampling, state: State | None = None) -> Iterator[tuple]:
+def decode(
+    model, prefilled: Output, sampling: Sampling, *, context: Context | None = None, draw=None, limit: int | None = None
+) -> Iterator[Choice]:
     """Without gradients; the model is left as it is."""
-    prompts, mask = (from_numpy(value, device=model.device) for value in (prompts, mask))
-    vocabulary = model.config.vocab_size
-    rows = torch.arange(len(prompts), device=prompts.device)
-    hidden, state = _prefill(model, prompts, mask, state)
-    seen = _seen(prompts, mask, vocabulary)
-    step = 0
-    while True:
-        logits = model.head(hidden)[:, :vocabulary]
-        uniform = None if sampling.greedy else from_numpy(uniforms(sampling.seed, step, len(rows)), device=model.device)
-        tokens, logprobs = choose(logits, seen, uniform, sampling)
-        yield tokens.cpu().numpy(), logprobs.cpu().numpy()
-        seen[rows, tokens] = True
-        hidden, state = _forward(model, tokens[:, None], None, state)
-        hidden, step = hidden[:, 0], step + 1
+    # A tree of torch has None for a leaf.
+    context = _pytree.tree_map(lambda value: None if value is None else from_numpy(value, device=model.device), context)
+    uniforms = _uniforms(model, draw)
+    carry = begin(prefilled, context, next(uniforms), sampling)
+    yield _on_host(carry.choice)
+    for _ in count(1) if limit is None else range(1, limit):
+        carry = advance(model, carry, next(uniforms), sampling)
+        yield _on_host(carry.choice)
 
 
-def choose(logits: Tensor, seen: Tensor, uniform: Tensor | None, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """(tokens (b,), log-probabilities (b,)) from float32 logits (b, v), as `mamba_core.generation` says."""
+def begin(prefilled: Output, context: Context | None, uniform: Tensor | None, sampling: Sampling) -> Carry:
+    """The first tokens."""
+    choice = choose(prefilled.logits, context, uniform, sampling)
+    return Carry(choice, prefilled.state, _with(context, choice.tokens))
+
+
+def advance(model, carry: Carry, uniform: Tensor | None, sampling: Sampling) -> Carry:
+    """One token more in each row."""
+    hidden, state = _forward(model, carry.choice.tokens[:, None], None, carry.state)
+    logits = model.head(hidden[:, 0])[:, : model.config.vocab_size]
+    return begin(Output(logits, state), carry.context, uniform, sampling)
+
+
+def choose(logits: Tensor, context: Context | None, uniform: Tensor | None, sampling: Sampling) -> Choice:
+    """See `mamba_core.sampling`."""
     logprobs = logits.log_softmax(-1)
-    if sampling.repetition_penalty != 1.0:
-        penalised = torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
-        logits = torch.where(seen, penalised, logits)
+    logits = _adjusted(logits, context, sampling)
     if sampling.greedy:
         tokens = logits.argmax(-1)
     else:
-        probabilities = filtered((logits - logits.amax(-1, keepdim=True)) / sampling.temperature, sampling)
+        probabilities = _filtered(logits, sampling)
         running = probabilities.cumsum(-1)
         # A sum in parallel may rise by rounding where nothing is added, or stay below u times the total at the end.
         kept = probabilities > 0
         reached = kept & (running > uniform[:, None] * running[:, -1:])
         last = kept.shape[-1] - 1 - kept.flip(-1).int().argmax(-1)
         tokens = torch.where(reached.any(-1), reached.int().argmax(-1), last)
-    return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+    largest = logits.amax(-1)
+    tokens = torch.where(largest.isfinite(), tokens, 0)
+    chosen = torch.where(largest.isfinite(), logprobs.gather(1, tokens[:, None])[:, 0], torch.nan)
+    chosen = torch.where(largest == -torch.inf, -torch.inf, chosen)
+    if not sampling.top_logprobs:
+        return Choice(tokens, chosen)
+    ranked, order = logprobs.sort(dim=-1, descending=True, stable=True)
+    return Choice(tokens, chosen, order[:, : sampling.top_logprobs], ranked[:, : sampling.top_logprobs])
 
 
-def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
+def distribution(logits: Tensor, context: Context | None, sampling: Sampling) -> Tensor:
+    """See `mamba_core.sampling`."""
+    return _filtered(_adjusted(logits, context, sampling), sampling)
+
+
+def _adjusted(logits: Tensor, context: Context | None, sampling: Sampling) -> Tensor:
+    """Logits (b, v) after the bias, the penalties and the processors."""
+    if context is None:
+        return logits
+    if context.bias is not None:
+        logits = logits + context.bias
+    generated = context.counts > 0
+    if sampling.repetition_penalty != 1.0:
+        penalised = torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
+        logits = torch.where(context.prompt | generated, penalised, logits)
+    if sampling.frequency_penalty:
+        logits = logits - sampling.frequency_penalty * context.counts
+    if sampling.presence_penalty:
+        logits = logits - sampling.presence_penalty * generated
+    return sampling.processed(logits, context)
+
+
+def _filtered(logits: Tensor, sampling: Sampling) -> Tensor:
     """Probabilities (b, v) with those that top_k, top_p and min_p reject at zero."""
-    probabilities = logits.softmax(-1)
+    probabilities = ((logits - logits.amax(-1, keepdim=True)) / sampling.temperature).softmax(-1)
     if not sampling.filters:
         return probabilities
     ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(ranked.shape[-1], device=ranked.device)
-    keep = rank < sampling.top_k if sampling.top_k else torch.ones_like(rank, dtype=torch.bool)
-    ranked = torch.where(keep, ranked, 0.0)
-    before = ranked.cumsum(-1) - ranked
-    keep = (before < sampling.top_p * ranked.sum(-1, keepdim=True)) | (rank == 0)
-    keep = keep & (ranked >= sampling.min_p * ranked[:, :1])
-    return torch.zeros_like(probabilities).scatter(-1, order, torch.where(keep, ranked, 0.0))
+    if sampling.top_k:
+        ranked = torch.where(rank < sampling.top_k, ranked, 0.0)
+    if sampling.top_p < 1.0:
+        before = ranked.cumsum(-1) - ranked
+        ranked = torch.where((before < sampling.top_p * ranked.sum(-1, keepdim=True)) | (rank == 0), ranked, 0.0)
+    ranked = torch.where(ranked >= sampling.min_p * ranked[:, :1], ranked, 0.0)
+    return torch.zeros_like(probabilities).scatter(-1, order, ranked)
 
 
-def _prefill(model, prompts, mask, state) -> tuple[Tensor, State]:
-    """The hidden state at each row's last position that counts, and the state after it."""
-    state = model.init_state(len(prompts)) if state is None else state
-    hidden, state = _forward(model, prompts, None if bool(mask.all()) else mask, state)
-    last = mask.sum(1) - 1
-    return hidden[torch.arange(len(prompts), device=last.device), last], state
+def _with(context: Context | None, tokens: Tensor) -> Context | None:
+    """The context after these tokens."""
+    if context is None:
+        return None
+    counts = context.counts.scatter_add(1, tokens[:, None], torch.ones_like(context.counts[:, :1]))
+    return context._replace(last=tokens, counts=counts, step=context.step + 1)
 
 
 def _forward(model, tokens, mask, state):
     return model.backbone(tokens, state, mask, None, unobserved)
 
 
-def _seen(prompts, mask, vocabulary) -> Tensor:
-    """(b, v) bool: the token stands in the row."""
-    seen = torch.zeros(len(prompts), vocabulary + 1, dtype=torch.bool, device=prompts.device)
-    seen.scatter_(1, torch.where(mask, prompts, vocabulary).long(), True)
-    return seen[:, :vocabulary].clone()
+def _uniforms(model, draw) -> Iterator[Tensor | None]:
+    """(b,) for each step; None where nothing is drawn."""
+    for start in count(0, BLOCK):
+        yield from [None] * BLOCK if draw is None else from_numpy(draw(start, BLOCK), device=model.device)
+
+
+def _on_host(choice: Choice) -> Choice:
+    return _pytree.tree_map(lambda value: None if value is None else value.cpu().numpy(), choice)

@@ -7,8 +7,8 @@ from pathlib import Path
 from mamba_core import factory
 from mamba_core.cli.output import add_backend, add_json, console, print_json, progress_bar
 from mamba_core.config import PRESETS, from_dict, preset
-from mamba_core.generation import SubwordTokenizer
 from mamba_core.text import read_tokens
+from mamba_core.tokenizer import SubwordTokenizer
 from mamba_core.training import TOKENIZER_FILE, TrainSettings, load_settings, train
 from mamba_core.weights.formats import parse_json
 from mamba_core.weights.io import CheckpointError

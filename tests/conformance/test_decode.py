@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import mamba_core as mc
-from mamba_core.generation import Sampling
+from mamba_core.backend import Context
+from mamba_core.sampling import Sampling
 from mamba_core.spec.init import initial_values
 from mamba_core.spec.reference import ReferenceModel
 
@@ -71,12 +72,22 @@ def test_padded_vocabulary_is_never_produced(backend):
         assert max(max(row) for row in produced) < 5
 
 
-def chosen(backend, model, logits, sampling, uniform, seen=None):
+def native(backend, model, value):
+    return None if value is None else backend.from_numpy(value, device=model.device)
+
+
+def context_of(backend, model, shape, prompt=None, counts=None, bias=None):
+    """A context in the backend's arrays, from NumPy."""
+    prompt = np.zeros(shape, bool) if prompt is None else prompt
+    counts = np.zeros(shape, np.int32) if counts is None else counts
+    values = np.zeros(shape[0], np.int32), prompt, counts, np.zeros((), np.int32), bias
+    return Context(*(native(backend, model, value) for value in values))
+
+
+def chosen(backend, model, logits, sampling, uniform, context=None):
     """One choice of the backend's own `choose`, from NumPy."""
-    seen = np.zeros(logits.shape, bool) if seen is None else seen
-    arrays = [backend.from_numpy(value, device=model.device) for value in (logits, seen, uniform)]
-    tokens, logprobs = backend.choose(*arrays, sampling)
-    return backend.to_numpy(tokens), backend.to_numpy(logprobs)
+    choice = backend.choose(native(backend, model, logits), context, native(backend, model, uniform), sampling)
+    return backend.to_numpy(choice.tokens), backend.to_numpy(choice.logprobs)
 
 
 def kept(logits, sampling):
@@ -133,7 +144,8 @@ def test_ties_go_to_the_lower_id(backend, model):
 def test_repetition_penalty_divides_positive_and_multiplies_negative(backend, model):
     logits = np.array([[2.0, 1.5, -1.0], [-1.0, -1.5, -3.0]], np.float32)
     seen = np.array([[True, False, False], [True, False, False]])
-    tokens, _ = chosen(backend, model, logits, Sampling(repetition_penalty=2.0), np.zeros(2, np.float32), seen)
+    context = context_of(backend, model, logits.shape, prompt=seen)
+    tokens, _ = chosen(backend, model, logits, Sampling(repetition_penalty=2.0), np.zeros(2, np.float32), context)
     assert tokens.tolist() == [1, 1]
 
 

@@ -99,16 +99,16 @@ CAUGHT_BY = {
         "segment of the last position, counting or not": Mutant("state.py", "flipped = None if mask is None else mask.flip(1)", "flipped = None"),
     },
     "test_padded_vocabulary_is_never_produced": {
-        "padded vocabulary produced": Mutant("decode.py", "model.head(hidden)[:, :vocabulary]", "model.head(hidden)"),
+        "padded vocabulary produced": Mutant("decode.py", "[:, : model.config.vocab_size]", ""),
     },
     "test_a_row_does_not_depend_on_its_neighbours": {
-        "prefill reads the last column": Mutant("decode.py", "last = mask.sum(1) - 1", "last = 0 * mask.sum(1) + mask.shape[1] - 1"),
+        "padding read as tokens": Mutant("decode.py", "None if mask.all() else", "None if True else"),
     },
     "test_sampling_inverts_the_distribution": {
-        "top_k off by one": Mutant("decode.py", "rank < sampling.top_k if", "rank <= sampling.top_k if"),
+        "top_k off by one": Mutant("decode.py", "rank < sampling.top_k,", "rank <= sampling.top_k,"),
         "top_p drops the token that reaches it": Mutant("decode.py", "(before < sampling.top_p", "(before + ranked < sampling.top_p"),
-        "min_p of the wrong token": Mutant("decode.py", "ranked[:, :1])", "ranked[:, 1:2])"),
-        "temperature ignored": Mutant("decode.py", "keepdim=True)) / sampling.temperature", "keepdim=True))"),
+        "min_p of the wrong token": Mutant("decode.py", "ranked[:, :1], ranked", "ranked[:, 1:2], ranked"),
+        "temperature ignored": Mutant("decode.py", "keepdim=True)) / sampling.temperature)", "keepdim=True)))"),
         "one uniform for all rows": Mutant("decode.py", "uniform[:, None]", "uniform[:1, None]"),
     },
     "test_twenty_steps_equal_the_reference": {

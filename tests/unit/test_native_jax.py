@@ -500,10 +500,10 @@ def test_decoding_does_not_copy_the_weights():
     decode = sys.modules["mamba_core.backends.jax.decode"]
     model = mc.build(CONFIG, backend="jax", device="cpu")
     graph, parameters = nnx.split(model)
-    policy, drawn = mc.generation.Sampling(), np.zeros((decode.BLOCK, 1), np.float32)
+    policy = mc.sampling.Sampling()
     prompts, mask, state = jnp.ones((1, 16), int), jnp.ones((1, 16), bool), model.init_state(1)
-    carry = decode._prefill(graph, parameters, prompts, mask, state, drawn[0], sampling=policy)
-    compiled = decode._advance.lower(graph, parameters, carry, drawn, 3, sampling=policy).compile().as_text()
+    carry = decode._begin(decode._prefill(graph, parameters, prompts, mask, state), None, None, sampling=policy)
+    compiled = decode._advance.lower(graph, parameters, carry, None, 3, sampling=policy).compile().as_text()
     assert all(f"mamba_{name}_xla" in compiled for name in BOTH)
     for value in jax.tree.leaves(parameters):
         if value.ndim == 2:

@@ -76,7 +76,7 @@ def test_stream_refuses_before_it_is_asked_for_a_piece(model):
             mc.stream(model, "x", **settings)
 
 
-@pytest.mark.parametrize("temperature", [1e-19, 1e-12, 1e-3, 1e3, 1e19])
+@pytest.mark.parametrize("temperature", [1e-19, 1e-12, 1e-5, 1e3, 1e19])
 def test_extreme_temperatures_give_tokens_of_the_distribution(model, temperature):
     greedy = mc.generate(model, "x", max_new_tokens=6).tokens
     found = mc.generate(model, "x", max_new_tokens=6, temperature=temperature).tokens
