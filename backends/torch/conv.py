@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mamba_core.backends.torch.arrays import check_devices, in_compute_dtype
+from mamba_core.backends.torch.kernels import fused_conv
 from mamba_core.backends.torch.kernels.native_conv import native
 from mamba_core.backends.torch.positions import compaction, restarts, where_counting
 from mamba_core.backends.torch.scan import kernel_for
@@ -26,12 +27,16 @@ def causal_conv(
     segment_ids=None,
     kernel="auto",
 ):
-    """Computed in float32 (float64 if x is), also under autocast."""
+    """Computed in float32 (float64 if x is), also under autocast; by "cuda" in Triton where that is, without a mask."""
     check_conv(x, weight, bias, activation, initial_state, mask, segment_ids)
     others = {"weight": weight, "bias": bias, "initial_state": initial_state}
     check_devices(x, **others, mask=mask, segment_ids=segment_ids)
-    run = native if kernel_for(kernel, x.device, x.dtype) == "native" else shifted
-    y, state = run(x, weight, bias, activation, initial_state, mask, restarts(mask, segment_ids))
+    chosen, restart = kernel_for(kernel, x.device, x.dtype), restarts(mask, segment_ids)
+    given = (x, weight, bias, activation, initial_state)
+    if chosen == "cuda" and mask is None and fused_conv.reason(x.device, x.dtype, weight.shape[1]) is None:
+        y, state = fused_conv.causal_conv(*given, restart)
+    else:
+        y, state = (native if chosen == "native" else shifted)(*given, mask, restart)
     return (y, state) if return_final_state else y
 
 

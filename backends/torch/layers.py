@@ -6,7 +6,15 @@ from torch import Tensor, nn
 
 from mamba_core.backend import LayerState
 from mamba_core.backends.torch.conv import causal_conv, causal_conv_step
-from mamba_core.backends.torch.scan import selective_scan, selective_step
+from mamba_core.backends.torch.kernels import fused_conv, fused_mixer, fused_norm
+from mamba_core.backends.torch.kernels.fused import linear_dtype
+from mamba_core.backends.torch.kernels.step import as_built
+from mamba_core.backends.torch.positions import restarts
+from mamba_core.backends.torch.scan import kernel_for, selective_scan, selective_step
+from mamba_core.observe import unobserved
+
+# Scan kernels with which the kernels in Triton are used too, where they run: on a GPU, or interpreted on a CPU.
+FUSING = ("cuda", "native")
 
 
 class RMSNorm(nn.Module):
@@ -21,6 +29,18 @@ class RMSNorm(nn.Module):
         x = x.float()
         scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
         return (x * scale * self.weight.float()).to(self.weight.dtype)
+
+    def fuses(self, residual: Tensor, kernels: str) -> bool:
+        """Whether `add` computes here what the norm does of such a residual stream."""
+        return (
+            as_built(RMSNorm, self)
+            and fused_norm.reason(residual.device, residual.dtype, len(self.weight)) is None
+            and kernel_for(kernels, residual.device, self.weight.dtype) in FUSING
+        )
+
+    def add(self, residual: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The norm of residual + hidden, in the dtype in which a linear is computed, and that sum."""
+        return fused_norm.add_norm(residual, hidden, self.weight, self.eps, linear_dtype(self.weight))
 
 
 class MambaMixer(nn.Module):
@@ -43,6 +63,9 @@ class MambaMixer(nn.Module):
     def forward(self, hidden: Tensor, state: LayerState, mask, segment_ids, observe) -> tuple[Tensor, LayerState]:
         """hidden (b, l, d) -> (b, l, d) and the state after the last position."""
         xz = observe("in_proj", self.in_proj(hidden))
+        if mask is None and observe is unobserved and self._fuses(xz):
+            y, conv, ssm = self._inner(xz, state, restarts(mask, segment_ids))
+            return self.out_proj(y), LayerState(conv, ssm)
         x, z = xz.chunk(2, dim=-1)
         x, z = observe("x", x), observe("z", z)
         one = hidden.shape[1] == 1 and mask is None
@@ -58,6 +81,31 @@ class MambaMixer(nn.Module):
         if self.minimamba:
             y = observe("gate", y * z)
         return observe("out_proj", self.out_proj(y)), LayerState(conv, ssm)
+
+    def _fuses(self, xz) -> bool:
+        """Whether one operator computes here what is between in_proj and out_proj."""
+        if self.minimamba or fused_conv.reason(xz.device, xz.dtype, self.conv1d.weight.shape[-1]) is not None:
+            return False
+        return (
+            kernel_for(self.kernels, xz.device, xz.dtype, self.A_log.shape[1]) in FUSING
+            and as_built(nn.Linear, self.x_proj, self.dt_proj)
+            and as_built(nn.Conv1d, self.conv1d)
+        )
+
+    def _inner(self, xz, state, restart):
+        return fused_mixer.inner(
+            xz,
+            self.conv1d.weight[:, 0],
+            self.conv1d.bias,
+            self.x_proj.weight,
+            self.dt_proj.weight,
+            self.dt_proj.bias,
+            -torch.exp(self.A_log),
+            self.D,
+            state.conv,
+            state.ssm,
+            restart,
+        )
 
     def _conv(self, x, state, mask, segment_ids):
         return causal_conv(
@@ -126,6 +174,16 @@ class Block(nn.Module):
     def forward(self, residual: Tensor, state: LayerState, mask, segment_ids, observe) -> tuple[Tensor, LayerState]:
         hidden, state = self.mixer(observe("norm", self.norm(residual)), state, mask, segment_ids, observe)
         return observe("residual", residual + hidden), state
+
+    def fuses(self, residual: Tensor) -> bool:
+        """Whether `add` computes here what the block does, beginning with such a residual stream."""
+        return as_built(Block, self) and self.norm.fuses(residual, self.mixer.kernels)
+
+    def add(self, residual: Tensor, hidden: Tensor | None, state: LayerState, mask, segment_ids):
+        """The block after residual + hidden: that sum, what is to be added to it next, and the state."""
+        normed, residual = self.norm.add(residual, hidden)
+        hidden, state = self.mixer(normed, state, mask, segment_ids, unobserved)
+        return residual, hidden, state
 
 
 MIXERS = {"mamba": MambaMixer}

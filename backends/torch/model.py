@@ -22,6 +22,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.residual_in_fp32 = config.residual_in_fp32
         self.remat = False
+        self.kernels = kernels
         whole = config.task != "layers"
         self.embeddings = nn.Embedding(config.padded_vocab_size, config.d_model) if whole else None
         self.layers = nn.ModuleList(Block(config, kernels) for _ in range(config.n_layer))
@@ -36,10 +37,14 @@ class Backbone(nn.Module):
         residual = residual.to(torch.float32 if self.residual_in_fp32 else self.dtype)
         one = residual.shape[1] == 1 and mask is None and segment_ids is None and observe is unobserved
         if one and (stepped := self._step(residual, state.layers)) is not None:
-            residual, layers = stepped
+            (residual, layers), hidden = stepped, None
         else:
-            residual, layers = self._blocks(residual, state, mask, segment_ids, observe)
-        hidden = residual.to(self.dtype) if self.norm_f is None else observe("norm_f", self.norm_f(residual))
+            residual, hidden, layers = self._blocks(residual, state, mask, segment_ids, observe)
+        if self.norm_f is not None and observe is unobserved and self.norm_f.fuses(residual, self.kernels):
+            hidden, _ = self.norm_f.add(residual, hidden)
+        else:
+            residual = _sum(residual, hidden)
+            hidden = residual.to(self.dtype) if self.norm_f is None else observe("norm_f", self.norm_f(residual))
         return hidden, states.leaving(layers, state, mask, segment_ids)
 
     def _step(self, residual, layers):
@@ -53,13 +58,21 @@ class Backbone(nn.Module):
         return step.blocks(blocks, residual, layers) if as_built else None
 
     def _blocks(self, residual, state, mask, segment_ids, observe):
+        """The residual stream, what is still to be added to it or None, and the states."""
         run, layers = _recomputed if self.remat and observe is unobserved else _called, []
+        # What a block with fused kernels leaves to the next to add.
+        hidden = None
         for index, (block, carried) in enumerate(
             zip(self.layers, states.entering(state, mask, segment_ids), strict=True)
         ):
-            residual, carried = run(block, residual, carried, mask, segment_ids, within(f"layers.{index}.", observe))
+            if observe is unobserved and block.fuses(residual):
+                residual, hidden, carried = run(block.add, residual, hidden, carried, mask, segment_ids)
+            else:
+                residual, hidden = _sum(residual, hidden), None
+                observed = within(f"layers.{index}.", observe)
+                residual, carried = run(block, residual, carried, mask, segment_ids, observed)
             layers.append(carried)
-        return residual, tuple(layers)
+        return residual, hidden, tuple(layers)
 
     def _embed(self, input_ids):
         """An id outside the vocabulary raises on a CPU and gives NaN elsewhere, where it would end the CUDA context."""
@@ -69,6 +82,10 @@ class Backbone(nn.Module):
         inside = (input_ids >= 0) & (input_ids < self.embeddings.num_embeddings)
         embedded = self.embeddings(torch.where(inside, input_ids, 0))
         return torch.where(inside[..., None], embedded, torch.nan)
+
+
+def _sum(residual, hidden):
+    return residual if hidden is None else residual + hidden
 
 
 def _called(block, *arguments):
@@ -156,14 +173,23 @@ class LanguageModel(Model):
         hidden, state = self._run(input_ids, state, mask, segment_ids, observe)
         return Output(observe("logits", self._masked(self.head(hidden), mask)), state)
 
+    def hidden(self, input_ids: Tensor, mask=None) -> Tensor:
+        """What the head is given, zero at masked positions, where the logits then are."""
+        hidden, _ = self._run(input_ids, None, mask, None, unobserved)
+        return self._masked(hidden, mask)
+
     def head(self, hidden: Tensor) -> Tensor:
         """Logits in float32 from the backbone's output."""
-        tied = self.lm_head is None
-        if tied or step.as_built(nn.Linear, self.lm_head):
-            weight = self.backbone.embeddings.weight if tied else self.lm_head.weight
-            if (logits := step.head(self.chosen_kernels, hidden, weight)) is not None:
-                return logits
-        return (F.linear(hidden, self.backbone.embeddings.weight) if tied else self.lm_head(hidden)).float()
+        if (weight := self.head_weight()) is None:
+            return self.lm_head(hidden).float()
+        logits = step.head(self.chosen_kernels, hidden, weight)
+        return F.linear(hidden, weight).float() if logits is None else logits
+
+    def head_weight(self) -> Tensor | None:
+        """The weight whose product with the backbone's output the logits are; None if nobody knows what they are."""
+        if self.lm_head is None:
+            return self.backbone.embeddings.weight
+        return self.lm_head.weight if step.as_built(nn.Linear, self.lm_head) else None
 
 
 class FeatureModel(Model):

@@ -7,17 +7,24 @@ import torch
 import torch.nn.functional as F
 
 from mamba_core.backends.torch.arrays import from_numpy, to_numpy
+from mamba_core.backends.torch.kernels import fused
+from mamba_core.backends.torch.kernels.fused import linear_dtype
+from mamba_core.backends.torch.kernels.fused_loss import IGNORED, linear_cross_entropy
+from mamba_core.backends.torch.layers import FUSING
 from mamba_core.spec.checks import check_task
 from mamba_core.spec.params import parameter_table
 
 
 def loss(model, tokens, mask=None) -> torch.Tensor:
     """Mean cross-entropy of tokens[:, 1:] given tokens[:, :-1] over the targets that count; tokens (b, l+1)."""
-    logits = model(tokens[:, :-1], mask=None if mask is None else mask[:, :-1]).logits
-    targets = tokens[:, 1:].long()
+    tokens, targets = tokens[:, :-1], tokens[:, 1:].long()
     if mask is not None:
-        targets = targets.masked_fill(~mask[:, 1:], -100)
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+        mask, targets = mask[:, :-1], targets.masked_fill(~mask[:, 1:], IGNORED)
+    weight = model.head_weight()
+    if weight is not None and model.kernels in FUSING and fused.reason(weight.device, weight.dtype) is None:
+        hidden = model.hidden(tokens, mask).flatten(0, 1).to(linear_dtype(weight))
+        return linear_cross_entropy(hidden, weight, targets.flatten()) / (targets != IGNORED).sum()
+    return F.cross_entropy(model(tokens, mask=mask).logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
 
 
 def loss_and_gradients(model, tokens, mask=None) -> tuple[float, dict[str, np.ndarray]]:
@@ -40,6 +47,8 @@ class Trainer:
         self.parameters = {name: model.get_parameter(name) for name in parameter_table(model.config)}
         self.updated = {name: _in_float32(parameter) for name, parameter in self.parameters.items()}
         self.count = 0
+        # All parameters in one kernel, and the count of steps on the device.
+        self.fused = all(parameter.is_cuda for parameter in self.updated.values())
         self.optimizer = self._optimizer()
 
     def step(self, tokens) -> tuple[float, float]:
@@ -57,7 +66,9 @@ class Trainer:
         for name in halves:
             self.parameters[name].data.copy_(self.updated[name].data)
         self.count += 1
-        return value.item(), norm.item()
+        # The only place where the host waits for the device.
+        value, norm = torch.stack([value.detach(), norm]).tolist()
+        return value, norm
 
     def state(self) -> dict[str, np.ndarray]:
         arrays = {"step": np.array(self.count, np.int64)}
@@ -71,7 +82,8 @@ class Trainer:
         self.count = int(state["step"])
         for name, parameter in self.updated.items():
             moments = {key: _like(state[f"{prefix}.{name}"], parameter) for prefix, key in _MOMENTS.items()}
-            self.optimizer.state[parameter] = moments | {"step": torch.tensor(float(self.count))}
+            device = parameter.device if self.fused else "cpu"
+            self.optimizer.state[parameter] = moments | {"step": torch.tensor(float(self.count), device=device)}
 
     def _optimizer(self) -> torch.optim.AdamW:
         s, table = self.settings, parameter_table(self.model.config)
@@ -82,7 +94,7 @@ class Trainer:
             }
             for decay in (True, False)
         ]
-        return torch.optim.AdamW(groups, lr=s.learning_rate, betas=(s.beta1, s.beta2), eps=s.eps)
+        return torch.optim.AdamW(groups, lr=s.learning_rate, betas=(s.beta1, s.beta2), eps=s.eps, fused=self.fused)
 
 
 _MOMENTS = {"m": "exp_avg", "v": "exp_avg_sq"}

@@ -1,6 +1,6 @@
 """An operator and the operator of its gradient as one function that autograd, the compiler and torch.func all take."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,22 +12,28 @@ REVERSE_ONLY = (
 )
 
 
-def differentiable(scan, scan_backward) -> Callable[..., tuple[Tensor, Tensor]]:
-    """scan(*inputs) of two custom operators, with its first gradient in reverse mode.
+def differentiable(
+    operator, its_gradient, results: int = 2, kept: Sequence[int] = (2,), unread: Sequence[int] = ()
+) -> Callable[..., tuple[Tensor, ...]]:
+    """operator(*inputs) of two custom operators, with its first gradient in reverse mode; only its results are returned.
 
-    scan(*inputs): (y, final state, boundaries), boundaries being what only the gradient needs.
-    scan_backward(dy, dfinal_state or None, boundaries, *inputs): of every floating-point tensor among the inputs, in
-    their order, its gradient. Inputs are tensors, None and options.
+    Args:
+        operator: inputs are tensors, None and options; gives its results, such as y and the final state, and what only
+            the gradient needs.
+        its_gradient: of every floating-point tensor among the inputs, in their order, its gradient, from
+            (dy, the other results' or None, *what is kept, *inputs).
+        kept: which of what the operator gives its gradient is given.
+        unread: inputs of whose values the gradient needs none, so that they are not kept for it.
     """
 
     class Gradient(Function):
-        """`scan_backward`, which itself is not differentiated."""
+        """`its_gradient`, which itself is not differentiated."""
 
         generate_vmap_rule = True
 
         @staticmethod
         def forward(*arguments):
-            return tuple(scan_backward(*arguments))
+            return tuple(its_gradient(*arguments))
 
         @staticmethod
         def setup_context(ctx, inputs, output):
@@ -39,41 +45,50 @@ def differentiable(scan, scan_backward) -> Callable[..., tuple[Tensor, Tensor]]:
 
         jvp = backward
 
-    class Scan(Function):
+    class Forward(Function):
         generate_vmap_rule = True
 
         @staticmethod
         def forward(*inputs):
-            return scan(*inputs)
+            return operator(*inputs)
 
         @staticmethod
         def setup_context(ctx, inputs, output):
             ctx.options = [None if isinstance(value, Tensor) else value for value in inputs]
-            ctx.save_for_backward(output[2], *(value if isinstance(value, Tensor) else None for value in inputs))
+            ctx.y = output[0].shape, output[0].dtype
+            tensors = [value if isinstance(value, Tensor) else None for value in inputs]
+            for index in unread:
+                # Of its shape and dtype, and of no size in memory.
+                tensors[index] = (
+                    None if tensors[index] is None else tensors[index].new_empty(()).expand_as(tensors[index])
+                )
+            ctx.save_for_backward(*(output[index] for index in kept), *tensors)
             ctx.set_materialize_grads(False)
 
         @staticmethod
-        def backward(ctx, dy, dfinal_state, _):
-            boundaries, *tensors = ctx.saved_tensors
+        def backward(ctx, *arriving):
+            dy, *others = arriving[:results]
+            saved, tensors = ctx.saved_tensors[: len(kept)], ctx.saved_tensors[len(kept) :]
             inputs = [option if value is None else value for value, option in zip(tensors, ctx.options, strict=True)]
-            dy = torch.zeros_like(inputs[0]) if dy is None else dy
-            gradients = iter(Gradient.apply(dy, dfinal_state, boundaries, *inputs))
+            if dy is None:
+                shape, dtype = ctx.y
+                dy = inputs[0].new_zeros(shape, dtype=dtype)
+            gradients = iter(Gradient.apply(dy, *others, *saved, *inputs))
             return tuple(next(gradients) if is_float(value) else None for value in inputs)
 
         @staticmethod
         def jvp(ctx, *_):
             raise NotImplementedError(REVERSE_ONLY)
 
-    scan.register_autograd(Scan.backward, setup_context=Scan.setup_context)
-    for operator in (scan, scan_backward):
-        operator.register_vmap(one_at_a_time(operator))
+    operator.register_autograd(Forward.backward, setup_context=Forward.setup_context)
+    for each in (operator, its_gradient):
+        each.register_vmap(one_at_a_time(each))
 
     def run(*inputs):
         refuse_tangents(*inputs)
         # A compiled or exported graph keeps the operator, with the gradient registered for it; torch.func wants the
         # Function.
-        y, final_state, _ = (scan if torch.compiler.is_compiling() else Scan.apply)(*inputs)
-        return y, final_state
+        return (operator if torch.compiler.is_compiling() else Forward.apply)(*inputs)[:results]
 
     return run
 

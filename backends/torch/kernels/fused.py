@@ -1,0 +1,71 @@
+"""What the kernels in Triton share: whether they run here, and how they are launched.
+
+Triton comes with PyTorch for CUDA and compiles a kernel when it is first used. Elsewhere it is not imported, unless
+TRITON_INTERPRET=1 asks for its interpreter, in which the tests run the kernels on a CPU.
+"""
+
+import importlib
+import os
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+try:
+    if torch.version.cuda is None and os.environ.get("TRITON_INTERPRET") is None:
+        raise ImportError("it comes with PyTorch for CUDA")
+    triton, tl = importlib.import_module("triton"), importlib.import_module("triton.language")
+    jit, MISSING = triton.jit, None
+except ImportError as fault:
+    # A kernel's module can be imported all the same: its annotations are strings, and nothing launches it.
+    triton, tl, MISSING = None, None, f"Triton is missing: {fault}"
+
+    def jit(kernel):
+        return kernel
+
+
+def reason(device: torch.device, *dtypes: torch.dtype) -> str | None:
+    """Why no kernel in Triton can run on that device, for tensors of those dtypes; None if one can."""
+    if device.type != ("cpu" if INTERPRETED else "cuda"):
+        return "it runs on a CUDA device only"
+    if other := [dtype for dtype in dtypes if dtype not in DTYPES]:
+        return f"x is {str(other[0]).removeprefix('torch.')}, and it computes float32, bfloat16 and float16"
+    return MISSING
+
+
+def linear_dtype(value: Tensor) -> torch.dtype:
+    """The dtype in which a linear of it is computed: its own, or that of autocast."""
+    device = value.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
+
+
+def launching(x: Tensor):
+    """A context in which kernels are launched where x is."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def power_of_2(count: int) -> int:
+    """The smallest that is at least count, as the sizes of Triton's blocks must be."""
+    return 1 << max(0, count - 1).bit_length()
+
+
+def blocks_of(size: int, block: int) -> int:
+    return -(-size // block)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a (m, k) times b (k, n) in float32, from whatever dtype."""
+    if a.dtype == torch.float32 or not a.is_cuda:
+        return a.float() @ b.float()
+    return torch.mm(a, b, out_dtype=torch.float32)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Adds a (m, k) times b (k, n) to total, which is float32."""
+    if a.dtype == torch.float32 or not a.is_cuda:
+        total.addmm_(a.float(), b.float())
+    else:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)

@@ -1,0 +1,366 @@
+"""The causal convolution and its SiLU in Triton: each input from memory once, forward and backward, no copy of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mamba_core.backends.torch.kernels import fused
+from mamba_core.backends.torch.kernels.fused import blocks_of, jit, launching, power_of_2, tl
+from mamba_core.backends.torch.kernels.memory import rows
+from mamba_core.backends.torch.kernels.operator import differentiable, is_float, refuse_tangents
+
+# Of a program of one warp, which walks along the positions with the last inputs in registers.
+CHANNELS = 256
+STEPS = 64
+# Positions whose inputs are on their way from memory at once, forward and backward.
+AT_ONCE = (8, 4)
+# A wider filter's inputs would not fit in registers.
+WIDEST = 4
+
+
+def reason(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
+    """Why it cannot run on that device, for x of that dtype and so many taps; None if it can."""
+    if width > WIDEST:
+        return f"the filter has {width} taps, and it holds at most {WIDEST}"
+    return fused.reason(device, dtype)
+
+
+def causal_conv(x, weight, bias, activation, state, restart):
+    """(y, final state); the arguments as `causal_conv` is given them, but restart (b, l) bool for the segments."""
+    return _conv(x, weight, bias, state, runs_of(restart), activation == "silu")
+
+
+def runs_of(restart):
+    """(b, l) int32: how many restarts lie at or before each position."""
+    return None if restart is None else restart.cumsum(1, dtype=torch.int32)
+
+
+@torch.library.custom_op("mamba_core::fused_conv", mutates_args=())
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, runs: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor]:
+    refuse_tangents(x, weight, bias, state)
+    return conv(x, weight, bias, state, runs, silu)
+
+
+@torch.library.custom_op("mamba_core::fused_conv_backward", mutates_args=())
+def _backward(
+    dy: Tensor,
+    dfinal_state: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    runs: Tensor | None,
+    silu: bool,
+) -> list[Tensor]:
+    dx = x.new_empty(x.shape)
+    return [dx, *conv_backward(dy, dfinal_state, x, weight, bias, state, runs, silu, dx)]
+
+
+def conv(x, weight, bias, state, runs, silu) -> tuple[Tensor, Tensor]:
+    """(y, final state): `_forward` outside of the dispatcher."""
+    x = rows(x)
+    (b, l, e), k = x.shape, weight.shape[1]
+    y, final_state = x.new_empty(x.shape), x.new_empty(b, k - 1, e)
+    with launching(x):
+        _conv_kernel[_grid(x, STEPS)](
+            x,
+            weight.contiguous(),
+            weight if bias is None else bias,
+            x if state is None else state.contiguous(),
+            x if runs is None else runs,
+            y,
+            final_state,
+            x.stride(0),
+            x.stride(1),
+            l,
+            E=e,
+            K=k,
+            BIAS=bias is not None,
+            STATE=state is not None,
+            RUNS=runs is not None,
+            SILU=silu,
+            STEPS=STEPS,
+            AT_ONCE=AT_ONCE[0],
+            BLOCK=_channels(e),
+            num_warps=1,
+        )
+    return y, final_state
+
+
+def conv_backward(dy, dfinal_state, x, weight, bias, state, runs, silu, dx) -> list[Tensor]:
+    """Fills dx, whose channels lie side by side, and gives the gradients of weight and of bias and state where given."""
+    x, dy = rows(x), rows(dy)
+    (b, l, e), k = x.shape, weight.shape[1]
+    # The gradients of its last inputs are those of k-1 steps more.
+    grid = _grid(x, STEPS - (k - 1))
+    # Of the taps and then of the bias.
+    parts = torch.empty(b * grid[1], k + 1, e, dtype=torch.float32, device=x.device)
+    dstate = None if state is None else state.new_empty(state.shape)
+    with launching(x):
+        _conv_backward_kernel[grid](
+            dy,
+            x if dfinal_state is None else dfinal_state.contiguous(),
+            x,
+            weight.contiguous(),
+            weight if bias is None else bias,
+            x if state is None else state.contiguous(),
+            x if runs is None else runs,
+            dx,
+            x if state is None else dstate,
+            parts,
+            dy.stride(0),
+            dy.stride(1),
+            x.stride(0),
+            x.stride(1),
+            dx.stride(0),
+            dx.stride(1),
+            l,
+            E=e,
+            K=k,
+            BIAS=bias is not None,
+            STATE=state is not None,
+            DFINAL=dfinal_state is not None,
+            RUNS=runs is not None,
+            SILU=silu,
+            STEPS=STEPS,
+            AT_ONCE=AT_ONCE[1],
+            BLOCK=_channels(e),
+            num_warps=1,
+        )
+    parts = parts.sum(0)
+    given = [] if bias is None else [parts[k].to(bias.dtype)]
+    given += [] if state is None else [dstate]
+    return [parts[:k].mT.to(weight.dtype).contiguous(), *given]
+
+
+@_forward.register_fake
+def _(x, weight, bias, state, runs, silu):
+    b, _, e = x.shape
+    return x.new_empty(x.shape), x.new_empty(b, weight.shape[1] - 1, e)
+
+
+@_backward.register_fake
+def _(dy, dfinal_state, *inputs):
+    return [value.new_empty(value.shape) for value in inputs if is_float(value)]
+
+
+_conv = differentiable(_forward, _backward, kept=())
+
+
+def _grid(x, positions):
+    """Channels, positions and rows; of no positions too there is a final state."""
+    b, l, e = x.shape
+    return blocks_of(e, _channels(e)), max(1, blocks_of(l, positions)), b
+
+
+def _channels(e):
+    return min(CHANNELS, power_of_2(e))
+
+
+@jit
+def _input(x, state, s, c, stride, l, E: tl.constexpr, K: tl.constexpr, STATE: tl.constexpr):
+    """The inputs at position s, before 0 those of the initial state; zero where there is none."""
+    value = tl.load(x + s * stride + c, mask=(c < E) & (s >= 0) & (s < l), other=0.0).to(tl.float32)
+    if STATE:
+        before = (c < E) & (s < 0) & (s >= 1 - K)
+        value += tl.load(state + (s + K - 1) * E + c, mask=before, other=0.0).to(tl.float32)
+    return value
+
+
+@jit
+def _inputs(x, state, first, c, stride, l, E: tl.constexpr, K: tl.constexpr, STATE: tl.constexpr):
+    """Those of the k-1 positions before the first."""
+    window = ()
+    for j in tl.static_range(K - 1):
+        window = window + (_input(x, state, first - (K - 1) + j, c, stride, l, E, K, STATE),)
+    return window
+
+
+@jit
+def _ahead(values, first, c, stride, l, E: tl.constexpr, AT_ONCE: tl.constexpr):
+    """The values at so many positions from the first on, as they are in memory."""
+    found = ()
+    for j in tl.static_range(AT_ONCE):
+        found = found + (tl.load(values + (first + j) * stride + c, mask=(c < E) & (first + j < l), other=0.0),)
+    return found
+
+
+@jit
+def _taps(weight, c, E: tl.constexpr, K: tl.constexpr):
+    taps = ()
+    for j in tl.static_range(K):
+        taps = taps + (tl.load(weight + c * K + j, mask=c < E, other=0.0).to(tl.float32),)
+    return taps
+
+
+@jit
+def _bias(bias, c, E: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr):
+    value = tl.zeros((BLOCK,), tl.float32)
+    if BIAS:
+        value += tl.load(bias + c, mask=c < E, other=0.0).to(tl.float32)
+    return value
+
+
+@jit
+def _same(runs, s, t, l):
+    """Whether two positions are of the same run; the initial state is of the first."""
+    one = tl.load(runs + s, mask=(s >= 0) & (s < l), other=0)
+    return one == tl.load(runs + t, mask=(t >= 0) & (t < l), other=0)
+
+
+@jit
+def _conv_kernel(
+    x,
+    weight,
+    bias,
+    state,
+    runs,
+    y,
+    final_state,
+    stride_b,
+    stride_l,
+    l,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    BIAS: tl.constexpr,
+    STATE: tl.constexpr,
+    RUNS: tl.constexpr,
+    SILU: tl.constexpr,
+    STEPS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    b = tl.program_id(2).to(tl.int64)
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x += b * stride_b
+    y += b * l * E
+    state += b * (K - 1) * E
+    final_state += b * (K - 1) * E
+    runs += b * l
+    begin = tl.program_id(1) * STEPS
+    taps, own_bias = _taps(weight, c, E, K), _bias(bias, c, E, BLOCK, BIAS)
+    window = _inputs(x, state, begin, c, stride_l, l, E, K, STATE)
+    for block in range(STEPS // AT_ONCE):
+        arriving = _ahead(x, begin + block * AT_ONCE, c, stride_l, l, E, AT_ONCE)
+        for index in tl.static_range(AT_ONCE):
+            s = begin + block * AT_ONCE + index
+            window = window + (arriving[index].to(tl.float32),)
+            total = own_bias
+            for j in tl.static_range(K):
+                value = window[j]
+                if RUNS:
+                    value = tl.where(_same(runs, s - (K - 1 - j), s, l), value, 0.0)
+                total += value * taps[j]
+            if SILU:
+                total = total * tl.sigmoid(total)
+            tl.store(y + s * E + c, total.to(y.dtype.element_ty), mask=(c < E) & (s < l))
+            window = window[1:]
+    if tl.program_id(1) == tl.num_programs(1) - 1:
+        for j in tl.static_range(K - 1):
+            s = l - (K - 1) + j
+            value = _input(x, state, s, c, stride_l, l, E, K, STATE)
+            if RUNS:
+                value = tl.where(_same(runs, s, l - 1, l), value, 0.0)
+            tl.store(final_state + j * E + c, value.to(final_state.dtype.element_ty), mask=c < E)
+
+
+@jit
+def _conv_backward_kernel(
+    dy,
+    dfinal_state,
+    x,
+    weight,
+    bias,
+    state,
+    runs,
+    dx,
+    dstate,
+    parts,
+    dy_stride_b,
+    dy_stride_l,
+    x_stride_b,
+    x_stride_l,
+    dx_stride_b,
+    dx_stride_l,
+    l,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    BIAS: tl.constexpr,
+    STATE: tl.constexpr,
+    DFINAL: tl.constexpr,
+    RUNS: tl.constexpr,
+    SILU: tl.constexpr,
+    STEPS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    b = tl.program_id(2).to(tl.int64)
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x += b * x_stride_b
+    dy += b * dy_stride_b
+    dx += b * dx_stride_b
+    state += b * (K - 1) * E
+    dfinal_state += b * (K - 1) * E
+    dstate += b * (K - 1) * E
+    runs += b * l
+    begin = tl.program_id(1) * (STEPS - (K - 1))
+    end = begin + STEPS - (K - 1)
+    taps, own_bias = _taps(weight, c, E, K), _bias(bias, c, E, BLOCK, BIAS)
+    window = _inputs(x, state, begin, c, x_stride_l, l, E, K, STATE)
+    # The gradients before the activation at the last positions; of the taps, and then of the bias.
+    gradients, dtaps = (), ()
+    for _ in tl.static_range(K - 1):
+        gradients = gradients + (tl.zeros((BLOCK,), tl.float32),)
+    for _ in tl.static_range(K + 1):
+        dtaps = dtaps + (tl.zeros((BLOCK,), tl.float32),)
+    for block in range(STEPS // AT_ONCE):
+        arriving = _ahead(x, begin + block * AT_ONCE, c, x_stride_l, l, E, AT_ONCE)
+        darriving = _ahead(dy, begin + block * AT_ONCE, c, dy_stride_l, l, E, AT_ONCE)
+        for index in tl.static_range(AT_ONCE):
+            s = begin + block * AT_ONCE + index
+            window = window + (arriving[index].to(tl.float32),)
+            tapped, total = (), own_bias
+            for j in tl.static_range(K):
+                value = window[j]
+                if RUNS:
+                    value = tl.where(_same(runs, s - (K - 1 - j), s, l), value, 0.0)
+                total += value * taps[j]
+                tapped = tapped + (value,)
+            g = darriving[index].to(tl.float32)
+            if SILU:
+                gate = tl.sigmoid(total)
+                g *= gate * (1.0 + total * (1.0 - gate))
+            # The steps from the end on are another program's too.
+            own = tl.where(s < end, g, 0.0)
+            added = ()
+            for j in tl.static_range(K):
+                added = added + (dtaps[j] + own * tapped[j],)
+            dtaps = added + (dtaps[K] + own,)
+            # All outputs whose windows hold the position t are known now.
+            t = s - (K - 1)
+            gradients = gradients + (g,)
+            total = tl.zeros((BLOCK,), tl.float32)
+            for j in tl.static_range(K):
+                value = gradients[j]
+                if RUNS:
+                    value = tl.where(_same(runs, t + j, t, l), value, 0.0)
+                total += value * taps[K - 1 - j]
+            if DFINAL:
+                first = l - (K - 1)
+                kept = (c < E) & (t >= first) & (t < l)
+                value = tl.load(dfinal_state + (t - first) * E + c, mask=kept, other=0.0).to(tl.float32)
+                if RUNS:
+                    value = tl.where(_same(runs, t, l - 1, l), value, 0.0)
+                total += value
+            counts = (c < E) & (t >= begin) & (t < l)
+            tl.store(dx + t * dx_stride_l + c, total.to(dx.dtype.element_ty), mask=counts)
+            if STATE:
+                if t < 0:
+                    tl.store(dstate + (t + K - 1) * E + c, total.to(dstate.dtype.element_ty), mask=c < E)
+            window, gradients = window[1:], gradients[1:]
+    parts += (b * tl.num_programs(1) + tl.program_id(1)) * (K + 1) * E + c
+    for j in tl.static_range(K + 1):
+        tl.store(parts + j * E, dtaps[j], mask=c < E)

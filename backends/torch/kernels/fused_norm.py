@@ -1,0 +1,197 @@
+"""The sum of a residual block and the norm of the next, in Triton: one pass over the residual stream."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mamba_core.backends.torch.kernels import fused
+from mamba_core.backends.torch.kernels.fused import blocks_of, jit, launching, power_of_2, tl
+from mamba_core.backends.torch.kernels.operator import differentiable, refuse_tangents
+
+# Rows are dealt out to so many programs, each with its own sum of the weight's gradient: no atomics, the same bits.
+PROGRAMS = 1024
+# A row is held in registers.
+WIDEST = 16384
+
+
+def reason(device: torch.device, dtype: torch.dtype, d: int) -> str | None:
+    """Why it cannot run on that device, for rows of that dtype and width; None if it can."""
+    if d > WIDEST:
+        return f"rows have {d} entries, and it holds at most {WIDEST}"
+    return fused.reason(device, dtype)
+
+
+def add_norm(residual: Tensor, hidden: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype):
+    """(norm(residual + hidden), residual + hidden), as `layers.RMSNorm` and the sum before it compute them.
+
+    residual (..., d) and the sum are in one dtype, the norm in `dtype`; hidden may be None. Plain operations:
+
+        total = residual + hidden
+        total.float() * rsqrt(mean(total.float()^2) + eps) * weight.float()
+    """
+    return _add_norm(residual, hidden, weight, eps, dtype)
+
+
+@torch.library.custom_op("mamba_core::add_norm", mutates_args=())
+def _forward(
+    residual: Tensor, hidden: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(normed, residual + hidden, the factor of each row)."""
+    refuse_tangents(residual, hidden, weight)
+    residual = residual.contiguous()
+    normed, total, scale = _empty_results(residual, dtype)
+    d = residual.shape[-1]
+    if rows := residual.numel() // d:
+        block = power_of_2(d)
+        with launching(residual):
+            _add_norm_kernel[(rows,)](
+                residual,
+                residual if hidden is None else hidden.contiguous(),
+                weight,
+                normed,
+                total,
+                scale,
+                eps,
+                D=d,
+                HIDDEN=hidden is not None,
+                BLOCK=block,
+                num_warps=_warps(block),
+            )
+    return normed, total, scale
+
+
+@torch.library.custom_op("mamba_core::add_norm_backward", mutates_args=())
+def _backward(
+    dnormed: Tensor,
+    dtotal: Tensor | None,
+    total: Tensor,
+    scale: Tensor,
+    residual: Tensor,
+    hidden: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """Of residual, hidden where given, and weight."""
+    dresidual = torch.empty_like(total)
+    dhidden = dresidual if hidden is None else hidden.new_empty(hidden.shape)
+    d = total.shape[-1]
+    rows = total.numel() // d
+    each = power_of_2(blocks_of(rows, PROGRAMS))
+    parts = scale.new_empty(blocks_of(rows, each), d)
+    if rows:
+        block = power_of_2(d)
+        with launching(total):
+            _add_norm_backward_kernel[(len(parts),)](
+                dnormed.contiguous(),
+                dnormed if dtotal is None else dtotal.contiguous(),
+                total,
+                weight,
+                scale,
+                dresidual,
+                dhidden,
+                parts,
+                rows,
+                D=d,
+                EACH=each,
+                DTOTAL=dtotal is not None,
+                HIDDEN=hidden is not None,
+                BLOCK=block,
+                num_warps=_warps(block),
+            )
+    given = [] if hidden is None else [dhidden]
+    return [dresidual, *given, parts.sum(0).to(weight.dtype)]
+
+
+@_forward.register_fake
+def _(residual, hidden, weight, eps, dtype):
+    return _empty_results(residual, dtype)
+
+
+@_backward.register_fake
+def _(dnormed, dtotal, total, scale, residual, hidden, weight, eps, dtype):
+    return [value.new_empty(value.shape) for value in (residual, hidden, weight) if value is not None]
+
+
+# The residual stream is kept once, as the sum.
+_add_norm = differentiable(_forward, _backward, kept=(1, 2), unread=(0, 1))
+
+
+def _empty_results(residual, dtype):
+    shape = residual.shape
+    scale = residual.new_empty(shape[:-1], dtype=torch.float32)
+    return residual.new_empty(shape, dtype=dtype), residual.new_empty(shape), scale
+
+
+def _warps(block):
+    return min(8, max(1, block // 256))
+
+
+@jit
+def _add_norm_kernel(
+    residual,
+    hidden,
+    weight,
+    normed,
+    total,
+    scale,
+    eps,
+    D: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BLOCK)
+    inside = k < D
+    x = tl.load(residual + row * D + k, mask=inside, other=0.0)
+    if HIDDEN:
+        more = tl.load(hidden + row * D + k, mask=inside, other=0.0)
+        # Rounded as the stream is kept, before it is normalised.
+        x = (x.to(tl.float32) + more.to(tl.float32)).to(total.dtype.element_ty)
+    tl.store(total + row * D + k, x, mask=inside)
+    x = x.to(tl.float32)
+    factor = tl.rsqrt(tl.sum(x * x) / D + eps)
+    tl.store(scale + row, factor)
+    w = tl.load(weight + k, mask=inside, other=0.0).to(tl.float32)
+    tl.store(normed + row * D + k, (x * factor * w).to(normed.dtype.element_ty), mask=inside)
+
+
+@jit
+def _add_norm_backward_kernel(
+    dnormed,
+    dtotal,
+    total,
+    weight,
+    scale,
+    dresidual,
+    dhidden,
+    parts,
+    rows,
+    D: tl.constexpr,
+    EACH: tl.constexpr,
+    DTOTAL: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0)
+    k = tl.arange(0, BLOCK)
+    inside = k < D
+    w = tl.load(weight + k, mask=inside, other=0.0).to(tl.float32)
+    dw = tl.zeros((BLOCK,), tl.float32)
+    for index in range(EACH):
+        row = (program * EACH + index).to(tl.int64)
+        here = inside & (row < rows)
+        x = tl.load(total + row * D + k, mask=here, other=0.0).to(tl.float32)
+        dy = tl.load(dnormed + row * D + k, mask=here, other=0.0).to(tl.float32)
+        factor = tl.load(scale + row, mask=row < rows, other=0.0)
+        x = x * factor
+        dw += dy * x
+        dy = dy * w
+        dx = factor * (dy - x * (tl.sum(dy * x) / D))
+        if DTOTAL:
+            dx += tl.load(dtotal + row * D + k, mask=here, other=0.0).to(tl.float32)
+        tl.store(dresidual + row * D + k, dx.to(dresidual.dtype.element_ty), mask=here)
+        if HIDDEN:
+            tl.store(dhidden + row * D + k, dx.to(dhidden.dtype.element_ty), mask=here)
+    tl.store(parts + program * D + k, dw, mask=inside)

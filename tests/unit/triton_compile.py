@@ -1,0 +1,82 @@
+"""Triton's kernels compiled for a GPU that is not there: what an operator would launch, caught and built for sm_90."""
+
+import inspect
+import re
+import subprocess
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+NAMES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.bool: "i1",
+}
+OPTIONS = ("num_warps", "num_stages", "launch_pdl")
+
+
+@contextmanager
+def compiled(*modules):
+    """Inside, the modules' kernels are not launched but compiled; gives the list of (name, compiled kernel)."""
+    import triton
+
+    found, kernels = [], []
+    for module in modules:
+        for name, value in list(vars(module).items()):
+            if isinstance(value, triton.runtime.JITFunction) and name.endswith("_kernel"):
+                kernels.append((module, name, value))
+                setattr(module, name, _Caught(value, found))
+    try:
+        yield found
+    finally:
+        for module, name, value in kernels:
+            setattr(module, name, value)
+
+
+class _Caught:
+    def __init__(self, kernel, found):
+        self.kernel, self.found = kernel, found
+
+    def __getitem__(self, grid):
+        return self
+
+    def __call__(self, *arguments, **named):
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        options = {name: named.pop(name) for name in OPTIONS if name in named}
+        bound = inspect.signature(self.kernel.fn).bind(*arguments, **named).arguments
+        signature, constants, attributes = {}, {}, {}
+        for index, parameter in enumerate(self.kernel.params):
+            value = bound[parameter.name]
+            if parameter.is_constexpr:
+                signature[parameter.name], constants[parameter.name] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                signature[parameter.name] = "*" + NAMES[value.dtype]
+                attributes[(index,)] = [["tt.divisibility", 16]]
+            else:
+                signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+                if isinstance(value, int) and value % 16 == 0:
+                    attributes[(index,)] = [["tt.divisibility", 16]]
+        source = ASTSource(self.kernel, signature, constants, attributes)
+        built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        self.found.append((self.kernel.fn.__name__, built))
+
+
+def resources(built) -> dict[str, int]:
+    """Registers, bytes of stack and of shared memory, as the assembler reports them."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(built.asm["cubin"])
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return {name: int(re.search(rf"\b{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "SHARED")}
