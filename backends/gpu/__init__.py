@@ -98,7 +98,8 @@ class Scan:
     dtype: of x, delta, B, C, z and y.
     options: those of OPTIONS that hold; HAS_STATE says whether there is a state to begin from, in the backward a
         gradient of the final state.
-    aligned: whether the positions of x, delta, z and dy begin at multiples of 8 elements, and the arrays at 16 bytes.
+    aligned, states_aligned: whether the arrays x, delta, z and dy, or B and C, begin at multiples of 16 bytes and their
+        positions at multiples of 8 elements.
     keep: whether the forward keeps the states that a backward needs.
     """
 
@@ -109,6 +110,7 @@ class Scan:
     dtype: str
     options: frozenset[str]
     aligned: bool
+    states_aligned: bool
     multiprocessors: int
     keep: bool = False
     backward: bool = False
@@ -141,14 +143,14 @@ class Scan:
     def defines(self) -> dict[str, int]:
         """What the source is compiled with."""
         g = self.geometry
-        aligned = self.aligned and self.channels % g.vector == 0
         flags = {name: int(name in self.options) for name in OPTIONS}
         return {
             **g._asdict(),
             **flags,
             "ELEMENT": ELEMENTS[self.dtype],
             "KEEP_EVERY": KEEP_EVERY,
-            "ALIGNED": int(aligned),
+            "ALIGNED": int(self.aligned and self.channels % g.vector == 0),
+            "STATES_ALIGNED": int(self.states_aligned and self.states % min(8, g.padded) == 0),
             "CHUNKED": int(self.chunks > 1),
             "KEEP": int(self.keep),
             "BACKWARD": int(self.backward),

@@ -3,6 +3,7 @@
 #define DEVICE __device__ __forceinline__
 #define GLOBAL
 #define SHARED
+#define LOCAL
 #define UNROLL _Pragma("unroll")
 
 typedef long long int64;
@@ -20,6 +21,14 @@ DEVICE Element to_element(float value) {
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded) : "f"(value));
   return rounded;
 }
+// Two elements in a word, the first in its low half.
+DEVICE float first_of(unsigned pair) { return __uint_as_float(pair << 16); }
+DEVICE float second_of(unsigned pair) { return __uint_as_float(pair & 0xffff0000u); }
+DEVICE unsigned pair_of(float first, float second) {
+  unsigned pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  return pair;
+}
 #else  // float16
 typedef unsigned short Element;
 DEVICE float to_float(Element value) {
@@ -32,16 +41,27 @@ DEVICE Element to_element(float value) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(rounded) : "f"(value));
   return rounded;
 }
+DEVICE float first_of(unsigned pair) { return to_float(Element(pair)); }
+DEVICE float second_of(unsigned pair) { return to_float(Element(pair >> 16)); }
+DEVICE unsigned pair_of(float first, float second) { return to_element(first) | unsigned(to_element(second)) << 16; }
 #endif
 
+// 2^value; small_exp2 also where that is no normal number.
 DEVICE float fast_exp2(float value) {
   float power;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(value));
   return power;
 }
-DEVICE float exact_exp(float value) { return expf(value); }
-DEVICE float exact_log1p(float value) { return log1pf(value); }
-DEVICE float quotient(float above, float below) { return __fdividef(above, below); }
+DEVICE float small_exp2(float value) {
+  float power;
+  asm("ex2.approx.f32 %0, %1;" : "=f"(power) : "f"(value));
+  return power;
+}
+DEVICE float reciprocal(float value) {
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(value));
+  return inverse;
+}
 DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 DEVICE void barrier() { __syncthreads(); }

@@ -15,7 +15,8 @@
 // same bits every time.
 //
 // Given by the compiler's command line: ELEMENT (of x, delta, B, C, z: 0 float32, 1 bfloat16, 2 float16), NS, S, K, WARPS,
-// TILE and KEEP_EVERY (positions between kept states), ALIGNED (whether rows can be read by vectors), and 0 or 1 for
+// TILE and KEEP_EVERY (positions between kept states), and 0 or 1 for ALIGNED and STATES_ALIGNED (whether the rows of the
+// sequences over channels, and of B and C, can be read by vectors),
 // HAS_D, HAS_Z, HAS_BIAS, SOFTPLUS, HAS_STATE (of what the run begins from), CHUNKED, HAS_MASK, HAS_RESTART and KEEP.
 
 #define LANES 32
@@ -30,18 +31,47 @@
 #define BROUGHT (TILE * K / S)
 #define VECTOR (BROUGHT < 8 ? BROUGHT : 8)
 #define VECTORS (BROUGHT / VECTOR)
-#define STATES_BROUGHT ((TILE * PADDED + THREADS - 1) / THREADS)
+// The same of a tile of B or C.
+#define STATE_VECTOR (PADDED < 8 ? PADDED : 8)
+#define STATE_VECTORS ((TILE * PADDED / STATE_VECTOR + THREADS - 1) / THREADS)
 // Rows of shared memory, padded so that threads of different positions meet in different banks.
 #define ROW (BLOCK_CHANNELS + 8)
 
 #define LOG2_E 1.4426950408889634f
+// What float32 leaves of it.
+#define LOG2_E_REST 1.925963033500e-08f
 #define LN_2 0.6931471805599453f
 
-#define VECTOR_BYTES (sizeof(Element) * VECTOR)
-// No GPU reads more than 16 bytes at a time.
-struct alignas(VECTOR_BYTES < 16 ? VECTOR_BYTES : 16) Vector {
-  Element at[VECTOR];
+// N elements as they are read and written at once; no GPU reads more than 16 bytes.
+template <int N>
+struct alignas(sizeof(Element) * N < 16 ? sizeof(Element) * N : 16) Vector {
+#if ELEMENT == 0
+  float words[N];
+  DEVICE void unpack(LOCAL float* values) const { UNROLL for (int i = 0; i < N; ++i) values[i] = words[i]; }
+  DEVICE void pack(const LOCAL float* values) { UNROLL for (int i = 0; i < N; ++i) words[i] = values[i]; }
+#else
+  unsigned words[N / 2];
+  DEVICE void unpack(LOCAL float* values) const {
+    UNROLL for (int i = 0; i < N; i += 2) values[i] = first_of(words[i / 2]), values[i + 1] = second_of(words[i / 2]);
+  }
+  DEVICE void pack(const LOCAL float* values) {
+    UNROLL for (int i = 0; i < N; i += 2) words[i / 2] = pair_of(values[i], values[i + 1]);
+  }
+#endif
+  DEVICE void clear() { UNROLL for (int i = 0; i < int(sizeof(words) / sizeof(words[0])); ++i) words[i] = 0; }
 };
+
+#if ELEMENT != 0
+template <>
+struct Vector<1> {
+  Element word;
+  DEVICE void unpack(LOCAL float* values) const { values[0] = to_float(word); }
+  DEVICE void pack(const LOCAL float* values) { word = to_element(values[0]); }
+  DEVICE void clear() { word = Element(0); }
+};
+#endif
+
+typedef Vector<VECTOR> Brought;
 
 // (b, l, channels or states), the last axis contiguous.
 struct Sequence {
@@ -62,19 +92,67 @@ struct Place {
   int thread, block, chunk, row;
 };
 
-DEVICE float sigmoid(float value) { return quotient(1.0f, 1.0f + exact_exp(-value)); }
-DEVICE float softplus(float value) { return max(value, 0.0f) + exact_log1p(exact_exp(-fabs(value))); }
-// Of a silu: at -inf and far below it is 0, as the exponential is inf there.
-DEVICE float silu_derivative(float value) {
-  float gate = sigmoid(value);
-  return gate * (1.0f + value * (1.0f - gate));
+// exp(-|value|), within a few units in the last place: what a product with log2(e) loses is put back. SMALL: also where
+// that is no normal number. Beyond `most` it is zero, and no infinity comes into its way; NaN stays NaN.
+template <bool SMALL>
+DEVICE float exp_of_minus(float value) {
+  const float most = 110.0f;
+  float negative = value < 0.0f ? value : -value;
+  negative = negative < -most ? -most : negative;
+  float exponent = negative * LOG2_E;
+  float lost = multiply_add(negative, LOG2_E_REST, multiply_add(negative, LOG2_E, -exponent));
+  float power = SMALL ? small_exp2(exponent) : fast_exp2(exponent);
+  return multiply_add(power, lost * LN_2, power);
 }
 
-// Where a thread stands, and the tile elements and states that it brings and computes.
+DEVICE float sigmoid(float value) {
+  float small = exp_of_minus<false>(value);
+  return (value < 0.0f ? small : 1.0f) * reciprocal(1.0f + small);
+}
+
+// max(value, 0) + log(1 + small) by the polynomial for log(1 + s) / s of degree 9 that is best on [0, 1], to 5e-9.
+DEVICE float softplus(float value) {
+  const float coefficients[] = {
+      -0.003256378462538123f, 0.019907161593437195f, -0.057064201682806015f, 0.10614264756441116f, -0.15311862528324127f,
+      0.19678117334842682f,   -0.24954558908939362f, 0.33330005407333374f,   -0.4999990463256836f, 1.0f};
+  float small = exp_of_minus<true>(value), sum = coefficients[0];
+  UNROLL for (int i = 1; i < 10; ++i) sum = multiply_add(sum, small, coefficients[i]);
+  return multiply_add(sum, small, value < 0.0f ? 0.0f : value);
+}
+
+DEVICE float silu_derivative(float value, float gate) { return gate * (1.0f + value * (1.0f - gate)); }
+
+// N floats of shared memory that lie together.
+template <int N>
+DEVICE void read(const SHARED float* from, LOCAL float* values) {
+  if (N % 4 == 0) {
+    UNROLL for (int i = 0; i + 3 < N; i += 4) {
+      float4 four = *(const SHARED float4*)(from + i);
+      values[i] = four.x, values[i + 1] = four.y, values[i + 2] = four.z, values[i + 3] = four.w;
+    }
+  } else {
+    UNROLL for (int i = 0; i < N; ++i) values[i] = from[i];
+  }
+}
+
+template <int N>
+DEVICE void write(SHARED float* to, const LOCAL float* values) {
+  if (N % 4 == 0) {
+    UNROLL for (int i = 0; i + 3 < N; i += 4)
+        *(SHARED float4*)(to + i) = float4{values[i], values[i + 1], values[i + 2], values[i + 3]};
+  } else {
+    UNROLL for (int i = 0; i < N; ++i) to[i] = values[i];
+  }
+}
+
+// Where a thread stands, what it computes and what it brings.
 struct Thread {
   Place place;
-  int lane, states, first_channel;  // `states` and `first_channel`: the first of its NS, and of its K, which are CHANNEL_LANES apart
-  int start, end;                   // of the chunk
+  int lane;
+  int states, first_channel;  // the first of its NS, and of its K, which are CHANNEL_LANES apart
+  int start, end;             // of the chunk
+  int brought_channel;        // the first of the VECTOR that it brings, in the block and in all
+  int brought_global;
 
   DEVICE Thread(Place at, const Inputs in) {
     place = at;
@@ -83,92 +161,117 @@ struct Thread {
     first_channel = at.thread / LANES * CHANNEL_LANES * K + lane / S;
     start = at.chunk * in.chunk;
     end = min(start + in.chunk, in.length);
+    brought_channel = at.thread * VECTOR % BLOCK_CHANNELS;
+    brought_global = at.block * BLOCK_CHANNELS + brought_channel;
   }
   DEVICE int channel(int k) const { return first_channel + k * CHANNEL_LANES; }
   DEVICE int global_channel(int k) const { return place.block * BLOCK_CHANNELS + channel(k); }
-  // Of the i-th vector that it brings.
+  // Of the i-th vector that it brings; all are of the same channels.
   DEVICE int brought_position(int i) const { return (i * THREADS + place.thread) * VECTOR / BLOCK_CHANNELS; }
-  DEVICE int brought_channel(int i) const { return (i * THREADS + place.thread) * VECTOR % BLOCK_CHANNELS; }
 };
 
 DEVICE bool counts(const Inputs in, int row, int position) {
   return position < in.length && !(HAS_MASK && !in.mask[int64(row) * in.length + position]);
 }
 
-DEVICE Vector bring(const Sequence from, const Inputs in, const Thread at, int position, int i) {
-  Vector brought;
-  int channel = at.place.block * BLOCK_CHANNELS + at.brought_channel(i);
-  const GLOBAL Element* source = from.data + at.place.row * from.row + position * from.position + channel;
-  bool inside = position < in.length;
-  if (ALIGNED && inside && channel < in.channels) {
-    brought = *(const GLOBAL Vector*)source;
+// N elements at source, of which `given` are there; zero for the others.
+template <int N, bool WHOLE>
+DEVICE Vector<N> load(const GLOBAL Element* source, int given) {
+  Vector<N> loaded;
+  loaded.clear();
+  if (WHOLE) {
+    if (given > 0) loaded = *(const GLOBAL Vector<N>*)source;
   } else {
-    UNROLL for (int c = 0; c < VECTOR; ++c)
-      brought.at[c] = !ALIGNED && inside && channel + c < in.channels ? source[c] : to_element(0.0f);
+    float values[N];
+    UNROLL for (int i = 0; i < N; ++i) values[i] = i < given ? to_float(source[i]) : 0.0f;
+    loaded.pack(values);
   }
-  return brought;
+  return loaded;
 }
 
-DEVICE void put(GLOBAL Element* to, const Inputs in, const Thread at, int position, int i, const Vector values) {
-  int channel = at.place.block * BLOCK_CHANNELS + at.brought_channel(i);
+DEVICE Brought bring(const Sequence from, const Inputs in, const Thread at, int position) {
+  const GLOBAL Element* source = from.data + at.place.row * from.row + position * from.position + at.brought_global;
+  return load<VECTOR, ALIGNED>(source, position < in.length ? in.channels - at.brought_global : 0);
+}
+
+DEVICE void put(GLOBAL Element* to, const Inputs in, const Thread at, int position, const LOCAL float* values) {
   if (position >= in.length) return;
-  GLOBAL Element* target = to + (int64(at.place.row) * in.length + position) * in.channels + channel;
+  GLOBAL Element* target = to + (int64(at.place.row) * in.length + position) * in.channels + at.brought_global;
   if (ALIGNED) {
-    if (channel < in.channels) *(GLOBAL Vector*)target = values;
+    Brought packed;
+    packed.pack(values);
+    if (at.brought_global < in.channels) *(GLOBAL Brought*)target = packed;
   } else {
     UNROLL for (int c = 0; c < VECTOR; ++c)
-      if (channel + c < in.channels) target[c] = values.at[c];
+      if (at.brought_global + c < in.channels) target[c] = to_element(values[c]);
   }
 }
 
-// B or C of a tile: (TILE, PADDED), zero where a position does not count.
-DEVICE void bring_states(const Sequence from, const Inputs in, const Thread at, int first, float brought[STATES_BROUGHT]) {
-  UNROLL for (int i = 0; i < STATES_BROUGHT; ++i) {
-    int index = i * THREADS + at.place.thread;
-    int position = first + index / PADDED, state = index % PADDED;
-    bool given = index < TILE * PADDED && state < in.states && counts(in, at.place.row, position);
-    brought[i] = given ? to_float(from.data[at.place.row * from.row + position * from.position + state]) : 0.0f;
-  }
+// Of (e), for the channels that the thread brings.
+DEVICE void bring_channels(const GLOBAL float* from, const Inputs in, const Thread at, LOCAL float* values) {
+  UNROLL for (int c = 0; c < VECTOR; ++c)
+    values[c] = at.brought_global + c < in.channels ? from[at.brought_global + c] : 0.0f;
 }
 
-DEVICE void lay_states(SHARED float* to, const Thread at, const float brought[STATES_BROUGHT]) {
-  UNROLL for (int i = 0; i < STATES_BROUGHT; ++i) {
-    int index = i * THREADS + at.place.thread;
-    if (index < TILE * PADDED) to[index] = brought[i];
-  }
-}
+// B or C of a tile, zero where a position does not count.
+struct States {
+  Vector<STATE_VECTOR> brought[STATE_VECTORS];
 
-// NS floats that lie together, of a position's states.
-DEVICE void read_states(const SHARED float* from, float values[NS]) {
-  if (NS % 4 == 0) {
-    UNROLL for (int j = 0; j < NS; j += 4) {
-      float4 four = *(const SHARED float4*)(from + j);
-      values[j] = four.x, values[j + 1] = four.y, values[j + 2] = four.z, values[j + 3] = four.w;
+  DEVICE void bring(const Sequence from, const Inputs in, const Thread at, int first) {
+    UNROLL for (int i = 0; i < STATE_VECTORS; ++i) {
+      int index = (i * THREADS + at.place.thread) * STATE_VECTOR;
+      int position = first + index / PADDED, state = index % PADDED;
+      const GLOBAL Element* source = from.data + at.place.row * from.row + position * from.position + state;
+      bool given = index < TILE * PADDED && counts(in, at.place.row, position);
+      brought[i] = load<STATE_VECTOR, STATES_ALIGNED>(source, given ? in.states - state : 0);
     }
-  } else {
-    UNROLL for (int j = 0; j < NS; ++j) values[j] = from[j];
+  }
+  // Into (TILE, PADDED).
+  DEVICE void lay(SHARED float* to, const Thread at) const {
+    UNROLL for (int i = 0; i < STATE_VECTORS; ++i) {
+      int index = (i * THREADS + at.place.thread) * STATE_VECTOR;
+      float values[STATE_VECTOR];
+      brought[i].unpack(values);
+      if (index < TILE * PADDED) write<STATE_VECTOR>(to + index, values);
+    }
+  }
+};
+
+// The states of the thread's channels from (e, PADDED).
+DEVICE void load_state(const GLOBAL float* from, const Inputs in, const Thread at, LOCAL float (*h)[NS]) {
+  UNROLL for (int k = 0; k < K; ++k) {
+    const GLOBAL float* source = from + int64(at.global_channel(k)) * PADDED + at.states;
+    bool given = at.global_channel(k) < in.channels;
+    if (NS % 4 == 0) {
+      UNROLL for (int j = 0; j + 3 < NS; j += 4) {
+        float4 four = given ? *(const GLOBAL float4*)(source + j) : float4{0.0f, 0.0f, 0.0f, 0.0f};
+        h[k][j] = four.x, h[k][j + 1] = four.y, h[k][j + 2] = four.z, h[k][j + 3] = four.w;
+      }
+    } else {
+      UNROLL for (int j = 0; j < NS; ++j) h[k][j] = given ? source[j] : 0.0f;
+    }
   }
 }
 
-// The states of the thread's channels from (e, PADDED), zero where `from` has none.
-DEVICE void load_state(const GLOBAL float* from, const Inputs in, const Thread at, float h[K][NS]) {
-  UNROLL for (int k = 0; k < K; ++k) UNROLL for (int j = 0; j < NS; ++j) {
-      bool given = at.global_channel(k) < in.channels;
-      h[k][j] = given ? from[int64(at.global_channel(k)) * PADDED + at.states + j] : 0.0f;
+DEVICE void store_state(GLOBAL float* to, const Inputs in, const Thread at, const LOCAL float (*h)[NS]) {
+  UNROLL for (int k = 0; k < K; ++k) {
+    GLOBAL float* target = to + int64(at.global_channel(k)) * PADDED + at.states;
+    if (at.global_channel(k) >= in.channels) continue;
+    if (NS % 4 == 0) {
+      UNROLL for (int j = 0; j + 3 < NS; j += 4)
+          *(GLOBAL float4*)(target + j) = float4{h[k][j], h[k][j + 1], h[k][j + 2], h[k][j + 3]};
+    } else {
+      UNROLL for (int j = 0; j < NS; ++j) target[j] = h[k][j];
     }
+  }
 }
 
-DEVICE void store_state(GLOBAL float* to, const Inputs in, const Thread at, const float h[K][NS]) {
-  UNROLL for (int k = 0; k < K; ++k) UNROLL for (int j = 0; j < NS; ++j)
-      if (at.global_channel(k) < in.channels) to[int64(at.global_channel(k)) * PADDED + at.states + j] = h[k][j];
-}
-
-DEVICE void clear(float h[K][NS]) {
+DEVICE void clear(LOCAL float (*h)[NS]) {
   UNROLL for (int k = 0; k < K; ++k) UNROLL for (int j = 0; j < NS; ++j) h[k][j] = 0.0f;
 }
 
-// A log2(e), and so decays as powers of 2; zero for the states that fill up.
-DEVICE void load_rates(const Inputs in, const Thread at, float rates[K][NS]) {
+// A log2(e), so that decays are powers of 2; zero for the states that fill up.
+DEVICE void load_rates(const Inputs in, const Thread at, LOCAL float (*rates)[NS]) {
   UNROLL for (int k = 0; k < K; ++k) UNROLL for (int j = 0; j < NS; ++j) {
       bool given = at.global_channel(k) < in.channels && at.states + j < in.states;
       rates[k][j] = given ? in.A[int64(at.global_channel(k)) * in.states + at.states + j] * LOG2_E : 0.0f;
@@ -180,14 +283,8 @@ DEVICE int64 state_offset(const Inputs in, const Thread at, int chunk, int chunk
   return (int64(at.place.row) * chunks + chunk) * in.channels * PADDED;
 }
 
-// The step size of a brought element, zero where the position does not count.
-DEVICE float step_size(const Inputs in, float delta, int channel, bool counting) {
-  float raw = HAS_BIAS && channel < in.channels ? delta + in.delta_bias[channel] : delta;
-  return counting ? (SOFTPLUS ? softplus(raw) : raw) : 0.0f;
-}
-
 // The sum over the S threads of a channel, of TOGETHER positions at once: a thread has that of position lane % 4.
-DEVICE float sum_states(const float sums[TOGETHER], int lane) {
+DEVICE float sum_states(const LOCAL float* sums, int lane) {
   bool odd = lane & 1, high = lane & 2;
   float even_half = (odd ? sums[1] : sums[0]) + shuffle_xor(odd ? sums[0] : sums[1], 1);
   float odd_half = (odd ? sums[3] : sums[2]) + shuffle_xor(odd ? sums[2] : sums[3], 1);
@@ -200,16 +297,35 @@ DEVICE float decay(float step, float rate, bool restarts) {
   return HAS_RESTART && restarts ? 0.0f : fast_exp2(step * rate);
 }
 
-struct Steps {  // of a tile, in shared memory
-  SHARED float2* at;       // (TILE, ROW): the step, and step * x
-  SHARED byte* restarting; // (TILE)
+// What a thread brings of a tile of x, delta, z and dy: VECTORS vectors of each that is given.
+struct Bundle {
+  Brought x[VECTORS], delta[VECTORS], z[VECTORS], dy[VECTORS];
+
+  DEVICE void bring(const Inputs in, const Thread at, int first, bool with_z, bool with_dy) {
+    UNROLL for (int i = 0; i < VECTORS; ++i) {
+      int position = first + at.brought_position(i);
+      x[i] = ::bring(in.x, in, at, position), delta[i] = ::bring(in.delta, in, at, position);
+      if (HAS_Z && with_z) z[i] = ::bring(in.z, in, at, position);
+      if (with_dy) dy[i] = ::bring(in.dy, in, at, position);
+    }
+  }
+  // The steps and steps * x of vector i into (TILE, ROW) float2; zero where the position does not count.
+  DEVICE void lay_steps(SHARED float* steps, const Thread at, int i, bool counting, const LOCAL float* bias) const {
+    float values[VECTOR], raw[VECTOR], pairs[2 * VECTOR];
+    x[i].unpack(values), delta[i].unpack(raw);
+    UNROLL for (int c = 0; c < VECTOR; ++c) {
+      float step = HAS_BIAS ? raw[c] + bias[c] : raw[c];
+      if (SOFTPLUS) step = softplus(step);
+      pairs[2 * c] = counting ? step : 0.0f, pairs[2 * c + 1] = counting ? step * values[c] : 0.0f;
+    }
+    write<2 * VECTOR>(steps + 2 * (at.brought_position(i) * ROW + at.brought_channel), pairs);
+  }
 };
 
+// Whether each position of a tile restarts.
 DEVICE void lay_restarts(SHARED byte* restarting, const Inputs in, const Thread at, int first) {
-  if (HAS_RESTART && at.place.thread < TILE) {
-    int position = first + at.place.thread;
-    restarting[at.place.thread] = counts(in, at.place.row, position) && in.restart[int64(at.place.row) * in.length + position];
-  }
+  for (int t = at.place.thread; HAS_RESTART && t < TILE; t += THREADS)
+    restarting[t] = counts(in, at.place.row, first + t) && in.restart[int64(at.place.row) * in.length + first + t];
 }
 
 struct ForwardResults {
@@ -222,57 +338,60 @@ struct ForwardResults {
 
 #define FORWARD_SHARED (3 * TILE * ROW + 2 * TILE * PADDED + TILE)
 
+// y of a tile from `linear`, the sums over states.
+DEVICE void finish_forward(
+    const Inputs in, GLOBAL Element* y, const Thread at, int first, const Bundle bundle, const SHARED float* linear,
+    const LOCAL float* D) {
+  UNROLL for (int i = 0; i < VECTORS; ++i) {
+    int position = at.brought_position(i);
+    bool counting = counts(in, at.place.row, first + position);
+    float values[VECTOR], x[VECTOR], z[VECTOR];
+    read<VECTOR>(linear + position * ROW + at.brought_channel, values);
+    if (HAS_D) bundle.x[i].unpack(x);
+    if (HAS_Z) bundle.z[i].unpack(z);
+    UNROLL for (int c = 0; c < VECTOR; ++c) {
+      if (HAS_D) values[c] = multiply_add(D[c], x[c], values[c]);
+      if (HAS_Z) values[c] *= z[c] * sigmoid(z[c]);
+      if (!counting) values[c] = 0.0f;
+    }
+    put(y, in, at, first + position, values);
+  }
+}
+
 // FIRST: the run that only adds up what each chunk adds.
 template <bool FIRST>
 DEVICE void scan_forward(const Inputs in, const ForwardResults out, const Place place, SHARED float* shared) {
-  SHARED float2* steps = (SHARED float2*)shared;
-  SHARED float* linear = shared + 2 * TILE * ROW;
+  SHARED float *steps = shared, *linear = steps + 2 * TILE * ROW;
   SHARED float *B = linear + TILE * ROW, *C = B + TILE * PADDED;
   SHARED byte* restarting = (SHARED byte*)(C + TILE * PADDED);
   const Thread at(place, in);
 
-  float rates[K][NS], h[K][NS], total[K];
+  float rates[K][NS], h[K][NS], total[K], bias[VECTOR], D[VECTOR];
   load_rates(in, at, rates);
   if (!FIRST && (HAS_STATE || CHUNKED))
     load_state(in.begin + state_offset(in, at, place.chunk, in.chunks), in, at, h);
   else
     clear(h);
   UNROLL for (int k = 0; k < K; ++k) total[k] = 0.0f;
+  if (HAS_BIAS) bring_channels(in.delta_bias, in, at, bias);
+  if (HAS_D && !FIRST) bring_channels(in.D, in, at, D);
 
-  Vector x[VECTORS], delta[VECTORS], z[VECTORS];
-  float next_B[STATES_BROUGHT], next_C[STATES_BROUGHT];
+  Bundle next;
+  States next_B, next_C;
+  next.bring(in, at, at.start, !FIRST, false);
+  next_B.bring(in.B, in, at, at.start);
+  if (!FIRST) next_C.bring(in.C, in, at, at.start);
   for (int first = at.start; first < at.end; first += TILE) {
-    if (first == at.start) {
-      UNROLL for (int i = 0; i < VECTORS; ++i) {
-        int position = first + at.brought_position(i);
-        x[i] = bring(in.x, in, at, position, i), delta[i] = bring(in.delta, in, at, position, i);
-        if (HAS_Z && !FIRST) z[i] = bring(in.z, in, at, position, i);
-      }
-      bring_states(in.B, in, at, first, next_B);
-      if (!FIRST) bring_states(in.C, in, at, first, next_C);
-    }
-    UNROLL for (int i = 0; i < VECTORS; ++i) {
-      int position = at.brought_position(i), channel = at.brought_channel(i);
-      bool counting = counts(in, place.row, first + position);
-      UNROLL for (int c = 0; c < VECTOR; ++c) {
-        float step = step_size(in, to_float(delta[i].at[c]), place.block * BLOCK_CHANNELS + channel + c, counting);
-        steps[position * ROW + channel + c] = float2{step, counting ? step * to_float(x[i].at[c]) : 0.0f};
-      }
-    }
-    lay_states(B, at, next_B);
-    if (!FIRST) lay_states(C, at, next_C);
+    const Bundle bundle = next;
+    UNROLL for (int i = 0; i < VECTORS; ++i)
+        bundle.lay_steps(steps, at, i, counts(in, place.row, first + at.brought_position(i)), bias);
+    next_B.lay(B, at);
+    if (!FIRST) next_C.lay(C, at);
     lay_restarts(restarting, in, at, first);
     barrier();
-
-    Vector this_x[VECTORS], this_z[VECTORS];
-    UNROLL for (int i = 0; i < VECTORS; ++i) {
-      this_x[i] = x[i], this_z[i] = z[i];
-      int position = first + TILE + at.brought_position(i);
-      x[i] = bring(in.x, in, at, position, i), delta[i] = bring(in.delta, in, at, position, i);
-      if (HAS_Z && !FIRST) z[i] = bring(in.z, in, at, position, i);
-    }
-    bring_states(in.B, in, at, first + TILE, next_B);
-    if (!FIRST) bring_states(in.C, in, at, first + TILE, next_C);
+    next.bring(in, at, first + TILE, !FIRST, false);
+    next_B.bring(in.B, in, at, first + TILE);
+    if (!FIRST) next_C.bring(in.C, in, at, first + TILE);
 
     for (int t = 0; t < TILE; t += TOGETHER) {
       if (KEEP && !FIRST && (first + t) % KEEP_EVERY == 0 && first + t < in.length)
@@ -282,11 +401,11 @@ DEVICE void scan_forward(const Inputs in, const ForwardResults out, const Place 
       float sums[K][TOGETHER];
       UNROLL for (int u = 0; u < TOGETHER; ++u) {
         float B_t[NS], C_t[NS];
-        read_states(B + (t + u) * PADDED + at.states, B_t);
-        if (!FIRST) read_states(C + (t + u) * PADDED + at.states, C_t);
+        read<NS>(B + (t + u) * PADDED + at.states, B_t);
+        if (!FIRST) read<NS>(C + (t + u) * PADDED + at.states, C_t);
         bool restarts = HAS_RESTART && restarting[t + u];
         UNROLL for (int k = 0; k < K; ++k) {
-          float2 step = steps[(t + u) * ROW + at.channel(k)];
+          float2 step = ((SHARED float2*)steps)[(t + u) * ROW + at.channel(k)];
           if (FIRST) total[k] = restarts ? infinity() : total[k] + step.x;
           float sum = 0.0f;
           UNROLL for (int j = 0; j < NS; ++j) {
@@ -304,22 +423,7 @@ DEVICE void scan_forward(const Inputs in, const ForwardResults out, const Place 
       }
     }
     barrier();
-
-    if (!FIRST) {
-      UNROLL for (int i = 0; i < VECTORS; ++i) {
-        int position = at.brought_position(i), channel = at.brought_channel(i);
-        bool counting = counts(in, place.row, first + position);
-        Vector y;
-        UNROLL for (int c = 0; c < VECTOR; ++c) {
-          int global = place.block * BLOCK_CHANNELS + channel + c;
-          float value = linear[position * ROW + channel + c];
-          if (HAS_D && global < in.channels) value = multiply_add(in.D[global], to_float(this_x[i].at[c]), value);
-          if (HAS_Z) value *= to_float(this_z[i].at[c]) * sigmoid(to_float(this_z[i].at[c]));
-          y.at[c] = to_element(counting ? value : 0.0f);
-        }
-        put(out.y, in, at, first + position, i, y);
-      }
-    }
+    if (!FIRST) finish_forward(in, out.y, at, first, bundle, linear, D);
   }
   if (FIRST) {
     store_state(out.added + state_offset(in, at, place.chunk, in.chunks), in, at, h);
@@ -352,38 +456,39 @@ struct BackwardResults {
   GLOBAL float* dBC;
   // (b, chunks, e, PADDED), (b, chunks, e), (b, chunks, e): of each row and chunk.
   GLOBAL float *dA, *dD, *ddelta_bias;
-  GLOBAL float* dstate;       // (b, e, PADDED), of the initial state
+  GLOBAL float* dstate;         // (b, e, PADDED), of the initial state
   GLOBAL float *added, *total;  // of a first run, as in ForwardResults
 };
 
 #define HISTORY (TILE * K * NS * THREADS)
 #define BACKWARD_SHARED (HISTORY + 6 * TILE * ROW + 2 * TILE * PADDED + TILE * WARPS * 2 * PADDED + TILE)
 
-// A thread's states before a position, where no other thread looks.
-DEVICE void write_history(SHARED float* history, const Thread at, int slot, const float values[NS]) {
-  if (NS % 4 == 0) {
-    UNROLL for (int j = 0; j < NS; j += 4)
-        ((SHARED float4*)history)[(slot * (NS / 4) + j / 4) * THREADS + at.place.thread] =
-            float4{values[j], values[j + 1], values[j + 2], values[j + 3]};
-  } else {
-    UNROLL for (int j = 0; j < NS; ++j) history[(slot * NS + j) * THREADS + at.place.thread] = values[j];
-  }
-}
+// A thread's states before each position of a tile, where no other thread looks: NS floats a slot.
+struct History {
+  SHARED float* memory;
+  int thread;
 
-DEVICE void read_history(const SHARED float* history, const Thread at, int slot, float values[NS]) {
-  if (NS % 4 == 0) {
-    UNROLL for (int j = 0; j < NS; j += 4) {
-      float4 four = ((const SHARED float4*)history)[(slot * (NS / 4) + j / 4) * THREADS + at.place.thread];
-      values[j] = four.x, values[j + 1] = four.y, values[j + 2] = four.z, values[j + 3] = four.w;
+  DEVICE void put(int slot, const LOCAL float* values) const {
+    if (NS % 4 == 0) {
+      UNROLL for (int j = 0; j + 3 < NS; j += 4)
+          write<4>(memory + ((slot * (NS / 4) + j / 4) * THREADS + thread) * 4, values + j);
+    } else {
+      UNROLL for (int j = 0; j < NS; ++j) memory[(slot * NS + j) * THREADS + thread] = values[j];
     }
-  } else {
-    UNROLL for (int j = 0; j < NS; ++j) values[j] = history[(slot * NS + j) * THREADS + at.place.thread];
   }
-}
+  DEVICE void get(int slot, LOCAL float* values) const {
+    if (NS % 4 == 0) {
+      UNROLL for (int j = 0; j + 3 < NS; j += 4)
+          read<4>(memory + ((slot * (NS / 4) + j / 4) * THREADS + thread) * 4, values + j);
+    } else {
+      UNROLL for (int j = 0; j < NS; ++j) values[j] = memory[(slot * NS + j) * THREADS + thread];
+    }
+  }
+};
 
 // The sums over the warp's channels of 2 NS values, dB's and then dC's of the thread's states, into (2, PADDED): at every
 // step a thread hands over half of what it still has.
-DEVICE void sum_channels(float values[2 * NS], int lane, int state, SHARED float* to) {
+DEVICE void sum_channels(LOCAL float* values, int lane, int state, SHARED float* to) {
   int count = 2 * NS, offset = 0;
   bool writes = true;
   UNROLL for (int mask = S; mask < LANES; mask *= 2) {
@@ -405,20 +510,59 @@ DEVICE void sum_channels(float values[2 * NS], int lane, int state, SHARED float
     if (i < count && writes) to[(offset + i) / NS * PADDED + state + (offset + i) % NS] = values[i];
 }
 
+// The arrays of a tile in shared memory, (TILE, ROW) each but the steps, which are pairs.
+struct Tile {
+  SHARED float *steps, *gated, *linear, *gB, *rated;  // gated: dy silu(z)
+};
+
+// dx, ddelta and dz of a tile, and what it adds to dD and ddelta_bias.
+DEVICE void finish_backward(
+    const Inputs in, const BackwardResults out, const Thread at, int first, const Bundle bundle, const Tile tile,
+    const LOCAL float* bias, const LOCAL float* D, LOCAL float* dD, LOCAL float* dbias) {
+  UNROLL for (int i = 0; i < VECTORS; ++i) {
+    int position = at.brought_position(i), there = position * ROW + at.brought_channel;
+    bool counting = counts(in, at.place.row, first + position);
+    float x[VECTOR], delta[VECTOR], steps[2 * VECTOR], gated[VECTOR], gB[VECTOR], rated[VECTOR];
+    float dx[VECTOR], ddelta[VECTOR];
+    bundle.x[i].unpack(x), bundle.delta[i].unpack(delta);
+    read<2 * VECTOR>(tile.steps + 2 * there, steps), read<VECTOR>(tile.gated + there, gated);
+    read<VECTOR>(tile.gB + there, gB), read<VECTOR>(tile.rated + there, rated);
+    UNROLL for (int c = 0; c < VECTOR; ++c) {
+      dx[c] = HAS_D ? multiply_add(gB[c], steps[2 * c], D[c] * gated[c]) : gB[c] * steps[2 * c];
+      ddelta[c] = multiply_add(gB[c], x[c], LN_2 * rated[c]);
+      if (SOFTPLUS) ddelta[c] *= sigmoid(HAS_BIAS ? delta[c] + bias[c] : delta[c]);
+      if (!counting) dx[c] = ddelta[c] = 0.0f;
+      if (HAS_D) dD[c] += counting ? gated[c] * x[c] : 0.0f;
+      if (HAS_BIAS) dbias[c] += ddelta[c];
+    }
+    put(out.dx, in, at, first + position, dx);
+    put(out.ddelta, in, at, first + position, ddelta);
+    if (HAS_Z) {
+      float z[VECTOR], dy[VECTOR], linear[VECTOR], dz[VECTOR];
+      bundle.z[i].unpack(z), bundle.dy[i].unpack(dy), read<VECTOR>(tile.linear + there, linear);
+      UNROLL for (int c = 0; c < VECTOR; ++c) {
+        float sum = HAS_D ? multiply_add(D[c], x[c], linear[c]) : linear[c];
+        dz[c] = counting ? dy[c] * sum * silu_derivative(z[c], sigmoid(z[c])) : 0.0f;
+      }
+      put(out.dz, in, at, first + position, dz);
+    }
+  }
+}
+
 // FIRST: the run that only adds up what each chunk hands to the one before it.
 template <bool FIRST>
 DEVICE void scan_backward(
     const Inputs in, const GLOBAL float* kept, const BackwardResults out, const Place place, SHARED float* shared) {
-  SHARED float* history = shared;
-  SHARED float2* steps = (SHARED float2*)(history + HISTORY);
-  SHARED float* gated = (SHARED float*)(steps + TILE * ROW);  // dy silu(z)
-  SHARED float *linear = gated + TILE * ROW, *gB = linear + TILE * ROW, *rated = gB + TILE * ROW;
-  SHARED float *B = rated + TILE * ROW, *C = B + TILE * PADDED, *dBC = C + TILE * PADDED;
+  SHARED float* rows = shared + HISTORY;
+  const Tile tile = {rows, rows + 2 * TILE * ROW, rows + 3 * TILE * ROW, rows + 4 * TILE * ROW, rows + 5 * TILE * ROW};
+  SHARED float *B = rows + 6 * TILE * ROW, *C = B + TILE * PADDED, *dBC = C + TILE * PADDED;
   SHARED byte* restarting = (SHARED byte*)(dBC + TILE * WARPS * 2 * PADDED);
   const Thread at(place, in);
+  const History history = {shared, place.thread};
   const int tiles = (in.length + KEEP_EVERY - 1) / KEEP_EVERY;
 
-  float rates[K][NS], passed[K][NS], dA[K][NS], total[K];
+  float rates[K][NS], passed[K][NS], dA[K][NS], before[K][NS], total[K];
+  float bias[VECTOR], D[VECTOR], dD[VECTOR], dbias[VECTOR];
   load_rates(in, at, rates);
   if (!FIRST && (HAS_STATE || CHUNKED))
     load_state(in.begin + state_offset(in, at, place.chunk, in.chunks), in, at, passed);
@@ -426,74 +570,71 @@ DEVICE void scan_backward(
     clear(passed);
   clear(dA);
   UNROLL for (int k = 0; k < K; ++k) total[k] = 0.0f;
-  float dD[VECTORS][VECTOR], dbias[VECTORS][VECTOR];
-  UNROLL for (int i = 0; i < VECTORS; ++i) UNROLL for (int c = 0; c < VECTOR; ++c) dD[i][c] = dbias[i][c] = 0.0f;
+  UNROLL for (int c = 0; c < VECTOR; ++c) dD[c] = dbias[c] = 0.0f;
+  if (HAS_BIAS) bring_channels(in.delta_bias, in, at, bias);
+  if (HAS_D && !FIRST) bring_channels(in.D, in, at, D);
 
-  Vector x[VECTORS], delta[VECTORS], z[VECTORS], dy[VECTORS];
-  float next_B[STATES_BROUGHT], next_C[STATES_BROUGHT], before[K][NS];
+  Bundle next;
+  States next_B, next_C;
   const int last = at.start + (at.end - 1 - at.start) / TILE * TILE;
-  for (int first = last + TILE; first >= at.start; first -= TILE) {
-    Vector this_x[VECTORS], this_delta[VECTORS], this_z[VECTORS], this_dy[VECTORS];
-    float h[K][NS];
-    if (first <= last) {
-      UNROLL for (int i = 0; i < VECTORS; ++i) {
-        int position = at.brought_position(i), channel = at.brought_channel(i);
-        bool counting = counts(in, place.row, first + position);
-        UNROLL for (int c = 0; c < VECTOR; ++c) {
-          int there = position * ROW + channel + c;
-          float step = step_size(in, to_float(delta[i].at[c]), place.block * BLOCK_CHANNELS + channel + c, counting);
-          float gradient = to_float(dy[i].at[c]);
-          if (HAS_Z) gradient *= to_float(z[i].at[c]) * sigmoid(to_float(z[i].at[c]));
-          steps[there] = float2{step, counting ? step * to_float(x[i].at[c]) : 0.0f};
-          gated[there] = counting ? gradient : 0.0f;
-        }
-        this_x[i] = x[i], this_delta[i] = delta[i], this_z[i] = z[i], this_dy[i] = dy[i];
+  next.bring(in, at, last, true, true);
+  next_C.bring(in.C, in, at, last);
+  if (!FIRST) {
+    next_B.bring(in.B, in, at, last);
+    load_state(kept + state_offset(in, at, last / KEEP_EVERY, tiles), in, at, before);
+  }
+  for (int first = last; first >= at.start; first -= TILE) {
+    const Bundle bundle = next;
+    UNROLL for (int i = 0; i < VECTORS; ++i) {
+      int position = at.brought_position(i);
+      bool counting = counts(in, place.row, first + position);
+      bundle.lay_steps(tile.steps, at, i, counting, bias);
+      float gated[VECTOR], z[VECTOR];
+      bundle.dy[i].unpack(gated);
+      if (HAS_Z) bundle.z[i].unpack(z);
+      UNROLL for (int c = 0; c < VECTOR; ++c) {
+        if (HAS_Z) gated[c] *= z[c] * sigmoid(z[c]);
+        if (!counting) gated[c] = 0.0f;
       }
-      if (!FIRST) lay_states(B, at, next_B);
-      lay_states(C, at, next_C);
-      lay_restarts(restarting, in, at, first);
-      UNROLL for (int k = 0; k < K; ++k) UNROLL for (int j = 0; j < NS; ++j) h[k][j] = before[k][j];
-      barrier();
+      write<VECTOR>(tile.gated + position * ROW + at.brought_channel, gated);
     }
-    if (first > at.start) {  // the next tile, which lies before this one
-      UNROLL for (int i = 0; i < VECTORS; ++i) {
-        int position = first - TILE + at.brought_position(i);
-        x[i] = bring(in.x, in, at, position, i), delta[i] = bring(in.delta, in, at, position, i);
-        dy[i] = bring(in.dy, in, at, position, i);
-        if (HAS_Z) z[i] = bring(in.z, in, at, position, i);
-      }
-      bring_states(in.C, in, at, first - TILE, next_C);
+    if (!FIRST) next_B.lay(B, at);
+    next_C.lay(C, at);
+    lay_restarts(restarting, in, at, first);
+    float h[K][NS];
+    if (!FIRST) UNROLL for (int k = 0; k < K; ++k) UNROLL for (int j = 0; j < NS; ++j) h[k][j] = before[k][j];
+    barrier();
+    if (first > at.start) {  // the next tile lies before this one
+      next.bring(in, at, first - TILE, true, true);
+      next_C.bring(in.C, in, at, first - TILE);
       if (!FIRST) {
-        bring_states(in.B, in, at, first - TILE, next_B);
+        next_B.bring(in.B, in, at, first - TILE);
         load_state(kept + state_offset(in, at, (first - TILE) / KEEP_EVERY, tiles), in, at, before);
       }
     }
-    if (first > last) continue;
 
-    if (!FIRST) {
-      for (int t = 0; t < TILE; t += TOGETHER) {  // the tile's states once more
-        float sums[K][TOGETHER];
-        UNROLL for (int u = 0; u < TOGETHER; ++u) {
-          float B_t[NS], C_t[NS];
-          read_states(B + (t + u) * PADDED + at.states, B_t);
-          if (HAS_Z) read_states(C + (t + u) * PADDED + at.states, C_t);
-          bool restarts = HAS_RESTART && restarting[t + u];
-          UNROLL for (int k = 0; k < K; ++k) {
-            float2 step = steps[(t + u) * ROW + at.channel(k)];
-            write_history(history, at, (t + u) * K + k, h[k]);
-            float sum = 0.0f;
-            UNROLL for (int j = 0; j < NS; ++j) {
-              h[k][j] = multiply_add(decay(step.x, rates[k][j], restarts), h[k][j], step.y * B_t[j]);
-              if (HAS_Z) sum = multiply_add(C_t[j], h[k][j], sum);
-            }
-            sums[k][u] = sum;
+    for (int t = 0; !FIRST && t < TILE; t += TOGETHER) {  // the tile's states once more
+      float sums[K][TOGETHER];
+      UNROLL for (int u = 0; u < TOGETHER; ++u) {
+        float B_t[NS], C_t[NS];
+        read<NS>(B + (t + u) * PADDED + at.states, B_t);
+        if (HAS_Z) read<NS>(C + (t + u) * PADDED + at.states, C_t);
+        bool restarts = HAS_RESTART && restarting[t + u];
+        UNROLL for (int k = 0; k < K; ++k) {
+          float2 step = ((SHARED float2*)tile.steps)[(t + u) * ROW + at.channel(k)];
+          history.put((t + u) * K + k, h[k]);
+          float sum = 0.0f;
+          UNROLL for (int j = 0; j < NS; ++j) {
+            h[k][j] = multiply_add(decay(step.x, rates[k][j], restarts), h[k][j], step.y * B_t[j]);
+            if (HAS_Z) sum = multiply_add(C_t[j], h[k][j], sum);
           }
+          sums[k][u] = sum;
         }
-        if (HAS_Z) {
-          UNROLL for (int k = 0; k < K; ++k) {
-            float sum = sum_states(sums[k], at.lane);
-            if (at.lane % S < TOGETHER) linear[(t + at.lane % TOGETHER) * ROW + at.channel(k)] = sum;
-          }
+      }
+      if (HAS_Z) {
+        UNROLL for (int k = 0; k < K; ++k) {
+          float sum = sum_states(sums[k], at.lane);
+          if (at.lane % S < TOGETHER) tile.linear[(t + at.lane % TOGETHER) * ROW + at.channel(k)] = sum;
         }
       }
     }
@@ -501,25 +642,25 @@ DEVICE void scan_backward(
       float gB_sums[K][TOGETHER], rated_sums[K][TOGETHER];
       UNROLL for (int u = TOGETHER - 1; u >= 0; --u) {
         float B_t[NS], C_t[NS], values[2 * NS];
-        if (!FIRST) read_states(B + (t + u) * PADDED + at.states, B_t);
-        read_states(C + (t + u) * PADDED + at.states, C_t);
+        if (!FIRST) read<NS>(B + (t + u) * PADDED + at.states, B_t);
+        read<NS>(C + (t + u) * PADDED + at.states, C_t);
         bool restarts = HAS_RESTART && restarting[t + u];
         UNROLL for (int j = 0; j < 2 * NS; ++j) values[j] = 0.0f;
         UNROLL for (int k = 0; k < K; ++k) {
           int there = (t + u) * ROW + at.channel(k);
-          float2 step = steps[there];
-          float gradient = gated[there], gB_sum = 0.0f, rated_sum = 0.0f, previous[NS];
+          float2 step = ((SHARED float2*)tile.steps)[there];
+          float gated = tile.gated[there], gB_sum = 0.0f, rated_sum = 0.0f, previous[NS];
           if (FIRST)
             total[k] = restarts ? infinity() : total[k] + step.x;
           else
-            read_history(history, at, (t + u) * K + k, previous);
+            history.get((t + u) * K + k, previous);
           UNROLL for (int j = 0; j < NS; ++j) {
-            float g = multiply_add(C_t[j], gradient, passed[k][j]);
+            float g = multiply_add(C_t[j], gated, passed[k][j]);
             passed[k][j] = g * decay(step.x, rates[k][j], restarts);
             if (!FIRST) {
               float dlog_decay = passed[k][j] * previous[j];
               values[j] = multiply_add(g, step.y, values[j]);
-              values[NS + j] = multiply_add(gradient, h[k][j], values[NS + j]);
+              values[NS + j] = multiply_add(gated, h[k][j], values[NS + j]);
               dA[k][j] = multiply_add(dlog_decay, step.x, dA[k][j]);
               gB_sum = multiply_add(g, B_t[j], gB_sum);
               rated_sum = multiply_add(dlog_decay, rates[k][j], rated_sum);
@@ -534,48 +675,24 @@ DEVICE void scan_backward(
       if (!FIRST) {
         UNROLL for (int k = 0; k < K; ++k) {
           float gB_sum = sum_states(gB_sums[k], at.lane), rated_sum = sum_states(rated_sums[k], at.lane);
-          if (at.lane % S < TOGETHER) {
-            int there = (t + at.lane % TOGETHER) * ROW + at.channel(k);
-            gB[there] = gB_sum, rated[there] = rated_sum;
-          }
+          int there = (t + at.lane % TOGETHER) * ROW + at.channel(k);
+          if (at.lane % S < TOGETHER) tile.gB[there] = gB_sum, tile.rated[there] = rated_sum;
         }
       }
     }
     barrier();
-
     if (FIRST) continue;
-    UNROLL for (int i = 0; i < VECTORS; ++i) {
-      int position = at.brought_position(i), channel = at.brought_channel(i);
-      bool counting = counts(in, place.row, first + position);
-      Vector dx, ddelta, dz;
-      UNROLL for (int c = 0; c < VECTOR; ++c) {
-        int there = position * ROW + channel + c, global = place.block * BLOCK_CHANNELS + channel + c;
-        float D = HAS_D && global < in.channels ? in.D[global] : 0.0f, value = to_float(this_x[i].at[c]);
-        float gradient = gated[there], of_step = multiply_add(gB[there], value, LN_2 * rated[there]);
-        if (SOFTPLUS) {
-          float raw = to_float(this_delta[i].at[c]);
-          of_step *= sigmoid(HAS_BIAS && global < in.channels ? raw + in.delta_bias[global] : raw);
-        }
-        if (HAS_Z) {
-          float gate = to_float(this_z[i].at[c]), sum = multiply_add(D, value, linear[there]);
-          dz.at[c] = to_element(counting ? to_float(this_dy[i].at[c]) * sum * silu_derivative(gate) : 0.0f);
-        }
-        dx.at[c] = to_element(counting ? multiply_add(gB[there], steps[there].x, D * gradient) : 0.0f);
-        ddelta.at[c] = to_element(counting ? of_step : 0.0f);
-        dD[i][c] += counting ? gradient * value : 0.0f;
-        dbias[i][c] += counting ? of_step : 0.0f;
+    finish_backward(in, out, at, first, bundle, tile, bias, D, dD, dbias);
+    const int blocks = (in.channels + BLOCK_CHANNELS - 1) / BLOCK_CHANNELS;
+    GLOBAL float* sums = out.dBC + ((int64(place.row) * blocks + place.block) * in.length + first) * 2 * PADDED;
+    const int inside = min(TILE, in.length - first) * 2 * PADDED;
+    for (int index = 4 * place.thread; index < inside; index += 4 * THREADS) {
+      float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f}, own[4];
+      UNROLL for (int warp = 0; warp < WARPS; ++warp) {
+        read<4>(dBC + (index / (2 * PADDED) * WARPS + warp) * 2 * PADDED + index % (2 * PADDED), own);
+        UNROLL for (int i = 0; i < 4; ++i) sum[i] += own[i];
       }
-      put(out.dx, in, at, first + position, i, dx);
-      put(out.ddelta, in, at, first + position, i, ddelta);
-      if (HAS_Z) put(out.dz, in, at, first + position, i, dz);
-    }
-    for (int index = place.thread; index < TILE * 2 * PADDED; index += THREADS) {
-      int position = index / (2 * PADDED), state = index % (2 * PADDED);
-      float sum = 0.0f;
-      UNROLL for (int warp = 0; warp < WARPS; ++warp) sum += dBC[(position * WARPS + warp) * 2 * PADDED + state];
-      int blocks = (in.channels + BLOCK_CHANNELS - 1) / BLOCK_CHANNELS;
-      if (first + position < in.length)
-        out.dBC[((int64(place.row) * blocks + place.block) * in.length + first + position) * 2 * PADDED + state] = sum;
+      *(GLOBAL float4*)(sums + index) = float4{sum[0], sum[1], sum[2], sum[3]};
     }
   }
 
@@ -589,18 +706,17 @@ DEVICE void scan_backward(
   }
   store_state(out.dA + own * in.channels * PADDED, in, at, dA);
   if (place.chunk == 0) store_state(out.dstate + state_offset(in, at, 0, 1), in, at, passed);
-  // Over the positions of a tile, whose memory is free now: a row for each.
-  SHARED float *dD_rows = gated, *dbias_rows = linear;
+  // Over the threads that brought the same channels; the tile's memory is free now.
+  const int sharing = THREADS * VECTOR / BLOCK_CHANNELS;
+  SHARED float *dD_rows = shared, *dbias_rows = shared + THREADS * VECTOR;
   barrier();
-  UNROLL for (int i = 0; i < VECTORS; ++i) UNROLL for (int c = 0; c < VECTOR; ++c) {
-      int there = at.brought_position(i) * ROW + at.brought_channel(i) + c;
-      dD_rows[there] = dD[i][c], dbias_rows[there] = dbias[i][c];
-    }
+  write<VECTOR>(dD_rows + place.thread * VECTOR, dD), write<VECTOR>(dbias_rows + place.thread * VECTOR, dbias);
   barrier();
   for (int channel = place.thread; channel < BLOCK_CHANNELS; channel += THREADS) {
     int global = place.block * BLOCK_CHANNELS + channel;
     float dD_sum = 0.0f, dbias_sum = 0.0f;
-    for (int t = 0; t < TILE; ++t) dD_sum += dD_rows[t * ROW + channel], dbias_sum += dbias_rows[t * ROW + channel];
+    for (int i = 0; i < sharing; ++i)
+      dD_sum += dD_rows[i * BLOCK_CHANNELS + channel], dbias_sum += dbias_rows[i * BLOCK_CHANNELS + channel];
     if (global < in.channels) {
       if (HAS_D) out.dD[own * in.channels + global] = dD_sum;
       if (HAS_BIAS) out.ddelta_bias[own * in.channels + global] = dbias_sum;

@@ -19,6 +19,7 @@ using std::min;
 #define DEVICE inline
 #define GLOBAL
 #define SHARED
+#define LOCAL
 #define UNROLL
 
 typedef int64_t int64;
@@ -54,10 +55,25 @@ inline float to_float(Element value) { return value; }
 inline Element to_element(float value) { return value; }
 #endif
 
+#if ELEMENT != 0
+inline Element half_of(unsigned pair, int which) {
+  Element halves[2];
+  std::memcpy(halves, &pair, sizeof halves);
+  return halves[which];
+}
+inline float first_of(unsigned pair) { return to_float(half_of(pair, 0)); }
+inline float second_of(unsigned pair) { return to_float(half_of(pair, 1)); }
+inline unsigned pair_of(float first, float second) {
+  Element halves[2] = {to_element(first), to_element(second)};
+  unsigned pair;
+  std::memcpy(&pair, halves, sizeof pair);
+  return pair;
+}
+#endif
+
 inline float fast_exp2(float value) { return std::exp2(value); }
-inline float exact_exp(float value) { return std::exp(value); }
-inline float exact_log1p(float value) { return std::log1p(value); }
-inline float quotient(float above, float below) { return above / below; }
+inline float small_exp2(float value) { return std::exp2(value); }
+inline float reciprocal(float value) { return 1 / value; }
 inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 inline float infinity() { return std::numeric_limits<float>::infinity(); }
 

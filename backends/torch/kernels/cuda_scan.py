@@ -125,7 +125,7 @@ def _named(x, delta, A, B, C, D, z, delta_bias, mask, restart) -> dict[str, Tens
 
 
 def _plan(named, delta_softplus, begin, **how) -> gpu.Scan:
-    x, vectors = named["x"], [named[name] for name in ("x", "delta", "z", "dy") if named.get(name) is not None]
+    x = named["x"]
     given = {
         "HAS_D": named["D"] is not None,
         "HAS_Z": named["z"] is not None,
@@ -138,9 +138,8 @@ def _plan(named, delta_softplus, begin, **how) -> gpu.Scan:
     return gpu.Scan(
         *(*x.shape, named["A"].shape[1], str(x.dtype).removeprefix("torch.")),
         options=frozenset(name for name, holds in given.items() if holds),
-        aligned=all(
-            value.data_ptr() % 16 == 0 and value.stride(0) % 8 == 0 == value.stride(1) % 8 for value in vectors
-        ),
+        aligned=_aligned(named.get(name) for name in ("x", "delta", "z", "dy")),
+        states_aligned=_aligned(named[name] for name in ("B", "C")),
         multiprocessors=_properties(x.device).multi_processor_count,
         **how,
     )
@@ -180,6 +179,14 @@ def _kernel(defines, launch: gpu.Launch, layout: str, device: int) -> driver.Ker
 @functools.cache
 def _properties(device: torch.device):
     return torch.cuda.get_device_properties(device)
+
+
+def _aligned(values) -> bool:
+    return all(
+        value.data_ptr() % 16 == 0 and value.stride(0) % 8 == 0 == value.stride(1) % 8
+        for value in values
+        if value is not None
+    )
 
 
 def _strides(value: Tensor | None) -> tuple[int, int]:
