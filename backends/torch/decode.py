@@ -1,6 +1,7 @@
 """Decoding: prefill, then one token at a time, sampled on the device."""
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import count
 
 import torch
@@ -9,11 +10,15 @@ from torch.utils import _pytree
 
 from mamba_core.backend import Carry, Choice, Context, Output, State
 from mamba_core.backends.torch.arrays import from_numpy
+from mamba_core.backends.torch.kernels import fused_step
+from mamba_core.backends.torch.kernels.graph import Decoding, Idle
 from mamba_core.observe import unobserved
 from mamba_core.sampling import Sampling
 
 # Steps whose random numbers are brought to the device at once.
 BLOCK = 64
+# What was captured for a model and waits to be used again.
+_idle = Idle()
 
 
 @torch.no_grad()
@@ -43,6 +48,9 @@ def decode(
     uniforms = _uniforms(model, draw)
     carry = begin(prefilled, context, next(uniforms), sampling)
     yield _on_host(carry.choice)
+    if limit != 1 and _captures(model, sampling):
+        yield from _replayed(model, carry, sampling, draw, limit)
+        return
     for _ in count(1) if limit is None else range(1, limit):
         carry = advance(model, carry, next(uniforms), sampling)
         yield _on_host(carry.choice)
@@ -59,6 +67,30 @@ def advance(model, carry: Carry, uniform: Tensor | None, sampling: Sampling) -> 
     hidden, state = _forward(model, carry.choice.tokens[:, None], None, carry.state)
     logits = model.head(hidden[:, 0])[:, : model.config.vocab_size]
     return begin(Output(logits, state), carry.context, uniform, sampling)
+
+
+def _advance_in_place(model, carry: Carry, uniform: Tensor | None, *, sampling: Sampling) -> Carry:
+    """`advance` by fused kernels, in the memory of the state."""
+    logits = fused_step.logits(model, carry.choice.tokens, carry.state)[:, : model.config.vocab_size]
+    return begin(Output(logits, carry.state), carry.context, uniform, sampling)
+
+
+def _captures(model, sampling: Sampling) -> bool:
+    """Whether steps are captured: on a GPU, but for the user's functions, which may look at what they are given."""
+    on_gpu = torch.device(model.device).type == "cuda" and model.kernels == "cuda"
+    return on_gpu and not sampling.processors and fused_step.reason(model) is None
+
+
+def _replayed(model, carry, sampling, draw, limit) -> Iterator[Choice]:
+    context = None if carry.context is None else carry.context.bias is None
+    weights = tuple(parameter.data_ptr() for parameter in model.parameters())
+    key = (len(carry.choice.tokens), sampling, draw is None, context, weights)
+    step = partial(_advance_in_place, model, sampling=sampling)
+    decoding = _idle.take(model, key, lambda: Decoding(step, carry, draw is not None))
+    try:
+        yield from decoding.run(carry, draw, limit)
+    finally:
+        _idle.give_back(model, key, decoding)
 
 
 def choose(logits: Tensor, context: Context | None, uniform: Tensor | None, sampling: Sampling) -> Choice:

@@ -49,13 +49,17 @@ class Backbone(nn.Module):
 
     def _step(self, residual, layers):
         """All blocks in one call of the native library; None where it is not to be used."""
+        return step.blocks(list(self.layers), residual, layers) if self.as_built() else None
+
+    def as_built(self) -> bool:
+        """Whether nobody has put others in the place of the blocks, norms and mixers, or asked to be called with them."""
         blocks = list(self.layers)
-        as_built = (
+        norms = [block.norm for block in blocks] + ([] if self.norm_f is None else [self.norm_f])
+        return (
             step.as_built(Block, *blocks)
-            and step.as_built(RMSNorm, *(block.norm for block in blocks))
+            and step.as_built(RMSNorm, *norms)
             and step.as_built(MambaMixer, *(block.mixer for block in blocks))
         )
-        return step.blocks(blocks, residual, layers) if as_built else None
 
     def _blocks(self, residual, state, mask, segment_ids, observe):
         """The residual stream, what is still to be added to it or None, and the states."""

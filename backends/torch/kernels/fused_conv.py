@@ -91,7 +91,7 @@ def conv(x, weight, bias, state, runs, silu) -> tuple[Tensor, Tensor]:
 
 
 def conv_backward(dy, dfinal_state, x, weight, bias, state, runs, silu, dx) -> list[Tensor]:
-    """Fills dx, whose channels lie side by side, and gives the gradients of weight and of bias and state where given."""
+    """Fills dx, its channels side by side, and gives the gradients of weight, and of bias and state where given."""
     x, dy = rows(x), rows(dy)
     (b, l, e), k = x.shape, weight.shape[1]
     # The gradients of its last inputs are those of k-1 steps more.

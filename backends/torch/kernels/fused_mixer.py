@@ -1,7 +1,7 @@
 """What is between a mixer's in_proj and out_proj as one operator, whose gradient computes again what is cheap to.
 
-The convolution's output and the step sizes, (b, l, e) each, are two of the five arrays of that size that the mixer would
-keep for its gradient, and take a hundredth of the time of its gradient to compute again.
+The convolution's output and the step sizes, (b, l, e) each, are two of the arrays of that size that the mixer would
+keep for its gradient, and take little of the time of its gradient to compute again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from mamba_core.backends.torch.kernels.operator import differentiable, is_float,
 def inner(xz, conv_weight, conv_bias, x_proj, dt_proj, delta_bias, A, D, conv_state, ssm_state, restart):
     """(y (b, l, e) before out_proj, conv state, ssm state) from what in_proj gives, (b, l, 2e).
 
-    The weights are cast to the dtype of xz, under autocast too; restart is (b, l) bool for the segments. Plain operations:
+    The weights are cast to the dtype of xz, under autocast too; restart is (b, l) bool for the segments. In plain
+    operations:
 
         x, z = xz.chunk(2, -1)
         x, conv_state = causal_conv(x, conv_weight, conv_bias, activation="silu", initial_state=conv_state)

@@ -15,7 +15,7 @@ REVERSE_ONLY = (
 def differentiable(
     operator, its_gradient, results: int = 2, kept: Sequence[int] = (2,), unread: Sequence[int] = ()
 ) -> Callable[..., tuple[Tensor, ...]]:
-    """operator(*inputs) of two custom operators, with its first gradient in reverse mode; only its results are returned.
+    """The results of operator(*inputs), a custom operator, with the first gradient in reverse mode.
 
     Args:
         operator: inputs are tensors, None and options; gives its results, such as y and the final state, and what only
@@ -68,7 +68,9 @@ def differentiable(
         @staticmethod
         def backward(ctx, *arriving):
             dy, *others = arriving[:results]
-            saved, tensors = ctx.saved_tensors[: len(kept)], ctx.saved_tensors[len(kept) :]
+            # Asked for once: under checkpoint it is computed when asked for.
+            saved = ctx.saved_tensors
+            saved, tensors = saved[: len(kept)], saved[len(kept) :]
             inputs = [option if value is None else value for value, option in zip(tensors, ctx.options, strict=True)]
             if dy is None:
                 shape, dtype = ctx.y

@@ -1,0 +1,475 @@
+"""One position of a model in Triton: few kernels a layer, each as long as its weights take to be read.
+
+With few rows a layer is four kernels: norm, in_proj and the convolution; x_proj; dt_proj, the recurrence and the gate;
+out_proj. With more, the products are cuBLAS's and the rest is three. A kernel may begin while the one before it ends:
+it reads its weights first and then waits for what that one writes (programmatic dependent launch).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mamba_core.backend import State
+from mamba_core.backends.torch.kernels import fused_norm
+from mamba_core.backends.torch.kernels.fused import INTERPRETED, blocks_of, jit, launching, power_of_2, tl
+from mamba_core.backends.torch.kernels.step import as_built
+
+# With more rows cuBLAS is faster.
+MOST_ROWS = 4
+# A warp reads so many bytes of each of its weights' rows at once: 16 a thread.
+LINE = 512
+# Lines on their way from memory at once, at most, and registers of a thread: more would leave room for fewer warps.
+LINES, REGISTERS = 10, 104
+# With fewer outputs than warps that fill a GPU, several warps share one.
+FEW_OUTPUTS = 512
+# Channels of a program of the recurrence.
+CHANNELS = 16
+# Not in the interpreter, which runs one kernel after another.
+OVERLAP = not INTERPRETED
+
+
+class Layer(NamedTuple):
+    """The tensors of a residual block; in_bias, conv_bias and out_bias may be None."""
+
+    norm: Tensor
+    eps: float
+    in_proj: Tensor
+    in_bias: Tensor | None
+    conv: Tensor
+    conv_bias: Tensor | None
+    x_proj: Tensor
+    dt_proj: Tensor
+    dt_bias: Tensor
+    A_log: Tensor
+    D: Tensor
+    out_proj: Tensor
+    out_bias: Tensor | None
+
+
+def layer_of(block) -> Layer:
+    mixer = block.mixer
+    return Layer(
+        block.norm.weight,
+        block.norm.eps,
+        mixer.in_proj.weight,
+        mixer.in_proj.bias,
+        mixer.conv1d.weight[:, 0],
+        mixer.conv1d.bias,
+        mixer.x_proj.weight,
+        mixer.dt_proj.weight,
+        mixer.dt_proj.bias,
+        mixer.A_log,
+        mixer.D,
+        mixer.out_proj.weight,
+        mixer.out_proj.bias,
+    )
+
+
+def reason(model) -> str | None:
+    """Why `logits` cannot compute a position of this language model; None if it can."""
+    backbone, config = model.backbone, model.config
+    if config.compat == "minimamba":
+        return "its arithmetic is not Mamba's"
+    mixers = [its.mixer for its in backbone.layers]
+    linears = [linear for mixer in mixers for linear in (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj)]
+    as_it_was_built = (
+        backbone.as_built()
+        and as_built(nn.Linear, *linears)
+        and as_built(nn.Conv1d, *(mixer.conv1d for mixer in mixers))
+        and as_built(nn.Embedding, backbone.embeddings)
+        and model.head_weight() is not None
+    )
+    if not as_it_was_built:
+        return "its modules are not as they were built"
+    weight = backbone.embeddings.weight
+    return fused_norm.reason(weight.device, weight.dtype, config.d_model)
+
+
+def logits(model, tokens: Tensor, state: State) -> Tensor:
+    """(b, v) float32 after tokens (b,); changes the state in place. For `reason(model)` None, and without gradients."""
+    backbone = model.backbone
+    dtype = torch.float32 if backbone.residual_in_fp32 else backbone.dtype
+    residual, hidden = embed(tokens, backbone.embeddings.weight, dtype), None
+    for its, own in zip(backbone.layers, state.layers, strict=True):
+        residual, hidden = block(layer_of(its), residual, hidden, *own, own)
+    return normed_linear(residual, hidden, backbone.norm_f.weight, backbone.norm_f.eps, model.head_weight())
+
+
+def block(layer: Layer, residual: Tensor, hidden: Tensor | None, conv_state, ssm_state, after):
+    """The residual block after residual + hidden, (b, d) each: a residual stream, and what is still to be added to it.
+
+    Either hidden may be None. conv_state (b, k-1, e) and ssm_state (b, e, n) become those of `after`, which may be the
+    same two tensors.
+    """
+    run = _few_rows if len(residual) <= MOST_ROWS else _many_rows
+    with launching(residual):
+        return run(layer, residual, hidden, conv_state, ssm_state, *after)
+
+
+def normed_linear(residual: Tensor, hidden: Tensor | None, norm: Tensor, eps: float, weight: Tensor) -> Tensor:
+    """weight (v, d) times the norm of residual + hidden, (b, d) each, in float32."""
+    with launching(residual):
+        if hidden is None and len(residual) <= MOST_ROWS:
+            products = residual.new_empty(len(residual), len(weight), dtype=torch.float32)
+            _linear(residual, weight, None, products, norm=norm, eps=eps)
+            return products
+        normed, _, _ = fused_norm._forward(residual, hidden, norm, eps, weight.dtype)
+        return F.linear(normed, weight).float()
+
+
+def embed(tokens: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows (b, d) of the embedding (v, d) in a dtype; NaN for a token outside of it."""
+    (v, d), b = weight.shape, len(tokens)
+    rows = torch.empty(b, d, dtype=dtype, device=weight.device)
+    with launching(weight):
+        _embed_kernel[(b,)](tokens, weight, rows, V=v, D=d, BLOCK=power_of_2(d))
+    return rows
+
+
+def _few_rows(layer, residual, _, conv_state, ssm_state, conv_after, ssm_after):
+    b, e, _ = ssm_state.shape
+    x, z, y = (layer.in_proj.new_empty(b, e) for _ in range(3))
+    convolution = (layer.conv, layer.conv_bias, conv_state, conv_after, z)
+    _linear(residual, layer.in_proj, layer.in_bias, x, norm=layer.norm, eps=layer.eps, convolution=convolution)
+    dtbc = residual.new_empty(b, len(layer.x_proj), dtype=torch.float32)
+    _linear(x, layer.x_proj, None, dtbc)
+    _recurrence(layer, x, z, dtbc, None, ssm_state, ssm_after, y)
+    total = residual.new_empty(residual.shape)
+    _linear(y, layer.out_proj, layer.out_bias, total, residual=residual)
+    return total, None
+
+
+def _many_rows(layer, residual, hidden, conv_state, ssm_state, conv_after, ssm_after):
+    b, e, n = ssm_state.shape
+    k = layer.conv.shape[1]
+    normed, total, _ = fused_norm._forward(residual, hidden, layer.norm, layer.eps, layer.in_proj.dtype)
+    xz = F.linear(normed, layer.in_proj, layer.in_bias)
+    x, y = xz.new_empty(b, e), xz.new_empty(b, e)
+    channels = min(256, power_of_2(e))
+    _conv_step_kernel[(blocks_of(e, channels), b)](
+        xz,
+        layer.conv,
+        layer.conv if layer.conv_bias is None else layer.conv_bias,
+        conv_state,
+        conv_after,
+        x,
+        layer.conv.stride(0),
+        E=e,
+        TAPS=k,
+        BIAS=layer.conv_bias is not None,
+        BLOCK=channels,
+        num_warps=1,
+    )
+    dtbc = F.linear(x, layer.x_proj)
+    delta = F.linear(dtbc[:, : dtbc.shape[1] - 2 * n], layer.dt_proj)
+    _recurrence(layer, x, xz[:, e:], dtbc, delta, ssm_state, ssm_after, y)
+    return total, F.linear(y, layer.out_proj, layer.out_bias)
+
+
+def _linear(x, weight, bias, y, *, norm=None, eps=0.0, residual=None, convolution=None):
+    """y = weight (n, k) times x (b, k), or times the norm of x; plus the residual.
+
+    With a convolution y is (b, n/2): the first half of the result goes through it, the rest to its last tensor.
+    """
+    (n, width), rows = weight.shape, len(x)
+    warps = 4 if n < FEW_OUTPUTS else 1
+    line = min(warps * LINE // weight.element_size(), power_of_2(width))
+    count = blocks_of(width, line)
+    outputs = _outputs_of_program(n, rows)
+    at_once = max(each for each in range(1, count + 1) if count % each == 0 and (each == 1 or each * outputs <= LINES))
+    conv_weight, conv_bias, conv_state, conv_after, z = convolution or (weight, None, x, x, x)
+    options = {"launch_pdl": True} if OVERLAP else {}
+    options |= {"maxnreg": REGISTERS} if rows == 1 else {}
+    _linear_kernel[(blocks_of(n, outputs),)](
+        x,
+        weight if norm is None else norm,
+        weight,
+        weight if bias is None else bias,
+        x if residual is None else residual,
+        y,
+        conv_weight,
+        weight if conv_bias is None else conv_bias,
+        conv_state,
+        conv_after,
+        z,
+        eps,
+        conv_weight.stride(0),
+        N=n,
+        WIDTH=width,
+        ROWS=rows,
+        NORM=norm is not None,
+        BIAS=bias is not None,
+        RESIDUAL=residual is not None,
+        CONV=convolution is not None,
+        CONV_BIAS=conv_bias is not None,
+        TAPS=conv_state.shape[1] + 1,
+        OUTPUTS=outputs,
+        LINE=line,
+        COUNT=count,
+        AT_ONCE=at_once,
+        OVERLAP=OVERLAP,
+        num_warps=warps,
+        **options,
+    )
+
+
+def _outputs_of_program(n, rows):
+    """As many as leave some warps to each multiprocessor, and fit in registers beside their sums for each row."""
+    most = max(1, 4 // rows)
+    while most > 1 and n // most < 2000:
+        most //= 2
+    return most
+
+
+def _recurrence(layer, x, z, dtbc, delta, ssm_state, ssm_after, y):
+    b, e, n = ssm_state.shape
+    r = layer.dt_proj.shape[1]
+    overlap = {"launch_pdl": True} if OVERLAP else {}
+    _recurrence_kernel[(blocks_of(e, CHANNELS), b)](
+        x,
+        z,
+        dtbc,
+        dtbc if delta is None else delta,
+        layer.dt_proj,
+        layer.dt_bias,
+        layer.A_log,
+        layer.D,
+        ssm_state,
+        ssm_after,
+        y,
+        z.stride(0),
+        E=e,
+        STATES=n,
+        RANK=r,
+        PROJECT=delta is None,
+        BLOCK=CHANNELS,
+        BLOCK_STATES=power_of_2(n),
+        BLOCK_RANK=power_of_2(r),
+        OVERLAP=OVERLAP,
+        num_warps=2,
+        **overlap,
+    )
+
+
+@jit
+def _embed_kernel(tokens, weight, rows, V: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+    b = tl.program_id(0)
+    token = tl.load(tokens + b).to(tl.int64)
+    k = tl.arange(0, BLOCK)
+    known = (token >= 0) & (token < V)
+    value = tl.load(weight + token * D + k, mask=(k < D) & known, other=float("nan"))
+    tl.store(rows + b * D + k, value.to(rows.dtype.element_ty), mask=k < D)
+
+
+@jit
+def _after_the_last(OVERLAP: tl.constexpr):
+    """Waits until what the kernels before have written can be read."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+
+
+@jit
+def _let_the_next_begin(OVERLAP: tl.constexpr):
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@jit
+def _linear_kernel(
+    x,
+    norm,
+    weight,
+    bias,
+    residual,
+    y,
+    conv_weight,
+    conv_bias,
+    conv_state,
+    conv_after,
+    z,
+    eps,
+    conv_stride,
+    N: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    NORM: tl.constexpr,
+    BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    CONV: tl.constexpr,
+    CONV_BIAS: tl.constexpr,
+    TAPS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    LINE: tl.constexpr,
+    COUNT: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    _let_the_next_begin(OVERLAP)
+    E: tl.constexpr = N // 2
+    first = tl.program_id(0) * OUTPUTS
+    lane = tl.arange(0, LINE)
+    # The norm's factor is the same for the whole row, so that it multiplies the finished sums.
+    sums, squares = (), ()
+    for _ in tl.static_range(ROWS * OUTPUTS):
+        sums = sums + (tl.zeros((LINE,), tl.float32),)
+    for _ in tl.static_range(ROWS):
+        squares = squares + (tl.zeros((LINE,), tl.float32),)
+    for block in tl.static_range(COUNT // AT_ONCE):
+        weights = ()
+        for line in tl.static_range(AT_ONCE):
+            k = (block * AT_ONCE + line) * LINE + lane
+            for output in tl.static_range(OUTPUTS):
+                place = weight + (first + output).to(tl.int64) * WIDTH + k
+                weights = weights + (tl.load(place, mask=(k < WIDTH) & (first + output < N), other=0.0),)
+        if block == 0:
+            _after_the_last(OVERLAP)
+        for line in tl.static_range(AT_ONCE):
+            k = (block * AT_ONCE + line) * LINE + lane
+            if NORM:
+                scale = tl.load(norm + k, mask=k < WIDTH, other=0.0).to(tl.float32)
+            added, squared = (), ()
+            for row in tl.static_range(ROWS):
+                value = tl.load(x + row * WIDTH + k, mask=k < WIDTH, other=0.0).to(tl.float32)
+                if NORM:
+                    squared = squared + (squares[row] + value * value,)
+                    value = value * scale
+                for output in tl.static_range(OUTPUTS):
+                    own = weights[line * OUTPUTS + output].to(tl.float32)
+                    added = added + (sums[row * OUTPUTS + output] + own * value,)
+            sums = added
+            if NORM:
+                squares = squared
+    for row in tl.static_range(ROWS):
+        factor = 1.0
+        if NORM:
+            factor = tl.rsqrt(tl.sum(squares[row], 0) / WIDTH + eps)
+        for output in tl.static_range(OUTPUTS):
+            n = first + output
+            value = tl.sum(sums[row * OUTPUTS + output], 0) * factor
+            if BIAS:
+                value += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+            if CONV:
+                if n < E:
+                    # The state holds what the input was rounded to.
+                    value = value.to(conv_after.dtype.element_ty).to(tl.float32)
+                    state = conv_state + row * (TAPS - 1) * E + n
+                    after = conv_after + row * (TAPS - 1) * E + n
+                    taps = conv_weight + n * conv_stride
+                    filtered = value * tl.load(taps + TAPS - 1).to(tl.float32)
+                    if CONV_BIAS:
+                        filtered += tl.load(conv_bias + n).to(tl.float32)
+                    for tap in tl.static_range(TAPS - 1):
+                        before = tl.load(state + tap * E).to(tl.float32)
+                        filtered += before * tl.load(taps + tap).to(tl.float32)
+                        if tap > 0:
+                            tl.store(after + (tap - 1) * E, before.to(conv_after.dtype.element_ty))
+                    if TAPS > 1:
+                        tl.store(after + (TAPS - 2) * E, value.to(conv_after.dtype.element_ty))
+                    filtered = filtered * tl.sigmoid(filtered)
+                    tl.store(y + row * E + n, filtered.to(y.dtype.element_ty))
+                elif n < N:
+                    tl.store(z + row * E + n - E, value.to(z.dtype.element_ty))
+            else:
+                if RESIDUAL:
+                    value += tl.load(residual + row * N + n, mask=n < N, other=0.0).to(tl.float32)
+                tl.store(y + row * N + n, value.to(y.dtype.element_ty), mask=n < N)
+
+
+@jit
+def _conv_step_kernel(
+    xz,
+    weight,
+    bias,
+    state,
+    after,
+    y,
+    weight_stride,
+    E: tl.constexpr,
+    TAPS: tl.constexpr,
+    BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The convolution and its SiLU of one position; xz (b, 2e)."""
+    b = tl.program_id(1)
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = c < E
+    state += b * (TAPS - 1) * E + c
+    after += b * (TAPS - 1) * E + c
+    value = tl.load(xz + b * 2 * E + c, mask=inside, other=0.0).to(tl.float32)
+    total = value * tl.load(weight + c * weight_stride + TAPS - 1, mask=inside, other=0.0).to(tl.float32)
+    if BIAS:
+        total += tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)
+    for tap in tl.static_range(TAPS - 1):
+        before = tl.load(state + tap * E, mask=inside, other=0.0).to(tl.float32)
+        total += before * tl.load(weight + c * weight_stride + tap, mask=inside, other=0.0).to(tl.float32)
+        if tap > 0:
+            tl.store(after + (tap - 1) * E, before.to(after.dtype.element_ty), mask=inside)
+    if TAPS > 1:
+        tl.store(after + (TAPS - 2) * E, value.to(after.dtype.element_ty), mask=inside)
+    tl.store(y + b * E + c, (total * tl.sigmoid(total)).to(y.dtype.element_ty), mask=inside)
+
+
+@jit
+def _recurrence_kernel(
+    x,
+    z,
+    dtbc,
+    delta,
+    dt_proj,
+    dt_bias,
+    A_log,
+    D,
+    state,
+    after,
+    y,
+    z_stride,
+    E: tl.constexpr,
+    STATES: tl.constexpr,
+    RANK: tl.constexpr,
+    PROJECT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_STATES: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """One position of the recurrence (equations 2a and 2b) and the gate, and with PROJECT dt_proj before them."""
+    _let_the_next_begin(OVERLAP)
+    b = tl.program_id(1).to(tl.int64)
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    n = tl.arange(0, BLOCK_STATES)
+    r = tl.arange(0, BLOCK_RANK)
+    inside = c < E
+    cell = c[:, None] * STATES + n[None, :]
+    within = inside[:, None] & (n < STATES)[None, :]
+    if PROJECT:
+        place = dt_proj + c[:, None] * RANK + r[None, :]
+        own = tl.load(place, mask=inside[:, None] & (r < RANK)[None, :], other=0.0).to(tl.float32)
+    A = -tl.exp(tl.load(A_log + cell, mask=within, other=0.0))
+    bias = tl.load(dt_bias + c, mask=inside, other=0.0)
+    skip = tl.load(D + c, mask=inside, other=0.0)
+    # Nobody but this program, at the step before, has written them.
+    _after_the_last(OVERLAP)
+    h = tl.load(state + b * E * STATES + cell, mask=within, other=0.0)
+    row = dtbc + b * (RANK + 2 * STATES)
+    if PROJECT:
+        dt = tl.load(row + r, mask=r < RANK, other=0.0).to(tl.float32)
+        step = tl.sum(own * dt[None, :], 1)
+    else:
+        step = tl.load(delta + b * E + c, mask=inside, other=0.0).to(tl.float32)
+    B = tl.load(row + RANK + n, mask=n < STATES, other=0.0).to(tl.float32)
+    C = tl.load(row + RANK + STATES + n, mask=n < STATES, other=0.0).to(tl.float32)
+    u = tl.load(x + b * E + c, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(z + b * z_stride + c, mask=inside, other=0.0).to(tl.float32)
+    step += bias
+    # softplus, without overflow where the argument is large and without loss where it is very negative.
+    small = tl.exp(-tl.abs(step))
+    rest = tl.where(small < 1e-4, small * (1.0 - 0.5 * small), tl.log(1.0 + small))
+    step = tl.maximum(step, 0.0) + rest
+    h = tl.exp(step[:, None] * A) * h + (step * u)[:, None] * B[None, :]
+    tl.store(after + b * E * STATES + cell, h, mask=within)
+    value = tl.sum(h * C[None, :], 1) + skip * u
+    tl.store(y + b * E + c, (value * gate * tl.sigmoid(gate)).to(y.dtype.element_ty), mask=inside)

@@ -1,0 +1,103 @@
+"""A step of decoding as a CUDA graph, so that many run before the host looks at a token."""
+
+from collections.abc import Callable, Iterator
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+from mamba_core.backend import Carry, Choice
+
+# Tokens that are computed without the host, at most; at first fewer, for short texts.
+AT_ONCE = 16
+WARM_UPS = 2
+
+
+class Decoding:
+    """`advance(carry, uniform) -> carry`, captured over arrays of its own, which each replay leaves one token further.
+
+    What advance returns in the arrays that it was given stays there; the rest is copied to them.
+    """
+
+    def __init__(self, advance: Callable[[Carry, Tensor | None], Carry], like: Carry, draws: bool):
+        self._carry = _mapped(torch.zeros_like, like)
+        tokens = like.choice.tokens
+        self._uniforms = torch.zeros(AT_ONCE, *tokens.shape, device=tokens.device) if draws else None
+        self._index = torch.zeros(1, dtype=torch.long, device=tokens.device)
+        self._choices = _mapped(lambda value: value.new_zeros(AT_ONCE, *value.shape), like.choice)
+        self._graph = torch.cuda.CUDAGraph()
+        # Compiles what is compiled when first used, which a capture cannot; where memory is not the capture's own.
+        side = torch.cuda.Stream(tokens.device)
+        side.wait_stream(torch.cuda.current_stream(tokens.device))
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UPS):
+                self._step(advance)
+        torch.cuda.current_stream(tokens.device).wait_stream(side)
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._step(advance)
+
+    def run(self, carry: Carry, draw, limit: int | None) -> Iterator[Choice]:
+        """The choices after that of the carry, of NumPy arrays, so that there are `limit` with that one."""
+        _copy(carry, self._carry)
+        done, count, running = 1, 1, None
+        while True:
+            count = min(2 * count, AT_ONCE, AT_ONCE if limit is None else limit - done)
+            # The device goes on while the host looks at what came before.
+            started = self._start(done, count, draw) if count > 0 else None
+            if running is not None:
+                yield from _each(*running)
+            if (running := started) is None:
+                return
+            done += count
+
+    def _start(self, first: int, count: int, draw):
+        if self._uniforms is not None:
+            self._uniforms[:count].copy_(torch.from_numpy(draw(first, count)))
+        self._index.zero_()
+        for _ in range(count):
+            self._graph.replay()
+        on_host = _mapped(lambda value: _to_host(value[:count]), self._choices)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        return count, on_host, arrived
+
+    def _step(self, advance):
+        uniform = None if self._uniforms is None else self._uniforms.index_select(0, self._index)[0]
+        after = advance(self._carry, uniform)
+        _copy(after, self._carry)
+        _mapped(lambda kept, value: kept.index_copy_(0, self._index, value[None]), self._choices, after.choice)
+        self._index.add_(1)
+
+
+class Idle:
+    """What was captured for a model and is not in use: the last of it, for its arrays may be large."""
+
+    def __init__(self):
+        self._kept = WeakKeyDictionary()
+
+    def take(self, model, key, make: Callable[[], Decoding]) -> Decoding:
+        found, kept = self._kept.pop(model, (None, None))
+        return kept if found == key else make()
+
+    def give_back(self, model, key, decoding: Decoding) -> None:
+        self._kept[model] = key, decoding
+
+
+def _each(count, choices, arrived) -> Iterator[Choice]:
+    arrived.synchronize()
+    for index in range(count):
+        yield _mapped(lambda value, index=index: value[index].numpy(), choices)
+
+
+def _copy(source, target) -> None:
+    _mapped(lambda value, kept: value is kept or kept.copy_(value), source, target)
+
+
+def _mapped(function, *trees):
+    """Trees of torch have None for a leaf."""
+    return _pytree.tree_map(lambda *values: None if values[0] is None else function(*values), *trees)
+
+
+def _to_host(value: Tensor) -> Tensor:
+    return torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
