@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from mamba_core.backends import native as library
-from mamba_core.backends.jax.kernels.operator import differentiable
+from mamba_core.backends.jax.kernels.operator import NATIVE, differentiable, library_calls
 
 ARGUMENTS = ("x", "weight", "bias", "initial_state", "mask", "restart")
 
@@ -16,7 +16,8 @@ def beside(plain: Callable) -> Callable:
     def run_plain(x, weight, bias, state, mask, restart, *, silu):
         return plain(x, weight.T, bias, state, mask, restart, activation="silu" if silu else None)
 
-    conv = differentiable("conv", library.Conv, ARGUMENTS, _settings, run_plain)
+    calls = library_calls("conv", library.Conv, ARGUMENTS, _settings)
+    conv = differentiable(NATIVE, "conv", *calls, ARGUMENTS, run_plain)
 
     def native(x, weight, bias, state, mask, restart, *, activation, portable=False):
         weight, bias = weight.T.astype(jnp.float32), None if bias is None else bias.astype(jnp.float32)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from mamba_core.backends import native as library
-from mamba_core.backends.jax.kernels.operator import differentiable
+from mamba_core.backends.jax.kernels.operator import NATIVE, differentiable, library_calls
 
 ARGUMENTS = ("x", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state", "mask", "restart")
 
@@ -16,7 +16,8 @@ def beside(plain: Callable) -> Callable:
     portable: an exported module has the twin in its place. Otherwise that raises a ValueError, as does another device
     than a CPU, when it is compiled for it.
     """
-    scan = differentiable("scan", library.Scan, ARGUMENTS, _settings, plain, kept=[("boundaries", _count_boundaries)])
+    calls = library_calls("scan", library.Scan, ARGUMENTS, _settings, kept=("boundaries",))
+    scan = differentiable(NATIVE, "scan", *calls, ARGUMENTS, plain, kept=[_boundaries])
 
     def native(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, **options):
         dtype = x.dtype
@@ -33,5 +34,5 @@ def _settings(x, delta, A, *_, delta_softplus):
     return {"b": b, "l": l, "e": e, "n": A[1], "delta_softplus": delta_softplus}
 
 
-def _count_boundaries(x, delta, A, *_):
-    return library.count_boundaries(*x, A[1])
+def _boundaries(x, delta, A, *_):
+    return (library.count_boundaries(*x, A[1]),)

@@ -1,12 +1,13 @@
-"""The native library's functions as operators of JAX, called through XLA's FFI on XLA's own arrays.
+"""Kernels as operators of JAX: compiled where they run, and elsewhere their plain twins.
 
-An exported module cannot carry such a call, and another device than a CPU cannot run it: there an operator's plain twin
-takes its place, as it does where the operator is differentiated.
+A kernel runs on one platform. In a module for another or for several its twin takes its place, as it does where the
+operator is differentiated.
 """
 
 import ctypes
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,21 @@ from mamba_core.backends import native as library
 
 # Of an argument that is not given.
 ABSENT = np.zeros(0, np.float32)
+
+
+class Kernel(NamedTuple):
+    """name: as `kernels()` has it. platform: JAX's word for where it runs. where: ours.
+
+    exported: whether an exported module for that platform alone can carry it.
+    """
+
+    name: str
+    platform: str
+    where: str
+    exported: bool = False
+
+
+NATIVE = Kernel("native", "cpu", "a CPU")
 
 
 def reason(device: str, dtype=None) -> str | None:
@@ -52,53 +68,46 @@ def pointing(kind: type[ctypes.Structure], settings: dict, numbers: dict[str, in
     return words, np.array(pointers)
 
 
-def operator(target: str, results: Callable, structs: Callable, plain: Callable) -> Primitive:
-    """An operation that calls that function of the library, and that `plain` stands in for where it cannot be called.
+def operator(kernel: Kernel, name: str, results: Callable, call: Callable, plain: Callable) -> Primitive:
+    """An operation of that name, as `call` computes it, and `plain` where the kernel cannot run.
 
     results(*arrays, **options): shapes and dtypes of what both return.
-    structs(*arrays and results, **options): what the function is given, each as of `pointing`.
+    call(results, *arrays, **options), plain(*arrays, **options).
     The operator's option `portable`: whether it may be compiled for where `plain` is all that runs.
     """
 
-    def call(*arrays, **options):
-        _register(target)
-        returned = results(*arrays, **options)
-        parts = structs(*arrays, *returned, **options)
-        starts = np.cumsum([0, *(len(words) for words, _ in parts)])
-        attributes = {
-            "structs": np.concatenate([words for words, _ in parts]),
-            "pointers": np.concatenate([start + own for start, (_, own) in zip(starts, parts, strict=False)]),
-            "count": np.array([len(parts)]),
-        }
-        return jax.ffi.ffi_call(target, returned)(*arrays, **attributes)
+    def run(*arrays, **options):
+        return call(results(*arrays, **options), *arrays, **options)
 
     def lower(context, *values, portable, **options):
         module = context.module_context
-        callable_here = not module.lowering_parameters.for_export and tuple(module.platforms) == ("cpu",)
-        if not (portable or callable_here):
-            raise ValueError("kernel 'native' runs on a CPU only, and is not exported; take 'auto' or another")
-        run = functools.partial(call if callable_here else plain, **options)
-        return mlir.lower_fun(run, multiple_results=True)(context, *values)
+        here = tuple(module.platforms) == (kernel.platform,)
+        here = here and (kernel.exported or not module.lowering_parameters.for_export)
+        if not (portable or here):
+            exported = "" if kernel.exported else ", and is not exported"
+            raise ValueError(f"kernel {kernel.name!r} runs on {kernel.where} only{exported}; take 'auto' or another")
+        chosen = functools.partial(run if here else plain, **options)
+        return mlir.lower_fun(chosen, multiple_results=True)(context, *values)
 
     def batch(arrays, axes, **options):
         """One element after another: the gradients of A, D and the bias are sums over the rows of each alone."""
         pairs = list(zip(arrays, axes, strict=True))
         elements = [None if axis is None else jnp.moveaxis(value, axis, 0) for value, axis in pairs]
 
-        def run(element):
+        def run_one(element):
             values = (value if own is None else own for value, own in zip(arrays, element, strict=True))
             return primitive.bind(*values, **options)
 
-        stacked = lax.map(run, elements)
+        stacked = lax.map(run_one, elements)
         return stacked, [0] * len(stacked)
 
     def jvp(arrays, tangents, portable, **options):
         tangents = tuple(map(ad.instantiate_zeros, tangents))
         return jax.jvp(functools.partial(plain, **options), tuple(arrays), tangents)
 
-    primitive = Primitive(target)
+    primitive = Primitive(name)
     primitive.multiple_results = True
-    primitive.def_impl(lambda *arrays, portable, **options: call(*arrays, **options))
+    primitive.def_impl(lambda *arrays, portable, **options: run(*arrays, **options))
     primitive.def_abstract_eval(lambda *arrays, portable, **options: results(*arrays, **options))
     ad.primitive_jvps[primitive] = jvp
     batching.primitive_batchers[primitive] = batch
@@ -123,18 +132,32 @@ def reversible(primitive: Primitive, plain: Callable) -> Callable:
     return run
 
 
-def differentiable(name: str, kind, arguments: tuple[str, ...], settings: Callable, plain: Callable, kept=()):
-    """run(*arrays or None, portable=False, **options) -> (y, final state), with the library's gradient.
+def library_call(target: str, structs: Callable) -> Callable:
+    """`call` of an `operator` that is a function of the native library, through XLA's FFI on XLA's own arrays.
 
-    name: of the library's functions, mamba_{name}_forward and mamba_{name}_backward, which take a `kind`.
-    arguments: their names there; the first is x, one is initial_state, the last two are mask and restart.
-    settings(*shapes, **options): of the struct, but its threads.
-    plain(*arrays or None, **options): the twin.
-    kept: pairs of a name and a function of the arrays' shapes, that of a float32 array, empty where there will be no
-        gradient, which the forward fills and the backward needs.
+    structs(*arrays and results, **options): what the function is given, each as of `pointing`.
     """
-    floats = arguments[:-2]
-    state = arguments.index("initial_state")
+
+    def call(returned, *arrays, **options):
+        _register(target)
+        parts = structs(*arrays, *returned, **options)
+        starts = np.cumsum([0, *(len(words) for words, _ in parts)])
+        attributes = {
+            "structs": np.concatenate([words for words, _ in parts]),
+            "pointers": np.concatenate([start + own for start, (_, own) in zip(starts, parts, strict=False)]),
+            "count": np.array([len(parts)]),
+        }
+        return jax.ffi.ffi_call(target, returned)(*arrays, **attributes)
+
+    return call
+
+
+def library_calls(name: str, kind, arguments: tuple[str, ...], settings: Callable, kept=()) -> tuple:
+    """`forward` and `backward` of a `differentiable`: mamba_{name}_forward and mamba_{name}_backward.
+
+    kind: of the struct that they take. settings(*shapes, **options): of it, but its threads.
+    kept: names of what the forward keeps.
+    """
 
     def structs(names, *arrays, keep=None, **options):
         numbers = {name: number for number, name in enumerate(names)}
@@ -142,17 +165,46 @@ def differentiable(name: str, kind, arguments: tuple[str, ...], settings: Callab
         fixed = {"bfloat16": arrays[0].dtype == jnp.bfloat16, "threads": library.threads()}
         return [pointing(kind, fixed | settings(*shapes, **options), numbers, arrays)]
 
+    forward = [*arguments, "y", "final_state", *kept]
+    backward = [*arguments, *kept, "dy", "dfinal_state", *(f"d{name}" for name in arguments[:-2])]
+    return (
+        library_call(f"mamba_{name}_forward_xla", functools.partial(structs, forward)),
+        library_call(f"mamba_{name}_backward_xla", functools.partial(structs, backward)),
+    )
+
+
+def differentiable(
+    kernel: Kernel,
+    name: str,
+    forward: Callable,
+    backward: Callable,
+    arguments: tuple[str, ...],
+    plain: Callable,
+    kept=(),
+) -> Callable:
+    """run(*arrays or None, portable=False, **options) -> (y, final state), with a gradient of the kernel's own.
+
+    forward, backward: each `call` of an operator; the forward's, with the option `keep`, returns y, the final state
+        and what is kept; the backward's, given the arguments, what was kept and the gradients of the first two, those
+        of the arguments but the last two.
+    arguments: their names; the first is x, one is initial_state, the last two are mask and restart.
+    plain(*arrays or None, **options): the twin.
+    kept: functions of the arrays' shapes, each the shape of a float32 array that the forward keeps for the backward;
+        it is empty where there will be no gradient.
+    """
+    floats = arguments[:-2]
+    state = arguments.index("initial_state")
+
     def forward_results(*arrays, keep, **_):
-        sizes = [size(*(value.shape for value in arrays)) if keep else 0 for _, size in kept]
-        own = [jax.core.ShapedArray((size,), jnp.float32) for size in sizes]
+        shapes = [shape(*(value.shape for value in arrays)) if keep else (0,) for shape in kept]
+        own = [jax.core.ShapedArray(shape, jnp.float32) for shape in shapes]
         return [_like(arrays[0]), _like(arrays[state]), *own]
 
     def backward_results(*arrays, **_):
         return [_like(value) for value in arrays[: len(floats)]]
 
     def run_plain(options, *arrays):
-        given = (None if value.shape == ABSENT.shape else value for value in arrays)
-        return plain(*given, **options)
+        return plain(*map(_given, arrays), **options)
 
     def plain_forward(*arrays, keep, **options):
         run = functools.partial(run_plain, options)
@@ -165,16 +217,11 @@ def differentiable(name: str, kind, arguments: tuple[str, ...], settings: Callab
         inputs, cotangents = arrays[: len(arguments)], arrays[-2:]
         return jax.vjp(functools.partial(run_plain, options), *inputs)[1](cotangents)[: len(floats)]
 
-    kept_names = [kept_name for kept_name, _ in kept]
-    forward_names = [*arguments, "y", "final_state", *kept_names]
-    backward_names = [*arguments, *kept_names, "dy", "dfinal_state", *(f"d{name}" for name in floats)]
-    forward = operator(
-        f"mamba_{name}_forward_xla", forward_results, functools.partial(structs, forward_names), plain_forward
+    prefix = f"mamba_{kernel.name}_{name}"
+    run = _with_gradient(
+        operator(kernel, f"{prefix}_forward", forward_results, forward, plain_forward),
+        operator(kernel, f"{prefix}_backward", backward_results, backward, plain_backward),
     )
-    backward = operator(
-        f"mamba_{name}_backward_xla", backward_results, functools.partial(structs, backward_names), plain_backward
-    )
-    run = _with_gradient(forward, backward)
     return lambda *values, portable=False, **options: run(values, {"portable": portable} | options)
 
 
@@ -206,6 +253,10 @@ def _register(target: str) -> None:
 
 def _as_arrays(arguments):
     return [ABSENT if value is None else value for value in arguments]
+
+
+def _given(value):
+    return None if value.shape == ABSENT.shape else value
 
 
 def _like(value):

@@ -12,7 +12,7 @@ from jax import lax
 
 from mamba_core.backend import LayerState
 from mamba_core.backends import native as library
-from mamba_core.backends.jax.kernels.operator import operator, pointing, reason, reversible
+from mamba_core.backends.jax.kernels.operator import NATIVE, library_call, operator, pointing, reason, reversible
 from mamba_core.backends.jax.layers import Block, MambaMixer, RMSNorm, precision, through
 from mamba_core.observe import unobserved
 
@@ -182,7 +182,10 @@ def _linear_step(x, weight, transposed, portable):
     return _linear(portable, {"transposed": transposed}, x, weight)[0]
 
 
-_block_steps = reversible(
-    operator("mamba_block_steps_xla", _block_results, _block_structs, _plain_blocks), _plain_blocks
-)
-_linear = reversible(operator("mamba_linear_step_xla", _linear_results, _linear_structs, _plain_linear), _plain_linear)
+def _operator(name, results, structs, plain):
+    call = library_call(f"mamba_{name}_xla", structs)
+    return reversible(operator(NATIVE, f"mamba_{name}", results, call, plain), plain)
+
+
+_block_steps = _operator("block_steps", _block_results, _block_structs, _plain_blocks)
+_linear = _operator("linear_step", _linear_results, _linear_structs, _plain_linear)
