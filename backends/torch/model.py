@@ -52,7 +52,7 @@ class Backbone(nn.Module):
         return step.blocks(list(self.layers), residual, layers) if self.as_built() else None
 
     def as_built(self) -> bool:
-        """Whether nobody has put others in the place of the blocks, norms and mixers, or asked to be called with them."""
+        """Whether nobody has put others in the place of blocks, norms and mixers, or asked to be called with them."""
         blocks = list(self.layers)
         norms = [block.norm for block in blocks] + ([] if self.norm_f is None else [self.norm_f])
         return (

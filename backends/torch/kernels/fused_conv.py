@@ -130,10 +130,12 @@ def conv_backward(dy, dfinal_state, x, weight, bias, state, runs, silu, dx) -> l
             BLOCK=_channels(e),
             num_warps=1,
         )
+    # Each in memory of its own, as an operator's results must be.
     parts = parts.sum(0)
-    given = [] if bias is None else [parts[k].to(bias.dtype)]
+    dweight = parts[:k].mT.clone(memory_format=torch.contiguous_format).to(weight.dtype)
+    given = [] if bias is None else [parts[k].clone().to(bias.dtype)]
     given += [] if state is None else [dstate]
-    return [parts[:k].mT.to(weight.dtype).contiguous(), *given]
+    return [dweight, *given]
 
 
 @_forward.register_fake

@@ -1,0 +1,267 @@
+"""The kernels in Triton against the plain operations that they equal: on a GPU, and on a CPU in Triton's interpreter.
+
+The interpreter must be asked for before Triton is imported, so that these tests run again in a process of their own.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import mamba_core as mc
+from mamba_core.backends.torch import conv as plain_conv
+from mamba_core.backends.torch import decode, train
+from mamba_core.backends.torch.kernels import fused, fused_conv, fused_loss, fused_norm, fused_step
+from mamba_core.backends.torch.layers import RMSNorm
+from mamba_core.spec.tolerances import relative_l2
+
+DEVICE = "cpu" if fused.INTERPRETED else "cuda"
+RUNS = fused.reason(torch.device(DEVICE)) is None and (fused.INTERPRETED or torch.cuda.is_available())
+here = pytest.mark.skipif(not RUNS, reason="needs a GPU, or Triton's interpreter")
+F32, BF16 = torch.float32, torch.bfloat16
+# Of results rounded to the dtype once, and of sums of some hundred products.
+CLOSE = {F32: 2e-6, BF16: 8e-3}
+CONFIG = mc.MambaConfig(d_model=40, n_layer=2, vocab_size=61, d_state=8)
+
+
+@pytest.mark.skipif(fused.INTERPRETED, reason="runs in the interpreter already")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_all_of_them_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout.splitlines()[-1]
+
+
+def random(*shape, dtype=F32, seed=0):
+    value = np.random.default_rng(seed + sum(shape)).normal(size=shape)
+    return torch.from_numpy(value).to(DEVICE, dtype)
+
+
+def with_gradients(function, arguments):
+    """Results and the gradients of all arguments in floating point."""
+    arguments = [
+        value.detach().requires_grad_() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for value in arguments
+    ]
+    results = function(*arguments)
+    cotangents = [random(*value.shape, dtype=value.dtype, seed=seed) for seed, value in enumerate(results)]
+    leaves = [value for value in arguments if isinstance(value, torch.Tensor) and value.requires_grad]
+    return [*results, *torch.autograd.grad(results, leaves, cotangents)]
+
+
+def compare(function, plain, arguments, limit, at_least=1):
+    found, expected = with_gradients(function, arguments), with_gradients(plain, arguments)
+    assert len(found) == len(expected) > at_least
+    for index, (one, other) in enumerate(zip(found, expected, strict=True)):
+        assert (one.shape, one.dtype) == (other.shape, other.dtype), index
+        if other.numel():
+            apart = relative_l2(one.detach().double().cpu().numpy(), other.detach().double().cpu().numpy())
+            assert apart <= limit, f"{index} is {apart} apart"
+
+
+@here
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("given", [True, False])
+def test_add_norm(dtype, given):
+    residual, weight = random(3, 5, 24), random(24)
+    hidden = random(3, 5, 24, dtype=dtype, seed=1) if given else None
+
+    def plain(residual, weight, hidden):
+        total = residual * 1 if hidden is None else residual + hidden
+        norm = RMSNorm(24, 1e-5)
+        return torch.func.functional_call(norm, {"weight": weight}, (total,)).to(dtype), total
+
+    def ours(residual, weight, hidden):
+        return fused_norm.add_norm(residual, hidden, weight, 1e-5, dtype)
+
+    compare(ours, plain, (residual, weight, hidden), CLOSE[dtype])
+
+
+@here
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [0, 1, 2, 70])
+@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("width", [1, 2, 4])
+def test_conv(length, segments, width):
+    """Of a slice of a wider array, as the mixer has it."""
+    e = 12
+    restart = None
+    if segments:
+        restart = torch.from_numpy(np.random.default_rng(0).random((2, length)) < 0.2).to(DEVICE)
+    arguments = (random(2, length, 2 * e), random(e, width), random(e), random(2, width - 1, e))
+
+    def ours(xz, weight, bias, state):
+        return fused_conv.causal_conv(xz[..., :e], weight, bias, "silu", state, restart)
+
+    def plain(xz, weight, bias, state):
+        return plain_conv.shifted(xz[..., :e], weight, bias, "silu", state, None, restart)
+
+    compare(ours, plain, arguments, CLOSE[F32])
+
+
+@here
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_conv_without_bias_state_and_activation(dtype):
+    arguments = (random(2, 9, 300, dtype=dtype), random(300, 3))
+    compare(
+        lambda x, weight: fused_conv.causal_conv(x, weight, None, None, None, None),
+        lambda x, weight: plain_conv.shifted(x, weight, None, None, None, None, None),
+        arguments,
+        CLOSE[dtype],
+    )
+
+
+@here
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_linear_cross_entropy(dtype, monkeypatch):
+    """In several parts, the last of them shorter, with targets that do not count."""
+    monkeypatch.setattr(fused_loss, "BYTES", 20 * 53 * 4)
+    targets = torch.randint(0, 53, (50,), device=DEVICE)
+    targets[3] = targets[20:30] = fused_loss.IGNORED
+
+    def plain(hidden, weight):
+        logits = torch.nn.functional.linear(hidden, weight.to(dtype)).float()
+        return (torch.nn.functional.cross_entropy(logits, targets, reduction="sum"),)
+
+    def ours(hidden, weight):
+        return (fused_loss.linear_cross_entropy(hidden, weight, targets),)
+
+    compare(ours, plain, (random(50, 16, dtype=dtype), random(53, 16)), CLOSE[dtype])
+
+
+@here
+@pytest.mark.gpu
+def test_a_target_outside_the_vocabulary_is_nan():
+    for target in (53, -1):
+        targets = torch.tensor([0, target], device=DEVICE)
+        assert fused_loss.linear_cross_entropy(random(2, 16), random(53, 16), targets).isnan()
+
+
+def models(**settings):
+    """One with fused kernels, one in plain operations."""
+    return [mc.build(CONFIG, backend="torch", device=DEVICE, kernels=name, **settings) for name in ("auto", "chunked")]
+
+
+def tokens(rows, length):
+    return np.random.default_rng(0).integers(0, CONFIG.vocab_size, (rows, length)).astype(np.int32)
+
+
+@here
+@pytest.mark.gpu
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_loss_and_gradients_of_a_model(remat, padded):
+    given = tokens(2, 40)
+    mask = None
+    if padded:
+        mask = np.ones(given.shape, bool)
+        mask[1, :7] = False
+    found = []
+    for model in models():
+        model.remat = remat
+        found.append(train.loss_and_gradients(model, given, mask))
+    (ours, gradients), (plain, expected) = found
+    assert ours == pytest.approx(plain, rel=1e-6)
+    for name, value in expected.items():
+        assert relative_l2(gradients[name], value) <= 1e-5, name
+
+
+@here
+@pytest.mark.gpu
+def test_segments_and_states_of_a_model():
+    given = torch.from_numpy(tokens(2, 40)).to(DEVICE)
+    segment_ids = torch.arange(40, device=DEVICE).repeat(2, 1) // 9
+    found = []
+    for model in models():
+        first = model(given[:, :23], segment_ids=segment_ids[:, :23])
+        out = model(given[:, 23:], state=first.state, segment_ids=segment_ids[:, 23:])
+        found.append([out.logits, *(value for layer in out.state.layers for value in layer)])
+    for one, other in zip(*found, strict=True):
+        assert relative_l2(one.detach().cpu().numpy(), other.detach().cpu().numpy()) <= 1e-5
+
+
+@here
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("batch", [1, 2, 4, 5])
+def test_a_position_in_fused_kernels(dtype, batch):
+    model, plain = models(dtype=dtype)
+    assert fused_step.reason(model) is None
+    with torch.no_grad():
+        state = model(torch.from_numpy(tokens(batch, 7)).to(DEVICE)).state
+        following = torch.from_numpy(tokens(batch, 1)).to(DEVICE)
+        expected = plain(following, state)
+        layers = tuple(type(layer)(*(value.clone() for value in layer)) for layer in state.layers)
+        state = state._replace(layers=layers)
+        logits = fused_step.logits(model, following[:, 0], state)
+    limit = 3e-6 if dtype == "float32" else 2e-2
+    assert relative_l2(logits.cpu().numpy(), expected.logits[:, 0].cpu().numpy()) <= limit
+    for own, other in zip(state.layers, expected.state.layers, strict=True):
+        for one, two in zip(own, other, strict=True):
+            assert relative_l2(one.float().cpu().numpy(), two.float().cpu().numpy()) <= limit
+
+
+@here
+@pytest.mark.gpu
+def test_a_token_outside_the_vocabulary_is_nan():
+    model = models()[0]
+    state = model.init_state(2)
+    logits = fused_step.logits(model, torch.tensor([0, CONFIG.padded_vocab_size], device=DEVICE), state)
+    assert logits[0].isfinite().all()
+    assert logits[1].isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.8, "top_k": 5, "repetition_penalty": 1.2}])
+def test_decoding_as_a_graph(settings):
+    """Twice, for the second finds the first's graph, and two at once, which need one each."""
+    model, _ = models()
+    assert decode._captures(model, mc.sampling.Sampling(**settings))
+    alone = [mc.generate(model, [[1, 2, 3], [4]], max_new_tokens=40, seed=3, **settings).tokens for _ in range(2)]
+    capture, decode._captures = decode._captures, lambda *_: False
+    try:
+        plain = mc.generate(model, [[1, 2, 3], [4]], max_new_tokens=40, seed=3, **settings).tokens
+    finally:
+        decode._captures = capture
+    assert alone[0] == alone[1] == plain
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_compiled_and_under_autocast():
+    model, plain = models()
+    given = torch.from_numpy(tokens(2, 40)).to(DEVICE)
+    compiled = torch.compile(model, fullgraph=True)
+    for dtype, limit in ((F32, 1e-5), (BF16, 3e-2)):
+        found = []
+        for one in (compiled, model, plain):
+            model.zero_grad(), plain.zero_grad()
+            with torch.autocast(DEVICE, dtype, enabled=dtype == BF16):
+                logits = one(given).logits
+            logits.square().mean().backward()
+            owner = plain if one is plain else model
+            found.append([logits, *(parameter.grad for parameter in owner.parameters())])
+        for values in zip(*found, strict=True):
+            ours, uncompiled, expected = (value.detach().cpu().numpy() for value in values)
+            assert relative_l2(ours, expected) <= limit
+            assert relative_l2(uncompiled, expected) <= limit
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_training_repeats_bit_for_bit():
+    def run():
+        model = mc.build(CONFIG, backend="torch", device=DEVICE)
+        trainer = train.Trainer(model, mc.training.TrainSettings(steps=3))
+        return [trainer.step(tokens(2, 40)) for _ in range(3)]
+
+    assert run() == run()
