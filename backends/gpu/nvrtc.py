@@ -24,8 +24,8 @@ def missing() -> str | None:
 
 
 @functools.cache
-def compile_source(source: str, defines: tuple[tuple[str, int], ...], architecture: str) -> bytes:
-    """The cubin of a source for an architecture such as "sm_90".
+def compile_source(source: str, defines: tuple[tuple[str, int], ...], architecture: str, form: str = "CUBIN") -> bytes:
+    """A source compiled for an architecture such as "sm_90": its cubin, or with form="PTX" that text.
 
     Raises:
         RuntimeError: the compiler refuses it; its own words.
@@ -33,22 +33,22 @@ def compile_source(source: str, defines: tuple[tuple[str, int], ...], architectu
     """
     options = [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{name}={value}" for name, value in defines)]
     key = hashlib.sha256("\0".join([source, *options, repr(_version())]).encode()).hexdigest()
-    kept = _folder() / f"{key}.cubin"
+    kept = _folder() / f"{key}.{form.lower()}"
     if kept.is_file():
         return kept.read_bytes()
-    cubin = _compile(source, options)
-    _keep(kept, cubin)
-    return cubin
+    image = _compile(source, options, form)
+    _keep(kept, image)
+    return image
 
 
-def _compile(source: str, options: list[str]) -> bytes:
+def _compile(source: str, options: list[str], form: str) -> bytes:
     library, program = _library(), ctypes.c_void_p()
     arguments = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
     _check(library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernels.cu", 0, None, None))
     try:
         if library.nvrtcCompileProgram(program, len(options), arguments):
             raise RuntimeError(f"NVRTC cannot compile the kernels:\n{_read(program, 'ProgramLog').decode()}")
-        return _read(program, "CUBIN")
+        return _read(program, form)
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
 
@@ -61,12 +61,12 @@ def _read(program, what: str) -> bytes:
     return text.raw if what == "CUBIN" else text.value
 
 
-def _keep(path: Path, cubin: bytes) -> None:
+def _keep(path: Path, image: bytes) -> None:
     """Whole or not at all; a cache that cannot be written is done without."""
     partial = path.with_suffix(f".{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(cubin)
+        partial.write_bytes(image)
         partial.replace(path)
     except OSError:
         partial.unlink(missing_ok=True)
