@@ -6,14 +6,17 @@ import numpy as np
 import pytest
 
 import mamba_core as mc
-from mamba_core.backend import Context
+from mamba_core import registry
+from mamba_core.parity import installed
 from mamba_core.sampling import Sampling
+from mamba_core.spec import sampling as spec
 from mamba_core.spec.init import initial_values
 from mamba_core.spec.reference import ReferenceModel
 
 from .strategies import CONFIGS, tokens
 
-CONFIG = dataclasses.replace(CONFIGS["base"], initializer_range=1.0)
+# Tied, a model that has learnt nothing repeats its last token for ever, whatever its state is.
+CONFIG = dataclasses.replace(CONFIGS["base"], initializer_range=0.5, tie_embeddings=False)
 PROMPTS = [tokens(CONFIG, 1, length, seed=length)[0].tolist() for length in (7, 1, 12)]
 
 
@@ -27,14 +30,14 @@ def reference():
     return ReferenceModel(CONFIG, dict(initial_values(CONFIG, 2)))
 
 
-def greedy(reference, prompt, count):
-    """Token by token from the float64 model, the whole sequence again for each."""
+def greedy(reference, prompt, count, adjust=lambda logits, generated: logits):
+    """Token by token from the float64 model, the whole sequence again for each: tokens, and all log-probabilities."""
     row, logprobs = list(prompt), []
     for _ in range(count):
         logits = reference(np.array([row])).logits[0, -1, : CONFIG.vocab_size]
-        row.append(int(logits.argmax()))
-        logprobs.append(logits.max() - np.log(np.exp(logits - logits.max()).sum()) - logits.max())
-    return row[len(prompt) :], logprobs
+        row.append(int(adjust(logits, row[len(prompt) :]).argmax()))
+        logprobs.append(logits - logits.max() - np.log(np.exp(logits - logits.max()).sum()))
+    return row[len(prompt) :], np.array(logprobs)
 
 
 def test_greedy_is_the_reference(model, reference):
@@ -42,7 +45,7 @@ def test_greedy_is_the_reference(model, reference):
     for prompt, new, logprobs in zip(PROMPTS, result.tokens, result.logprobs, strict=True):
         wanted, wanted_logprobs = greedy(reference, prompt, 12)
         assert new == wanted
-        np.testing.assert_allclose(logprobs, wanted_logprobs, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(logprobs, wanted_logprobs[range(12), wanted], rtol=1e-4, atol=1e-5)
     assert result.finish_reasons == ["length"] * 3
 
 
@@ -53,6 +56,7 @@ def test_greedy_is_the_reference(model, reference):
         {"temperature": 0.7, "top_k": 5},
         {"temperature": 1.3, "top_p": 0.8, "repetition_penalty": 1.3},
         {"temperature": 1.0, "top_k": 1000, "min_p": 0.05},
+        {"temperature": 1.0, "presence_penalty": 0.5, "frequency_penalty": 0.2, "logit_bias": {3: 1.0}},
     ],
 )
 def test_a_row_does_not_depend_on_its_neighbours(model, settings):
@@ -63,98 +67,13 @@ def test_a_row_does_not_depend_on_its_neighbours(model, settings):
 
 def test_padded_vocabulary_is_never_produced(backend):
     """The padded rows of the embedding are made the likeliest by far."""
-    config = dataclasses.replace(CONFIG, vocab_size=5, pad_vocab_size_multiple=8, tie_embeddings=False)
+    config = dataclasses.replace(CONFIG, vocab_size=5, pad_vocab_size_multiple=8)
     values = dict(initial_values(config, 0))
     values["lm_head.weight"][5:] = 100 * np.sign(values["lm_head.weight"][:1])
     model = backend.build(config, values.items())
     for settings in ({}, {"temperature": 5.0}, {"temperature": 1.0, "top_k": 50}, {"temperature": 1.0, "top_p": 1.0}):
         produced = mc.generate(model, [[0], [1, 2]], max_new_tokens=20, **settings).tokens
         assert max(max(row) for row in produced) < 5
-
-
-def native(backend, model, value):
-    return None if value is None else backend.from_numpy(value, device=model.device)
-
-
-def context_of(backend, model, shape, prompt=None, counts=None, bias=None):
-    """A context in the backend's arrays, from NumPy."""
-    prompt = np.zeros(shape, bool) if prompt is None else prompt
-    counts = np.zeros(shape, np.int32) if counts is None else counts
-    values = np.zeros(shape[0], np.int32), prompt, counts, np.zeros((), np.int32), bias
-    return Context(*(native(backend, model, value) for value in values))
-
-
-def chosen(backend, model, logits, sampling, uniform, context=None):
-    """One choice of the backend's own `choose`, from NumPy."""
-    choice = backend.choose(native(backend, model, logits), context, native(backend, model, uniform), sampling)
-    return backend.to_numpy(choice.tokens), backend.to_numpy(choice.logprobs)
-
-
-def kept(logits, sampling):
-    """The probabilities after the filters, by the definition in `mamba_core.generation`, one at a time."""
-    p = np.exp((np.float64(logits) - logits.max()) / sampling.temperature)
-    p /= p.sum()
-    order = sorted(range(len(p)), key=lambda token: (-p[token], token))
-    order = order[: sampling.top_k or len(order)]
-    total, running, nucleus = sum(p[token] for token in order), 0.0, []
-    for token in order:
-        if nucleus and running >= sampling.top_p * total:
-            break
-        nucleus.append(token)
-        running += p[token]
-    survivors = [token for token in nucleus if p[token] >= sampling.min_p * p[order[0]]]
-    out = np.zeros_like(p)
-    out[survivors] = p[survivors]
-    return out / out.sum()
-
-
-FILTERS = [
-    Sampling(temperature=1.0),
-    Sampling(temperature=0.5, top_k=3),
-    Sampling(temperature=2.0, top_p=0.6),
-    Sampling(temperature=1.0, min_p=0.2),
-    Sampling(temperature=1.0, top_k=6, top_p=0.9, min_p=0.05),
-    Sampling(temperature=1.0, top_p=0.0),
-    Sampling(temperature=1e-3),
-]
-
-
-@pytest.mark.parametrize("sampling", FILTERS, ids=str)
-def test_sampling_inverts_the_distribution(backend, model, sampling):
-    """A grid of u gives every token in proportion to its probability after the filters, to the grid's resolution."""
-    logits = np.random.default_rng(0).normal(size=9).astype(np.float32) * 2
-    count = 4000
-    uniform = ((np.arange(count) + 0.5) / count).astype(np.float32)
-    drawn, logprobs = chosen(backend, model, np.tile(logits, (count, 1)), sampling, uniform)
-    frequency = np.bincount(drawn, minlength=9) / count
-    np.testing.assert_allclose(frequency, kept(logits, sampling), atol=1.5 / count)
-    log_softmax = logits - np.log(np.exp(logits.astype(np.float64)).sum())
-    np.testing.assert_allclose(logprobs, log_softmax[drawn], atol=1e-5)
-
-
-def test_ties_go_to_the_lower_id(backend, model):
-    logits = np.array([[1.0, 3.0, 3.0, 0.0], [2.0, 2.0, 2.0, 2.0]], np.float32)
-    tokens, _ = chosen(backend, model, logits, Sampling(), np.zeros(2, np.float32))
-    assert tokens.tolist() == [1, 0]
-    for u in (0.0, 0.5, 0.999999):
-        tokens, _ = chosen(backend, model, logits, Sampling(temperature=1.0, top_k=1), np.full(2, u, np.float32))
-        assert tokens.tolist() == [1, 0]
-
-
-def test_repetition_penalty_divides_positive_and_multiplies_negative(backend, model):
-    logits = np.array([[2.0, 1.5, -1.0], [-1.0, -1.5, -3.0]], np.float32)
-    seen = np.array([[True, False, False], [True, False, False]])
-    context = context_of(backend, model, logits.shape, prompt=seen)
-    tokens, _ = chosen(backend, model, logits, Sampling(repetition_penalty=2.0), np.zeros(2, np.float32), context)
-    assert tokens.tolist() == [1, 1]
-
-
-def test_the_largest_uniform_gives_a_token_that_was_kept(backend, model):
-    logits = np.array([[5.0, 1.0, -50.0, -60.0]], np.float32)
-    almost = np.array([np.nextafter(np.float32(1), np.float32(0))])
-    for sampling in FILTERS:
-        tokens, _ = chosen(backend, model, logits, sampling, almost)
-        assert kept(logits[0], sampling)[tokens[0]] > 0
 
 
 def test_eos_ends_a_row_and_not_the_others(backend):
@@ -177,3 +96,188 @@ def test_greedy_over_a_longer_run(model, reference):
         wanted.append(int(out.logits[0, -1, : CONFIG.vocab_size].argmax()))
         out = reference(np.array([[wanted[-1]]]), out.state)
     assert mc.generate(model, PROMPTS[2], max_new_tokens=40).tokens[0] == wanted
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": 1.5},
+        {"presence_penalty": 2.0},
+        {"frequency_penalty": 0.7},
+        {"logit_bias": {0: -np.inf, 4: 2.0}, "repetition_penalty": 1.2, "frequency_penalty": 0.3},
+    ],
+    ids=str,
+)
+def test_penalties_follow_what_is_generated(model, reference, settings):
+    bias = np.array([settings.get("logit_bias", {}).get(token, 0.0) for token in range(CONFIG.vocab_size)])
+    sampling = Sampling(**{name: value for name, value in settings.items() if name != "logit_bias"})
+    result = mc.generate(model, PROMPTS, max_new_tokens=14, **settings)
+    for prompt, new in zip(PROMPTS, result.tokens, strict=True):
+
+        def adjust(logits, generated, prompt=prompt):
+            return spec.adjusted(logits, sampling, prompt, generated, bias)
+
+        assert new == greedy(reference, prompt, 14, adjust)[0]
+
+
+def test_processors_run_in_the_step_with_its_context(backend, model):
+    """Each token must be the last one and one more, but every third one two more."""
+    v = CONFIG.vocab_size
+    steps = np.full((2, v, v), -np.inf, np.float32)
+    for token in range(v):
+        steps[0, token, (token + 1) % v] = steps[1, token, (token + 2) % v] = 0.0
+    table = backend.from_numpy(steps, device=model.device)
+    calls = []
+
+    def follow(logits, context):
+        calls.append(1)
+        return logits + table[((context.step % 3) == 2) * 1][context.last]
+
+    for settings in ({}, {"temperature": 2.0, "top_p": 0.9}):
+        result = mc.generate(model, PROMPTS, max_new_tokens=7, processors=[follow], **settings)
+        for prompt, new in zip(PROMPTS, result.tokens, strict=True):
+            moves = np.diff([prompt[-1], *new]) % v
+            assert moves.tolist() == [1, 1, 2, 1, 1, 2, 1]
+    # Compiled, a function is called when it is traced, and not for each of twice 7 tokens. On a CPU torch is not.
+    assert backend.name == "torch" or len(calls) < 14
+
+
+def test_where_nothing_is_left_to_choose_a_row_ends(backend, model):
+    v = CONFIG.vocab_size
+    ban = np.zeros((v, v), np.float32)
+    plain = mc.generate(model, PROMPTS, max_new_tokens=8).tokens
+    ban[plain[0][3]] = -np.inf
+    table = backend.from_numpy(ban, device=model.device)
+    result = mc.generate(
+        model, PROMPTS, max_new_tokens=8, processors=lambda logits, context: logits + table[context.last]
+    )
+    for new, whole, reason in zip(result.tokens, plain, result.finish_reasons, strict=True):
+        end = whole.index(plain[0][3]) + 1 if plain[0][3] in whole[:-1] else 8
+        assert new == whole[:end]
+        assert reason == ("length" if end == 8 else "masked")
+    assert result.finish_reasons[0] == "masked"
+
+
+def test_logits_that_are_not_numbers_end_a_row(backend):
+    """Row 0 reads a token whose embedding is NaN; the others do not."""
+    values = dict(initial_values(CONFIG, 2))
+    values["backbone.embeddings.weight"][PROMPTS[0][2]] = np.nan
+    model = backend.build(CONFIG, values.items())
+    others = [[token for token in prompt if token != PROMPTS[0][2]] or [0] for prompt in PROMPTS]
+    for settings in ({}, {"temperature": 1.0, "top_k": 4, "presence_penalty": 1.0}):
+        banned = {"logit_bias": {PROMPTS[0][2]: -np.inf}} | settings
+        wanted = mc.generate(model, others, max_new_tokens=5, **banned).tokens
+        result = mc.generate(model, [PROMPTS[0], *others[1:]], max_new_tokens=5, **banned)
+        assert result.tokens == [[], *wanted[1:]]
+        assert result.finish_reasons == ["nan", "length", "length"]
+
+
+def test_the_likeliest_tokens(model, reference):
+    result = mc.generate(model, PROMPTS, max_new_tokens=5, top_logprobs=3, temperature=1.0, seed=5)
+    for prompt, new, tops, logprobs in zip(PROMPTS, result.tokens, result.top_logprobs, result.logprobs, strict=True):
+        row = list(prompt)
+        for token, top, logprob in zip(new, tops, logprobs, strict=True):
+            logits = reference(np.array([row])).logits[0, -1, : CONFIG.vocab_size]
+            wanted = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
+            assert [one for one, _ in top] == np.argsort(-wanted, kind="stable")[:3].tolist()
+            np.testing.assert_allclose([value for _, value in top], np.sort(wanted)[::-1][:3], rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(logprob, wanted[token], rtol=1e-4, atol=1e-5)
+            row.append(token)
+
+
+def test_seeds(model):
+    settings = {"max_new_tokens": 12, "temperature": 1.5}
+    again = [mc.generate(model, PROMPTS, seed=seed, **settings).tokens for seed in (7, 7, 8)]
+    assert again[0] == again[1] != again[2]
+    each = mc.generate(model, PROMPTS, seed=[3, 2**64 - 1, 3], **settings).tokens
+    for prompt, seed, new in zip(PROMPTS, [3, 2**64 - 1, 3], each, strict=True):
+        assert mc.generate(model, prompt, seed=seed, **settings).tokens == [new]
+    same = mc.generate(model, [PROMPTS[0]] * 3, seed=1, **settings).tokens
+    assert len({tuple(row) for row in same}) == 3, "rows of one seed have random numbers of their own"
+    one_seed = mc.generate(model, [PROMPTS[0]] * 2, seed=np.array([5, 5]), **settings).tokens
+    assert one_seed[0] == one_seed[1]
+
+
+def test_several_continuations_of_each_prompt(model):
+    settings = {"max_new_tokens": 9, "temperature": 1.5, "seed": [4, 5, 6]}
+    result = mc.generate(model, PROMPTS, n=3, **settings)
+    assert len(result.tokens) == 9
+    assert result.tokens[::3] == mc.generate(model, PROMPTS, **settings).tokens
+    assert len({tuple(row) for row in result.tokens}) == 9
+    alone = mc.generate(model, PROMPTS[1], n=3, max_new_tokens=9, temperature=1.5, seed=5)
+    assert alone.tokens == result.tokens[3:6]
+    greedy = mc.generate(model, PROMPTS, n=2, max_new_tokens=5).tokens
+    assert greedy == [row for row in mc.generate(model, PROMPTS, max_new_tokens=5).tokens for _ in range(2)]
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 5, 12, 100])
+def test_a_prompt_in_chunks_gives_the_same_tokens(model, chunk):
+    """Of 12, 7 and 1 tokens: chunks that end inside rows, between them and before them."""
+    whole = mc.generate(model, PROMPTS, max_new_tokens=12)
+    result = mc.generate(model, PROMPTS, max_new_tokens=12, prefill_chunk=chunk)
+    assert result.tokens == whole.tokens
+    for found, wanted in zip(result.logprobs, whole.logprobs, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_no_new_tokens(model):
+    result = mc.generate(model, PROMPTS, max_new_tokens=0, return_state=True)
+    assert (result.tokens, result.logprobs, result.finish_reasons) == ([[], [], []], [[], [], []], ["length"] * 3)
+    more = [[1], [2], [3]]
+    wanted = mc.generate(model, [prompt + new for prompt, new in zip(PROMPTS, more, strict=True)], max_new_tokens=6)
+    assert mc.generate(model, more, max_new_tokens=6, state=result.state).tokens == wanted.tokens
+
+
+def test_an_empty_prompt_is_the_beginning_of_a_text(backend):
+    values = dict(initial_values(CONFIG, 2))
+    model = backend.build(dataclasses.replace(CONFIG, bos_token_id=4), values.items())
+    result = mc.generate(model, [[], PROMPTS[0]], max_new_tokens=6)
+    assert result.tokens == mc.generate(model, [[4], PROMPTS[0]], max_new_tokens=6).tokens
+
+
+def test_turns_go_on_from_the_state(model):
+    """Rows that end at different tokens: each turn is as if all before had been given again."""
+    stop = mc.generate(model, PROMPTS, max_new_tokens=8).tokens[0][2]
+    rows, state = [list(prompt) for prompt in PROMPTS], None
+    given = PROMPTS
+    for turn in range(3):
+        wanted = mc.generate(model, rows, max_new_tokens=8, stop=stop)
+        result = mc.generate(model, given, max_new_tokens=8, stop=stop, state=state, return_state=True)
+        assert result.tokens == wanted.tokens
+        assert result.finish_reasons == wanted.finish_reasons
+        state = result.state
+        given = [[1 + turn, 2], [turn], [3, 0, turn]]
+        rows = [row + new + more for row, new, more in zip(rows, result.tokens, given, strict=True)]
+
+
+def test_a_state_is_forked_into_many_continuations(model):
+    """It is a value: what has gone on from it leaves it as it was."""
+    state = mc.generate(model, PROMPTS[2], max_new_tokens=0, return_state=True).state
+    more = [[1], [2, 3], [1]]
+    for _ in range(2):
+        result = mc.generate(model, more, max_new_tokens=6, state=state, n=2)
+        wanted = mc.generate(model, [PROMPTS[2] + new for new in more], max_new_tokens=6)
+        assert result.tokens == [row for row in wanted.tokens for _ in range(2)]
+
+
+def test_a_state_does_not_fit(model):
+    state = mc.generate(model, PROMPTS[:2], max_new_tokens=0, return_state=True).state
+    with pytest.raises(ValueError, match="another batch"):
+        mc.generate(model, PROMPTS, state=state)
+    with pytest.raises(TypeError, match="state is list"):
+        mc.generate(model, PROMPTS, state=[1])
+    with pytest.raises(ValueError, match="prompt 1 is empty; going on from a state takes at least one token"):
+        mc.generate(model, [[1], []], state=state)
+    result = mc.generate(model, [[1], []], state=state, max_new_tokens=0, return_state=True)
+    wanted = mc.generate(model, [[*PROMPTS[0], 1, 2], [*PROMPTS[1], 2]], max_new_tokens=4)
+    assert mc.generate(model, [[2], [2]], state=result.state, max_new_tokens=4).tokens == wanted.tokens
+
+
+def test_a_saved_prompt_is_loaded_on_any_backend(backend, model, tmp_path):
+    wanted = mc.generate(model, [[*PROMPTS[2], 1], [*PROMPTS[2], 2, 3]], max_new_tokens=10).tokens
+    state = mc.generate(model, PROMPTS[2], max_new_tokens=0, return_state=True).state
+    mc.save_state(state, tmp_path / "prompt.safetensors", model)
+    for name in installed():
+        other = registry.get(name).build(CONFIG, initial_values(CONFIG, 2))
+        loaded = mc.load_state(tmp_path / "prompt.safetensors", other)
+        assert mc.generate(other, [[1], [2, 3]], max_new_tokens=10, state=loaded).tokens == wanted, name
