@@ -58,7 +58,8 @@ class Geometry(NamedTuple):
     @property
     def backward_shared(self) -> int:
         history, sums = self.TILE * self.K * self.NS * self.threads, self.TILE * self.WARPS * 2 * self.padded
-        return 4 * (history + 6 * self._rows + 2 * self.TILE * self.padded + sums + self.TILE)
+        own = 2 * self.threads * self.vector
+        return 4 * (history + own + 6 * self._rows + 2 * self.TILE * self.padded + sums + self.TILE)
 
     @property
     def _rows(self) -> int:
@@ -81,13 +82,13 @@ def geometry(states: int, backward: bool = False) -> Geometry:
     """
     if states > LARGEST_STATE:
         raise ValueError(f"d_state is {states}; the GPU kernels hold at most {LARGEST_STATE}")
-    tile = KEEP_EVERY if backward else 2 * KEEP_EVERY
     if states > 128:
         return Geometry(NS=16, S=16, K=1, WARPS=2, TILE=KEEP_EVERY)
-    spread = max(4, -(-states // 4))
-    S = 1 << (spread - 1).bit_length()
+    S = 1 << (max(4, -(-states // 4)) - 1).bit_length()
     NS = 4 if states > 8 else 2 if states > 4 else 1
-    return Geometry(NS, S, K=2, WARPS=2, TILE=tile)
+    if backward or S == 32:
+        return Geometry(NS, S, K=2, WARPS=2, TILE=KEEP_EVERY if backward else 2 * KEEP_EVERY)
+    return Geometry(NS, S, K=1, WARPS=4, TILE=2 * KEEP_EVERY)
 
 
 @dataclass(frozen=True)

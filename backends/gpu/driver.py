@@ -23,11 +23,12 @@ class Kernel:
         self._threads, self._shared, self._prepared = threads, shared, set()
 
     def launch(self, device: int, stream: int, blocks: int, *arguments) -> None:
-        """On the current context, which is the device's.
+        """In the device's primary context, which the frameworks compute in.
 
         Raises:
             RuntimeError: the driver refuses it; its own words.
         """
+        _enter_context(device)
         if device not in self._prepared:
             if self._shared > _DEFAULT_SHARED_BYTES:
                 value = ctypes.c_int(self._shared)
@@ -42,6 +43,15 @@ class Kernel:
                 *(pointers, None),
             )
         )
+
+
+def _enter_context(device: int) -> None:
+    """A thread that has not computed there yet, such as one that computes gradients, has none."""
+    context = ctypes.c_void_p()
+    _check(_driver().cuCtxGetCurrent(ctypes.byref(context)))
+    if not context.value:
+        _check(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), device))
+        _check(_driver().cuCtxSetCurrent(context))
 
 
 def _offsets(layout: str) -> list[int]:

@@ -207,10 +207,18 @@ DEVICE void put(GLOBAL Element* to, const Inputs in, const Thread at, int positi
   }
 }
 
-// Of (e), for the channels that the thread brings.
+// Of (e), for the channels that the thread brings. Read again for each tile: registers are scarcer.
 DEVICE void bring_channels(const GLOBAL float* from, const Inputs in, const Thread at, LOCAL float* values) {
-  UNROLL for (int c = 0; c < VECTOR; ++c)
-    values[c] = at.brought_global + c < in.channels ? from[at.brought_global + c] : 0.0f;
+  if (ALIGNED && VECTOR % 4 == 0) {
+    UNROLL for (int c = 0; c + 3 < VECTOR; c += 4) {
+      bool given = at.brought_global < in.channels;
+      float4 four = given ? *(const GLOBAL float4*)(from + at.brought_global + c) : float4{0.0f, 0.0f, 0.0f, 0.0f};
+      values[c] = four.x, values[c + 1] = four.y, values[c + 2] = four.z, values[c + 3] = four.w;
+    }
+  } else {
+    UNROLL for (int c = 0; c < VECTOR; ++c)
+      values[c] = at.brought_global + c < in.channels ? from[at.brought_global + c] : 0.0f;
+  }
 }
 
 // B or C of a tile, zero where a position does not count.
@@ -310,9 +318,10 @@ struct Bundle {
     }
   }
   // The steps and steps * x of vector i into (TILE, ROW) float2; zero where the position does not count.
-  DEVICE void lay_steps(SHARED float* steps, const Thread at, int i, bool counting, const LOCAL float* bias) const {
-    float values[VECTOR], raw[VECTOR], pairs[2 * VECTOR];
+  DEVICE void lay_steps(SHARED float* steps, const Inputs in, const Thread at, int i, bool counting) const {
+    float values[VECTOR], raw[VECTOR], bias[VECTOR], pairs[2 * VECTOR];
     x[i].unpack(values), delta[i].unpack(raw);
+    if (HAS_BIAS) bring_channels(in.delta_bias, in, at, bias);
     UNROLL for (int c = 0; c < VECTOR; ++c) {
       float step = HAS_BIAS ? raw[c] + bias[c] : raw[c];
       if (SOFTPLUS) step = softplus(step);
@@ -340,12 +349,12 @@ struct ForwardResults {
 
 // y of a tile from `linear`, the sums over states.
 DEVICE void finish_forward(
-    const Inputs in, GLOBAL Element* y, const Thread at, int first, const Bundle bundle, const SHARED float* linear,
-    const LOCAL float* D) {
+    const Inputs in, GLOBAL Element* y, const Thread at, int first, const Bundle bundle, const SHARED float* linear) {
   UNROLL for (int i = 0; i < VECTORS; ++i) {
     int position = at.brought_position(i);
     bool counting = counts(in, at.place.row, first + position);
-    float values[VECTOR], x[VECTOR], z[VECTOR];
+    float values[VECTOR], x[VECTOR], z[VECTOR], D[VECTOR];
+    if (HAS_D) bring_channels(in.D, in, at, D);
     read<VECTOR>(linear + position * ROW + at.brought_channel, values);
     if (HAS_D) bundle.x[i].unpack(x);
     if (HAS_Z) bundle.z[i].unpack(z);
@@ -366,15 +375,13 @@ DEVICE void scan_forward(const Inputs in, const ForwardResults out, const Place 
   SHARED byte* restarting = (SHARED byte*)(C + TILE * PADDED);
   const Thread at(place, in);
 
-  float rates[K][NS], h[K][NS], total[K], bias[VECTOR], D[VECTOR];
+  float rates[K][NS], h[K][NS], total[K];
   load_rates(in, at, rates);
   if (!FIRST && (HAS_STATE || CHUNKED))
     load_state(in.begin + state_offset(in, at, place.chunk, in.chunks), in, at, h);
   else
     clear(h);
   UNROLL for (int k = 0; k < K; ++k) total[k] = 0.0f;
-  if (HAS_BIAS) bring_channels(in.delta_bias, in, at, bias);
-  if (HAS_D && !FIRST) bring_channels(in.D, in, at, D);
 
   Bundle next;
   States next_B, next_C;
@@ -384,7 +391,7 @@ DEVICE void scan_forward(const Inputs in, const ForwardResults out, const Place 
   for (int first = at.start; first < at.end; first += TILE) {
     const Bundle bundle = next;
     UNROLL for (int i = 0; i < VECTORS; ++i)
-        bundle.lay_steps(steps, at, i, counts(in, place.row, first + at.brought_position(i)), bias);
+        bundle.lay_steps(steps, in, at, i, counts(in, place.row, first + at.brought_position(i)));
     next_B.lay(B, at);
     if (!FIRST) next_C.lay(C, at);
     lay_restarts(restarting, in, at, first);
@@ -423,7 +430,7 @@ DEVICE void scan_forward(const Inputs in, const ForwardResults out, const Place 
       }
     }
     barrier();
-    if (!FIRST) finish_forward(in, out.y, at, first, bundle, linear, D);
+    if (!FIRST) finish_forward(in, out.y, at, first, bundle, linear);
   }
   if (FIRST) {
     store_state(out.added + state_offset(in, at, place.chunk, in.chunks), in, at, h);
@@ -461,7 +468,9 @@ struct BackwardResults {
 };
 
 #define HISTORY (TILE * K * NS * THREADS)
-#define BACKWARD_SHARED (HISTORY + 6 * TILE * ROW + 2 * TILE * PADDED + TILE * WARPS * 2 * PADDED + TILE)
+#define CHANNEL_SUMS (2 * THREADS * VECTOR)
+#define BACKWARD_SHARED \
+  (HISTORY + CHANNEL_SUMS + 6 * TILE * ROW + 2 * TILE * PADDED + TILE * WARPS * 2 * PADDED + TILE)
 
 // A thread's states before each position of a tile, where no other thread looks: NS floats a slot.
 struct History {
@@ -515,10 +524,13 @@ struct Tile {
   SHARED float *steps, *gated, *linear, *gB, *rated;  // gated: dy silu(z)
 };
 
-// dx, ddelta and dz of a tile, and what it adds to dD and ddelta_bias.
+// dx, ddelta and dz of a tile; adds to the thread's sums for dD and, THREADS * VECTOR later, for ddelta_bias.
 DEVICE void finish_backward(
     const Inputs in, const BackwardResults out, const Thread at, int first, const Bundle bundle, const Tile tile,
-    const LOCAL float* bias, const LOCAL float* D, LOCAL float* dD, LOCAL float* dbias) {
+    SHARED float* own_sums) {
+  float bias[VECTOR], D[VECTOR], dD[VECTOR], dbias[VECTOR];
+  if (HAS_BIAS) bring_channels(in.delta_bias, in, at, bias), read<VECTOR>(own_sums + THREADS * VECTOR, dbias);
+  if (HAS_D) bring_channels(in.D, in, at, D), read<VECTOR>(own_sums, dD);
   UNROLL for (int i = 0; i < VECTORS; ++i) {
     int position = at.brought_position(i), there = position * ROW + at.brought_channel;
     bool counting = counts(in, at.place.row, first + position);
@@ -547,13 +559,16 @@ DEVICE void finish_backward(
       put(out.dz, in, at, first + position, dz);
     }
   }
+  if (HAS_BIAS) write<VECTOR>(own_sums + THREADS * VECTOR, dbias);
+  if (HAS_D) write<VECTOR>(own_sums, dD);
 }
 
 // FIRST: the run that only adds up what each chunk hands to the one before it.
 template <bool FIRST>
 DEVICE void scan_backward(
     const Inputs in, const GLOBAL float* kept, const BackwardResults out, const Place place, SHARED float* shared) {
-  SHARED float* rows = shared + HISTORY;
+  SHARED float *channel_sums = shared + HISTORY, *rows = channel_sums + CHANNEL_SUMS;
+  SHARED float* own_sums = channel_sums + place.thread * VECTOR;
   const Tile tile = {rows, rows + 2 * TILE * ROW, rows + 3 * TILE * ROW, rows + 4 * TILE * ROW, rows + 5 * TILE * ROW};
   SHARED float *B = rows + 6 * TILE * ROW, *C = B + TILE * PADDED, *dBC = C + TILE * PADDED;
   SHARED byte* restarting = (SHARED byte*)(dBC + TILE * WARPS * 2 * PADDED);
@@ -562,7 +577,6 @@ DEVICE void scan_backward(
   const int tiles = (in.length + KEEP_EVERY - 1) / KEEP_EVERY;
 
   float rates[K][NS], passed[K][NS], dA[K][NS], before[K][NS], total[K];
-  float bias[VECTOR], D[VECTOR], dD[VECTOR], dbias[VECTOR];
   load_rates(in, at, rates);
   if (!FIRST && (HAS_STATE || CHUNKED))
     load_state(in.begin + state_offset(in, at, place.chunk, in.chunks), in, at, passed);
@@ -570,9 +584,7 @@ DEVICE void scan_backward(
     clear(passed);
   clear(dA);
   UNROLL for (int k = 0; k < K; ++k) total[k] = 0.0f;
-  UNROLL for (int c = 0; c < VECTOR; ++c) dD[c] = dbias[c] = 0.0f;
-  if (HAS_BIAS) bring_channels(in.delta_bias, in, at, bias);
-  if (HAS_D && !FIRST) bring_channels(in.D, in, at, D);
+  UNROLL for (int c = 0; c < VECTOR; ++c) own_sums[c] = own_sums[THREADS * VECTOR + c] = 0.0f;
 
   Bundle next;
   States next_B, next_C;
@@ -588,7 +600,7 @@ DEVICE void scan_backward(
     UNROLL for (int i = 0; i < VECTORS; ++i) {
       int position = at.brought_position(i);
       bool counting = counts(in, place.row, first + position);
-      bundle.lay_steps(tile.steps, at, i, counting, bias);
+      bundle.lay_steps(tile.steps, in, at, i, counting);
       float gated[VECTOR], z[VECTOR];
       bundle.dy[i].unpack(gated);
       if (HAS_Z) bundle.z[i].unpack(z);
@@ -682,7 +694,7 @@ DEVICE void scan_backward(
     }
     barrier();
     if (FIRST) continue;
-    finish_backward(in, out, at, first, bundle, tile, bias, D, dD, dbias);
+    finish_backward(in, out, at, first, bundle, tile, own_sums);
     const int blocks = (in.channels + BLOCK_CHANNELS - 1) / BLOCK_CHANNELS;
     GLOBAL float* sums = out.dBC + ((int64(place.row) * blocks + place.block) * in.length + first) * 2 * PADDED;
     const int inside = min(TILE, in.length - first) * 2 * PADDED;
@@ -706,17 +718,15 @@ DEVICE void scan_backward(
   }
   store_state(out.dA + own * in.channels * PADDED, in, at, dA);
   if (place.chunk == 0) store_state(out.dstate + state_offset(in, at, 0, 1), in, at, passed);
-  // Over the threads that brought the same channels; the tile's memory is free now.
+  barrier();
+  // Over the threads that brought the same channels.
   const int sharing = THREADS * VECTOR / BLOCK_CHANNELS;
-  SHARED float *dD_rows = shared, *dbias_rows = shared + THREADS * VECTOR;
-  barrier();
-  write<VECTOR>(dD_rows + place.thread * VECTOR, dD), write<VECTOR>(dbias_rows + place.thread * VECTOR, dbias);
-  barrier();
   for (int channel = place.thread; channel < BLOCK_CHANNELS; channel += THREADS) {
     int global = place.block * BLOCK_CHANNELS + channel;
     float dD_sum = 0.0f, dbias_sum = 0.0f;
     for (int i = 0; i < sharing; ++i)
-      dD_sum += dD_rows[i * BLOCK_CHANNELS + channel], dbias_sum += dbias_rows[i * BLOCK_CHANNELS + channel];
+      dD_sum += channel_sums[i * BLOCK_CHANNELS + channel],
+          dbias_sum += channel_sums[THREADS * VECTOR + i * BLOCK_CHANNELS + channel];
     if (global < in.channels) {
       if (HAS_D) out.dD[own * in.channels + global] = dD_sum;
       if (HAS_BIAS) out.ddelta_bias[own * in.channels + global] = dbias_sum;
