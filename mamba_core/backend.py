@@ -195,6 +195,9 @@ class Backend(Protocol):
     def to_numpy(self, array: Array) -> Any:
         """The array as NumPy, on the host; bfloat16 as `ml_dtypes.bfloat16`."""
 
+    def peak_memory(self, device: str) -> int | None:
+        """The most bytes of the device's own memory that were in use at once; None for a CPU or where nobody knows."""
+
     def vjp(self, function: Callable, arguments: Sequence[Array], cotangents: Sequence[Array]) -> tuple[list, list]:
         """(outputs, gradients) of a function of arrays that returns a tuple of arrays, all as NumPy.
 

@@ -85,7 +85,9 @@ def generate(
         return_state: whether the result has a state, to go on from in another call.
         prefill_chunk: positions of the prompts that are computed at once. The memory they need grows with it, and not
             with the prompts.
-        tokenizer: has `encode(text)` and `decoder()`; by default the checkpoint's own, or bytes for 256 entries.
+        tokenizer: has `encode(text)` and `decoder()` as `mamba_core.tokenizer.ByteTokenizer`, and `encode_more(text)`
+            if text that goes on from a state is encoded otherwise; by default the checkpoint's own, or bytes for a
+            vocabulary of 256.
 
     Raises:
         ValueError: the model is of another task than "lm", a prompt is empty and there is a state or the config has no
@@ -96,7 +98,17 @@ def generate(
         processors=processors,
         top_logprobs=top_logprobs,
     )
-    run = _Run(model, prompts, max_new_tokens, sampling, logit_bias, stop, seed, n, state, prefill_chunk, tokenizer)
+    run = Run(
+        *(model, prompts, sampling),
+        max_new_tokens=max_new_tokens,
+        logit_bias=logit_bias,
+        stop=stop,
+        seed=seed,
+        n=n,
+        state=state,
+        prefill_chunk=prefill_chunk,
+        tokenizer=tokenizer,
+    )
     for _ in run.steps():
         pass
     return run.result(return_state)
@@ -105,7 +117,7 @@ def generate(
 class Stream(Iterator[str]):
     """Text as it comes, always whole characters. `close()` ends it early, as leaving it does, and frees its memory."""
 
-    def __init__(self, run: "_Run"):
+    def __init__(self, run: "Run"):
         self._run = run
         self._pieces = self._generate()
 
@@ -140,23 +152,41 @@ def stream(
     tokenizer=None,
     **sampling,
 ) -> Stream:
-    """Continue one prompt, text by text as it comes; arguments as in `generate`."""
-    check_task(model.config, "generating")
-    tokenizer = tokenizer or tokenizer_of(model)
-    if tokenizer is None:
+    """Continue one prompt, yielding text as it comes; arguments as in `generate`."""
+    run = Run(
+        *(model, prompt, Sampling(**sampling)),
+        max_new_tokens=max_new_tokens,
+        logit_bias=logit_bias,
+        stop=stop,
+        seed=seed,
+        state=state,
+        prefill_chunk=prefill_chunk,
+        tokenizer=tokenizer,
+    )
+    if not run.has_text:
         raise ValueError("streaming text needs a tokenizer; the model has none, so pass tokenizer=")
-    policy = Sampling(**sampling)
-    run = _Run(model, prompt, max_new_tokens, policy, logit_bias, stop, seed, 1, state, prefill_chunk, tokenizer)
     if len(run.rows) != 1:
         raise ValueError(f"stream continues one prompt; {len(run.rows)} were given")
     return Stream(run)
 
 
-class _Run:
-    """One call: what was given, checked; the loop; and the rows so far."""
+class Run:
+    """One call of `generate` with its settings checked, to be taken step by step; `rows` holds what there is so far."""
 
     def __init__(
-        self, model, prompts, max_new_tokens, sampling, logit_bias, stop, seed, n, state, prefill_chunk, tokenizer
+        self,
+        model,
+        prompts,
+        sampling: Sampling,
+        *,
+        max_new_tokens: int = 64,
+        logit_bias=None,
+        stop=(),
+        seed=0,
+        n: int = 1,
+        state: State | None = None,
+        prefill_chunk: int = PREFILL_CHUNK,
+        tokenizer=None,
     ):
         check_task(model.config, "generating")
         tokenizer = tokenizer or tokenizer_of(model)
@@ -166,11 +196,12 @@ class _Run:
         self._prompts = _encode(model.config, prompts, tokenizer, state is not None, self._limit)
         self._state = self._given(state)
         self._forks = np.repeat(np.arange(len(self._prompts)), n)
-        self._draw = None if sampling.greedy else Uniforms(seed, len(self._prompts), n)
+        self._draw = Uniforms(seed, len(self._prompts), n)
         contexts = [self._prompts[prompt] for prompt in self._forks]
         self._context = first_context(sampling, logit_bias, contexts, model.config.vocab_size)
         self.rows = [_Row(model.config, stop, tokenizer, self._limit) for _ in self._forks]
-        self._text = tokenizer is not None
+        self.has_text = tokenizer is not None
+        self._read = False
         self._began = self._first = self._ended = perf_counter()
 
     def steps(self) -> Iterator[None]:
@@ -179,10 +210,11 @@ class _Run:
         prefilled = self._prefill(self._prompts, self._state)
         if len(self._forks) > len(self._prompts):
             prefilled = self._backend.fork(prefilled, self._forks)
-        self._state = prefilled.state
+        self._state, self._read = prefilled.state, True
         if self._limit == 0:
             return
-        settings = {"context": self._context, "draw": self._draw, "limit": self._limit}
+        draw = None if self._sampling.greedy else self._draw
+        settings = {"context": self._context, "draw": draw, "limit": self._limit}
         for step, choice in enumerate(self._backend.decode(self._model, prefilled, self._sampling, **settings)):
             self._ended = perf_counter()
             self._first = self._first if step else self._ended
@@ -192,14 +224,16 @@ class _Run:
             if all(row.finished for row in self.rows):
                 return
 
-    def result(self, return_state: bool) -> Result:
+    def result(self, return_state: bool = False) -> Result:
+        """What there is so far; without a state as long as the prompts have not been read."""
+        tokens = [row.tokens for row in self.rows]
         return Result(
-            tokens=[row.tokens for row in self.rows],
-            text=[row.text for row in self.rows] if self._text else None,
+            tokens=tokens,
+            text=[row.text for row in self.rows] if self.has_text else None,
             logprobs=[row.logprobs for row in self.rows],
             top_logprobs=[row.top_logprobs for row in self.rows] if self._sampling.top_logprobs else None,
             finish_reasons=[row.finished for row in self.rows],
-            state=self._prefill([row.tokens for row in self.rows], self._state).state if return_state else None,
+            state=self._prefill(tokens, self._state).state if return_state and self._read else None,
             prompt_seconds=self._first - self._began,
             seconds=self._ended - self._began,
         )
@@ -324,9 +358,9 @@ def _encode(config, prompts, tokenizer, goes_on: bool, limit: int) -> list[list[
         raise ValueError("prompts is empty; expected at least one")
     if any(isinstance(prompt, str) for prompt in prompts) and tokenizer is None:
         raise ValueError("the prompts are text and the model has no tokenizer; pass tokenizer= or token ids")
+    encode = getattr(tokenizer, "encode_more" if goes_on else "encode", getattr(tokenizer, "encode", None))
     encoded = [
-        tokenizer.encode(item) if isinstance(item, str) else [integer("a token", token) for token in item]
-        for item in prompts
+        encode(item) if isinstance(item, str) else [integer("a token", token) for token in item] for item in prompts
     ]
     for row, tokens in enumerate(encoded):
         if not tokens and goes_on and limit:

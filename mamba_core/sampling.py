@@ -59,7 +59,7 @@ class Sampling:
         for name in ("top_k", "top_logprobs"):
             object.__setattr__(self, name, integer(name, getattr(self, name), least=0))
         # A compiled step is kept for each set of settings, which a list could not name.
-        processors = (self.processors,) if callable(self.processors) else tuple(self.processors)
+        processors = tuple(self.processors) if isinstance(self.processors, Sequence) else (self.processors,)
         if wrong := [item for item in processors if not callable(item)]:
             raise TypeError(f"processors has {wrong[0]!r}; expected functions of logits and context")
         object.__setattr__(self, "processors", processors)

@@ -33,12 +33,26 @@ class SubwordTokenizer:
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text).ids
 
+    def encode_more(self, text: str) -> list[int]:
+        """Text that goes on from other text: without the tokens that some models have at the beginning of one."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
     def decoder(self):
         """A function from a token to the whole characters that it completes; `None` flushes."""
         from tokenizers.decoders import DecodeStream
 
-        pieces = DecodeStream(skip_special_tokens=True)
-        return lambda token: "" if token is None else pieces.step(self._tokenizer, token) or ""
+        pieces, waiting = DecodeStream(skip_special_tokens=True), []
+
+        def decode(token: int | None) -> str:
+            if token is None:
+                # What is left are bytes of no whole character, which a decode of their own replaces.
+                return self._tokenizer.decode(waiting)
+            waiting.append(token)
+            if piece := pieces.step(self._tokenizer, token):
+                waiting.clear()
+            return piece or ""
+
+        return decode
 
 
 def tokenizer_of(model):

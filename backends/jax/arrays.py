@@ -37,6 +37,10 @@ def to_numpy(array) -> np.ndarray:
     return np.asarray(array)
 
 
+def peak_memory(device: str) -> int | None:
+    return (jax.devices(device)[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
 def vjp(function, arguments, cotangents) -> tuple[list, list]:
     """By `jax.vjp` of the jitted function."""
     outputs, pullback = jax.vjp(jax.jit(function), *arguments)

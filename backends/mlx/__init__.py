@@ -1,6 +1,6 @@
 """The MLX backend: Apple silicon, CUDA and CPU. Models are `mlx.nn.Module`s."""
 
-from mamba_core.backends.mlx.arrays import devices, from_numpy, to_numpy, vjp
+from mamba_core.backends.mlx.arrays import devices, from_numpy, peak_memory, to_numpy, vjp
 from mamba_core.backends.mlx.conv import causal_conv, causal_conv_step
 from mamba_core.backends.mlx.decode import choose, decode, distribution, fork, prefill
 from mamba_core.backends.mlx.scan import kernels, selective_scan, selective_step
@@ -20,6 +20,7 @@ class MlxBackend:
     kernels = staticmethod(kernels)
     from_numpy = staticmethod(from_numpy)
     to_numpy = staticmethod(to_numpy)
+    peak_memory = staticmethod(peak_memory)
     vjp = staticmethod(vjp)
     build = staticmethod(build)
     parameters = staticmethod(parameters)

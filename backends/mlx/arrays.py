@@ -59,6 +59,10 @@ def to_numpy(array: mx.array) -> np.ndarray:
     return np.array(array)
 
 
+def peak_memory(device: str) -> int | None:
+    return mx.get_peak_memory() if device == "gpu" else None
+
+
 def vjp(function, arguments, cotangents) -> tuple[list[np.ndarray], list[np.ndarray]]:
     outputs, gradients = mx.vjp(function, list(arguments), list(cotangents))
     return [to_numpy(output) for output in outputs], [to_numpy(gradient) for gradient in gradients]

@@ -1,6 +1,6 @@
 """The PyTorch backend: CPU, CUDA and MPS. Models are `torch.nn.Module`s."""
 
-from mamba_core.backends.torch.arrays import devices, from_numpy, to_numpy, vjp
+from mamba_core.backends.torch.arrays import devices, from_numpy, peak_memory, to_numpy, vjp
 from mamba_core.backends.torch.conv import causal_conv, causal_conv_step
 from mamba_core.backends.torch.decode import choose, decode, distribution, fork, prefill
 from mamba_core.backends.torch.scan import kernels, selective_scan, selective_step
@@ -20,6 +20,7 @@ class TorchBackend:
     kernels = staticmethod(kernels)
     from_numpy = staticmethod(from_numpy)
     to_numpy = staticmethod(to_numpy)
+    peak_memory = staticmethod(peak_memory)
     vjp = staticmethod(vjp)
     build = staticmethod(build)
     parameters = staticmethod(parameters)

@@ -43,6 +43,10 @@ def to_numpy(array: Tensor) -> np.ndarray:
     return array.numpy()
 
 
+def peak_memory(device: str) -> int | None:
+    return torch.cuda.max_memory_allocated(device) if torch.device(device).type == "cuda" else None
+
+
 def dtype_of(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise ValueError(f"dtype is {name!r}; expected one of {', '.join(DTYPES)}")

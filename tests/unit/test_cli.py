@@ -1,8 +1,10 @@
 """The command line: every subcommand, its JSON, and its exit status."""
 
 import dataclasses
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -78,11 +80,101 @@ def test_train_inspect_convert_generate(backend, checkpoint, tmp_path, capsys):
 
 
 def test_generate_reads_the_prompt_from_standard_input(backend, checkpoint, monkeypatch, capsys):
-    import io
-
     monkeypatch.setattr("sys.stdin", io.StringIO("def "))
     assert main(["generate", str(checkpoint), "-", "--max-new-tokens", "1", "--backend", backend.name]) == 0
     assert capsys.readouterr().out.startswith("def ")
+
+
+def test_generate_shows_speed_and_memory(backend, checkpoint, capsys):
+    arguments = ["generate", str(checkpoint), "def ", "--max-new-tokens", "5", "--backend", backend.name]
+    assert main(arguments) == 0
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"5 tokens: the first after [\d.]+ s, then [\d.]+ tokens/s; [\d,]+ MiB at most\n", error)
+    assert main([*arguments, "--json"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["peak_memory"] > 2**20
+    assert shown.err == ""
+
+
+def test_generate_several(backend, checkpoint, capsys):
+    arguments = ["generate", str(checkpoint), "def ", "--max-new-tokens", "4", "--backend", backend.name, "-n", "2"]
+    settings = ["--temperature", "2", "--presence-penalty", "0.5", "--frequency-penalty", "0.1", "--seed", "3"]
+    assert main([*arguments, *settings, "--logit-bias", "32=-inf", "--top-logprobs", "2", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [len(row) for row in result["tokens"]] == [4, 4]
+    assert not any(32 in row for row in result["tokens"])
+    assert [[len(top) for top in row] for row in result["top_logprobs"]] == [[2] * 4] * 2
+    assert main([*arguments, *settings, "--logit-bias", "32=-inf"]) == 0
+    assert capsys.readouterr().out == "".join(f"--- {k}\ndef {text}\n" for k, text in enumerate(result["text"]))
+    assert main([*arguments[:-2], "--stop-token", str(result["tokens"][0][0]), *settings, "--json"]) == 0
+
+
+def test_generate_goes_on_from_a_file(backend, checkpoint, tmp_path, capsys):
+    state = str(tmp_path / "state.safetensors")
+    command = ["generate", str(checkpoint), "--backend", backend.name, "--json", "--max-new-tokens"]
+    assert main([*command, "6", "def main"]) == 0
+    whole = json.loads(capsys.readouterr().out)["text"]
+    assert main([*command, "0", "def ", "--save-state", state]) == 0
+    capsys.readouterr()
+    assert main([*command, "6", "main", "--state", state]) == 0
+    assert json.loads(capsys.readouterr().out)["text"] == whole
+    assert main([*command, "6", "main", "--state", str(tmp_path / "nowhere")]) == 2
+
+
+def test_generate_turn_by_turn(backend, checkpoint, monkeypatch, capsys):
+    model = mc.load(checkpoint, backend=backend.name)
+    first = mc.generate(model, "def a", max_new_tokens=5)
+    second = mc.generate(model, f"def a{first.text[0]}\nclass", max_new_tokens=5)
+    monkeypatch.setattr("sys.stdin", io.StringIO("def a\nclass\n"))
+    command = ["generate", str(checkpoint), "--interactive", "--max-new-tokens", "5", "--backend", backend.name]
+    assert main(command) == 0
+    shown = capsys.readouterr()
+    assert shown.out == f"> {first.text[0]}\n> {second.text[0]}\n> \n"
+    assert shown.err.count("5 tokens: the first after") == 2
+    monkeypatch.setattr("sys.stdin", io.StringIO("\ndef a\n"))
+    assert main(command) == 0, "a bad turn does not end the talk"
+    shown = capsys.readouterr()
+    assert "prompt 0 is empty" in shown.err
+    assert first.text[0] in shown.out
+    assert main([*command, "def a", "--json"]) == 2
+
+
+class Interrupting:
+    """A decode that is interrupted after some tokens, the first time."""
+
+    def __init__(self, real, after):
+        self.real, self.after = real, after
+
+    def __call__(self, *arguments, **settings):
+        for index, choice in enumerate(self.real(*arguments, **settings)):
+            if index == self.after:
+                self.after = None
+                raise KeyboardInterrupt
+            yield choice
+
+
+def test_an_interrupt_ends_with_what_there_is(backend, checkpoint, monkeypatch, capsys):
+    command = ["generate", str(checkpoint), "--max-new-tokens", "9", "--backend", backend.name]
+    assert main([*command, "def ", "--json"]) == 0
+    whole = json.loads(capsys.readouterr().out)
+    real = backend.decode
+    monkeypatch.setattr(type(backend), "decode", Interrupting(real, 4))
+    assert main([*command, "def "]) == 130
+    shown = capsys.readouterr()
+    assert shown.out.startswith("def ")
+    assert shown.out.endswith("\n")
+    assert "4 tokens: the first after" in shown.err
+    monkeypatch.setattr(type(backend), "decode", Interrupting(real, 4))
+    assert main([*command, "def ", "--json"]) == 130
+    result = json.loads(capsys.readouterr().out)
+    assert result["tokens"] == [whole["tokens"][0][:4]]
+    assert result["finish_reasons"] == [None]
+    monkeypatch.setattr(type(backend), "decode", Interrupting(real, 4))
+    monkeypatch.setattr("sys.stdin", io.StringIO("def \nclass\n"))
+    assert main([*command, "--interactive"]) == 0
+    shown = capsys.readouterr()
+    assert "4 tokens: the first after" in shown.err
+    assert "9 tokens: the first after" in shown.err, "the turn after the one that was interrupted"
 
 
 def test_resume_is_exact(backend, text, config_file, tmp_path, capsys):
@@ -144,6 +236,8 @@ def test_every_command_that_reads_takes_the_option_that_its_refusal_names(untold
         (["inspect", "nowhere", "--two\nlines"], "unrecognized arguments: --two lines"),
         (["convert", "nowhere", "there", "--to", "abacus"], "argument --to: invalid choice: 'abacus'"),
         (["generate", "nowhere", "x", "--seed", "1.5"], "argument --seed: invalid int value: '1.5'"),
+        (["generate", "nowhere", "--json"], "the following arguments are required: PROMPT"),
+        (["generate", "nowhere", "x", "--logit-bias", "3"], "argument --logit-bias: '3' is not ID=X"),
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_status_2(arguments, message, capsys):
@@ -199,6 +293,12 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, tmp_path, monkey
         (["--top-k", "-3"], "top_k is -3"),
         (["--kernels", "nonsense"], "no kernel 'nonsense'"),
         (["--stop", ""], "empty text"),
+        (["--seed", "-1"], "seed is -1; expected at least 0"),
+        (["-n", "0"], "n is 0; expected at least 1"),
+        (["--prefill-chunk", "0"], "prefill_chunk is 0; expected at least 1"),
+        (["--logit-bias", "256=1"], "logit_bias holds token 256; vocab_size is 256"),
+        (["--logit-bias", "3=nan"], "logit_bias of token 3 is nan"),
+        (["--presence-penalty", "inf"], "presence_penalty is inf"),
     ],
 )
 def test_bad_settings_of_generate(checkpoint, backend, options, message, capsys):
