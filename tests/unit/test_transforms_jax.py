@@ -55,6 +55,20 @@ def test_remat():
     close(nnx.grad(nnx.remat(loss))(model, ids), gradients)
 
 
+def test_remat_of_blocks_keeps_less_for_the_gradient():
+    config = mc.MambaConfig(d_model=16, n_layer=6, vocab_size=16)
+    model, ids = mc.build(config, backend="jax"), jnp.zeros((1, 512), jnp.int32)
+
+    def scratch(remat):
+        """Bytes beside the arguments and the results."""
+        model.remat = remat
+        graph, parameters = nnx.split(model)
+        gradient = jax.jit(jax.grad(lambda parameters: loss(nnx.merge(graph, parameters), ids)))
+        return gradient.lower(parameters).compile().memory_analysis().temp_size_in_bytes
+
+    assert scratch(True) < scratch(False) / 2
+
+
 def test_vmap_over_rows_states_models_and_gradients():
     model, ids, _ = plain("jax")
     graph, parameters = nnx.split(model)
