@@ -1,5 +1,7 @@
 """The recurrence as a function of any framework's arrays: the arrays choose the backend, NumPy's the reference."""
 
+import functools
+
 import numpy as np
 
 from mamba_core import registry
@@ -24,11 +26,14 @@ def selective_step(x, *args, **kwargs):
 
 
 def _owner(x):
-    if isinstance(x, np.ndarray):
-        return recurrence
-    package = type(x).__module__.partition(".")[0]
+    return recurrence if isinstance(x, np.ndarray) else _backend_of(type(x))
+
+
+@functools.cache  # to look for what is installed takes longer than a small scan
+def _backend_of(kind: type):
+    package = kind.__module__.partition(".")[0]
     name = {"jaxlib": "jax"}.get(package, package)
     if name not in registry.names():
         expected = ", ".join(["numpy", *registry.names()])
-        raise TypeError(f"x is {type(x).__module__}.{type(x).__qualname__}; expected an array of {expected}")
+        raise TypeError(f"x is {kind.__module__}.{kind.__qualname__}; expected an array of {expected}")
     return registry.get(name)
