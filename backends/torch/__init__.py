@@ -3,9 +3,12 @@
 from mamba_core.backends.torch.arrays import devices, from_numpy, peak_memory, to_numpy, vjp
 from mamba_core.backends.torch.conv import causal_conv, causal_conv_step
 from mamba_core.backends.torch.decode import choose, decode, distribution, fork, prefill
+from mamba_core.backends.torch.kernels.quantized import quantize
 from mamba_core.backends.torch.scan import kernels, selective_scan, selective_step
 from mamba_core.backends.torch.train import Trainer, loss_and_gradients
 from mamba_core.backends.torch.weights import build, parameters
+
+__all__ = ["TorchBackend", "backend", "quantize"]
 
 
 class TorchBackend:

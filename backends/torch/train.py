@@ -10,6 +10,7 @@ from mamba_core.backends.torch.arrays import from_numpy, to_numpy
 from mamba_core.backends.torch.kernels import fused
 from mamba_core.backends.torch.kernels.fused import linear_dtype
 from mamba_core.backends.torch.kernels.fused_loss import IGNORED, linear_cross_entropy
+from mamba_core.backends.torch.kernels.graph import Repeated
 from mamba_core.backends.torch.layers import FUSING
 from mamba_core.spec.checks import check_task
 from mamba_core.spec.params import parameter_table
@@ -47,28 +48,50 @@ class Trainer:
         self.parameters = {name: model.get_parameter(name) for name in parameter_table(model.config)}
         self.updated = {name: _in_float32(parameter) for name, parameter in self.parameters.items()}
         self.count = 0
-        # All parameters in one kernel, and the count of steps on the device.
-        self.fused = all(parameter.is_cuda for parameter in self.updated.values())
+        self.on_gpu = all(parameter.is_cuda for parameter in self.updated.values())
+        # There the optimizer reads the rate from the device, so that a step can be captured.
+        self.rate = torch.zeros((), device=model.device) if self.on_gpu else 0.0
         self.optimizer = self._optimizer()
+        self.repeated = Repeated(self._update)
 
     def step(self, tokens) -> tuple[float, float]:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.rate(self.count)
+        """On a GPU, after some steps with a batch's shape, a replay of a CUDA graph: the model must stay as it is."""
+        tokens, rate = from_numpy(tokens, device=self.model.device), self.settings.rate(self.count)
+        if self.on_gpu:
+            self.rate.fill_(rate)
+        else:
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+        captures = self.on_gpu and self.model.kernels in FUSING and self.model.backbone.as_built()
+        found = self.repeated(tokens, self._settings()) if captures else self._update(tokens)
+        self.count += 1
+        # The only place where the host waits for the device.
+        value, norm = found.tolist()
+        return value, norm
+
+    def _update(self, tokens) -> torch.Tensor:
+        """One update; the loss and the gradient's norm, (2,)."""
+        # Autocast keeps casts of parameters that have changed since.
+        torch.clear_autocast_cache()
         self.model.zero_grad()
-        value = loss(self.model, from_numpy(tokens, device=self.model.device))
+        value = loss(self.model, tokens)
         value.backward()
         halves = [name for name, parameter in self.parameters.items() if self.updated[name] is not parameter]
         for name in halves:
             self.updated[name].data.copy_(self.parameters[name].data)
             self.updated[name].grad = self.parameters[name].grad.float()
         norm = torch.nn.utils.clip_grad_norm_(self.updated.values(), self.settings.clip_norm)
+        for group in self.optimizer.param_groups:
+            group["capturable"] = self.on_gpu and torch.cuda.is_current_stream_capturing()
         self.optimizer.step()
         for name in halves:
             self.parameters[name].data.copy_(self.updated[name].data)
-        self.count += 1
-        # The only place where the host waits for the device.
-        value, norm = torch.stack([value.detach(), norm]).tolist()
-        return value, norm
+        return torch.stack([value.detach(), norm])
+
+    def _settings(self) -> tuple:
+        """What a captured step depends on beside the shape of its batch."""
+        device = torch.device(self.model.device).type
+        return self.model.remat, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
     def state(self) -> dict[str, np.ndarray]:
         arrays = {"step": np.array(self.count, np.int64)}
@@ -80,9 +103,10 @@ class Trainer:
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         self.count = int(state["step"])
+        self.repeated.forget()
         for name, parameter in self.updated.items():
             moments = {key: _like(state[f"{prefix}.{name}"], parameter) for prefix, key in _MOMENTS.items()}
-            device = parameter.device if self.fused else "cpu"
+            device = parameter.device if self.on_gpu else "cpu"
             self.optimizer.state[parameter] = moments | {"step": torch.tensor(float(self.count), device=device)}
 
     def _optimizer(self) -> torch.optim.AdamW:
@@ -94,7 +118,7 @@ class Trainer:
             }
             for decay in (True, False)
         ]
-        return torch.optim.AdamW(groups, lr=s.learning_rate, betas=(s.beta1, s.beta2), eps=s.eps, fused=self.fused)
+        return torch.optim.AdamW(groups, lr=self.rate, betas=(s.beta1, s.beta2), eps=s.eps, fused=self.on_gpu)
 
 
 _MOMENTS = {"m": "exp_avg", "v": "exp_avg_sq"}

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from mamba_core.backends.torch.arrays import devices, dtype_of, from_numpy, to_numpy
+from mamba_core.backends.torch.kernels.quantized import QuantizedLinear
 from mamba_core.backends.torch.model import MODELS, Model
 from mamba_core.backends.torch.scan import kernel_for
 from mamba_core.spec.checks import choose_device
@@ -29,4 +30,7 @@ def build(config, parameters: Iterable[tuple[str, np.ndarray]], *, dtype="float3
 
 
 def parameters(model: Model) -> Values:
+    """Raises ValueError for a quantised model, whose values are not those of its table."""
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        raise ValueError("the model is quantised, for inference alone; save, or train, the model that it was made of")
     return Values(model.config, lambda name: to_numpy(model.get_parameter(name)))

@@ -3,6 +3,7 @@
 The interpreter must be asked for before Triton is imported, so that these tests run again in a process of their own.
 """
 
+import importlib
 import importlib.util
 import os
 import subprocess
@@ -14,11 +15,14 @@ import torch
 
 import mamba_core as mc
 from mamba_core.backends.torch import conv as plain_conv
-from mamba_core.backends.torch import decode, train
-from mamba_core.backends.torch.kernels import fused, fused_conv, fused_loss, fused_norm, fused_step
+from mamba_core.backends.torch import train
+from mamba_core.backends.torch.kernels import fused, fused_conv, fused_linear, fused_loss, fused_norm, fused_step
+from mamba_core.backends.torch.kernels.quantized import GROUP, pack, unpack
 from mamba_core.backends.torch.layers import RMSNorm
 from mamba_core.spec.tolerances import relative_l2
 
+# The package has a function of that name.
+decode = importlib.import_module("mamba_core.backends.torch.decode")
 DEVICE = "cpu" if fused.INTERPRETED else "cuda"
 RUNS = fused.reason(torch.device(DEVICE)) is None and (fused.INTERPRETED or torch.cuda.is_available())
 here = pytest.mark.skipif(not RUNS, reason="needs a GPU, or Triton's interpreter")
@@ -207,6 +211,24 @@ def test_a_position_in_fused_kernels(dtype, batch):
     for own, other in zip(state.layers, expected.state.layers, strict=True):
         for one, two in zip(own, other, strict=True):
             assert relative_l2(one.float().cpu().numpy(), two.float().cpu().numpy()) <= limit
+
+
+@here
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [0, 8, 4])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_products_with_few_rows(bits, rows, dtype):
+    """Dense weights of any width, and packed ones as they are unpacked."""
+    weight, x, bias = random(7, 512 if bits else 300, dtype=dtype), random(rows, 512 if bits else 300), random(7)
+    x = x.to(dtype)
+    dense = weight
+    if bits:
+        weight = fused_linear.Packed(*pack(weight, bits), bits, GROUP)
+        dense = unpack(weight, F32)
+    found = fused_linear.linear(x, weight, bias)
+    expected = x.double() @ dense.double().mT + bias.double()
+    assert relative_l2(found.double().cpu().numpy(), expected.cpu().numpy()) <= CLOSE[dtype]
 
 
 @here

@@ -14,30 +14,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamba_core.backend import State
-from mamba_core.backends.torch.kernels import fused_norm
-from mamba_core.backends.torch.kernels.fused import INTERPRETED, blocks_of, jit, launching, power_of_2, tl
+from mamba_core.backends.torch.kernels import fused_linear, fused_norm
+from mamba_core.backends.torch.kernels.fused import blocks_of, jit, launching, power_of_2, tl
+from mamba_core.backends.torch.kernels.fused_linear import MOST_ROWS, after_the_last, let_the_next_begin, multiply
+from mamba_core.backends.torch.kernels.quantized import Packed, QuantizedLinear, unpack
 from mamba_core.backends.torch.kernels.step import as_built
 
-# With more rows cuBLAS is faster.
-MOST_ROWS = 4
-# A warp reads so many bytes of each of its weights' rows at once: 16 a thread.
-LINE = 512
-# Lines on their way from memory at once, at most, and registers of a thread: more would leave room for fewer warps.
-LINES, REGISTERS = 10, 104
-# With fewer outputs than warps that fill a GPU, several warps share one.
-FEW_OUTPUTS = 512
 # Channels of a program of the recurrence.
 CHANNELS = 16
-# Not in the interpreter, which runs one kernel after another.
-OVERLAP = not INTERPRETED
 
 
 class Layer(NamedTuple):
-    """The tensors of a residual block; in_bias, conv_bias and out_bias may be None."""
+    """The weights of a residual block; in_bias, conv_bias and out_bias may be None."""
 
     norm: Tensor
     eps: float
-    in_proj: Tensor
+    in_proj: Tensor | Packed
     in_bias: Tensor | None
     conv: Tensor
     conv_bias: Tensor | None
@@ -46,7 +38,7 @@ class Layer(NamedTuple):
     dt_bias: Tensor
     A_log: Tensor
     D: Tensor
-    out_proj: Tensor
+    out_proj: Tensor | Packed
     out_bias: Tensor | None
 
 
@@ -55,7 +47,7 @@ def layer_of(block) -> Layer:
     return Layer(
         block.norm.weight,
         block.norm.eps,
-        mixer.in_proj.weight,
+        _weight(mixer.in_proj),
         mixer.in_proj.bias,
         mixer.conv1d.weight[:, 0],
         mixer.conv1d.bias,
@@ -64,9 +56,13 @@ def layer_of(block) -> Layer:
         mixer.dt_proj.bias,
         mixer.A_log,
         mixer.D,
-        mixer.out_proj.weight,
+        _weight(mixer.out_proj),
         mixer.out_proj.bias,
     )
+
+
+def _weight(linear) -> Tensor | Packed:
+    return linear.packed if type(linear) is QuantizedLinear else linear.weight
 
 
 def reason(model) -> str | None:
@@ -75,13 +71,14 @@ def reason(model) -> str | None:
     if config.compat == "minimamba":
         return "its arithmetic is not Mamba's"
     mixers = [its.mixer for its in backbone.layers]
-    linears = [linear for mixer in mixers for linear in (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj)]
+    large = [linear for mixer in mixers for linear in (mixer.in_proj, mixer.out_proj)]
+    large += [] if model.lm_head is None else [model.lm_head]
     as_it_was_built = (
         backbone.as_built()
-        and as_built(nn.Linear, *linears)
+        and as_built(nn.Linear, *(linear for mixer in mixers for linear in (mixer.x_proj, mixer.dt_proj)))
+        and all(as_built(QuantizedLinear if type(linear) is QuantizedLinear else nn.Linear, linear) for linear in large)
         and as_built(nn.Conv1d, *(mixer.conv1d for mixer in mixers))
         and as_built(nn.Embedding, backbone.embeddings)
-        and model.head_weight() is not None
     )
     if not as_it_was_built:
         return "its modules are not as they were built"
@@ -96,7 +93,8 @@ def logits(model, tokens: Tensor, state: State) -> Tensor:
     residual, hidden = embed(tokens, backbone.embeddings.weight, dtype), None
     for its, own in zip(backbone.layers, state.layers, strict=True):
         residual, hidden = block(layer_of(its), residual, hidden, *own, own)
-    return normed_linear(residual, hidden, backbone.norm_f.weight, backbone.norm_f.eps, model.head_weight())
+    head = backbone.embeddings.weight if model.lm_head is None else _weight(model.lm_head)
+    return normed_linear(residual, hidden, backbone.norm_f.weight, backbone.norm_f.eps, head)
 
 
 def block(layer: Layer, residual: Tensor, hidden: Tensor | None, conv_state, ssm_state, after):
@@ -110,15 +108,16 @@ def block(layer: Layer, residual: Tensor, hidden: Tensor | None, conv_state, ssm
         return run(layer, residual, hidden, conv_state, ssm_state, *after)
 
 
-def normed_linear(residual: Tensor, hidden: Tensor | None, norm: Tensor, eps: float, weight: Tensor) -> Tensor:
+def normed_linear(residual: Tensor, hidden: Tensor | None, norm: Tensor, eps: float, weight: Tensor | Packed) -> Tensor:
     """weight (v, d) times the norm of residual + hidden, (b, d) each, in float32."""
     with launching(residual):
         if hidden is None and len(residual) <= MOST_ROWS:
-            products = residual.new_empty(len(residual), len(weight), dtype=torch.float32)
-            _linear(residual, weight, None, products, norm=norm, eps=eps)
+            outputs = len(weight.words if isinstance(weight, Packed) else weight)
+            products = residual.new_empty(len(residual), outputs, dtype=torch.float32)
+            multiply(residual, weight, None, products, norm=norm, eps=eps)
             return products
-        normed, _, _ = fused_norm._forward(residual, hidden, norm, eps, weight.dtype)
-        return F.linear(normed, weight).float()
+        normed, _, _ = fused_norm._forward(residual, hidden, norm, eps, norm.dtype)
+        return F.linear(normed, _dense(weight, norm.dtype)).float()
 
 
 def embed(tokens: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -132,22 +131,22 @@ def embed(tokens: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _few_rows(layer, residual, _, conv_state, ssm_state, conv_after, ssm_after):
     b, e, _ = ssm_state.shape
-    x, z, y = (layer.in_proj.new_empty(b, e) for _ in range(3))
+    x, z, y = (layer.norm.new_empty(b, e) for _ in range(3))
     convolution = (layer.conv, layer.conv_bias, conv_state, conv_after, z)
-    _linear(residual, layer.in_proj, layer.in_bias, x, norm=layer.norm, eps=layer.eps, convolution=convolution)
+    multiply(residual, layer.in_proj, layer.in_bias, x, norm=layer.norm, eps=layer.eps, convolution=convolution)
     dtbc = residual.new_empty(b, len(layer.x_proj), dtype=torch.float32)
-    _linear(x, layer.x_proj, None, dtbc)
+    multiply(x, layer.x_proj, None, dtbc)
     _recurrence(layer, x, z, dtbc, None, ssm_state, ssm_after, y)
     total = residual.new_empty(residual.shape)
-    _linear(y, layer.out_proj, layer.out_bias, total, residual=residual)
+    multiply(y, layer.out_proj, layer.out_bias, total, residual=residual)
     return total, None
 
 
 def _many_rows(layer, residual, hidden, conv_state, ssm_state, conv_after, ssm_after):
     b, e, n = ssm_state.shape
     k = layer.conv.shape[1]
-    normed, total, _ = fused_norm._forward(residual, hidden, layer.norm, layer.eps, layer.in_proj.dtype)
-    xz = F.linear(normed, layer.in_proj, layer.in_bias)
+    normed, total, _ = fused_norm._forward(residual, hidden, layer.norm, layer.eps, layer.norm.dtype)
+    xz = F.linear(normed, _dense(layer.in_proj, normed.dtype), layer.in_bias)
     x, y = xz.new_empty(b, e), xz.new_empty(b, e)
     channels = min(256, power_of_2(e))
     _conv_step_kernel[(blocks_of(e, channels), b)](
@@ -167,68 +166,16 @@ def _many_rows(layer, residual, hidden, conv_state, ssm_state, conv_after, ssm_a
     dtbc = F.linear(x, layer.x_proj)
     delta = F.linear(dtbc[:, : dtbc.shape[1] - 2 * n], layer.dt_proj)
     _recurrence(layer, x, xz[:, e:], dtbc, delta, ssm_state, ssm_after, y)
-    return total, F.linear(y, layer.out_proj, layer.out_bias)
+    return total, F.linear(y, _dense(layer.out_proj, y.dtype), layer.out_bias)
 
 
-def _linear(x, weight, bias, y, *, norm=None, eps=0.0, residual=None, convolution=None):
-    """y = weight (n, k) times x (b, k), or times the norm of x; plus the residual.
-
-    With a convolution y is (b, n/2): the first half of the result goes through it, the rest to its last tensor.
-    """
-    (n, width), rows = weight.shape, len(x)
-    warps = 4 if n < FEW_OUTPUTS else 1
-    line = min(warps * LINE // weight.element_size(), power_of_2(width))
-    count = blocks_of(width, line)
-    outputs = _outputs_of_program(n, rows)
-    at_once = max(each for each in range(1, count + 1) if count % each == 0 and (each == 1 or each * outputs <= LINES))
-    conv_weight, conv_bias, conv_state, conv_after, z = convolution or (weight, None, x, x, x)
-    options = {"launch_pdl": True} if OVERLAP else {}
-    options |= {"maxnreg": REGISTERS} if rows == 1 else {}
-    _linear_kernel[(blocks_of(n, outputs),)](
-        x,
-        weight if norm is None else norm,
-        weight,
-        weight if bias is None else bias,
-        x if residual is None else residual,
-        y,
-        conv_weight,
-        weight if conv_bias is None else conv_bias,
-        conv_state,
-        conv_after,
-        z,
-        eps,
-        conv_weight.stride(0),
-        N=n,
-        WIDTH=width,
-        ROWS=rows,
-        NORM=norm is not None,
-        BIAS=bias is not None,
-        RESIDUAL=residual is not None,
-        CONV=convolution is not None,
-        CONV_BIAS=conv_bias is not None,
-        TAPS=conv_state.shape[1] + 1,
-        OUTPUTS=outputs,
-        LINE=line,
-        COUNT=count,
-        AT_ONCE=at_once,
-        OVERLAP=OVERLAP,
-        num_warps=warps,
-        **options,
-    )
-
-
-def _outputs_of_program(n, rows):
-    """As many as leave some warps to each multiprocessor, and fit in registers beside their sums for each row."""
-    most = max(1, 4 // rows)
-    while most > 1 and n // most < 2000:
-        most //= 2
-    return most
+def _dense(weight: Tensor | Packed, dtype: torch.dtype) -> Tensor:
+    return unpack(weight, dtype) if isinstance(weight, Packed) else weight
 
 
 def _recurrence(layer, x, z, dtbc, delta, ssm_state, ssm_after, y):
     b, e, n = ssm_state.shape
     r = layer.dt_proj.shape[1]
-    overlap = {"launch_pdl": True} if OVERLAP else {}
     _recurrence_kernel[(blocks_of(e, CHANNELS), b)](
         x,
         z,
@@ -249,9 +196,9 @@ def _recurrence(layer, x, z, dtbc, delta, ssm_state, ssm_after, y):
         BLOCK=CHANNELS,
         BLOCK_STATES=power_of_2(n),
         BLOCK_RANK=power_of_2(r),
-        OVERLAP=OVERLAP,
+        OVERLAP=fused_linear.OVERLAP,
         num_warps=2,
-        **overlap,
+        **fused_linear.overlapping(),
     )
 
 
@@ -263,120 +210,6 @@ def _embed_kernel(tokens, weight, rows, V: tl.constexpr, D: tl.constexpr, BLOCK:
     known = (token >= 0) & (token < V)
     value = tl.load(weight + token * D + k, mask=(k < D) & known, other=float("nan"))
     tl.store(rows + b * D + k, value.to(rows.dtype.element_ty), mask=k < D)
-
-
-@jit
-def _after_the_last(OVERLAP: tl.constexpr):
-    """Waits until what the kernels before have written can be read."""
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-
-
-@jit
-def _let_the_next_begin(OVERLAP: tl.constexpr):
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
-
-
-@jit
-def _linear_kernel(
-    x,
-    norm,
-    weight,
-    bias,
-    residual,
-    y,
-    conv_weight,
-    conv_bias,
-    conv_state,
-    conv_after,
-    z,
-    eps,
-    conv_stride,
-    N: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    NORM: tl.constexpr,
-    BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    CONV: tl.constexpr,
-    CONV_BIAS: tl.constexpr,
-    TAPS: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    LINE: tl.constexpr,
-    COUNT: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    _let_the_next_begin(OVERLAP)
-    E: tl.constexpr = N // 2
-    first = tl.program_id(0) * OUTPUTS
-    lane = tl.arange(0, LINE)
-    # The norm's factor is the same for the whole row, so that it multiplies the finished sums.
-    sums, squares = (), ()
-    for _ in tl.static_range(ROWS * OUTPUTS):
-        sums = sums + (tl.zeros((LINE,), tl.float32),)
-    for _ in tl.static_range(ROWS):
-        squares = squares + (tl.zeros((LINE,), tl.float32),)
-    for block in tl.static_range(COUNT // AT_ONCE):
-        weights = ()
-        for line in tl.static_range(AT_ONCE):
-            k = (block * AT_ONCE + line) * LINE + lane
-            for output in tl.static_range(OUTPUTS):
-                place = weight + (first + output).to(tl.int64) * WIDTH + k
-                weights = weights + (tl.load(place, mask=(k < WIDTH) & (first + output < N), other=0.0),)
-        if block == 0:
-            _after_the_last(OVERLAP)
-        for line in tl.static_range(AT_ONCE):
-            k = (block * AT_ONCE + line) * LINE + lane
-            if NORM:
-                scale = tl.load(norm + k, mask=k < WIDTH, other=0.0).to(tl.float32)
-            added, squared = (), ()
-            for row in tl.static_range(ROWS):
-                value = tl.load(x + row * WIDTH + k, mask=k < WIDTH, other=0.0).to(tl.float32)
-                if NORM:
-                    squared = squared + (squares[row] + value * value,)
-                    value = value * scale
-                for output in tl.static_range(OUTPUTS):
-                    own = weights[line * OUTPUTS + output].to(tl.float32)
-                    added = added + (sums[row * OUTPUTS + output] + own * value,)
-            sums = added
-            if NORM:
-                squares = squared
-    for row in tl.static_range(ROWS):
-        factor = 1.0
-        if NORM:
-            factor = tl.rsqrt(tl.sum(squares[row], 0) / WIDTH + eps)
-        for output in tl.static_range(OUTPUTS):
-            n = first + output
-            value = tl.sum(sums[row * OUTPUTS + output], 0) * factor
-            if BIAS:
-                value += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
-            if CONV:
-                if n < E:
-                    # The state holds what the input was rounded to.
-                    value = value.to(conv_after.dtype.element_ty).to(tl.float32)
-                    state = conv_state + row * (TAPS - 1) * E + n
-                    after = conv_after + row * (TAPS - 1) * E + n
-                    taps = conv_weight + n * conv_stride
-                    filtered = value * tl.load(taps + TAPS - 1).to(tl.float32)
-                    if CONV_BIAS:
-                        filtered += tl.load(conv_bias + n).to(tl.float32)
-                    for tap in tl.static_range(TAPS - 1):
-                        before = tl.load(state + tap * E).to(tl.float32)
-                        filtered += before * tl.load(taps + tap).to(tl.float32)
-                        if tap > 0:
-                            tl.store(after + (tap - 1) * E, before.to(conv_after.dtype.element_ty))
-                    if TAPS > 1:
-                        tl.store(after + (TAPS - 2) * E, value.to(conv_after.dtype.element_ty))
-                    filtered = filtered * tl.sigmoid(filtered)
-                    tl.store(y + row * E + n, filtered.to(y.dtype.element_ty))
-                elif n < N:
-                    tl.store(z + row * E + n - E, value.to(z.dtype.element_ty))
-            else:
-                if RESIDUAL:
-                    value += tl.load(residual + row * N + n, mask=n < N, other=0.0).to(tl.float32)
-                tl.store(y + row * N + n, value.to(y.dtype.element_ty), mask=n < N)
 
 
 @jit
@@ -437,7 +270,7 @@ def _recurrence_kernel(
     OVERLAP: tl.constexpr,
 ):
     """One position of the recurrence (equations 2a and 2b) and the gate, and with PROJECT dt_proj before them."""
-    _let_the_next_begin(OVERLAP)
+    let_the_next_begin(OVERLAP)
     b = tl.program_id(1).to(tl.int64)
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     n = tl.arange(0, BLOCK_STATES)
@@ -452,7 +285,7 @@ def _recurrence_kernel(
     bias = tl.load(dt_bias + c, mask=inside, other=0.0)
     skip = tl.load(D + c, mask=inside, other=0.0)
     # Nobody but this program, at the step before, has written them.
-    _after_the_last(OVERLAP)
+    after_the_last(OVERLAP)
     h = tl.load(state + b * E * STATES + cell, mask=within, other=0.0)
     row = dtbc + b * (RANK + 2 * STATES)
     if PROJECT:

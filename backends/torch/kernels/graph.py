@@ -1,6 +1,7 @@
-"""A step of decoding as a CUDA graph, so that many run before the host looks at a token."""
+"""Steps of decoding and of training as CUDA graphs: the host launches a step at once, and need not wait for a token."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 import torch
@@ -27,13 +28,9 @@ class Decoding:
         self._index = torch.zeros(1, dtype=torch.long, device=tokens.device)
         self._choices = _mapped(lambda value: value.new_zeros(AT_ONCE, *value.shape), like.choice)
         self._graph = torch.cuda.CUDAGraph()
-        # Compiles what is compiled when first used, which a capture cannot; where memory is not the capture's own.
-        side = torch.cuda.Stream(tokens.device)
-        side.wait_stream(torch.cuda.current_stream(tokens.device))
-        with torch.cuda.stream(side):
+        with _aside(tokens.device):
             for _ in range(WARM_UPS):
                 self._step(advance)
-        torch.cuda.current_stream(tokens.device).wait_stream(side)
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._step(advance)
 
@@ -82,6 +79,56 @@ class Idle:
 
     def give_back(self, model, key, decoding: Decoding) -> None:
         self._kept[model] = key, decoding
+
+
+class Repeated:
+    """A function of a tensor that changes what it was made with, such as a training step: captured when it has run.
+
+    Its first calls with a shape and settings are plain; then it is captured, and each call a replay. What it computes
+    from must lie where it lay: `forget` what was captured when that is not so.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor]):
+        self._function = function
+        self.forget()
+
+    def forget(self) -> None:
+        self._key, self._calls, self._graph = None, 0, None
+
+    def __call__(self, argument: Tensor, settings: Hashable) -> Tensor:
+        if self._key != (key := (argument.shape, argument.dtype, settings)):
+            self.forget()
+            self._key = key
+        if self._graph is None and self._calls < WARM_UPS:
+            self._calls += 1
+            with _aside(argument.device):
+                return self._function(argument)
+        if self._graph is None:
+            self._capture(argument)
+        self._argument.copy_(argument)
+        self._graph.replay()
+        return self._result.clone()
+
+    def _capture(self, argument):
+        # The graph has memory of its own: what the plain calls leave in the cache would be there twice.
+        torch.cuda.synchronize(argument.device)
+        torch.cuda.empty_cache()
+        self._argument, self._graph = argument.clone(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._result = self._function(self._argument)
+
+
+@contextmanager
+def _aside(device: torch.device):
+    """On another stream than the current one, in its place: what a capture wants to have run before.
+
+    That compiles what is compiled when first used, and leaves nothing that is bound to the current stream.
+    """
+    current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        yield
+    current.wait_stream(side)
 
 
 def _each(count, choices, arrived) -> Iterator[Choice]:

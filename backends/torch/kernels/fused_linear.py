@@ -1,0 +1,252 @@
+"""Weights times few rows of inputs in Triton, as fast as the weights are read: dense ones, or of 8 or 4 bits.
+
+The norm before a product, the bias and the residual after it and a position of the convolution are taken with it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from mamba_core.backends.torch.kernels.fused import INTERPRETED, blocks_of, jit, launching, power_of_2, tl
+
+# With more rows cuBLAS is faster.
+MOST_ROWS = 4
+# A thread reads so many bytes of each of its weights' rows at once.
+VECTOR = 16
+# Lines on their way from memory at once, at most, and registers of a thread: more would leave room for fewer warps.
+LINES, REGISTERS = 10, 112
+# With fewer outputs than warps that fill a GPU, several warps share one.
+FEW_OUTPUTS = 512
+# A kernel begins while the one before it ends; not in the interpreter, which runs one after another.
+OVERLAP = not INTERPRETED
+
+
+class Packed(NamedTuple):
+    """A weight (n, k) in words of 32 bits: see `quantized`.
+
+    words: (n, k * bits / 32) int32. scales: (n, k / group).
+    """
+
+    words: Tensor
+    scales: Tensor
+    bits: int
+    group: int
+
+
+def overlapping() -> dict[str, bool]:
+    """What a launch is told for its kernel to begin while the one before it ends."""
+    return {"launch_pdl": True} if OVERLAP else {}
+
+
+def linear(x: Tensor, weight: Tensor | Packed, bias: Tensor | None) -> Tensor:
+    """weight (n, k) times x (b, k), plus the bias, in the dtype of x, for at most MOST_ROWS rows."""
+    stored = weight.words if isinstance(weight, Packed) else weight
+    y = x.new_empty(len(x), len(stored))
+    with launching(x):
+        multiply(x.contiguous(), weight, bias, y)
+    return y
+
+
+def multiply(x, weight, bias, y, *, norm=None, eps=0.0, residual=None, convolution=None):
+    """y = weight (n, k), dense or packed, times x (b, k), or times the norm of x; plus the residual.
+
+    With a convolution y is (b, n/2): the first half of the result goes through it, the rest to its last tensor.
+    """
+    packed = weight if isinstance(weight, Packed) else Packed(weight, weight, 0, 1)
+    stored = packed.words
+    (n, length), rows = stored.shape, len(x)
+    warps = 4 if n < FEW_OUTPUTS else 1
+    vector = VECTOR // stored.element_size()
+    threads = min(32 * warps, power_of_2(blocks_of(length, vector)))
+    count = blocks_of(length, threads * vector)
+    outputs = _outputs_of_program(n, rows)
+    at_once = max(each for each in range(1, count + 1) if count % each == 0 and (each == 1 or each * outputs <= LINES))
+    conv_weight, conv_bias, conv_state, conv_after, z = convolution or (stored, None, x, x, x)
+    options = overlapping() | ({"maxnreg": REGISTERS} if rows == 1 else {})
+    _linear_kernel[(blocks_of(n, outputs),)](
+        x,
+        stored if norm is None else norm,
+        stored,
+        packed.scales,
+        stored if bias is None else bias,
+        x if residual is None else residual,
+        y,
+        conv_weight,
+        stored if conv_bias is None else conv_bias,
+        conv_state,
+        conv_after,
+        z,
+        eps,
+        conv_weight.stride(0),
+        N=n,
+        LENGTH=length,
+        ROWS=rows,
+        BITS=packed.bits,
+        STRIPS=32 // packed.bits if packed.bits else 1,
+        GROUP=packed.group,
+        NORM=norm is not None,
+        BIAS=bias is not None,
+        RESIDUAL=residual is not None,
+        CONV=convolution is not None,
+        CONV_BIAS=conv_bias is not None,
+        TAPS=conv_state.shape[1] + 1,
+        OUTPUTS=outputs,
+        THREADS=threads,
+        VECTOR=vector,
+        COUNT=count,
+        AT_ONCE=at_once,
+        OVERLAP=OVERLAP,
+        num_warps=warps,
+        **options,
+    )
+
+
+def _outputs_of_program(n, rows):
+    """As many as leave some warps to each multiprocessor, and fit in registers beside their sums for each row."""
+    most = max(1, 4 // rows)
+    while most > 1 and n // most < 2000:
+        most //= 2
+    return most
+
+
+@jit
+def after_the_last(OVERLAP: tl.constexpr):
+    """Waits until what the kernels before have written can be read."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+
+
+@jit
+def let_the_next_begin(OVERLAP: tl.constexpr):
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@jit
+def _unpacked(words, STRIP: tl.constexpr, BITS: tl.constexpr):
+    """Whole numbers around zero: as the last bits of 2^23 + number, for conversions are slow."""
+    number = ((words >> (STRIP * BITS)) & ((1 << BITS) - 1)) | 0x4B000000
+    return number.to(tl.float32, bitcast=True) - (8388608.0 + (1 << (BITS - 1)))
+
+
+@jit
+def _linear_kernel(
+    x,
+    norm,
+    weight,
+    scales,
+    bias,
+    residual,
+    y,
+    conv_weight,
+    conv_bias,
+    conv_state,
+    conv_after,
+    z,
+    eps,
+    conv_stride,
+    N: tl.constexpr,
+    LENGTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BITS: tl.constexpr,
+    STRIPS: tl.constexpr,
+    GROUP: tl.constexpr,
+    NORM: tl.constexpr,
+    BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    CONV: tl.constexpr,
+    CONV_BIAS: tl.constexpr,
+    TAPS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    THREADS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    COUNT: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    let_the_next_begin(OVERLAP)
+    E: tl.constexpr = N // 2
+    WIDTH: tl.constexpr = LENGTH * STRIPS
+    first = tl.program_id(0) * OUTPUTS
+    thread = tl.arange(0, THREADS)[:, None]
+    lane = thread * VECTOR + tl.arange(0, VECTOR)[None, :]
+    # The norm's factor is the same for the whole row, so that it multiplies the finished sums.
+    sums, squares = (), ()
+    for _ in tl.static_range(ROWS * OUTPUTS):
+        sums = sums + (tl.zeros((THREADS, VECTOR), tl.float32),)
+    for _ in tl.static_range(ROWS):
+        squares = squares + (tl.zeros((THREADS, VECTOR), tl.float32),)
+    for block in tl.static_range(COUNT // AT_ONCE):
+        weights = ()
+        for line in tl.static_range(AT_ONCE):
+            place = (block * AT_ONCE + line) * THREADS * VECTOR + lane
+            for output in tl.static_range(OUTPUTS):
+                own = weight + (first + output).to(tl.int64) * LENGTH + place
+                weights = weights + (tl.load(own, mask=(place < LENGTH) & (first + output < N), other=0),)
+        if block == 0:
+            after_the_last(OVERLAP)
+        for line in tl.static_range(AT_ONCE):
+            start = (block * AT_ONCE + line) * THREADS * VECTOR
+            inside = start + lane < LENGTH
+            for strip in tl.static_range(STRIPS):
+                k = strip * LENGTH + start + lane
+                if NORM:
+                    scale = tl.load(norm + k, mask=inside, other=0.0).to(tl.float32)
+                values, squared = (), ()
+                for row in tl.static_range(ROWS):
+                    value = tl.load(x + row * WIDTH + k, mask=inside, other=0.0).to(tl.float32)
+                    if NORM:
+                        squared = squared + (squares[row] + value * value,)
+                        value = value * scale
+                    values = values + (value,)
+                if NORM:
+                    squares = squared
+                added = ()
+                for output in tl.static_range(OUTPUTS):
+                    if BITS == 0:
+                        own = weights[line * OUTPUTS + output].to(tl.float32)
+                    else:
+                        group = (strip * LENGTH + start + thread * VECTOR) // GROUP
+                        place = scales + (first + output).to(tl.int64) * (WIDTH // GROUP) + group
+                        counts = (start + thread * VECTOR < LENGTH) & (first + output < N)
+                        own = tl.load(place, mask=counts, other=0.0).to(tl.float32)
+                        own = own * _unpacked(weights[line * OUTPUTS + output], strip, BITS)
+                    for row in tl.static_range(ROWS):
+                        added = added + (sums[output * ROWS + row] + own * values[row],)
+                sums = added
+    for row in tl.static_range(ROWS):
+        factor = 1.0
+        if NORM:
+            factor = tl.rsqrt(tl.sum(tl.sum(squares[row], 1), 0) / WIDTH + eps)
+        for output in tl.static_range(OUTPUTS):
+            n = first + output
+            value = tl.sum(tl.sum(sums[output * ROWS + row], 1), 0) * factor
+            if BIAS:
+                value += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+            if CONV:
+                if n < E:
+                    # The state holds what the input was rounded to.
+                    value = value.to(conv_after.dtype.element_ty).to(tl.float32)
+                    state = conv_state + row * (TAPS - 1) * E + n
+                    after = conv_after + row * (TAPS - 1) * E + n
+                    taps = conv_weight + n * conv_stride
+                    filtered = value * tl.load(taps + TAPS - 1).to(tl.float32)
+                    if CONV_BIAS:
+                        filtered += tl.load(conv_bias + n).to(tl.float32)
+                    for tap in tl.static_range(TAPS - 1):
+                        before = tl.load(state + tap * E).to(tl.float32)
+                        filtered += before * tl.load(taps + tap).to(tl.float32)
+                        if tap > 0:
+                            tl.store(after + (tap - 1) * E, before.to(conv_after.dtype.element_ty))
+                    if TAPS > 1:
+                        tl.store(after + (TAPS - 2) * E, value.to(conv_after.dtype.element_ty))
+                    filtered = filtered * tl.sigmoid(filtered)
+                    tl.store(y + row * E + n, filtered.to(y.dtype.element_ty))
+                elif n < N:
+                    tl.store(z + row * E + n - E, value.to(z.dtype.element_ty))
+            else:
+                if RESIDUAL:
+                    value += tl.load(residual + row * N + n, mask=n < N, other=0.0).to(tl.float32)
+                tl.store(y + row * N + n, value.to(y.dtype.element_ty), mask=n < N)

@@ -1,0 +1,94 @@
+"""Weights in 8 or 4 bits for decoding: each number a whole one times the scale of its group of columns, symmetric.
+
+A row is stored as words of 32 bits. It is cut into 32 / bits strips of equal length, and a word holds one number of
+each strip, the first strip's in its lowest bits: a thread that reads words side by side needs inputs side by side.
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mamba_core.backends.torch.kernels import fused, fused_linear
+from mamba_core.backends.torch.kernels.fused_linear import Packed
+
+GROUP = 32
+
+
+def quantize(model: nn.Module, bits: int = 8) -> nn.Module:
+    """A model for inference, its in_proj, out_proj and head in 8 or 4 bits; it shares the rest with the model given.
+
+    On a GPU, few rows are multiplied by the numbers as they are stored; otherwise the weights are brought back first,
+    so that a prompt costs more than with a model that is not quantised. It has no values to save or to train.
+
+    Raises:
+        ValueError: bits is neither 8 nor 4, or a weight's columns are no multiple of a group in each strip.
+        TypeError: something that is no linear layer is in the place of one.
+    """
+    if bits not in (8, 4):
+        raise ValueError(f"bits is {bits!r}; expected 8 or 4")
+    head = model.head_weight() if hasattr(model, "head_weight") else None
+    # Parameters are not copied but taken over.
+    quantized = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    for index, block in enumerate(quantized.backbone.layers):
+        for name in ("in_proj", "out_proj"):
+            linear = getattr(block.mixer, name)
+            if type(linear) is not nn.Linear:
+                raise TypeError(f"layer {index} has {type(linear).__name__} for {name}; expected torch.nn.Linear")
+            setattr(block.mixer, name, QuantizedLinear(linear.weight, linear.bias, bits))
+    if head is not None:
+        quantized.lm_head = QuantizedLinear(head, None, bits)
+    return quantized
+
+
+class QuantizedLinear(nn.Module):
+    """`torch.nn.Linear` of a weight (n, k) in few bits, without gradients of it."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, bits: int):
+        super().__init__()
+        words, scales = pack(weight.detach(), bits)
+        self.bits, self.dtype = bits, weight.dtype
+        self.register_buffer("words", words)
+        self.register_buffer("scales", scales)
+        self.bias = bias
+
+    @property
+    def packed(self) -> Packed:
+        return Packed(self.words, self.scales, self.bits, GROUP)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.numel() // max(1, x.shape[-1])
+        plain = torch.is_grad_enabled() or not 0 < rows <= fused_linear.MOST_ROWS
+        if plain or fused.reason(x.device, x.dtype) is not None:
+            return F.linear(x, unpack(self.packed, x.dtype), self.bias)
+        return fused_linear.linear(x.reshape(rows, -1), self.packed, self.bias).view(*x.shape[:-1], -1)
+
+    def extra_repr(self) -> str:
+        return f"{self.words.shape[1] * 32 // self.bits}, {len(self.words)}, bits={self.bits}"
+
+
+def pack(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """The words and the scales of a weight (n, k): see `Packed`.
+
+    The scale makes of the number that is largest in size the least whole one, -2^(bits-1), which has no opposite.
+    """
+    (n, columns), strips = weight.shape, 32 // bits
+    if columns % (strips * GROUP):
+        raise ValueError(f"a weight has {columns} columns; expected a multiple of {strips * GROUP} for {bits} bits")
+    groups = weight.float().view(n, -1, GROUP)
+    largest = groups.gather(2, groups.abs().argmax(2, keepdim=True))
+    least = -(1 << (bits - 1))
+    scales = (largest / least).to(torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float16)
+    whole = torch.where(scales == 0, 0.0, groups / scales.float()).round().clamp(least, -least - 1)
+    raised = (whole.long() - least).view(n, strips, columns // strips)
+    words = sum(raised[:, strip] << (bits * strip) for strip in range(strips))
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32), scales[..., 0].contiguous()
+
+
+def unpack(packed: Packed, dtype: torch.dtype) -> Tensor:
+    """The weight (n, k) that is stored."""
+    words, scales, bits, group = packed
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
+    whole = ((words[:, None] >> shifts[:, None]) & ((1 << bits) - 1)) - (1 << (bits - 1))
+    return (whole.view(len(words), -1, group) * scales.float()[..., None]).to(dtype).view(len(words), -1)
