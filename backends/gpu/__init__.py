@@ -19,6 +19,8 @@ FIRST_RESULTS = ("added", "total")
 FORWARD_RESULTS = ("y", "final_state", "kept")
 BACKWARD_RESULTS = ("dx", "ddelta", "dz", "dBC", "dA", "dD", "ddelta_bias", "dstate")
 COMBINED = ("A", "begin", "total", "added")
+PARTS = ("dBC", "dA", "dD", "ddelta_bias")
+SUMS = ("dB_sum", "dC_sum", "dA_sum", "dD_sum", "ddelta_bias_sum")
 OPTIONS = ("HAS_D", "HAS_Z", "HAS_BIAS", "SOFTPLUS", "HAS_STATE", "HAS_MASK", "HAS_RESTART")
 
 
@@ -86,9 +88,8 @@ def geometry(states: int, backward: bool = False) -> Geometry:
         return Geometry(NS=16, S=16, K=1, WARPS=2, TILE=KEEP_EVERY)
     S = 1 << (max(4, -(-states // 4)) - 1).bit_length()
     NS = 4 if states > 8 else 2 if states > 4 else 1
-    if backward or S == 32:
-        return Geometry(NS, S, K=2, WARPS=2, TILE=KEEP_EVERY if backward else 2 * KEEP_EVERY)
-    return Geometry(NS, S, K=1, WARPS=4, TILE=2 * KEEP_EVERY)
+    K = 1 if S < 16 else 2
+    return Geometry(NS, S, K, WARPS=4 // K, TILE=KEEP_EVERY if backward else 2 * KEEP_EVERY)
 
 
 @dataclass(frozen=True)
@@ -175,20 +176,34 @@ class Scan:
         g, name = self.geometry, "backward" if self.backward else "forward"
         grid = self.blocks * self.chunks * self.rows
         shared = g.backward_shared if self.backward else g.forward_shared
-        kept, results = (("kept",), BACKWARD_RESULTS) if self.backward else ((), FORWARD_RESULTS)
         chunked = self.chunks > 1
-        main = Launch(name, (*INPUTS, *kept, *results), grid, g.threads, shared, begins_from_added=chunked)
+        main = Launch(name, _SIGNATURES[name], grid, g.threads, shared, begins_from_added=chunked)
         if not chunked:
             return [main]
-        first = Launch(f"{name}_first", (*INPUTS, *FIRST_RESULTS), grid, g.threads, shared)
+        first = Launch(f"{name}_first", _SIGNATURES[f"{name}_first"], grid, g.threads, shared)
         combined = -(-self.rows * self.channels * g.padded // g.threads)
         return [first, Launch("combine_chunks", COMBINED, combined, g.threads, 0, strided=False), main]
+
+    @property
+    def adding_up(self) -> "Launch":
+        """After a backward: the sums of PARTS over blocks, rows and chunks, for who does not form them otherwise."""
+        e, padded = self.channels, self.geometry.padded
+        count = self.rows * self.length * padded // 2 + e * padded + 2 * e
+        threads = self.geometry.threads
+        return Launch("add_up_sums", _SIGNATURES["add_up_sums"], -(-count // threads), threads, 0, strided=False)
+
+    @property
+    def sums(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of SUMS; the first two have the dtype of x."""
+        e, n = self.channels, self.states
+        return dict(zip(SUMS, (*[(self.rows, self.length, n)] * 2, (e, n), (e,), (e,)), strict=True))
 
     def sizes(self, launch: "Launch") -> tuple[int, ...]:
         """The integers that the kernel takes after its arrays, before the strides."""
         if launch.strided:
             return self.length, self.channels, self.states, self.chunk, self.chunks
-        return self.rows, self.channels, self.states, self.chunks
+        length = (self.length,) if launch.kernel == "add_up_sums" else ()
+        return self.rows, *length, self.channels, self.states, self.chunks
 
 
 class Launch(NamedTuple):
@@ -207,6 +222,23 @@ class Launch(NamedTuple):
     shared: int
     strided: bool = True
     begins_from_added: bool = False
+
+
+_SIGNATURES = {
+    "forward_first": (*INPUTS, *FIRST_RESULTS),
+    "forward": (*INPUTS, *FORWARD_RESULTS),
+    "backward_first": (*INPUTS, *FIRST_RESULTS),
+    "backward": (*INPUTS, "kept", *BACKWARD_RESULTS),
+    "combine_chunks": COMBINED,
+    "add_up_sums": (*PARTS, *SUMS),
+}
+_SIZES = {"combine_chunks": 4, "add_up_sums": 5}
+
+
+def parameters(kernel: str) -> str:
+    """The kernel's parameters as `struct` writes them: pointers, 32-bit sizes, 64-bit strides."""
+    strides = 0 if kernel in _SIZES else 2 * len(SEQUENCES)
+    return "P" * len(_SIGNATURES[kernel]) + "i" * _SIZES.get(kernel, 5) + "q" * strides
 
 
 def source(prelude: str = "cuda.h", *files: str) -> str:

@@ -5,6 +5,7 @@
 #define SHARED
 #define LOCAL
 #define UNROLL _Pragma("unroll")
+#define UNROLL_FOUR _Pragma("unroll 4")
 
 typedef long long int64;
 typedef unsigned char byte;

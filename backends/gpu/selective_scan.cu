@@ -11,8 +11,8 @@
       int64 z_position, int64 dy_row, int64 dy_position
 #define GIVEN                                                                                                   \
   Inputs {                                                                                                      \
-    {x, x_row, x_position}, {delta, delta_row, delta_position}, {B, B_row, B_position}, {C, C_row, C_position}, \
-        {z, z_row, z_position}, {dy, dy_row, dy_position}, A, D, delta_bias, begin, mask, restart, length,      \
+    {x, x_row, int(x_position)}, {delta, delta_row, int(delta_position)}, {B, B_row, int(B_position)}, {C, C_row, int(C_position)}, \
+        {z, z_row, int(z_position)}, {dy, dy_row, int(dy_position)}, A, D, delta_bias, begin, mask, restart, length,      \
         channels, states, chunk, chunks                                                                         \
   }
 #define KERNEL extern "C" __global__ void __launch_bounds__(THREADS)
@@ -37,6 +37,17 @@ KERNEL backward(
     float* ddelta_bias, float* dstate, SIZES) {
   BackwardResults results = {dx, ddelta, dz, dBC, dA, dD, ddelta_bias, dstate, nullptr, nullptr};
   scan_backward<false>(GIVEN, kept, results, place(channels, chunks), (float*)shared_memory);
+}
+
+KERNEL add_up_sums(
+    const float* dBC, const float* dA, const float* dD, const float* ddelta_bias, Element* dB_sum, Element* dC_sum,
+    float* dA_sum, float* dD_sum, float* ddelta_bias_sum, int rows, int length, int channels, int states, int chunks) {
+  Inputs in = {};
+  in.length = length, in.channels = channels, in.states = states, in.chunks = chunks;
+  BackwardResults parts = {};
+  // They are only read.
+  parts.dBC = (float*)dBC, parts.dA = (float*)dA, parts.dD = (float*)dD, parts.ddelta_bias = (float*)ddelta_bias;
+  add_up(in, parts, {dB_sum, dC_sum, dA_sum, dD_sum, ddelta_bias_sum}, rows, int64(blockIdx.x) * THREADS + threadIdx.x);
 }
 
 #else

@@ -73,10 +73,13 @@ struct Vector<1> {
 
 typedef Vector<VECTOR> Brought;
 
-// (b, l, channels or states), the last axis contiguous.
+// (b, l, channels or states), the last axis contiguous; `position` is a stride that fits 32 bits.
 struct Sequence {
   const GLOBAL Element* data;
-  int64 row, position;
+  int64 row;
+  int position;
+
+  DEVICE const GLOBAL Element* at(int position_number) const { return data + int64(position_number) * position; }
 };
 
 struct Inputs {
@@ -92,30 +95,30 @@ struct Place {
   int thread, block, chunk, row;
 };
 
-// exp(-|value|), within a few units in the last place: what a product with log2(e) loses is put back. SMALL: also where
-// that is no normal number. Beyond `most` it is zero, and no infinity comes into its way; NaN stays NaN.
-template <bool SMALL>
+// exp(-|value|) to a few units in the last place, also where that is no normal number: what a product with log2(e) loses
+// is put back. Beyond 110 it is zero, and no infinity comes into its way; NaN stays NaN.
 DEVICE float exp_of_minus(float value) {
   const float most = 110.0f;
   float negative = value < 0.0f ? value : -value;
   negative = negative < -most ? -most : negative;
   float exponent = negative * LOG2_E;
   float lost = multiply_add(negative, LOG2_E_REST, multiply_add(negative, LOG2_E, -exponent));
-  float power = SMALL ? small_exp2(exponent) : fast_exp2(exponent);
+  float power = small_exp2(exponent);
   return multiply_add(power, lost * LN_2, power);
 }
 
-DEVICE float sigmoid(float value) {
-  float small = exp_of_minus<false>(value);
-  return (value < 0.0f ? small : 1.0f) * reciprocal(1.0f + small);
-}
+// From small = exp(-|value|).
+DEVICE float sigmoid_of(float value, float small) { return (value < 0.0f ? small : 1.0f) * reciprocal(1.0f + small); }
+
+// For gates: where it is small its relative error grows as |value| does, 5e-7 at -8.
+DEVICE float sigmoid(float value) { return sigmoid_of(value, fast_exp2((value < 0.0f ? value : -value) * LOG2_E)); }
 
 // max(value, 0) + log(1 + small) by the polynomial for log(1 + s) / s of degree 9 that is best on [0, 1], to 5e-9.
-DEVICE float softplus(float value) {
+DEVICE float softplus_of(float value, float small) {
   const float coefficients[] = {
       -0.003256378462538123f, 0.019907161593437195f, -0.057064201682806015f, 0.10614264756441116f, -0.15311862528324127f,
       0.19678117334842682f,   -0.24954558908939362f, 0.33330005407333374f,   -0.4999990463256836f, 1.0f};
-  float small = exp_of_minus<true>(value), sum = coefficients[0];
+  float sum = coefficients[0];
   UNROLL for (int i = 1; i < 10; ++i) sum = multiply_add(sum, small, coefficients[i]);
   return multiply_add(sum, small, value < 0.0f ? 0.0f : value);
 }
@@ -150,6 +153,7 @@ struct Thread {
   Place place;
   int lane;
   int states, first_channel;  // the first of its NS, and of its K, which are CHANNEL_LANES apart
+  int flip;                   // its j-th state is states + (j ^ flip): so sums over channels need no choices at first
   int start, end;             // of the chunk
   int brought_channel;        // the first of the VECTOR that it brings, in the block and in all
   int brought_global;
@@ -158,6 +162,7 @@ struct Thread {
     place = at;
     lane = at.thread % LANES;
     states = lane % S * NS;
+    flip = lane / S % 2 * (NS / 2);
     first_channel = at.thread / LANES * CHANNEL_LANES * K + lane / S;
     start = at.chunk * in.chunk;
     end = min(start + in.chunk, in.length);
@@ -189,9 +194,19 @@ DEVICE Vector<N> load(const GLOBAL Element* source, int given) {
   return loaded;
 }
 
+// The sequences as the thread reads them: from its row, x, delta, z and dy also from the channels that it brings.
+DEVICE Inputs seen_from(const Inputs in, const Thread at) {
+  Inputs seen = in;
+  seen.x.data += at.place.row * in.x.row + at.brought_global;
+  seen.delta.data += at.place.row * in.delta.row + at.brought_global;
+  seen.z.data += at.place.row * in.z.row + at.brought_global;
+  seen.dy.data += at.place.row * in.dy.row + at.brought_global;
+  seen.B.data += at.place.row * in.B.row, seen.C.data += at.place.row * in.C.row;
+  return seen;
+}
+
 DEVICE Brought bring(const Sequence from, const Inputs in, const Thread at, int position) {
-  const GLOBAL Element* source = from.data + at.place.row * from.row + position * from.position + at.brought_global;
-  return load<VECTOR, ALIGNED>(source, position < in.length ? in.channels - at.brought_global : 0);
+  return load<VECTOR, ALIGNED>(from.at(position), position < in.length ? in.channels - at.brought_global : 0);
 }
 
 DEVICE void put(GLOBAL Element* to, const Inputs in, const Thread at, int position, const LOCAL float* values) {
@@ -229,7 +244,7 @@ struct States {
     UNROLL for (int i = 0; i < STATE_VECTORS; ++i) {
       int index = (i * THREADS + at.place.thread) * STATE_VECTOR;
       int position = first + index / PADDED, state = index % PADDED;
-      const GLOBAL Element* source = from.data + at.place.row * from.row + position * from.position + state;
+      const GLOBAL Element* source = from.at(position) + state;
       bool given = index < TILE * PADDED && counts(in, at.place.row, position);
       brought[i] = load<STATE_VECTOR, STATES_ALIGNED>(source, given ? in.states - state : 0);
     }
@@ -245,18 +260,31 @@ struct States {
   }
 };
 
+// The thread's NS of a position's states, in its order.
+DEVICE void read_states(const SHARED float* from, const Thread at, LOCAL float* values) {
+  if (NS % 4 == 0) {
+    // By two: where many threads read the same, 16 bytes at a time take twice as long.
+    UNROLL for (int j = 0; j + 1 < NS; j += 2) {
+      float2 two = *(const SHARED float2*)(from + at.states + (j ^ at.flip));
+      values[j] = two.x, values[j + 1] = two.y;
+    }
+  } else {
+    UNROLL for (int j = 0; j < NS; ++j) values[j] = from[at.states + (j ^ at.flip)];
+  }
+}
+
 // The states of the thread's channels from (e, PADDED).
 DEVICE void load_state(const GLOBAL float* from, const Inputs in, const Thread at, LOCAL float (*h)[NS]) {
   UNROLL for (int k = 0; k < K; ++k) {
     const GLOBAL float* source = from + int64(at.global_channel(k)) * PADDED + at.states;
     bool given = at.global_channel(k) < in.channels;
     if (NS % 4 == 0) {
-      UNROLL for (int j = 0; j + 3 < NS; j += 4) {
-        float4 four = given ? *(const GLOBAL float4*)(source + j) : float4{0.0f, 0.0f, 0.0f, 0.0f};
-        h[k][j] = four.x, h[k][j + 1] = four.y, h[k][j + 2] = four.z, h[k][j + 3] = four.w;
+      UNROLL for (int j = 0; j + 1 < NS; j += 2) {
+        float2 two = given ? *(const GLOBAL float2*)(source + (j ^ at.flip)) : float2{0.0f, 0.0f};
+        h[k][j] = two.x, h[k][j + 1] = two.y;
       }
     } else {
-      UNROLL for (int j = 0; j < NS; ++j) h[k][j] = given ? source[j] : 0.0f;
+      UNROLL for (int j = 0; j < NS; ++j) h[k][j] = given ? source[j ^ at.flip] : 0.0f;
     }
   }
 }
@@ -266,10 +294,9 @@ DEVICE void store_state(GLOBAL float* to, const Inputs in, const Thread at, cons
     GLOBAL float* target = to + int64(at.global_channel(k)) * PADDED + at.states;
     if (at.global_channel(k) >= in.channels) continue;
     if (NS % 4 == 0) {
-      UNROLL for (int j = 0; j + 3 < NS; j += 4)
-          *(GLOBAL float4*)(target + j) = float4{h[k][j], h[k][j + 1], h[k][j + 2], h[k][j + 3]};
+      UNROLL for (int j = 0; j + 1 < NS; j += 2) *(GLOBAL float2*)(target + (j ^ at.flip)) = float2{h[k][j], h[k][j + 1]};
     } else {
-      UNROLL for (int j = 0; j < NS; ++j) target[j] = h[k][j];
+      UNROLL for (int j = 0; j < NS; ++j) target[j ^ at.flip] = h[k][j];
     }
   }
 }
@@ -281,8 +308,9 @@ DEVICE void clear(LOCAL float (*h)[NS]) {
 // A log2(e), so that decays are powers of 2; zero for the states that fill up.
 DEVICE void load_rates(const Inputs in, const Thread at, LOCAL float (*rates)[NS]) {
   UNROLL for (int k = 0; k < K; ++k) UNROLL for (int j = 0; j < NS; ++j) {
-      bool given = at.global_channel(k) < in.channels && at.states + j < in.states;
-      rates[k][j] = given ? in.A[int64(at.global_channel(k)) * in.states + at.states + j] * LOG2_E : 0.0f;
+      int state = at.states + (j ^ at.flip);
+      bool given = at.global_channel(k) < in.channels && state < in.states;
+      rates[k][j] = given ? in.A[int64(at.global_channel(k)) * in.states + state] * LOG2_E : 0.0f;
     }
 }
 
@@ -317,14 +345,20 @@ struct Bundle {
       if (with_dy) dy[i] = ::bring(in.dy, in, at, position);
     }
   }
-  // The steps and steps * x of vector i into (TILE, ROW) float2; zero where the position does not count.
-  DEVICE void lay_steps(SHARED float* steps, const Inputs in, const Thread at, int i, bool counting) const {
+  // The steps and steps * x of vector i into (TILE, ROW) float2, zero where the position does not count; slopes: of the
+  // steps by delta.
+  DEVICE void lay_steps(
+      SHARED float* steps, const Inputs in, const Thread at, int i, bool counting, LOCAL float* slopes) const {
     float values[VECTOR], raw[VECTOR], bias[VECTOR], pairs[2 * VECTOR];
     x[i].unpack(values), delta[i].unpack(raw);
     if (HAS_BIAS) bring_channels(in.delta_bias, in, at, bias);
     UNROLL for (int c = 0; c < VECTOR; ++c) {
       float step = HAS_BIAS ? raw[c] + bias[c] : raw[c];
-      if (SOFTPLUS) step = softplus(step);
+      slopes[c] = 1.0f;
+      if (SOFTPLUS) {
+        float small = exp_of_minus(step);
+        slopes[c] = sigmoid_of(step, small), step = softplus_of(step, small);
+      }
       pairs[2 * c] = counting ? step : 0.0f, pairs[2 * c + 1] = counting ? step * values[c] : 0.0f;
     }
     write<2 * VECTOR>(steps + 2 * (at.brought_position(i) * ROW + at.brought_channel), pairs);
@@ -369,11 +403,12 @@ DEVICE void finish_forward(
 
 // FIRST: the run that only adds up what each chunk adds.
 template <bool FIRST>
-DEVICE void scan_forward(const Inputs in, const ForwardResults out, const Place place, SHARED float* shared) {
+DEVICE void scan_forward(const Inputs given, const ForwardResults out, const Place place, SHARED float* shared) {
   SHARED float *steps = shared, *linear = steps + 2 * TILE * ROW;
   SHARED float *B = linear + TILE * ROW, *C = B + TILE * PADDED;
   SHARED byte* restarting = (SHARED byte*)(C + TILE * PADDED);
-  const Thread at(place, in);
+  const Thread at(place, given);
+  const Inputs in = seen_from(given, at);
 
   float rates[K][NS], h[K][NS], total[K];
   load_rates(in, at, rates);
@@ -390,8 +425,10 @@ DEVICE void scan_forward(const Inputs in, const ForwardResults out, const Place 
   if (!FIRST) next_C.bring(in.C, in, at, at.start);
   for (int first = at.start; first < at.end; first += TILE) {
     const Bundle bundle = next;
-    UNROLL for (int i = 0; i < VECTORS; ++i)
-        bundle.lay_steps(steps, in, at, i, counts(in, place.row, first + at.brought_position(i)));
+    UNROLL for (int i = 0; i < VECTORS; ++i) {
+      float slopes[VECTOR];
+      bundle.lay_steps(steps, in, at, i, counts(in, place.row, first + at.brought_position(i)), slopes);
+    }
     next_B.lay(B, at);
     if (!FIRST) next_C.lay(C, at);
     lay_restarts(restarting, in, at, first);
@@ -408,8 +445,8 @@ DEVICE void scan_forward(const Inputs in, const ForwardResults out, const Place 
       float sums[K][TOGETHER];
       UNROLL for (int u = 0; u < TOGETHER; ++u) {
         float B_t[NS], C_t[NS];
-        read<NS>(B + (t + u) * PADDED + at.states, B_t);
-        if (!FIRST) read<NS>(C + (t + u) * PADDED + at.states, C_t);
+        read_states(B + (t + u) * PADDED, at, B_t);
+        if (!FIRST) read_states(C + (t + u) * PADDED, at, C_t);
         bool restarts = HAS_RESTART && restarting[t + u];
         UNROLL for (int k = 0; k < K; ++k) {
           float2 step = ((SHARED float2*)steps)[(t + u) * ROW + at.channel(k)];
@@ -495,16 +532,22 @@ struct History {
   }
 };
 
-// The sums over the warp's channels of 2 NS values, dB's and then dC's of the thread's states, into (2, PADDED): at every
-// step a thread hands over half of what it still has.
-DEVICE void sum_channels(LOCAL float* values, int lane, int state, SHARED float* to) {
-  int count = 2 * NS, offset = 0;
+// The sums over the warp's channels of dB's and dC's NS values each into (2, PADDED): at every step a thread hands over
+// half of what it still has, first the half that the thread beside it has in front, then the higher half or the lower.
+DEVICE void sum_channels(LOCAL float* dB, LOCAL float* dC, const Thread at, SHARED float* to) {
+  const int front = NS > 1 && CHANNEL_LANES > 1 ? NS / 2 : NS;
+  float values[2 * front];
+  UNROLL for (int i = 0; i < front; ++i) {
+    values[i] = front < NS ? dB[i] + shuffle_xor(dB[NS - front + i], S) : dB[i];
+    values[front + i] = front < NS ? dC[i] + shuffle_xor(dC[NS - front + i], S) : dC[i];
+  }
+  int count = 2 * front, offset = 0;
   bool writes = true;
-  UNROLL for (int mask = S; mask < LANES; mask *= 2) {
-    bool high = lane & mask;
+  UNROLL for (int mask = front < NS ? 2 * S : S; mask < LANES; mask *= 2) {
+    bool high = at.lane & mask;
     if (count > 1) {
       count /= 2;
-      UNROLL for (int i = 0; i < NS; ++i)
+      UNROLL for (int i = 0; i < front; ++i)
         if (i < count) {
           float kept = high ? values[i + count] : values[i], sent = high ? values[i] : values[i + count];
           values[i] = kept + shuffle_xor(sent, mask);
@@ -515,8 +558,10 @@ DEVICE void sum_channels(LOCAL float* values, int lane, int state, SHARED float*
       writes = writes && !high;
     }
   }
-  UNROLL for (int i = 0; i < 2 * NS; ++i)
-    if (i < count && writes) to[(offset + i) / NS * PADDED + state + (offset + i) % NS] = values[i];
+  UNROLL for (int i = 0; i < 2 * front; ++i) {
+    int which = (offset + i) / front, j = (offset + i) % front;
+    if (i < count && writes) to[which * PADDED + at.states + (j ^ at.flip)] = values[i];
+  }
 }
 
 // The arrays of a tile in shared memory, (TILE, ROW) each but the steps, which are pairs.
@@ -527,22 +572,21 @@ struct Tile {
 // dx, ddelta and dz of a tile; adds to the thread's sums for dD and, THREADS * VECTOR later, for ddelta_bias.
 DEVICE void finish_backward(
     const Inputs in, const BackwardResults out, const Thread at, int first, const Bundle bundle, const Tile tile,
-    SHARED float* own_sums) {
-  float bias[VECTOR], D[VECTOR], dD[VECTOR], dbias[VECTOR];
-  if (HAS_BIAS) bring_channels(in.delta_bias, in, at, bias), read<VECTOR>(own_sums + THREADS * VECTOR, dbias);
+    const LOCAL float (*slopes)[VECTOR], const LOCAL float (*gates)[VECTOR], SHARED float* own_sums) {
+  float D[VECTOR], dD[VECTOR], dbias[VECTOR];
+  if (HAS_BIAS) read<VECTOR>(own_sums + THREADS * VECTOR, dbias);
   if (HAS_D) bring_channels(in.D, in, at, D), read<VECTOR>(own_sums, dD);
   UNROLL for (int i = 0; i < VECTORS; ++i) {
     int position = at.brought_position(i), there = position * ROW + at.brought_channel;
     bool counting = counts(in, at.place.row, first + position);
-    float x[VECTOR], delta[VECTOR], steps[2 * VECTOR], gated[VECTOR], gB[VECTOR], rated[VECTOR];
+    float x[VECTOR], steps[2 * VECTOR], gated[VECTOR], gB[VECTOR], rated[VECTOR];
     float dx[VECTOR], ddelta[VECTOR];
-    bundle.x[i].unpack(x), bundle.delta[i].unpack(delta);
+    bundle.x[i].unpack(x);
     read<2 * VECTOR>(tile.steps + 2 * there, steps), read<VECTOR>(tile.gated + there, gated);
     read<VECTOR>(tile.gB + there, gB), read<VECTOR>(tile.rated + there, rated);
     UNROLL for (int c = 0; c < VECTOR; ++c) {
       dx[c] = HAS_D ? multiply_add(gB[c], steps[2 * c], D[c] * gated[c]) : gB[c] * steps[2 * c];
-      ddelta[c] = multiply_add(gB[c], x[c], LN_2 * rated[c]);
-      if (SOFTPLUS) ddelta[c] *= sigmoid(HAS_BIAS ? delta[c] + bias[c] : delta[c]);
+      ddelta[c] = multiply_add(gB[c], x[c], LN_2 * rated[c]) * slopes[i][c];
       if (!counting) dx[c] = ddelta[c] = 0.0f;
       if (HAS_D) dD[c] += counting ? gated[c] * x[c] : 0.0f;
       if (HAS_BIAS) dbias[c] += ddelta[c];
@@ -554,7 +598,7 @@ DEVICE void finish_backward(
       bundle.z[i].unpack(z), bundle.dy[i].unpack(dy), read<VECTOR>(tile.linear + there, linear);
       UNROLL for (int c = 0; c < VECTOR; ++c) {
         float sum = HAS_D ? multiply_add(D[c], x[c], linear[c]) : linear[c];
-        dz[c] = counting ? dy[c] * sum * silu_derivative(z[c], sigmoid(z[c])) : 0.0f;
+        dz[c] = counting ? dy[c] * sum * silu_derivative(z[c], gates[i][c]) : 0.0f;
       }
       put(out.dz, in, at, first + position, dz);
     }
@@ -566,13 +610,14 @@ DEVICE void finish_backward(
 // FIRST: the run that only adds up what each chunk hands to the one before it.
 template <bool FIRST>
 DEVICE void scan_backward(
-    const Inputs in, const GLOBAL float* kept, const BackwardResults out, const Place place, SHARED float* shared) {
+    const Inputs given, const GLOBAL float* kept, const BackwardResults out, const Place place, SHARED float* shared) {
   SHARED float *channel_sums = shared + HISTORY, *rows = channel_sums + CHANNEL_SUMS;
   SHARED float* own_sums = channel_sums + place.thread * VECTOR;
   const Tile tile = {rows, rows + 2 * TILE * ROW, rows + 3 * TILE * ROW, rows + 4 * TILE * ROW, rows + 5 * TILE * ROW};
   SHARED float *B = rows + 6 * TILE * ROW, *C = B + TILE * PADDED, *dBC = C + TILE * PADDED;
   SHARED byte* restarting = (SHARED byte*)(dBC + TILE * WARPS * 2 * PADDED);
-  const Thread at(place, in);
+  const Thread at(place, given);
+  const Inputs in = seen_from(given, at);
   const History history = {shared, place.thread};
   const int tiles = (in.length + KEEP_EVERY - 1) / KEEP_EVERY;
 
@@ -597,15 +642,16 @@ DEVICE void scan_backward(
   }
   for (int first = last; first >= at.start; first -= TILE) {
     const Bundle bundle = next;
+    float slopes[VECTORS][VECTOR], gates[VECTORS][VECTOR];
     UNROLL for (int i = 0; i < VECTORS; ++i) {
       int position = at.brought_position(i);
       bool counting = counts(in, place.row, first + position);
-      bundle.lay_steps(tile.steps, in, at, i, counting);
+      bundle.lay_steps(tile.steps, in, at, i, counting, slopes[i]);
       float gated[VECTOR], z[VECTOR];
       bundle.dy[i].unpack(gated);
       if (HAS_Z) bundle.z[i].unpack(z);
       UNROLL for (int c = 0; c < VECTOR; ++c) {
-        if (HAS_Z) gated[c] *= z[c] * sigmoid(z[c]);
+        if (HAS_Z) gates[i][c] = sigmoid(z[c]), gated[c] *= z[c] * gates[i][c];
         if (!counting) gated[c] = 0.0f;
       }
       write<VECTOR>(tile.gated + position * ROW + at.brought_channel, gated);
@@ -629,8 +675,8 @@ DEVICE void scan_backward(
       float sums[K][TOGETHER];
       UNROLL for (int u = 0; u < TOGETHER; ++u) {
         float B_t[NS], C_t[NS];
-        read<NS>(B + (t + u) * PADDED + at.states, B_t);
-        if (HAS_Z) read<NS>(C + (t + u) * PADDED + at.states, C_t);
+        read_states(B + (t + u) * PADDED, at, B_t);
+        if (HAS_Z) read_states(C + (t + u) * PADDED, at, C_t);
         bool restarts = HAS_RESTART && restarting[t + u];
         UNROLL for (int k = 0; k < K; ++k) {
           float2 step = ((SHARED float2*)tile.steps)[(t + u) * ROW + at.channel(k)];
@@ -653,11 +699,11 @@ DEVICE void scan_backward(
     for (int t = TILE - TOGETHER; t >= 0; t -= TOGETHER) {
       float gB_sums[K][TOGETHER], rated_sums[K][TOGETHER];
       UNROLL for (int u = TOGETHER - 1; u >= 0; --u) {
-        float B_t[NS], C_t[NS], values[2 * NS];
-        if (!FIRST) read<NS>(B + (t + u) * PADDED + at.states, B_t);
-        read<NS>(C + (t + u) * PADDED + at.states, C_t);
+        float B_t[NS], C_t[NS], dB[NS], dC[NS];
+        if (!FIRST) read_states(B + (t + u) * PADDED, at, B_t);
+        read_states(C + (t + u) * PADDED, at, C_t);
         bool restarts = HAS_RESTART && restarting[t + u];
-        UNROLL for (int j = 0; j < 2 * NS; ++j) values[j] = 0.0f;
+        UNROLL for (int j = 0; j < NS; ++j) dB[j] = dC[j] = 0.0f;
         UNROLL for (int k = 0; k < K; ++k) {
           int there = (t + u) * ROW + at.channel(k);
           float2 step = ((SHARED float2*)tile.steps)[there];
@@ -671,8 +717,8 @@ DEVICE void scan_backward(
             passed[k][j] = g * decay(step.x, rates[k][j], restarts);
             if (!FIRST) {
               float dlog_decay = passed[k][j] * previous[j];
-              values[j] = multiply_add(g, step.y, values[j]);
-              values[NS + j] = multiply_add(gated, h[k][j], values[NS + j]);
+              dB[j] = multiply_add(g, step.y, dB[j]);
+              dC[j] = multiply_add(gated, h[k][j], dC[j]);
               dA[k][j] = multiply_add(dlog_decay, step.x, dA[k][j]);
               gB_sum = multiply_add(g, B_t[j], gB_sum);
               rated_sum = multiply_add(dlog_decay, rates[k][j], rated_sum);
@@ -682,7 +728,7 @@ DEVICE void scan_backward(
           gB_sums[k][u] = gB_sum, rated_sums[k][u] = rated_sum;
         }
         if (!FIRST)
-          sum_channels(values, at.lane, at.states, dBC + ((t + u) * WARPS + place.thread / LANES) * 2 * PADDED);
+          sum_channels(dB, dC, at, dBC + ((t + u) * WARPS + place.thread / LANES) * 2 * PADDED);
       }
       if (!FIRST) {
         UNROLL for (int k = 0; k < K; ++k) {
@@ -694,7 +740,7 @@ DEVICE void scan_backward(
     }
     barrier();
     if (FIRST) continue;
-    finish_backward(in, out, at, first, bundle, tile, own_sums);
+    finish_backward(in, out, at, first, bundle, tile, slopes, gates, own_sums);
     const int blocks = (in.channels + BLOCK_CHANNELS - 1) / BLOCK_CHANNELS;
     GLOBAL float* sums = out.dBC + ((int64(place.row) * blocks + place.block) * in.length + first) * 2 * PADDED;
     const int inside = min(TILE, in.length - first) * 2 * PADDED;
@@ -731,5 +777,50 @@ DEVICE void scan_backward(
       if (HAS_D) out.dD[own * in.channels + global] = dD_sum;
       if (HAS_BIAS) out.ddelta_bias[own * in.channels + global] = dbias_sum;
     }
+  }
+}
+
+// What blocks, rows and chunks left to be added: dB and dC (b, l, n), dA (e, n), dD and ddelta_bias (e).
+struct Sums {
+  GLOBAL Element *dB, *dC;
+  GLOBAL float *dA, *dD, *ddelta_bias;
+};
+
+DEVICE float sum_rows(const GLOBAL float* from, int64 rows, int64 stride) {
+  float sum = 0.0f;
+  for (int64 row = 0; row < rows; ++row) sum += from[row * stride];
+  return sum;
+}
+
+// A thread's share: four states of a position, or one of a channel's sums.
+DEVICE void add_up(const Inputs in, const BackwardResults parts, const Sums out, int rows, int64 index) {
+  const int64 tile = int64(in.length) * 2 * PADDED, quads = rows * tile / 4, parts_of_channels = int64(rows) * in.chunks;
+  if (index < quads) {
+    int64 row = index * 4 / tile, within = index * 4 % tile;
+    int position = within / (2 * PADDED), which = within % (2 * PADDED) / PADDED, state = within % PADDED;
+    int blocks = (in.channels + BLOCK_CHANNELS - 1) / BLOCK_CHANNELS;
+    const GLOBAL float* from = parts.dBC + row * blocks * tile + within;
+    float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    UNROLL_FOUR for (int block = 0; block < blocks; ++block) {
+      float4 four = *(const GLOBAL float4*)(from + block * tile);
+      sum[0] += four.x, sum[1] += four.y, sum[2] += four.z, sum[3] += four.w;
+    }
+    GLOBAL Element* to = (which ? out.dC : out.dB) + (row * in.length + position) * in.states + state;
+    UNROLL for (int i = 0; i < 4; ++i)
+      if (state + i < in.states) to[i] = to_element(sum[i]);
+    return;
+  }
+  index -= quads;
+  const int64 states = int64(in.channels) * PADDED;
+  if (index < states) {
+    int state = index % PADDED;
+    if (state < in.states)
+      out.dA[index / PADDED * in.states + state] = sum_rows(parts.dA + index, parts_of_channels, states);
+  } else if (index < states + in.channels) {
+    index -= states;
+    if (HAS_D) out.dD[index] = sum_rows(parts.dD + index, parts_of_channels, in.channels);
+  } else if (index < states + 2 * in.channels) {
+    index -= states + in.channels;
+    if (HAS_BIAS) out.ddelta_bias[index] = sum_rows(parts.ddelta_bias + index, parts_of_channels, in.channels);
   }
 }

@@ -45,6 +45,7 @@ extern "C" void launch(const char* name, const uint64_t* words, int blocks) {
 #if BACKWARD
   if (wanted == "backward_first") launch(backward_first, words, blocks);
   if (wanted == "backward") launch(backward, words, blocks);
+  if (wanted == "add_up_sums") launch(add_up_sums, words, blocks);
 #else
   if (wanted == "forward_first") launch(forward_first, words, blocks);
   if (wanted == "forward") launch(forward, words, blocks);

@@ -21,6 +21,7 @@ using std::min;
 #define SHARED
 #define LOCAL
 #define UNROLL
+#define UNROLL_FOUR
 
 typedef int64_t int64;
 typedef unsigned char byte;

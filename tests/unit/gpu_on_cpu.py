@@ -16,14 +16,14 @@ DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat
 
 def run(scan: gpu.Scan, arrays: dict, folder: Path) -> dict:
     """What the scan's kernels compute, by its names; arrays as INPUTS names them, and `kept` for a backward."""
-    elements = ("y", "dx", "ddelta", "dz")
+    elements = ("y", "dx", "ddelta", "dz", "dB_sum", "dC_sum")
     # What is not written is seen: NaN.
     found = {
         name: np.full(shape, np.nan, DTYPES[scan.dtype] if name in elements else np.float32)
-        for name, shape in scan.shapes.items()
+        for name, shape in (scan.shapes | (scan.sums if scan.backward else {})).items()
     }
     library = _library(folder, tuple(f"-D{name}={value}" for name, value in scan.defines.items()))
-    for launch in scan.launches:
+    for launch in scan.launches + [scan.adding_up] * scan.backward:
         given = arrays | found
         if launch.begins_from_added:
             given["begin"] = found["added"]

@@ -4,6 +4,7 @@ The kernels are those of `mamba_core.backends.gpu`, compiled when first needed. 
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,6 @@ from mamba_core.backends.torch.kernels.memory import rows
 from mamba_core.backends.torch.kernels.operator import differentiable, is_float, refuse_tangents
 
 DTYPES = tuple(getattr(torch, name) for name in gpu.ELEMENTS)
-# What stands for a number in the kernels' parameters: a pointer, 32 bits, 64 bits.
-POINTER, SIZE, STRIDE = "P", "i", "q"
 
 
 def reason(device: torch.device, dtype: torch.dtype | None, states: int | None = None) -> str | None:
@@ -90,15 +89,9 @@ def _scan_backward(
     named = _named(x, delta, A, B, C, D, z, delta_bias, mask, restart) | {"dy": rows(dy)}
     scan = _plan(named, delta_softplus, dfinal_state, backward=True)
     found = _run(scan, named | {"begin": _padded(dfinal_state, scan), "kept": kept})
-    # Each in memory of its own, as an operator's results must be.
-    dB, dC = (found["dBC"][:, :, :, which, : scan.states].sum(1).to(x.dtype) for which in (0, 1))
-    dA = _unpadded(found["dA"].sum((0, 1)), scan)
-    gradients = [found["dx"], found["ddelta"], dA, dB, dC]
-    gradients += [found["dD"].sum((0, 1))] if D is not None else []
-    gradients += [found["dz"]] if z is not None else []
-    gradients += [found["ddelta_bias"].sum((0, 1))] if delta_bias is not None else []
-    gradients += [_unpadded(found["dstate"], scan)] if h0 is not None else []
-    return gradients
+    names = ["dx", "ddelta", "dA_sum", "dB_sum", "dC_sum", "dD_sum", "dz", "ddelta_bias_sum"]
+    gradients = [found[name] for name in names if name in found]
+    return gradients if h0 is None else [*gradients, _unpadded(found["dstate"], scan)]
 
 
 @_scan.register_fake
@@ -138,7 +131,7 @@ def _plan(named, delta_softplus, begin, **how) -> gpu.Scan:
     return gpu.Scan(
         *(*x.shape, named["A"].shape[1], str(x.dtype).removeprefix("torch.")),
         options=frozenset(name for name, holds in given.items() if holds),
-        aligned=_aligned(named.get(name) for name in ("x", "delta", "z", "dy")),
+        aligned=_aligned(named.get(name) for name in ("x", "delta", "z", "dy", "D", "delta_bias")),
         states_aligned=_aligned(named[name] for name in ("B", "C")),
         multiprocessors=_properties(x.device).multi_processor_count,
         **how,
@@ -148,32 +141,65 @@ def _plan(named, delta_softplus, begin, **how) -> gpu.Scan:
 def _run(scan: gpu.Scan, arrays: dict[str, Tensor | None]) -> dict[str, Tensor]:
     """What the scan's kernels compute, by its names."""
     x = arrays["x"]
-    elements = ("y", "dx", "ddelta", "dz")
+    prepared = _prepare(scan, x.device)
     found = {
-        name: torch.empty(shape, dtype=x.dtype if name in elements else torch.float32, device=x.device)
-        for name, shape in scan.shapes.items()
+        name: torch.empty(shape, dtype=x.dtype if own else torch.float32, device=x.device)
+        for name, shape, own in prepared.results
     }
+    stream, given = torch.cuda.current_stream(x.device).cuda_stream, arrays | found
+    pointers = {name: 0 if value is None else value.data_ptr() for name, value in given.items()}
     strides = [number for name in gpu.SEQUENCES for number in _strides(arrays.get(name))]
-    stream, device = torch.cuda.current_stream(x.device).cuda_stream, x.device.index
     with torch.cuda.device(x.device):
-        for launch in scan.launches:
-            given = arrays | found
+        for kernel, launch, sizes in prepared.calls:
             if launch.begins_from_added:
-                given["begin"] = found["added"]
-            pointers = [0 if given.get(name) is None else given[name].data_ptr() for name in launch.arrays]
-            sizes = scan.sizes(launch)
-            numbers = strides if launch.strided else []
-            layout = POINTER * len(pointers) + SIZE * len(sizes) + STRIDE * len(numbers)
-            kernel = _kernel(tuple(scan.defines.items()), launch._replace(blocks=0), layout, device)
-            kernel.launch(device, stream, launch.blocks, *pointers, *sizes, *numbers)
+                pointers["begin"] = pointers["added"]
+            numbers = strides if launch.strided else ()
+            kernel.launch(
+                x.device.index,
+                stream,
+                launch.blocks,
+                *[pointers.get(name, 0) for name in launch.arrays],
+                *sizes,
+                *numbers,
+            )
     return found
 
 
+class _Prepared(NamedTuple):
+    """What is the same for all scans of a kind.
+
+    results: name, shape, whether of x's dtype. calls: kernel, launch, sizes.
+    """
+
+    results: list[tuple[str, tuple[int, ...], bool]]
+    calls: list[tuple[driver.Kernel, gpu.Launch, tuple[int, ...]]]
+
+
+@functools.lru_cache(maxsize=256)
+def _prepare(scan: gpu.Scan, device: torch.device) -> _Prepared:
+    properties = _properties(device)
+    defines, architecture = tuple(scan.defines.items()), f"sm_{properties.major}{properties.minor}"
+    launches, shapes = scan.launches, scan.shapes
+    if scan.backward:
+        launches, shapes = [*launches, scan.adding_up], shapes | scan.sums
+    own = ("y", "dx", "ddelta", "dz", "dB_sum", "dC_sum")
+    unused = {"dz": "HAS_Z", "dD": "HAS_D", "dD_sum": "HAS_D", "ddelta_bias": "HAS_BIAS", "ddelta_bias_sum": "HAS_BIAS"}
+    results = [
+        (name, shape, name in own)
+        for name, shape in shapes.items()
+        if unused.get(name, "HAS_D") in scan.options or name not in unused
+    ]
+    calls = [
+        (_kernel(defines, architecture, launch.kernel, launch.threads, launch.shared), launch, scan.sizes(launch))
+        for launch in launches
+    ]
+    return _Prepared(results, calls)
+
+
 @functools.cache
-def _kernel(defines, launch: gpu.Launch, layout: str, device: int) -> driver.Kernel:
-    properties = _properties(torch.device("cuda", device))
-    cubin = nvrtc.compile_source(gpu.source(), defines, f"sm_{properties.major}{properties.minor}")
-    return driver.Kernel(cubin, launch.kernel, layout, launch.threads, launch.shared)
+def _kernel(defines, architecture: str, name: str, threads: int, shared: int) -> driver.Kernel:
+    cubin = nvrtc.compile_source(gpu.source(), defines, architecture)
+    return driver.Kernel(cubin, name, gpu.parameters(name), threads, shared)
 
 
 @functools.cache
@@ -183,7 +209,7 @@ def _properties(device: torch.device):
 
 def _aligned(values) -> bool:
     return all(
-        value.data_ptr() % 16 == 0 and value.stride(0) % 8 == 0 == value.stride(1) % 8
+        value.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in value.stride()[:-1])
         for value in values
         if value is not None
     )
@@ -195,7 +221,10 @@ def _strides(value: Tensor | None) -> tuple[int, int]:
 
 def _padded(state: Tensor | None, scan: gpu.Scan) -> Tensor | None:
     """(b, e, n) with the states that fill up."""
-    return None if state is None else F.pad(state, (0, scan.geometry.padded - scan.states)).contiguous()
+    if state is None:
+        return None
+    state = F.pad(state, (0, scan.geometry.padded - scan.states)).contiguous()
+    return state if state.data_ptr() % 16 == 0 else state.clone()
 
 
 def _unpadded(state: Tensor, scan: gpu.Scan) -> Tensor:
