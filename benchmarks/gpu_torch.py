@@ -50,7 +50,7 @@ PROMPT, TOKENS = 16, 96
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", action="append", choices=PARTS, help="repeatable; all by default")
+    parser.add_argument("--part", action="append", choices=PARTS, help="repeatable; all but tune by default")
     parser.add_argument("--preset", action="append", help="of decoding; mamba-130m and mamba-2.8b by default")
     parser.add_argument("--batch", action="append", type=int, help="of decoding; 1 and 64 by default")
     parser.add_argument("--no-peers", action="store_true")
@@ -68,7 +68,7 @@ def main() -> None:
         "copy_tb_per_s": (bandwidth := copy_bandwidth()),
         "rows": [],
     }
-    for part in arguments.part or PARTS:
+    for part in arguments.part or [part for part in PARTS if part != "tune"]:
         started = time.perf_counter()
         for row in PARTS[part](arguments):
             if "bytes" in row:
@@ -349,12 +349,12 @@ def kernels(arguments):
     conv = (x, taps, bias, torch.zeros(BATCH, 3, e, device=DEVICE), None, True)
     size = BATCH * LENGTH * e * 2
     yield attempt("conv forward", lambda: {"ms": median_ms(lambda: fused_conv.conv(*conv)), "bytes": 2 * size})
-    dy, dxz = torch.randn_like(x), torch.empty_like(xz)
+    dy, dz, dxz = torch.randn_like(x), torch.randn_like(x), torch.empty_like(xz)
     yield attempt(
-        "conv backward",
+        "conv backward, and a copy",
         lambda: {
-            "ms": median_ms(lambda: fused_conv.conv_backward(dy, None, *conv, dxz[..., :e])),
-            "bytes": 3 * size,
+            "ms": median_ms(lambda: fused_conv.conv_backward(dy, None, *conv, dxz[..., :e], dz)),
+            "bytes": 5 * size,
         },
     )
     delta, BC = torch.randn_like(dy), torch.randn(BATCH, LENGTH, n, device=DEVICE, dtype=BF16)
@@ -421,6 +421,49 @@ def graph_ms(call, count: int) -> dict:
     return found
 
 
+# --- what is fastest ------------------------------------------------------------------------------
+
+
+def tune(arguments):
+    """The convolution and the products of a decoded position in other shapes than they have."""
+    e = 1536
+    xz = torch.randn(BATCH, LENGTH, 2 * e, device=DEVICE, dtype=BF16)
+    x, dy, dz, dxz = xz[..., :e], *(torch.randn(BATCH, LENGTH, e, device=DEVICE, dtype=BF16) for _ in "yz"), xz.clone()
+    taps, bias = torch.randn(e, 4, device=DEVICE), torch.randn(e, device=DEVICE)
+    conv = (x, taps, bias, torch.zeros(BATCH, 3, e, device=DEVICE), None, True)
+    for walk in ((128, 16, 4), (128, 32, 4), (128, 64, 4), (128, 32, 8), (256, 32, 2), (256, 32, 4)):
+        fused_conv.FORWARD = fused_conv.Walk(*walk)
+        yield attempt(f"conv forward {walk}", lambda: {"ms": median_ms(lambda: fused_conv.conv(*conv))})
+    for walk in ((128, 32, 2), (128, 64, 2), (128, 64, 4), (128, 128, 4), (256, 64, 2), (256, 64, 4)):
+        fused_conv.BACKWARD = fused_conv.Walk(*walk)
+        call = partial(fused_conv.conv_backward, dy, None, *conv, dxz[..., :e], dz)
+        yield attempt(f"conv backward {walk}", lambda call=call: {"ms": median_ms(call)})
+    for outputs, inputs in ((10240, 2560), (2560, 5120), (3072, 768), (768, 1536), (50280, 768)):
+        weights = [torch.randn(outputs, inputs, device=DEVICE, dtype=BF16) for _ in range(8 if outputs > 4000 else 24)]
+        residual, norm = torch.randn(1, inputs, device=DEVICE), torch.ones(inputs, device=DEVICE, dtype=BF16)
+        y = torch.empty(1, outputs, device=DEVICE)
+        for each, lines, registers in (
+            (4, 10, 112),
+            (2, 10, 112),
+            (1, 10, 112),
+            (4, 20, 168),
+            (2, 20, 128),
+            (4, 4, 80),
+        ):
+            fused_linear._outputs_of_program = lambda n, rows, each=each: each
+            fused_linear.LINES, fused_linear.REGISTERS = lines, registers
+
+            def measured(weights=weights, residual=residual, norm=norm, y=y):
+                def call():
+                    for weight in weights:
+                        fused_linear.multiply(residual, weight, None, y, norm=norm, eps=1e-5)
+
+                return graph_ms(call, len(weights)) | {"bytes": weights[0].nbytes}
+
+            name = f"norm and product {outputs}x{inputs}: {each} outputs, {lines} lines, {registers} registers"
+            yield attempt(name, measured)
+
+
 # --- is it right ---------------------------------------------------------------------------------
 
 
@@ -469,7 +512,7 @@ def check(arguments):
             yield attempt(f"log-probabilities decoded, {name} b{batch}", partial(decoded, dtype, batch))
 
 
-PARTS = {"check": check, "training": training, "block": block, "decode": decoding, "kernels": kernels}
+PARTS = {"check": check, "training": training, "block": block, "decode": decoding, "kernels": kernels, "tune": tune}
 
 
 if __name__ == "__main__":

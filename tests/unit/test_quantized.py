@@ -12,7 +12,7 @@ from mamba_core.spec.tolerances import relative_l2
 
 CONFIG = mc.MambaConfig(d_model=256, n_layer=4, vocab_size=300)
 # Relative L2 errors: of weights drawn from a normal distribution, and of the logits of the model above as it is
-# initialised, where layers add theirs up. Measured 0.0053 and 0.085; 0.0060 and 0.096.
+# initialised, where layers add theirs up. Measured 0.0053 and 0.085; 0.0090 and 0.153.
 WEIGHTS = {8: 0.006, 4: 0.09}
 LOGITS = {8: 0.012, 4: 0.2}
 

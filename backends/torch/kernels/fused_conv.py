@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from mamba_core.backends.torch.kernels import fused
-from mamba_core.backends.torch.kernels.fused import blocks_of, jit, launching, power_of_2, tl
+from mamba_core.backends.torch.kernels.fused import blocks_of, jit, launching, tl
 from mamba_core.backends.torch.kernels.memory import rows
 from mamba_core.backends.torch.kernels.operator import differentiable, is_float, refuse_tangents
 
-# Of a program of one warp, which walks along the positions with the last inputs in registers.
-CHANNELS = 256
-STEPS = 64
-# Positions whose inputs are on their way from memory at once, forward and backward.
-AT_ONCE = (8, 4)
+
+class Walk(NamedTuple):
+    """A program is one warp, which walks along the positions of its channels with the last inputs in registers.
+
+    channels, steps: how many of them, and how far. at_once: positions whose inputs are on their way from memory while
+    as many are computed.
+    """
+
+    channels: int
+    steps: int
+    at_once: int
+
+
+FORWARD, BACKWARD = Walk(128, 32, 4), Walk(128, 64, 4)
 # A wider filter's inputs would not fit in registers.
 WIDEST = 4
 
@@ -65,7 +76,7 @@ def conv(x, weight, bias, state, runs, silu) -> tuple[Tensor, Tensor]:
     (b, l, e), k = x.shape, weight.shape[1]
     y, final_state = x.new_empty(x.shape), x.new_empty(b, k - 1, e)
     with launching(x):
-        _conv_kernel[_grid(x, STEPS)](
+        _conv_kernel[_grid(x, FORWARD.channels, FORWARD.steps)](
             x,
             weight.contiguous(),
             weight if bias is None else bias,
@@ -82,20 +93,23 @@ def conv(x, weight, bias, state, runs, silu) -> tuple[Tensor, Tensor]:
             STATE=state is not None,
             RUNS=runs is not None,
             SILU=silu,
-            STEPS=STEPS,
-            AT_ONCE=AT_ONCE[0],
-            BLOCK=_channels(e),
+            STEPS=FORWARD.steps,
+            AT_ONCE=FORWARD.at_once,
+            BLOCK=FORWARD.channels,
             num_warps=1,
         )
     return y, final_state
 
 
-def conv_backward(dy, dfinal_state, x, weight, bias, state, runs, silu, dx) -> list[Tensor]:
-    """Fills dx, its channels side by side, and gives the gradients of weight, and of bias and state where given."""
+def conv_backward(dy, dfinal_state, x, weight, bias, state, runs, silu, dx, beside=None) -> list[Tensor]:
+    """Fills dx, its channels side by side, and gives the gradients of weight, and of bias and state where given.
+
+    beside: (b, l, e), copied to where in memory the channels after those of dx are.
+    """
     x, dy = rows(x), rows(dy)
     (b, l, e), k = x.shape, weight.shape[1]
     # The gradients of its last inputs are those of k-1 steps more.
-    grid = _grid(x, STEPS - (k - 1))
+    grid = _grid(x, BACKWARD.channels, BACKWARD.steps - (k - 1))
     # Of the taps and then of the bias.
     parts = torch.empty(b * grid[1], k + 1, e, dtype=torch.float32, device=x.device)
     dstate = None if state is None else state.new_empty(state.shape)
@@ -111,23 +125,27 @@ def conv_backward(dy, dfinal_state, x, weight, bias, state, runs, silu, dx) -> l
             dx,
             x if state is None else dstate,
             parts,
+            dx if beside is None else rows(beside),
             dy.stride(0),
             dy.stride(1),
             x.stride(0),
             x.stride(1),
             dx.stride(0),
             dx.stride(1),
+            0 if beside is None else rows(beside).stride(0),
+            0 if beside is None else rows(beside).stride(1),
             l,
             E=e,
             K=k,
             BIAS=bias is not None,
             STATE=state is not None,
             DFINAL=dfinal_state is not None,
+            BESIDE=beside is not None,
             RUNS=runs is not None,
             SILU=silu,
-            STEPS=STEPS,
-            AT_ONCE=AT_ONCE[1],
-            BLOCK=_channels(e),
+            STEPS=BACKWARD.steps,
+            AT_ONCE=BACKWARD.at_once,
+            BLOCK=BACKWARD.channels,
             num_warps=1,
         )
     # Each in memory of its own, as an operator's results must be.
@@ -152,14 +170,10 @@ def _(dy, dfinal_state, *inputs):
 _conv = differentiable(_forward, _backward, kept=())
 
 
-def _grid(x, positions):
+def _grid(x, channels, positions):
     """Channels, positions and rows; of no positions too there is a final state."""
     b, l, e = x.shape
-    return blocks_of(e, _channels(e)), max(1, blocks_of(l, positions)), b
-
-
-def _channels(e):
-    return min(CHANNELS, power_of_2(e))
+    return blocks_of(e, channels), max(1, blocks_of(l, positions)), b
 
 
 @jit
@@ -182,11 +196,11 @@ def _inputs(x, state, first, c, stride, l, E: tl.constexpr, K: tl.constexpr, STA
 
 
 @jit
-def _ahead(values, first, c, stride, l, E: tl.constexpr, AT_ONCE: tl.constexpr):
-    """The values at so many positions from the first on, as they are in memory."""
+def _ahead(values, first, end, c, stride, E: tl.constexpr, AT_ONCE: tl.constexpr):
+    """The values at so many positions from the first on, as they are in memory; zero from the end on."""
     found = ()
     for j in tl.static_range(AT_ONCE):
-        found = found + (tl.load(values + (first + j) * stride + c, mask=(c < E) & (first + j < l), other=0.0),)
+        found = found + (tl.load(values + (first + j) * stride + c, mask=(c < E) & (first + j < end), other=0.0),)
     return found
 
 
@@ -245,8 +259,11 @@ def _conv_kernel(
     begin = tl.program_id(1) * STEPS
     taps, own_bias = _taps(weight, c, E, K), _bias(bias, c, E, BLOCK, BIAS)
     window = _inputs(x, state, begin, c, stride_l, l, E, K, STATE)
+    stop = tl.minimum(begin + STEPS, l)
+    following = _ahead(x, begin, stop, c, stride_l, E, AT_ONCE)
     for block in range(STEPS // AT_ONCE):
-        arriving = _ahead(x, begin + block * AT_ONCE, c, stride_l, l, E, AT_ONCE)
+        arriving = following
+        following = _ahead(x, begin + (block + 1) * AT_ONCE, stop, c, stride_l, E, AT_ONCE)
         for index in tl.static_range(AT_ONCE):
             s = begin + block * AT_ONCE + index
             window = window + (arriving[index].to(tl.float32),)
@@ -281,18 +298,22 @@ def _conv_backward_kernel(
     dx,
     dstate,
     parts,
+    beside,
     dy_stride_b,
     dy_stride_l,
     x_stride_b,
     x_stride_l,
     dx_stride_b,
     dx_stride_l,
+    beside_stride_b,
+    beside_stride_l,
     l,
     E: tl.constexpr,
     K: tl.constexpr,
     BIAS: tl.constexpr,
     STATE: tl.constexpr,
     DFINAL: tl.constexpr,
+    BESIDE: tl.constexpr,
     RUNS: tl.constexpr,
     SILU: tl.constexpr,
     STEPS: tl.constexpr,
@@ -304,6 +325,7 @@ def _conv_backward_kernel(
     x += b * x_stride_b
     dy += b * dy_stride_b
     dx += b * dx_stride_b
+    beside += b * beside_stride_b
     state += b * (K - 1) * E
     dfinal_state += b * (K - 1) * E
     dstate += b * (K - 1) * E
@@ -318,9 +340,18 @@ def _conv_backward_kernel(
         gradients = gradients + (tl.zeros((BLOCK,), tl.float32),)
     for _ in tl.static_range(K + 1):
         dtaps = dtaps + (tl.zeros((BLOCK,), tl.float32),)
+    stop = tl.minimum(begin + STEPS, l)
+    following = _ahead(x, begin, stop, c, x_stride_l, E, AT_ONCE)
+    dfollowing = _ahead(dy, begin, stop, c, dy_stride_l, E, AT_ONCE)
     for block in range(STEPS // AT_ONCE):
-        arriving = _ahead(x, begin + block * AT_ONCE, c, x_stride_l, l, E, AT_ONCE)
-        darriving = _ahead(dy, begin + block * AT_ONCE, c, dy_stride_l, l, E, AT_ONCE)
+        arriving, darriving = following, dfollowing
+        following = _ahead(x, begin + (block + 1) * AT_ONCE, stop, c, x_stride_l, E, AT_ONCE)
+        dfollowing = _ahead(dy, begin + (block + 1) * AT_ONCE, stop, c, dy_stride_l, E, AT_ONCE)
+        if BESIDE:
+            copied = _ahead(beside, begin + block * AT_ONCE, stop, c, beside_stride_l, E, AT_ONCE)
+            for index in tl.static_range(AT_ONCE):
+                s = begin + block * AT_ONCE + index
+                tl.store(dx + s * dx_stride_l + E + c, copied[index], mask=(c < E) & (s < tl.minimum(end, l)))
         for index in tl.static_range(AT_ONCE):
             s = begin + block * AT_ONCE + index
             window = window + (arriving[index].to(tl.float32),)

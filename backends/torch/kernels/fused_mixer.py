@@ -99,9 +99,8 @@ def _backward(
         dxz = torch.empty_like(xz)
         runs = fused_conv.runs_of(restart)
         dconv_weight, *others = fused_conv.conv_backward(
-            dconv, dconv_state, x, conv_weight, conv_bias, conv_state, runs, True, dxz[..., :e]
+            dconv, dconv_state, x, conv_weight, conv_bias, conv_state, runs, True, dxz[..., :e], dz
         )
-        dxz[..., e:] = dz
         dconv_bias = others[:-1]
         weights = [dx_proj.to(x_proj.dtype), ddt_proj.to(dt_proj.dtype), ddelta_bias, dA, dD]
         return [dxz, dconv_weight, *dconv_bias, *weights, others[-1], dssm_state]
