@@ -75,7 +75,9 @@ def differentiable(
             if dy is None:
                 shape, dtype = ctx.y
                 dy = inputs[0].new_zeros(shape, dtype=dtype)
-            gradients = iter(Gradient.apply(dy, *others, *saved, *inputs))
+            # The Function, which refuses a second gradient and knows vmap, takes the host as long again.
+            plain = not torch.is_grad_enabled() and not _transformed()
+            gradients = iter((its_gradient if plain else Gradient.apply)(dy, *others, *saved, *inputs))
             return tuple(next(gradients) if is_float(value) else None for value in inputs)
 
         @staticmethod
@@ -88,11 +90,16 @@ def differentiable(
 
     def run(*inputs):
         refuse_tangents(*inputs)
-        # A compiled or exported graph keeps the operator, with the gradient registered for it; torch.func wants the
+        # The operator has its gradient registered, and a compiled or exported graph keeps it; torch.func wants the
         # Function.
-        return (operator if torch.compiler.is_compiling() else Forward.apply)(*inputs)[:results]
+        return (Forward.apply if _transformed() else operator)(*inputs)[:results]
 
     return run
+
+
+def _transformed() -> bool:
+    """Whether a transformation of torch.func is under way; a compiler, which has its own way, asks nothing."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def is_float(value) -> bool:

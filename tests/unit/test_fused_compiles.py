@@ -1,0 +1,101 @@
+"""The kernels in Triton compiled for an H100 where there is no GPU: that they compile, and what they take of it.
+
+Triton must not have been told to interpret them, so that the tests run in a process of their own.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mamba_core.backends.torch.kernels import fused, fused_conv, fused_linear, fused_loss, fused_norm, fused_step
+from mamba_core.backends.torch.kernels.fused_linear import Packed
+from tests.unit.triton_compile import compiled, resources
+
+COMPILES = fused.MISSING is None and not fused.INTERPRETED
+here = pytest.mark.skipif(not COMPILES, reason="needs Triton, in a process of its own")
+D, E, N, R, V = 768, 1536, 16, 48, 50280
+
+
+@pytest.mark.skipif(COMPILES or fused.INTERPRETED, reason="runs already")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_all_of_them_in_another_process():
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout.splitlines()[-1]
+
+
+def empty(*shape, dtype=torch.bfloat16):
+    return torch.empty(*shape, dtype=dtype)
+
+
+def floats(*shape):
+    return empty(*shape, dtype=torch.float32)
+
+
+def check(found, kernels, registers):
+    assert [name for name, _ in found] == kernels
+    for name, built in found:
+        used = resources(built)
+        assert used["REG"] <= registers, (name, used)
+        # A register that is kept in memory would cost more than it saves.
+        assert used["STACK"] == 0, (name, used)
+
+
+@here
+def test_add_norm():
+    norm = (floats(8, D), empty(8, D), floats(D), 1e-5, torch.bfloat16)
+    with compiled(fused_norm) as found:
+        fused_norm._forward(*norm)
+        fused_norm._backward(empty(8, D), floats(8, D), floats(8, D), floats(8), *norm)
+    check(found, ["_add_norm_kernel", "_add_norm_backward_kernel"], 64)
+
+
+@here
+@pytest.mark.parametrize("runs", [False, True])
+def test_conv(runs):
+    x, taps, bias, state = empty(1, 64, 2 * E)[..., :E], floats(E, 4), floats(E), floats(1, 3, E)
+    own = torch.empty(1, 64, dtype=torch.int32) if runs else None
+    conv = (x, taps, bias, state, own, True)
+    with compiled(fused_conv) as found:
+        fused_conv.conv(*conv)
+        fused_conv.conv_backward(empty(1, 64, E), None, *conv, empty(1, 64, 2 * E)[..., :E], empty(1, 64, E))
+    check(found, ["_conv_kernel", "_conv_backward_kernel"], 255)
+
+
+@here
+def test_cross_entropy():
+    with compiled(fused_loss) as found:
+        fused_loss._cross_entropy(empty(4, V), torch.empty(4, dtype=torch.int64), floats(4), True)
+    check(found, ["_cross_entropy_kernel"], 80)
+
+
+@here
+@pytest.mark.parametrize("bits", [0, 8, 4])
+@pytest.mark.parametrize("rows", [1, fused_linear.MOST_ROWS, 64])
+def test_a_position(bits, rows):
+    def weight(outputs, inputs):
+        if not bits:
+            return empty(outputs, inputs)
+        words = torch.empty(outputs, inputs * bits // 32, dtype=torch.int32)
+        return Packed(words, empty(outputs, inputs // 32), bits, 32)
+
+    small = (empty(E, 4), empty(E), empty(R + 2 * N, E), empty(E, R), floats(E), floats(E, N), floats(E))
+    layer = fused_step.Layer(empty(D), 1e-5, weight(2 * E, D), None, *small, weight(D, E), None)
+    conv, ssm = empty(rows, 3, E), floats(rows, E, N)
+    with compiled(fused_linear, fused_norm, fused_step) as found:
+        fused_step.block(layer, floats(rows, D), None, conv, ssm, (conv, ssm))
+        fused_step.embed(torch.empty(rows, dtype=torch.int64), empty(V, D), torch.float32)
+    few = ["_linear_kernel", "_linear_kernel", "_recurrence_kernel", "_linear_kernel"]
+    many = ["_add_norm_kernel", "_conv_step_kernel", "_recurrence_kernel"]
+    check(found, [*(few if rows <= fused_linear.MOST_ROWS else many), "_embed_kernel"], 255)
+    for name, built in found:
+        if name == "_linear_kernel":
+            # Weights are asked for before the kernel waits for the one before it, 16 bytes at a time.
+            before, waited, _ = built.asm["ptx"].partition("griddepcontrol.wait")
+            assert waited
+            assert "ld.global.v4.b32" in before
