@@ -8,7 +8,7 @@ from jax import lax
 
 from mamba_core.backends.jax.kernels import native_conv
 from mamba_core.backends.jax.positions import compaction, restarts
-from mamba_core.backends.jax.scan import kernel_for
+from mamba_core.backends.jax.scan import kernel_where_it_runs
 from mamba_core.spec.checks import check_conv, check_conv_step
 
 
@@ -44,11 +44,11 @@ def causal_conv_step(x, weight, bias=None, *, activation=None, state):
 def _causal_conv(x, weight, bias, state, mask, segment_ids, *, activation, kernel):
     arguments = (x, weight, bias, state.astype(x.dtype), mask, restarts(mask, segment_ids))
     run_shifted, run_native = (functools.partial(run, activation=activation) for run in (shifted, native))
-    on_cpu = kernel_for(kernel, "cpu", x.dtype)  # where it will run is not known before it is lowered
-    if kernel == "auto" and on_cpu == "native":
+    chosen = kernel_where_it_runs(kernel, x.dtype)
+    if kernel == "auto" and chosen == "native":
         run_cpu = functools.partial(run_native, portable=True)
         return lax.platform_dependent(*arguments, cpu=run_cpu, default=run_shifted)
-    return (run_native if on_cpu == "native" else run_shifted)(*arguments)
+    return (run_native if chosen == "native" else run_shifted)(*arguments)
 
 
 def shifted(x, weight, bias, state, mask, restart, *, activation):

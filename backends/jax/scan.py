@@ -13,14 +13,19 @@ import jax.numpy as jnp
 from jax import lax
 
 from mamba_core.backends.jax.arrays import devices
-from mamba_core.backends.jax.kernels import native_scan
-from mamba_core.backends.jax.kernels.operator import reason
+from mamba_core.backends.jax.kernels import cuda_scan, native_scan
+from mamba_core.backends.jax.kernels.operator import reason as why_not_native
 from mamba_core.backends.jax.positions import restarts
 from mamba_core.spec.checks import check_scan, check_step, choose_kernel
 
 # On a CPU a chunk's (t, b, n, e) arrays should stay in cache; elsewhere few and large operations pay.
 LOOP_CHUNK = 16
 TREE_CHUNK = 256
+
+# What JAX lowers for, and its devices' word for it.
+PLATFORMS = {"cpu": "cpu", "cuda": "gpu", "tpu": "tpu"}
+# Kernels of one platform.
+HOMES = {"native": "cpu", "cuda": "gpu"}
 
 # Not jnp.einsum's default: on GPU and TPU that rounds float32 to TF32 or bfloat16.
 _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
@@ -45,7 +50,7 @@ def selective_scan(
 ):
     """kernel="auto" is resolved for the platform that the computation is lowered for, also by `jax.export`."""
     check_scan(x, delta, A, B, C, D, z, delta_bias, initial_state, mask, segment_ids)
-    kernel_for(kernel, "cpu", x.dtype)  # where it will run is not known before it is lowered
+    kernel_where_it_runs(kernel, x.dtype, A.shape[1])
     y, h = _selective_scan(
         *(x, delta, A, B, C, D, z, delta_bias, initial_state, mask, segment_ids),
         delta_softplus=bool(delta_softplus),
@@ -64,29 +69,40 @@ def selective_step(x, delta, A, B, C, D=None, *, z=None, delta_bias=None, delta_
 
 
 def kernels(device: str | None = None) -> dict[str, str | None]:
-    """Those but "native" are made of JAX's own operations and run on every device."""
-    return _kernels(device or devices()[0], None)
+    """Those but "native" and "cuda" are made of JAX's own operations and run on every device."""
+    return _kernels(device or devices()[0])
 
 
-def kernel_for(kernel: str, device: str, dtype) -> str:
-    """The kernel of that name, or for "auto" the fastest, for x of that dtype there.
+def kernel_for(kernel: str, device: str, dtype, states: int | None = None) -> str:
+    """The kernel of that name, or for "auto" the fastest, for x of that dtype there and so many states.
 
     Raises:
         ValueError: there is no such kernel, or not for it.
     """
-    return choose_kernel(kernel, _kernels(device, dtype))
+    return choose_kernel(kernel, _kernels(device, dtype, states))
 
 
-def _kernels(device, dtype):
-    order = KERNELS if device == "cpu" else ["associative", *KERNELS]
-    return dict.fromkeys(order) | {"native": reason(device, dtype)}
+def kernel_where_it_runs(kernel: str, dtype, states: int | None = None) -> str:
+    """As `kernel_for`, for the device that the kernel is for: before it is lowered the true one is not known."""
+    return kernel_for(kernel, HOMES.get(kernel, "cpu"), dtype, states)
+
+
+def _kernels(device, dtype=None, states=None):
+    order = KERNELS if device == "cpu" else ["cuda", "associative", *KERNELS]
+    reasons = {"native": why_not_native(device, dtype), "cuda": cuda_scan.reason(device, dtype, states)}
+    return dict.fromkeys(order) | reasons
 
 
 def _auto(*arguments, delta_softplus):
-    on_cpu = kernel_for("auto", "cpu", arguments[0].dtype)
+    x, _, A, *_ = arguments
     options = {"delta_softplus": delta_softplus}
-    run_cpu = functools.partial(KERNELS[on_cpu], **options, **({"portable": True} if on_cpu == "native" else {}))
-    return lax.platform_dependent(*arguments, cpu=run_cpu, default=functools.partial(associative, **options))
+    fastest = {name: kernel_for("auto", device, x.dtype, A.shape[1]) for name, device in PLATFORMS.items()}
+    branches = {
+        platform: functools.partial(KERNELS[name], **options, **({"portable": True} if name in HOMES else {}))
+        for platform, name in fastest.items()
+        if name != "associative"
+    }
+    return lax.platform_dependent(*arguments, **branches, default=functools.partial(associative, **options))
 
 
 def sequential(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, *, delta_softplus):
@@ -119,6 +135,7 @@ KERNELS = {
     "chunked": chunked,
     "associative": associative,
     "sequential": sequential,
+    "cuda": cuda_scan.beside(associative),
 }
 
 

@@ -204,7 +204,7 @@ def differentiable(
         return [_like(value) for value in arrays[: len(floats)]]
 
     def run_plain(options, *arrays):
-        return plain(*map(_given, arrays), **options)
+        return plain(*map(given, arrays), **options)
 
     def plain_forward(*arrays, keep, **options):
         run = functools.partial(run_plain, options)
@@ -255,7 +255,7 @@ def _as_arrays(arguments):
     return [ABSENT if value is None else value for value in arguments]
 
 
-def _given(value):
+def given(value):
     return None if value.shape == ABSENT.shape else value
 
 

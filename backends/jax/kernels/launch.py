@@ -1,0 +1,104 @@
+"""Kernels of one's own on CUDA, by the operation in which jaxlib launches those of Triton: it takes any kernel.
+
+No part of jaxlib's Python describes a kernel that is compiled already, so that its message, jaxlib/gpu/triton.proto, is
+written here.
+"""
+
+import functools
+import hashlib
+import importlib
+import zlib
+from collections.abc import Sequence
+
+import jax
+import jaxlib
+import numpy as np
+
+TARGET = "triton_kernel_call_ffi"
+# Before, jaxlib compiled PTX itself.
+TAKES_CUBIN = (0, 11, 1)
+
+
+def takes_cubin() -> bool:
+    return jaxlib.version.__version_info__ >= TAKES_CUBIN
+
+
+def launch(
+    image: bytes, name: str, blocks: int, threads: int, shared: int, parameters: Sequence, updated: int | None = None
+) -> list[jax.Array]:
+    """What a kernel writes.
+
+    image: a cubin if `takes_cubin`, else PTX.
+    shared: bytes of dynamic shared memory.
+    parameters: in the kernel's order an array, which it reads; a `jax.ShapeDtypeStruct`, which it writes, after all
+        arrays; an np.int32 or np.int64; None for a pointer that it does not follow.
+    updated: the place among the arrays of one that it writes as well. That comes first among the results.
+    """
+    _register()
+    arrays = [value for value in parameters if isinstance(value, jax.Array)]
+    results = [value for value in parameters if isinstance(value, jax.ShapeDtypeStruct)]
+    aliases = {}
+    if updated is not None:
+        aliases = {updated: 0}
+        results = [jax.ShapeDtypeStruct(arrays[updated].shape, arrays[updated].dtype), *results]
+    message = zlib.compress(_message(image, name, blocks, threads, shared, parameters))
+    call = jax.ffi.ffi_call(TARGET, results, input_output_aliases=aliases)
+    return call(*arrays, name=name, opaque=message)
+
+
+@functools.cache
+def _register() -> None:
+    """Importing it does that."""
+    importlib.import_module("jaxlib.gpu_triton")
+
+
+def _message(image, name, blocks, threads, shared, parameters) -> bytes:
+    """A TritonAnyKernelCall."""
+    compiled = takes_cubin()
+    # By its text jaxlib knows a kernel again.
+    text = f"// {hashlib.sha256(image).hexdigest()}".encode() if compiled else image
+    kernel = _field(1, name.encode()) + _field(2, threads // 32) + _field(10, 1) + _field(3, shared) + _field(4, text)
+    kernel += _field(6, capability())
+    if compiled:
+        kernel += _field(11, _field(1, image) + _field(2, name.encode()) + _field(3, shared))
+    grid = _field(2, blocks) + _field(3, 1) + _field(4, 1)
+    call = _field(1, kernel) + grid + b"".join(_field(5, _parameter(value)) for value in parameters)
+    return _field(1, call) + _field(4, name.encode())
+
+
+def _parameter(value) -> bytes:
+    if value is None:
+        return _field(6, 0)
+    if isinstance(value, np.integer):
+        return _field({"int32": 3, "int64": 5}[value.dtype.name], int(value))
+    alignment = 16
+    return _field(1, _field(2, alignment))
+
+
+def _field(number: int, value: int | bytes) -> bytes:
+    """A field of a protobuf message: a number that is not negative, or bytes."""
+    if isinstance(value, bytes):
+        return _varint(number << 3 | 2) + _varint(len(value)) + value
+    return _varint(number << 3) + _varint(value)
+
+
+def _varint(value: int) -> bytes:
+    encoded = bytearray()
+    while value > 127:
+        encoded.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*encoded, value])
+
+
+def capability() -> int:
+    """Such as 90."""
+    return int(device().compute_capability.replace(".", ""))
+
+
+def device() -> jax.Device:
+    """That is compiled for: all of a process are taken to be of one kind.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    return jax.local_devices(backend="cuda")[0]

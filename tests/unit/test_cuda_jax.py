@@ -1,0 +1,303 @@
+"""JAX's side of the CUDA scan, without a GPU: its kernels run as C++, and what would launch them is read."""
+
+import types
+import zlib
+
+import numpy as np
+import pytest
+
+import mamba_core as mc
+from mamba_core.backends import gpu
+from mamba_core.spec import recurrence
+from mamba_core.spec.tolerances import relative_l2, tolerance
+from tests.unit import gpu_on_cpu
+
+jax = pytest.importorskip("jax")
+jnp = jax.numpy
+
+from mamba_core.backends.jax import scan as jax_scan  # noqa: E402 (after the package that it needs)
+from mamba_core.backends.jax.kernels import cuda_scan, launch  # noqa: E402
+
+KEPT_IN_FLOAT32 = ("A", "D", "delta_bias", "initial_state")
+MULTIPROCESSORS = 100
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.fixture
+def on_cpu(folder, monkeypatch):
+    """The name of a kernel that is the CUDA kernel but for where its launches run."""
+
+    def run(scan, arrays):
+        names = [name for name, value in arrays.items() if value is not None]
+        dtype = arrays["x"].dtype
+        empty = {"dz": "HAS_Z", "dD": "HAS_D", "ddelta_bias": "HAS_BIAS", "kept": "KEEP"}
+        results = {
+            name: jax.ShapeDtypeStruct(shape, dtype if name in cuda_scan.ELEMENTS else jnp.float32)
+            for name, shape in scan.shapes.items()
+            if scan.defines.get(empty.get(name), True)
+        }
+
+        def host(*values):
+            found = gpu_on_cpu.run(scan, dict(zip(names, map(np.asarray, values), strict=True)), folder)
+            return {name: found[name] for name in results}
+
+        return jax.pure_callback(host, results, *(arrays[name] for name in names))
+
+    monkeypatch.setattr(cuda_scan, "_run", run)
+    monkeypatch.setattr(cuda_scan, "CUDA", cuda_scan.CUDA._replace(platform="cpu"))
+    monkeypatch.setattr(cuda_scan, "device", lambda: types.SimpleNamespace(core_count=MULTIPROCESSORS))
+    monkeypatch.setitem(jax_scan.KERNELS, "on a CPU", cuda_scan.beside(jax_scan.associative))
+    return "on a CPU"
+
+
+def arguments(b, l, e, n, dtype="float32", without=(), seed=0) -> dict:
+    rng = np.random.default_rng(seed)
+    shapes = {
+        "x": (b, l, e),
+        "delta": (b, l, e),
+        "A": (e, n),
+        "B": (b, l, n),
+        "C": (b, l, n),
+        "D": (e,),
+        "z": (b, l, e),
+    }
+    shapes |= {"delta_bias": (e,), "initial_state": (b, e, n)}
+    arrays = {name: rng.normal(size=shape) for name, shape in shapes.items() if name not in without}
+    arrays["A"] = -np.exp(arrays["A"])
+    return {
+        name: np.asarray(jnp.asarray(value, "float32" if name in KEPT_IN_FLOAT32 else dtype))
+        for name, value in arrays.items()
+    }
+
+
+def positions(b, l) -> dict:
+    rng = np.random.default_rng(1)
+    return {"mask": rng.random((b, l)) < 0.7, "segment_ids": np.cumsum(rng.random((b, l)) < 0.1, 1)}
+
+
+def scan(arrays, kernel="cuda", **given):
+    return mc.selective_scan(**arrays, **given, return_final_state=True, kernel=kernel)
+
+
+CASES = {
+    "all options": (arguments(2, 35, 20, 16), {"delta_softplus": True, **positions(2, 35)}),
+    "no option": (arguments(1, 33, 8, 3, without=("D", "z", "delta_bias", "initial_state")), {}),
+    "in chunks": (arguments(1, 500, 9, 16), {"delta_softplus": True, **positions(1, 500)}),
+    "bfloat16": (arguments(1, 35, 20, 16, "bfloat16"), {"delta_softplus": True}),
+    "float16": (arguments(1, 35, 8, 30, "float16", without=("z",)), {"delta_softplus": True}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients_are_those_of_the_recurrence(on_cpu, case):
+    arrays, given = CASES[case]
+    dtype = arrays["x"].dtype.name
+    jax_arrays = {name: jnp.asarray(value) for name, value in arrays.items()}
+    if dtype == "float32":  # without the softplus a step must be positive
+        jax_arrays["delta"] = abs(jax_arrays["delta"])
+    arrays = {name: np.asarray(value) for name, value in jax_arrays.items()}
+    outputs, pullback = jax.vjp(lambda arrays: scan(arrays, on_cpu, **given), jax_arrays)
+    wanted = recurrence.selective_scan(**arrays, **given, return_final_state=True)
+    for value, other in zip(outputs, wanted, strict=True):
+        assert relative_l2(value.astype("float32"), other) < tolerance(dtype)
+    rng = np.random.default_rng(2)
+    cotangents = tuple(jnp.asarray(rng.normal(size=value.shape), value.dtype) for value in outputs)
+    gradients = pullback(cotangents)[0]
+    wanted = recurrence.selective_scan_vjp(*map(np.asarray, cotangents), **arrays, **given)
+    for name, other in wanted.items():
+        assert gradients[name].dtype == jax_arrays[name].dtype
+        assert relative_l2(gradients[name].astype("float32"), other) < tolerance(dtype, "gradient"), name
+
+
+def test_the_case_in_chunks_has_several():
+    arrays, _ = CASES["in chunks"]
+    sizes = (*arrays["x"].shape, arrays["A"].shape[1])
+    plan = gpu.Scan(*sizes, "float32", frozenset(), False, True, multiprocessors=MULTIPROCESSORS)
+    assert plan.chunks > 2
+
+
+def test_vmap_and_a_second_derivative(on_cpu):
+    pairs = [{name: jnp.asarray(value) for name, value in arguments(1, 9, 8, 3, seed=seed).items()} for seed in (0, 1)]
+    stacked = jax.tree.map(lambda *values: jnp.stack(values), *pairs)
+
+    def loss(arrays, kernel):
+        y, h = scan(arrays, kernel, delta_softplus=True)
+        return (y**2).sum() + (h**2).sum()
+
+    gradients = jax.vmap(jax.grad(lambda arrays: loss(arrays, on_cpu)))(stacked)
+    for index, arrays in enumerate(pairs):
+        for name, wanted in jax.grad(lambda arrays: loss(arrays, "chunked"))(arrays).items():
+            assert relative_l2(gradients[name][index], wanted) < 1e-5, name
+
+    def second(kernel):
+        gradient = jax.grad(lambda delta: loss(pairs[0] | {"delta": delta}, kernel))
+        return jax.grad(lambda delta: (gradient(delta) * pairs[1]["delta"]).sum())(pairs[0]["delta"])
+
+    assert relative_l2(second(on_cpu), second("chunked")) < 1e-5
+
+
+def test_mixed_dtypes_and_no_positions(on_cpu):
+    arrays = {name: jnp.asarray(value) for name, value in arguments(1, 9, 8, 3).items()}
+    mixed = scan(arrays | {"x": arrays["x"].astype("bfloat16")}, on_cpu)
+    assert [value.dtype for value in mixed] == ["bfloat16", "float32"]
+    empty = {
+        name: value[:, :0] if value.ndim == 3 and name != "initial_state" else value for name, value in arrays.items()
+    }
+    y, h = scan(empty, on_cpu)
+    assert y.shape == (1, 0, 8)
+    np.testing.assert_array_equal(h, arrays["initial_state"])
+
+
+# --- what is launched ------------------------------------------------------------------------------------------------
+
+
+def fields(message: bytes) -> list[tuple[int, int | bytes]]:
+    """The fields of a protobuf message."""
+    found, at = [], 0
+
+    def varint():
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = message[at]
+            at += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    while at < len(message):
+        key = varint()
+        size = varint()
+        if key & 7 == 2:
+            found.append((key >> 3, message[at : at + size]))
+            at += size
+        else:
+            found.append((key >> 3, size))
+    return found
+
+
+@pytest.fixture
+def described(monkeypatch):
+    """A GPU that is none, and a compiler that only says what it was asked."""
+    asked = []
+    monkeypatch.setattr(launch, "device", lambda: types.SimpleNamespace(compute_capability="9.0"))
+    monkeypatch.setattr(cuda_scan, "device", lambda: types.SimpleNamespace(core_count=MULTIPROCESSORS))
+    compiler = types.SimpleNamespace(
+        compile_source=lambda *given: asked.append(given) or b"image", missing=lambda: None
+    )
+    monkeypatch.setattr(cuda_scan, "nvrtc", compiler)
+    return asked
+
+
+def lowered(function, arrays):
+    return jax.jit(function).trace(arrays).lower(lowering_platforms=("cuda",))
+
+
+def calls(text) -> list[tuple[str, dict, list]]:
+    """(operands, fields of the call, fields of the kernel) of each launch."""
+    found = []
+    for line in text.splitlines():
+        if launch.TARGET not in line:
+            continue
+        operands = line.split(f"@{launch.TARGET}(")[1].split(")")[0].split(", ")
+        opaque = line.split('opaque = "')[1].split('"}')[0]
+        # As MLIR prints bytes.
+        raw, at = bytearray(), 0
+        while at < len(opaque):
+            if opaque[at] != "\\":
+                raw.append(ord(opaque[at]))
+                at += 1
+            elif opaque[at + 1] == "\\":
+                raw.append(ord("\\"))
+                at += 2
+            else:
+                raw.append(int(opaque[at + 1 : at + 3], 16))
+                at += 3
+        call = fields(dict(fields(zlib.decompress(bytes(raw))))[1])
+        found.append((operands, call, dict(fields(dict(call)[1]))))
+    return found
+
+
+@pytest.mark.parametrize("cubin", [True, False])
+def test_every_launch_gives_a_kernel_its_parameters(described, monkeypatch, cubin):
+    monkeypatch.setattr(launch, "takes_cubin", lambda: cubin)
+    monkeypatch.setattr(cuda_scan, "takes_cubin", lambda: cubin)
+    arrays, given = CASES["in chunks"]
+    made = calls(lowered(jax.grad(lambda arrays: scan(arrays, **given)[0].sum()), arrays).as_text())
+    assert len(made) == 6
+    sizes = (*arrays["x"].shape, arrays["A"].shape[1])
+    options = frozenset(gpu.OPTIONS)
+    for backward, part in ((False, made[:3]), (True, made[3:])):
+        plan = gpu.Scan(*sizes, "float32", options, False, True, MULTIPROCESSORS, keep=not backward, backward=backward)
+        for (operands, call, kernel), step in zip(part, plan.launches, strict=True):
+            assert (kernel[1].decode(), kernel[2] * 32, kernel[3]) == (step.kernel, step.threads, step.shared)
+            assert [value for number, value in call if number in (2, 3, 4)] == [step.blocks, 1, 1]
+            assert kernel[6] == 90
+            parameters = [fields(value)[0] for number, value in call if number == 5]
+            pointers, numbers = parameters[: len(step.arrays)], parameters[len(step.arrays) :]
+            # A pointer is an array of 16 bytes' alignment, or null where there is no such array.
+            absent = [name for name, value in zip(step.arrays, pointers, strict=True) if value == (6, 0)]
+            assert absent == ([] if backward else ["dy"] * step.strided)
+            assert {value for value in pointers if value[0] == 1} == {(1, bytes([2 << 3, 16]))}
+            wanted = [(3, size) for size in plan.sizes(step)]
+            if step.strided:
+                _, l, e, n = sizes
+                own = {"B": n, "C": n} | ({} if backward else {"dy": 0})
+                rows = [own.get(name, e) for name in gpu.SEQUENCES]
+                wanted += [(5, stride) for width in rows for stride in (l * width, width)]
+            assert numbers == wanted
+            given_arrays = [name for name in step.arrays if name not in (*plan.shapes, *absent)]
+            assert len(operands) == len(given_arrays) + (step.kernel == "combine_chunks") * 2
+            assert (kernel.get(11) is not None) == cubin
+            assert (kernel[4] == b"image") == (not cubin)
+    assert {asked[2:] for asked in described} == {("sm_90", "CUBIN" if cubin else "PTX")}
+
+
+def test_the_array_that_is_updated_is_a_result(described):
+    arrays, given = CASES["in chunks"]
+    text = lowered(lambda arrays: scan(arrays, **given), arrays).as_text()
+    line = next(line for line in text.splitlines() if 'name = "combine_chunks"' in line)
+    assert "output_operand_alias<output_tuple_indices = [], operand_index = 3" in line
+
+
+def test_auto_takes_it_on_cuda_and_its_twin_in_an_exported_module(described, monkeypatch):
+    monkeypatch.setattr(cuda_scan, "reason", lambda device, *_: None if device == "gpu" else "not here")
+    arrays, given = CASES["all options"]
+
+    def run(arrays):
+        return scan(arrays, "auto", **given)
+
+    assert launch.TARGET in lowered(run, arrays).as_text()
+    assert launch.TARGET not in jax.export.export(jax.jit(run), platforms=["cuda"])(arrays).mlir_module()
+    with pytest.raises(ValueError, match="kernel 'cuda' runs on an NVIDIA GPU only, and is not exported"):
+        jax.export.export(jax.jit(lambda arrays: scan(arrays, **given)), platforms=["cuda"])(arrays)
+    with pytest.raises(ValueError, match="kernel 'cuda' runs on an NVIDIA GPU only"):
+        jax.jit(lambda arrays: scan(arrays, **given)).trace(arrays).lower(lowering_platforms=("cpu",))
+
+
+def test_states_are_kept_only_for_a_gradient(described):
+    arrays, given = CASES["no option"]
+    kept = "tensor<1x3x8x4xf32>"
+    assert kept not in lowered(lambda arrays: scan(arrays, **given), arrays).as_text()
+    assert kept in lowered(jax.grad(lambda arrays: scan(arrays, **given)[0].sum()), arrays).as_text()
+
+
+def test_why_it_cannot_run(described):
+    assert cuda_scan.reason("cpu") == "it runs on an NVIDIA GPU only"
+    assert cuda_scan.reason("gpu", "float64").startswith("x is float64, and it computes float32")
+    assert cuda_scan.reason("gpu", "float32", 257) == "d_state is 257, and it holds at most 256"
+    assert cuda_scan.reason("gpu", "float32", 256) is None
+    backend = mc.registry.get("jax")
+    assert list(backend.kernels("gpu"))[:2] == ["cuda", "associative"]
+
+
+def test_without_a_gpu_it_is_refused():
+    if any(device.platform == "gpu" for device in jax.devices()):
+        pytest.skip("there is one")
+    with pytest.raises(ValueError, match="kernel 'cuda' cannot run here"):
+        scan({name: jnp.asarray(value) for name, value in CASES["no option"][0].items()})
