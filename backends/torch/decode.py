@@ -10,7 +10,8 @@ from torch.utils import _pytree
 
 from mamba_core.backend import Carry, Choice, Context, Output, State
 from mamba_core.backends.torch.arrays import from_numpy
-from mamba_core.backends.torch.kernels import fused_step
+from mamba_core.backends.torch.kernels import fused, fused_step
+from mamba_core.backends.torch.kernels.fused_choice import likeliest
 from mamba_core.backends.torch.kernels.graph import Decoding, Idle
 from mamba_core.observe import unobserved
 from mamba_core.sampling import Sampling
@@ -83,7 +84,7 @@ def _captures(model, sampling: Sampling) -> bool:
 
 def _replayed(model, carry, sampling, draw, limit) -> Iterator[Choice]:
     context = None if carry.context is None else carry.context.bias is None
-    weights = tuple(parameter.data_ptr() for parameter in model.parameters())
+    weights = tuple(value.data_ptr() for value in (*model.parameters(), *model.buffers()))
     key = (len(carry.choice.tokens), sampling, draw is None, context, weights)
     step = partial(_advance_in_place, model, sampling=sampling)
     decoding = _idle.take(model, key, lambda: Decoding(step, carry, draw is not None))
@@ -95,6 +96,9 @@ def _replayed(model, carry, sampling, draw, limit) -> Iterator[Choice]:
 
 def choose(logits: Tensor, context: Context | None, uniform: Tensor | None, sampling: Sampling) -> Choice:
     """See `mamba_core.sampling`."""
+    plain = context is not None or sampling.top_logprobs or not sampling.greedy
+    if not plain and fused.reason(logits.device, logits.dtype) is None:
+        return Choice(*likeliest(logits))
     logprobs = logits.log_softmax(-1)
     logits = _adjusted(logits, context, sampling)
     if sampling.greedy:

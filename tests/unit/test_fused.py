@@ -16,7 +16,15 @@ import torch
 import mamba_core as mc
 from mamba_core.backends.torch import conv as plain_conv
 from mamba_core.backends.torch import train
-from mamba_core.backends.torch.kernels import fused, fused_conv, fused_linear, fused_loss, fused_norm, fused_step
+from mamba_core.backends.torch.kernels import (
+    fused,
+    fused_choice,
+    fused_conv,
+    fused_linear,
+    fused_loss,
+    fused_norm,
+    fused_step,
+)
 from mamba_core.backends.torch.kernels.quantized import GROUP, pack, unpack
 from mamba_core.backends.torch.layers import RMSNorm
 from mamba_core.spec.tolerances import relative_l2
@@ -229,6 +237,28 @@ def test_products_with_few_rows(bits, rows, dtype):
     found = fused_linear.linear(x, weight, bias)
     expected = x.double() @ dense.double().mT + bias.double()
     assert relative_l2(found.double().cpu().numpy(), expected.cpu().numpy()) <= CLOSE[dtype]
+
+
+@here
+@pytest.mark.gpu
+@pytest.mark.parametrize("v", [5, 5000])
+def test_the_likeliest_token(v):
+    """The lower id of equals, and what `mamba_core.sampling` says of logits that are not finite."""
+    logits = random(6, v + 3)[:, :v]
+    logits[1, [2, v - 1]] = 9.0
+    logits[2] = -torch.inf
+    logits[3, v // 2] = torch.nan
+    logits[4, 1] = torch.inf
+    logits[5, : v - 1] = -torch.inf
+    tokens, logprobs = fused_choice.likeliest(logits)
+    expected = logits.argmax(-1)
+    assert expected[1] == 2
+    expected[2:5] = 0
+    assert tokens.tolist() == expected.tolist()
+    plain = logits.log_softmax(-1).gather(1, expected[:, None])[:, 0]
+    plain[2] = -torch.inf
+    plain[4] = torch.nan
+    torch.testing.assert_close(logprobs, plain, equal_nan=True, rtol=1e-6, atol=1e-6)
 
 
 @here

@@ -11,7 +11,15 @@ import sys
 import pytest
 import torch
 
-from mamba_core.backends.torch.kernels import fused, fused_conv, fused_linear, fused_loss, fused_norm, fused_step
+from mamba_core.backends.torch.kernels import (
+    fused,
+    fused_choice,
+    fused_conv,
+    fused_linear,
+    fused_loss,
+    fused_norm,
+    fused_step,
+)
 from mamba_core.backends.torch.kernels.fused_linear import Packed
 from tests.unit.triton_compile import compiled, resources
 
@@ -72,6 +80,13 @@ def test_cross_entropy():
     with compiled(fused_loss) as found:
         fused_loss._cross_entropy(empty(4, V), torch.empty(4, dtype=torch.int64), floats(4), True)
     check(found, ["_cross_entropy_kernel"], 80)
+
+
+@here
+def test_the_likeliest_token():
+    with compiled(fused_choice) as found:
+        fused_choice.likeliest(floats(2, V))
+    check(found, ["_parts_kernel", "_likeliest_kernel"], 80)
 
 
 @here

@@ -28,7 +28,7 @@ class Decoding:
         self._index = torch.zeros(1, dtype=torch.long, device=tokens.device)
         self._choices = _mapped(lambda value: value.new_zeros(AT_ONCE, *value.shape), like.choice)
         self._graph = torch.cuda.CUDAGraph()
-        with _aside(tokens.device):
+        with _aside(torch.cuda.Stream(tokens.device)):
             for _ in range(WARM_UPS):
                 self._step(advance)
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
@@ -89,7 +89,7 @@ class Repeated:
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor]):
-        self._function = function
+        self._function, self._side = function, None
         self.forget()
 
     def forget(self) -> None:
@@ -101,7 +101,9 @@ class Repeated:
             self._key = key
         if self._graph is None and self._calls < WARM_UPS:
             self._calls += 1
-            with _aside(argument.device):
+            # One stream, for memory that one has used is no other's.
+            self._side = self._side or torch.cuda.Stream(argument.device)
+            with _aside(self._side):
                 return self._function(argument)
         if self._graph is None:
             self._capture(argument)
@@ -119,12 +121,12 @@ class Repeated:
 
 
 @contextmanager
-def _aside(device: torch.device):
-    """On another stream than the current one, in its place: what a capture wants to have run before.
+def _aside(side: torch.cuda.Stream):
+    """On that stream in the current one's place: what a capture wants to have run before.
 
     That compiles what is compiled when first used, and leaves nothing that is bound to the current stream.
     """
-    current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    current = torch.cuda.current_stream(side.device)
     side.wait_stream(current)
     with torch.cuda.stream(side):
         yield
