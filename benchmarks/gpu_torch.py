@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from mamba_core import sampling
-from mamba_core.backends.torch import train
+from mamba_core.backends.torch import quantize, train
 from mamba_core.backends.torch.kernels import (
     cuda_scan,
     fused_conv,
@@ -266,12 +266,17 @@ def decoding(arguments):
         config = preset(name)
         for batch in arguments.batch or (1, 64):
             yield attempt(f"decode {name} b{batch}, per step", partial(decode_ours, config, batch, arguments))
+            for bits in (8, 4) if batch == 1 else ():
+                measure = partial(decode_ours, config, batch, arguments, bits)
+                yield attempt(f"decode {name} b{batch}, per step, {bits} bits", measure)
             if not arguments.no_peers:
                 yield attempt(f"decode {name} b{batch}, per step, mamba_ssm", partial(decode_theirs, config, batch))
 
 
-def decode_ours(config, batch: int, arguments) -> dict:
+def decode_ours(config, batch: int, arguments, bits: int = 0) -> dict:
     model = random_model(config, BF16)
+    if bits:
+        model = quantize(model, bits)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (batch, PROMPT)).astype(np.int32)
     prefilled = decode.prefill(model, tokens, np.ones(tokens.shape, bool))
     greedy = sampling.Sampling()
@@ -294,7 +299,9 @@ def decode_ours(config, batch: int, arguments) -> dict:
     if arguments.profile:
         profile(replay, 4)
     state = sum(value.nbytes for layer in prefilled.state.layers for value in layer)
-    weights = sum(parameter.nbytes for parameter in model.parameters())
+    weights = sum(value.nbytes for value in (*model.parameters(), *model.buffers()))
+    # A row of the embedding is read for each token, where the head is not the embedding.
+    weights -= model.backbone.embeddings.weight.nbytes if bits else 0
     decode._idle = graph.Idle()
     return found | {"wall_ms": wall, "bytes": weights + 2 * state}
 
