@@ -212,7 +212,7 @@ def _find() -> ctypes.CDLL | str:
         return "switched off by MAMBA_CORE_NATIVE=0"
     paths = [Path(chosen)] if chosen else _built()
     if not paths:
-        return "not built; with a C++ compiler (gcc or clang), pip install --force-reinstall --no-deps mamba_core"
+        return "not built; with a C++ compiler (gcc or clang) at hand, install mamba_core from its source again"
     try:
         return _load(paths[0])
     except (OSError, AttributeError, ValueError) as error:
