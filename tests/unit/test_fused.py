@@ -22,6 +22,7 @@ from mamba_core.backends.torch.kernels import (
     fused_conv,
     fused_linear,
     fused_loss,
+    fused_mixer,
     fused_norm,
     fused_step,
 )
@@ -317,3 +318,29 @@ def test_training_repeats_bit_for_bit():
         return [trainer.step(tokens(2, 40)) for _ in range(3)]
 
     assert run() == run()
+
+
+def operator_arguments():
+    e, n, r = 12, 4, 2
+    mixer = (random(2, 9, 2 * e), random(e, 4), random(e), random(r + 2 * n, e), random(e, r), random(e))
+    mixer += (-random(e, n).abs(), random(e), random(2, 3, e), random(2, e, n))
+    targets = torch.arange(10, device=DEVICE)
+    return {
+        fused_norm._forward: (random(3, 24), random(3, 24, seed=1), random(24), 1e-5, F32),
+        fused_conv._forward: (random(2, 9, e), random(e, 4), random(e), random(2, 3, e), None, True),
+        fused_mixer._forward: (*mixer, None, True),
+        fused_loss._forward: (random(10, 16), random(53, 16), targets, True),
+    }
+
+
+@here
+@pytest.mark.gpu
+@pytest.mark.parametrize("index", range(4))
+def test_operators_are_as_pytorch_wants_them(index):
+    """Their schemas, what they say of shapes without computing, and their gradients in a compiled graph."""
+    operator, arguments = list(operator_arguments().items())[index]
+    given = [
+        value.requires_grad_() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for value in arguments
+    ]
+    torch.library.opcheck(operator, given)
