@@ -291,6 +291,7 @@ def decode_ours(config, batch: int, arguments, bits: int = 0) -> dict:
         steps.close()
     ((_, captured),) = decode._idle._kept.values()
 
+    @torch.inference_mode()
     def replay():
         captured._index.zero_()
         captured._graph.replay()
