@@ -311,13 +311,29 @@ def test_compiled_and_under_autocast():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_training_repeats_bit_for_bit():
-    def run():
-        model = mc.build(CONFIG, backend="torch", device=DEVICE)
-        trainer = train.Trainer(model, mc.training.TrainSettings(steps=3))
-        return [trainer.step(tokens(2, 40)) for _ in range(3)]
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("remat", [False, True])
+def test_training_steps_as_graphs(dtype, autocast, remat):
+    """Plain at first, captured, and captured again for another length: the same bits as when all are plain."""
 
-    assert run() == run()
+    def losses(captured):
+        model = mc.build(CONFIG, backend="torch", device=DEVICE, dtype=dtype)
+        model.remat = remat
+        trainer = train.Trainer(model, mc.training.TrainSettings(steps=9, learning_rate=0.01))
+        if not captured:
+            trainer.repeated = lambda tokens, settings: trainer._update(tokens)
+        found = []
+        for length in (40, 40, 40, 40, 23, 23, 23, 23, 40):
+            with torch.autocast(DEVICE, BF16, enabled=autocast):
+                found.append(trainer.step(tokens(2, length)))
+        assert not captured or trainer.repeated._calls == 1
+        return found, trainer.state()
+
+    (plain, its_state), (captured, state) = losses(False), losses(True)
+    assert plain == captured
+    assert plain[3][0] < plain[0][0]
+    assert all(np.array_equal(state[name], value) for name, value in its_state.items())
 
 
 def operator_arguments():
