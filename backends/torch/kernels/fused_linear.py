@@ -15,8 +15,9 @@ from mamba_core.backends.torch.kernels.fused import INTERPRETED, blocks_of, jit,
 MOST_ROWS = 4
 # A thread reads so many bytes of each of its weights' rows at once.
 VECTOR = 16
-# Lines on their way from memory at once, at most, and registers of a thread: more would leave room for fewer warps.
-LINES, REGISTERS = 10, 112
+# Lines on their way from memory at once, at most: more take registers, and leave room for fewer warps. A line of packed
+# weights has more numbers.
+LINES, PACKED_LINES = 6, 3
 # With fewer outputs than warps that fill a GPU, several warps share one.
 FEW_OUTPUTS = 512
 # A kernel begins while the one before it ends; not in the interpreter, which runs one after another.
@@ -62,9 +63,9 @@ def multiply(x, weight, bias, y, *, norm=None, eps=0.0, residual=None, convoluti
     threads = min(32 * warps, power_of_2(blocks_of(length, vector)))
     count = blocks_of(length, threads * vector)
     outputs = _outputs_of_program(n, rows)
-    at_once = max(each for each in range(1, count + 1) if count % each == 0 and (each == 1 or each * outputs <= LINES))
+    most = (PACKED_LINES if packed.bits else LINES) // outputs
+    at_once = max(each for each in range(1, max(1, most) + 1) if count % each == 0)
     conv_weight, conv_bias, conv_state, conv_after, z = convolution or (stored, None, x, x, x)
-    options = overlapping() | ({"maxnreg": REGISTERS} if rows == 1 else {})
     _linear_kernel[(blocks_of(n, outputs),)](
         x,
         stored if norm is None else norm,
@@ -99,7 +100,7 @@ def multiply(x, weight, bias, y, *, norm=None, eps=0.0, residual=None, convoluti
         AT_ONCE=at_once,
         OVERLAP=OVERLAP,
         num_warps=warps,
-        **options,
+        **overlapping(),
     )
 
 
@@ -129,6 +130,28 @@ def _unpacked(words, STRIP: tl.constexpr, BITS: tl.constexpr):
     """Whole numbers around zero: as the last bits of 2^23 + number, for conversions are slow."""
     number = ((words >> (STRIP * BITS)) & ((1 << BITS) - 1)) | 0x4B000000
     return number.to(tl.float32, bitcast=True) - (8388608.0 + (1 << (BITS - 1)))
+
+
+@jit
+def _lines(
+    weight,
+    start,
+    first,
+    lane,
+    N: tl.constexpr,
+    LENGTH: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    SIZE: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
+    """So many lines of the weights of each output, from a place in their rows on."""
+    found = ()
+    for line in tl.static_range(AT_ONCE):
+        place = start + line * SIZE + lane
+        for output in tl.static_range(OUTPUTS):
+            own = weight + (first + output).to(tl.int64) * LENGTH + place
+            found = found + (tl.load(own, mask=(place < LENGTH) & (first + output < N), other=0),)
+    return found
 
 
 @jit
@@ -170,6 +193,7 @@ def _linear_kernel(
     E: tl.constexpr = N // 2
     WIDTH: tl.constexpr = LENGTH * STRIPS
     first = tl.program_id(0) * OUTPUTS
+    SIZE: tl.constexpr = THREADS * VECTOR
     thread = tl.arange(0, THREADS)[:, None]
     lane = thread * VECTOR + tl.arange(0, VECTOR)[None, :]
     # The norm's factor is the same for the whole row, so that it multiplies the finished sums.
@@ -178,17 +202,12 @@ def _linear_kernel(
         sums = sums + (tl.zeros((THREADS, VECTOR), tl.float32),)
     for _ in tl.static_range(ROWS):
         squares = squares + (tl.zeros((THREADS, VECTOR), tl.float32),)
-    for block in tl.static_range(COUNT // AT_ONCE):
-        weights = ()
+    weights = _lines(weight, 0, first, lane, N, LENGTH, OUTPUTS, SIZE, AT_ONCE)
+    after_the_last(OVERLAP)
+    for block in range(COUNT // AT_ONCE):
+        following = _lines(weight, (block + 1) * AT_ONCE * SIZE, first, lane, N, LENGTH, OUTPUTS, SIZE, AT_ONCE)
         for line in tl.static_range(AT_ONCE):
-            place = (block * AT_ONCE + line) * THREADS * VECTOR + lane
-            for output in tl.static_range(OUTPUTS):
-                own = weight + (first + output).to(tl.int64) * LENGTH + place
-                weights = weights + (tl.load(own, mask=(place < LENGTH) & (first + output < N), other=0),)
-        if block == 0:
-            after_the_last(OVERLAP)
-        for line in tl.static_range(AT_ONCE):
-            start = (block * AT_ONCE + line) * THREADS * VECTOR
+            start = (block * AT_ONCE + line) * SIZE
             inside = start + lane < LENGTH
             for strip in tl.static_range(STRIPS):
                 k = strip * LENGTH + start + lane
@@ -216,6 +235,7 @@ def _linear_kernel(
                     for row in tl.static_range(ROWS):
                         added = added + (sums[output * ROWS + row] + own * values[row],)
                 sums = added
+        weights = following
     for row in tl.static_range(ROWS):
         factor = 1.0
         if NORM:
