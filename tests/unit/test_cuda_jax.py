@@ -34,11 +34,10 @@ def on_cpu(folder, monkeypatch):
     def run(scan, arrays):
         names = [name for name, value in arrays.items() if value is not None]
         dtype = arrays["x"].dtype
-        empty = {"dz": "HAS_Z", "dD": "HAS_D", "ddelta_bias": "HAS_BIAS", "kept": "KEEP"}
         results = {
             name: jax.ShapeDtypeStruct(shape, dtype if name in cuda_scan.ELEMENTS else jnp.float32)
-            for name, shape in scan.shapes.items()
-            if scan.defines.get(empty.get(name), True)
+            for name, shape in (scan.shapes | (scan.sums if scan.backward else {})).items()
+            if scan.defines.get(cuda_scan.OPTIONAL.get(name), True)
         }
 
         def host(*values):
@@ -229,32 +228,32 @@ def test_every_launch_gives_a_kernel_its_parameters(described, monkeypatch, cubi
     monkeypatch.setattr(cuda_scan, "takes_cubin", lambda: cubin)
     arrays, given = CASES["in chunks"]
     made = calls(lowered(jax.grad(lambda arrays: scan(arrays, **given)[0].sum()), arrays).as_text())
-    assert len(made) == 6
-    sizes = (*arrays["x"].shape, arrays["A"].shape[1])
-    options = frozenset(gpu.OPTIONS)
-    for backward, part in ((False, made[:3]), (True, made[3:])):
-        plan = gpu.Scan(*sizes, "float32", options, False, True, MULTIPROCESSORS, keep=not backward, backward=backward)
-        for (operands, call, kernel), step in zip(part, plan.launches, strict=True):
-            assert (kernel[1].decode(), kernel[2] * 32, kernel[3]) == (step.kernel, step.threads, step.shared)
-            assert [value for number, value in call if number in (2, 3, 4)] == [step.blocks, 1, 1]
-            assert kernel[6] == 90
-            parameters = [fields(value)[0] for number, value in call if number == 5]
-            pointers, numbers = parameters[: len(step.arrays)], parameters[len(step.arrays) :]
-            # A pointer is an array of 16 bytes' alignment, or null where there is no such array.
-            absent = [name for name, value in zip(step.arrays, pointers, strict=True) if value == (6, 0)]
-            assert absent == ([] if backward else ["dy"] * step.strided)
-            assert {value for value in pointers if value[0] == 1} == {(1, bytes([2 << 3, 16]))}
-            wanted = [(3, size) for size in plan.sizes(step)]
-            if step.strided:
-                _, l, e, n = sizes
-                own = {"B": n, "C": n} | ({} if backward else {"dy": 0})
-                rows = [own.get(name, e) for name in gpu.SEQUENCES]
-                wanted += [(5, stride) for width in rows for stride in (l * width, width)]
-            assert numbers == wanted
-            given_arrays = [name for name in step.arrays if name not in (*plan.shapes, *absent)]
-            assert len(operands) == len(given_arrays) + (step.kernel == "combine_chunks") * 2
-            assert (kernel.get(11) is not None) == cubin
-            assert (kernel[4] == b"image") == (not cubin)
+    sizes, options = (*arrays["x"].shape, arrays["A"].shape[1]), frozenset(gpu.OPTIONS)
+    forward = gpu.Scan(*sizes, "float32", options, False, True, MULTIPROCESSORS, keep=True)
+    backward = gpu.Scan(*sizes, "float32", options, False, True, MULTIPROCESSORS, backward=True)
+    steps = [(forward, step) for step in forward.launches]
+    steps += [(backward, step) for step in (*backward.launches, backward.adding_up)]
+    # Of each the arrays that it reads, absent ones apart.
+    assert [len(operands) for operands, *_ in made] == [11, 4, 11, 12, 4, 13, 4]
+    for (_, call, kernel), (plan, step) in zip(made, steps, strict=True):
+        assert (kernel[1].decode(), kernel[2] * 32, kernel[3]) == (step.kernel, step.threads, step.shared)
+        assert [value for number, value in call if number in (2, 3, 4)] == [step.blocks, 1, 1]
+        assert kernel[6] == 90
+        parameters = [fields(value)[0] for number, value in call if number == 5]
+        pointers, numbers = parameters[: len(step.arrays)], parameters[len(step.arrays) :]
+        # A pointer is an array of 16 bytes' alignment, or null where there is no such array.
+        absent = [name for name, value in zip(step.arrays, pointers, strict=True) if value == (6, 0)]
+        assert absent == (["dy"] if step.strided and not plan.backward else [])
+        assert {value for value in pointers if value[0] == 1} == {(1, bytes([2 << 3, 16]))}
+        wanted = [(3, size) for size in plan.sizes(step)]
+        if step.strided:
+            _, l, e, n = sizes
+            own = {"B": n, "C": n} | ({} if plan.backward else {"dy": 0})
+            widths = [own.get(name, e) for name in gpu.SEQUENCES]
+            wanted += [(5, stride) for width in widths for stride in (l * width, width)]
+        assert numbers == wanted
+        assert (kernel.get(11) is not None) == cubin
+        assert (kernel[4] == b"image") == (not cubin)
     assert {asked[2:] for asked in described} == {("sm_90", "CUBIN" if cubin else "PTX")}
 
 

@@ -17,9 +17,10 @@ from mamba_core.backends.jax.kernels.operator import Kernel, differentiable, giv
 CUDA = Kernel("cuda", "cuda", "an NVIDIA GPU")
 ARGUMENTS = ("x", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state", "mask", "restart")
 # Of x's dtype; all others are float32.
-ELEMENTS = ("y", "dx", "ddelta", "dz")
+ELEMENTS = ("y", "dx", "ddelta", "dz", "dB_sum", "dC_sum")
 # Results that there are with an option only.
-OPTIONAL = {"kept": "KEEP", "dz": "HAS_Z", "dD": "HAS_D", "ddelta_bias": "HAS_BIAS"}
+OPTIONAL = {"kept": "KEEP", "dz": "HAS_Z", "dD": "HAS_D", "dD_sum": "HAS_D"}
+OPTIONAL |= {"ddelta_bias": "HAS_BIAS", "ddelta_bias_sum": "HAS_BIAS"}
 
 
 def reason(platform: str, dtype=None, states: int | None = None) -> str | None:
@@ -66,20 +67,18 @@ def _backward(returned, *arrays, delta_softplus):
     named = dict(zip(ARGUMENTS, map(given, arrays), strict=True))
     scan = _plan(named, delta_softplus, dfinal_state, backward=True)
     found = _run(scan, named | {"begin": _padded(dfinal_state, scan), "kept": kept, "dy": dy})
-    dBC = found.pop("dBC").sum(1)
-    sums = {name: found[name].sum((0, 1)) for name in ("dA", "dD", "ddelta_bias") if name in found}
-    gradients = found | sums | {"dA": _unpadded(sums["dA"], scan)}
-    gradients |= {"dB": _unpadded(dBC[:, :, 0], scan), "dC": _unpadded(dBC[:, :, 1], scan)}
-    gradients["dinitial_state"] = _unpadded(found["dstate"], scan)
+    sums = {name: found[f"{name}_sum"] for name in ("dA", "dB", "dC", "dD", "ddelta_bias") if f"{name}_sum" in found}
     # Of what is not given, of no elements.
-    gradients |= {f"d{name}": array for name, array in zip(ARGUMENTS, arrays, strict=True) if named[name] is None}
+    absent = {f"d{name}": array for name, array in zip(ARGUMENTS, arrays, strict=True) if named[name] is None}
+    gradients = found | sums | absent | {"dinitial_state": _unpadded(found["dstate"], scan)}
     pairs = zip(ARGUMENTS, returned, strict=False)
     return [gradients[f"d{name}"].astype(value.dtype) for name, value in pairs]
 
 
 def _kept(x, delta, A, *_):
     b, l, e = x
-    return b, -(-l // gpu.KEEP_EVERY), e, gpu.geometry(A[1]).padded
+    geometry = gpu.geometry(A[1], backward=True)
+    return b, -(-l // geometry.TILE), e, geometry.padded
 
 
 def _plan(named, delta_softplus, begin, **how) -> gpu.Scan:
@@ -105,32 +104,34 @@ def _plan(named, delta_softplus, begin, **how) -> gpu.Scan:
 
 
 def _run(scan: gpu.Scan, arrays: dict[str, jax.Array | None]) -> dict[str, jax.Array]:
-    """What the scan's kernels compute, by its names."""
-    image = nvrtc.compile_source(
-        gpu.source(), tuple(scan.defines.items()), f"sm_{capability()}", "CUBIN" if takes_cubin() else "PTX"
-    )
-    shapes = {name: shape for name, shape in scan.shapes.items() if scan.defines.get(OPTIONAL.get(name), True)}
+    """What the scan's kernels compute, by its names; after a backward the sums too."""
+    form = "CUBIN" if takes_cubin() else "PTX"
+    image = nvrtc.compile_source(gpu.source(), tuple(scan.defines.items()), f"sm_{capability()}", form)
     dtype, found = arrays["x"].dtype, {}
-    strides = [np.int64(stride) for name in gpu.SEQUENCES for stride in _strides(arrays.get(name))]
-    for step in scan.launches:
-        known = arrays | found
-        if step.begins_from_added:
-            known["begin"] = found["added"]
-        written = [name for name in step.arrays if name in shapes and name not in found]
-        results = {
-            name: jax.ShapeDtypeStruct(shapes[name], dtype if name in ELEMENTS else jnp.float32) for name in written
-        }
-        read = [name for name in step.arrays if known.get(name) is not None]
-        # combine_chunks turns what each chunk adds into what it begins from.
-        updated = ["added"] if "added" in read else []
-        parameters = [(known | results).get(name) for name in step.arrays]
-        parameters += [np.int32(size) for size in scan.sizes(step)] + (strides if step.strided else [])
-        values = launch(
-            *(image, step.kernel, step.blocks, step.threads, step.shared, parameters),
-            updated=read.index(*updated) if updated else None,
-        )
-        found |= dict(zip([*updated, *written], values, strict=True))
+    results = {
+        name: jax.ShapeDtypeStruct(shape, dtype if name in ELEMENTS else jnp.float32)
+        for name, shape in (scan.shapes | (scan.sums if scan.backward else {})).items()
+        if scan.defines.get(OPTIONAL.get(name), True)
+    }
+    for step in [*scan.launches, *([scan.adding_up] if scan.backward else [])]:
+        begins = {"begin": found["added"]} if step.begins_from_added else {}
+        found |= _launch(image, scan, step, arrays | found | begins, results)
     return found
+
+
+def _launch(image, scan, step: gpu.Launch, known: dict, results: dict) -> dict[str, jax.Array]:
+    """The arrays that a kernel writes; known: those that there are."""
+    read = [name for name in step.arrays if known.get(name) is not None]
+    written = [name for name in step.arrays if name in results and name not in known]
+    # combine_chunks turns what each chunk adds into what it begins from.
+    updated = [name for name in read if name == "added"]
+    parameters = [(results | known).get(name) for name in step.arrays]
+    parameters += [np.int32(size) for size in scan.sizes(step)]
+    if step.strided:
+        parameters += [np.int64(stride) for name in gpu.SEQUENCES for stride in _strides(known.get(name))]
+    update = read.index(*updated) if updated else None
+    values = launch(image, step.kernel, step.blocks, step.threads, step.shared, parameters, update)
+    return dict(zip([*updated, *written], values, strict=True))
 
 
 def _strides(value: jax.Array | None) -> tuple[int, int]:
