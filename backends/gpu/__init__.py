@@ -64,32 +64,49 @@ class Geometry(NamedTuple):
         return 4 * (history + own + 6 * self._rows + 2 * self.TILE * self.padded + sums + self.TILE)
 
     @property
+    def backward_first_shared(self) -> int:
+        return 4 * (3 * self._rows + self.TILE * self.padded + self.TILE)
+
+    @property
     def _rows(self) -> int:
         return self.TILE * (self.channels + 8)
 
 
 # Positions between the states that the forward keeps for the backward, which begins its tiles from them.
 KEEP_EVERY = 16
+# Bytes of shared memory of a block on Apple's GPUs, and the states that they hold.
+SMALL_SHARED, LARGEST_SMALL_STATE = 32 * 1024, 128
 # Fewer positions are not worth a chunk of their own.
 SHORTEST_CHUNK = 128
-# Blocks that a multiprocessor holds at a time.
-BLOCKS_A_MULTIPROCESSOR = 3
+# Of a sequence in chunks; and how many of a whole one fill it, so that chunks would cost more than they gain.
+BLOCKS_A_MULTIPROCESSOR, ENOUGH = 6, 1
 
 
-def geometry(states: int, backward: bool = False) -> Geometry:
-    """For up to that many states; what was fastest on an H200.
+def geometry(states: int, backward: bool = False, small: bool = False) -> Geometry:
+    """For up to that many states; what was fastest on an H200, or with `small` what SMALL_SHARED holds.
 
     Raises:
-        ValueError: more states than LARGEST_STATE.
+        ValueError: more states than LARGEST_STATE, or LARGEST_SMALL_STATE.
     """
-    if states > LARGEST_STATE:
-        raise ValueError(f"d_state is {states}; the GPU kernels hold at most {LARGEST_STATE}")
+    largest = LARGEST_SMALL_STATE if small else LARGEST_STATE
+    if states > largest:
+        raise ValueError(f"d_state is {states}; the GPU kernels hold at most {largest}")
+    if small:
+        return _small_geometry(states)
     if states > 128:
         return Geometry(NS=16, S=16, K=1, WARPS=2, TILE=KEEP_EVERY)
     S = 1 << (max(4, -(-states // 4)) - 1).bit_length()
     NS = 4 if states > 8 else 2 if states > 4 else 1
     K = 1 if S < 16 else 2
     return Geometry(NS, S, K, WARPS=4 // K, TILE=KEEP_EVERY if backward else 2 * KEEP_EVERY)
+
+
+def _small_geometry(states: int) -> Geometry:
+    S = 1 << (max(4, -(-states // 4)) - 1).bit_length()
+    NS = 4 if states > 8 else 2 if states > 4 else 1
+    sizes = [(tile, warps) for tile in (8, 4) for warps in (2, 1)]
+    fitting = (Geometry(NS, S, max(1, S // tile), warps, tile) for tile, warps in sizes)
+    return next(g for g in fitting if max(g.forward_shared, g.backward_shared) <= SMALL_SHARED)
 
 
 @dataclass(frozen=True)
@@ -103,6 +120,7 @@ class Scan:
     aligned, states_aligned: whether the arrays x, delta, z and dy, or B and C, begin at multiples of 16 bytes and their
         positions at multiples of 8 elements.
     keep: whether the forward keeps the states that a backward needs.
+    small: whether a block has no more than SMALL_SHARED bytes of shared memory.
     """
 
     rows: int
@@ -116,10 +134,16 @@ class Scan:
     multiprocessors: int
     keep: bool = False
     backward: bool = False
+    small: bool = False
 
     @property
     def geometry(self) -> Geometry:
-        return geometry(self.states, self.backward)
+        return geometry(self.states, self.backward, self.small)
+
+    @property
+    def keep_every(self) -> int:
+        """Positions between the states that the forward keeps: a tile of the backward's."""
+        return geometry(self.states, True, self.small).TILE
 
     @property
     def chunks(self) -> int:
@@ -127,13 +151,12 @@ class Scan:
 
     @property
     def chunk(self) -> int:
-        """Positions; all of them where rows and channels fill the GPU."""
-        blocks, wanted = self.rows * self.blocks, self.multiprocessors * BLOCKS_A_MULTIPROCESSOR
-        count = min(wanted // max(blocks, 1), self.length // SHORTEST_CHUNK)
-        # A second run costs as much again as it gains with fewer.
-        if count < 3:
+        """Positions; all of them where rows and channels fill the GPU: a second run costs as much as a third of it."""
+        blocks = max(self.rows * self.blocks, 1)
+        count = min(self.multiprocessors * BLOCKS_A_MULTIPROCESSOR // blocks, self.length // SHORTEST_CHUNK)
+        if blocks >= self.multiprocessors * ENOUGH or count < 3:
             return max(self.length, 1)
-        step = 2 * KEEP_EVERY
+        step = 2 * self.keep_every
         return -(-self.length // count // step) * step
 
     @property
@@ -150,7 +173,7 @@ class Scan:
             **g._asdict(),
             **flags,
             "ELEMENT": ELEMENTS[self.dtype],
-            "KEEP_EVERY": KEEP_EVERY,
+            "KEEP_EVERY": self.keep_every,
             "ALIGNED": int(self.aligned and self.channels % g.vector == 0),
             "STATES_ALIGNED": int(self.states_aligned and self.states % min(8, g.padded) == 0),
             "CHUNKED": int(self.chunks > 1),
@@ -164,7 +187,7 @@ class Scan:
         b, l, e, padded, chunks = self.rows, self.length, self.channels, self.geometry.padded, self.chunks
         between = {"added": (b, chunks, e, padded), "total": (b, chunks, e)} if chunks > 1 else {}
         if not self.backward:
-            kept = (b, -(-l // KEEP_EVERY), e, padded) if self.keep else (0,)
+            kept = (b, -(-l // self.keep_every), e, padded) if self.keep else (0,)
             return between | {"y": (b, l, e), "final_state": (b, e, padded), "kept": kept}
         sums = {"dBC": (b, self.blocks, l, 2, padded), "dA": (b, chunks, e, padded), "dD": (b, chunks, e)}
         sequences = dict.fromkeys(("dx", "ddelta", "dz"), (b, l, e))
@@ -180,6 +203,7 @@ class Scan:
         main = Launch(name, _SIGNATURES[name], grid, g.threads, shared, begins_from_added=chunked)
         if not chunked:
             return [main]
+        shared = g.backward_first_shared if self.backward else g.forward_shared
         first = Launch(f"{name}_first", _SIGNATURES[f"{name}_first"], grid, g.threads, shared)
         combined = -(-self.rows * self.channels * g.padded // g.threads)
         return [first, Launch("combine_chunks", COMBINED, combined, g.threads, 0, strided=False), main]

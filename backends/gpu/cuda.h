@@ -5,6 +5,7 @@
 #define SHARED
 #define LOCAL
 #define UNROLL _Pragma("unroll")
+#define UNROLL_TWO _Pragma("unroll 2")
 #define UNROLL_FOUR _Pragma("unroll 4")
 
 typedef long long int64;

@@ -15,7 +15,8 @@
         {z, z_row, int(z_position)}, {dy, dy_row, int(dy_position)}, A, D, delta_bias, begin, mask, restart, length,      \
         channels, states, chunk, chunks                                                                         \
   }
-#define KERNEL extern "C" __global__ void __launch_bounds__(THREADS)
+// So few registers a thread that twelve warps find room on a multiprocessor.
+#define KERNEL extern "C" __global__ void __launch_bounds__(THREADS, 12 / WARPS)
 
 extern __shared__ float4 shared_memory[];
 

@@ -19,6 +19,11 @@
 // sequences over channels, and of B and C, can be read by vectors),
 // HAS_D, HAS_Z, HAS_BIAS, SOFTPLUS, HAS_STATE (of what the run begins from), CHUNKED, HAS_MASK, HAS_RESTART and KEEP.
 
+// Whether what is there can be read by vectors, for a framework that does not vouch for it.
+#ifndef ALIGNED_AT
+#define ALIGNED_AT(address) true
+#endif
+
 #define LANES 32
 #define THREADS (WARPS * LANES)
 #define CHANNEL_LANES (LANES / S)
@@ -184,7 +189,7 @@ template <int N, bool WHOLE>
 DEVICE Vector<N> load(const GLOBAL Element* source, int given) {
   Vector<N> loaded;
   loaded.clear();
-  if (WHOLE) {
+  if (WHOLE && ALIGNED_AT(source)) {
     if (given > 0) loaded = *(const GLOBAL Vector<N>*)source;
   } else {
     float values[N];
@@ -437,32 +442,34 @@ DEVICE void scan_forward(const Inputs given, const ForwardResults out, const Pla
     next_B.bring(in.B, in, at, first + TILE);
     if (!FIRST) next_C.bring(in.C, in, at, first + TILE);
 
-    for (int t = 0; t < TILE; t += TOGETHER) {
-      if (KEEP && !FIRST && (first + t) % KEEP_EVERY == 0 && first + t < in.length)
+    for (int from = 0; from < TILE; from += KEEP_EVERY) {
+      if (KEEP && !FIRST && first + from < in.length)
         store_state(
-            out.kept + state_offset(in, at, (first + t) / KEEP_EVERY, (in.length + KEEP_EVERY - 1) / KEEP_EVERY), in,
+            out.kept + state_offset(in, at, (first + from) / KEEP_EVERY, (in.length + KEEP_EVERY - 1) / KEEP_EVERY), in,
             at, h);
-      float sums[K][TOGETHER];
-      UNROLL for (int u = 0; u < TOGETHER; ++u) {
-        float B_t[NS], C_t[NS];
-        read_states(B + (t + u) * PADDED, at, B_t);
-        if (!FIRST) read_states(C + (t + u) * PADDED, at, C_t);
-        bool restarts = HAS_RESTART && restarting[t + u];
-        UNROLL for (int k = 0; k < K; ++k) {
-          float2 step = ((SHARED float2*)steps)[(t + u) * ROW + at.channel(k)];
-          if (FIRST) total[k] = restarts ? infinity() : total[k] + step.x;
-          float sum = 0.0f;
-          UNROLL for (int j = 0; j < NS; ++j) {
-            h[k][j] = multiply_add(decay(step.x, rates[k][j], restarts), h[k][j], step.y * B_t[j]);
-            if (!FIRST) sum = multiply_add(C_t[j], h[k][j], sum);
+      UNROLL_TWO for (int t = from; t < from + KEEP_EVERY; t += TOGETHER) {
+        float sums[K][TOGETHER];
+        UNROLL for (int u = 0; u < TOGETHER; ++u) {
+          float B_t[NS], C_t[NS];
+          read_states(B + (t + u) * PADDED, at, B_t);
+          if (!FIRST) read_states(C + (t + u) * PADDED, at, C_t);
+          bool restarts = HAS_RESTART && restarting[t + u];
+          UNROLL for (int k = 0; k < K; ++k) {
+            float2 step = ((SHARED float2*)steps)[(t + u) * ROW + at.channel(k)];
+            if (FIRST) total[k] = restarts ? infinity() : total[k] + step.x;
+            float sum = 0.0f;
+            UNROLL for (int j = 0; j < NS; ++j) {
+              h[k][j] = multiply_add(decay(step.x, rates[k][j], restarts), h[k][j], step.y * B_t[j]);
+              if (!FIRST) sum = multiply_add(C_t[j], h[k][j], sum);
+            }
+            sums[k][u] = sum;
           }
-          sums[k][u] = sum;
         }
-      }
-      if (!FIRST) {
-        UNROLL for (int k = 0; k < K; ++k) {
-          float sum = sum_states(sums[k], at.lane);
-          if (at.lane % S < TOGETHER) linear[(t + at.lane % TOGETHER) * ROW + at.channel(k)] = sum;
+        if (!FIRST) {
+          UNROLL for (int k = 0; k < K; ++k) {
+            float sum = sum_states(sums[k], at.lane);
+            if (at.lane % S < TOGETHER) linear[(t + at.lane % TOGETHER) * ROW + at.channel(k)] = sum;
+          }
         }
       }
     }
@@ -508,6 +515,8 @@ struct BackwardResults {
 #define CHANNEL_SUMS (2 * THREADS * VECTOR)
 #define BACKWARD_SHARED \
   (HISTORY + CHANNEL_SUMS + 6 * TILE * ROW + 2 * TILE * PADDED + TILE * WARPS * 2 * PADDED + TILE)
+// A first run keeps less, and so more blocks run at a time.
+#define BACKWARD_FIRST_SHARED (3 * TILE * ROW + TILE * PADDED + TILE)
 
 // A thread's states before each position of a tile, where no other thread looks: NS floats a slot.
 struct History {
@@ -611,14 +620,15 @@ DEVICE void finish_backward(
 template <bool FIRST>
 DEVICE void scan_backward(
     const Inputs given, const GLOBAL float* kept, const BackwardResults out, const Place place, SHARED float* shared) {
-  SHARED float *channel_sums = shared + HISTORY, *rows = channel_sums + CHANNEL_SUMS;
-  SHARED float* own_sums = channel_sums + place.thread * VECTOR;
-  const Tile tile = {rows, rows + 2 * TILE * ROW, rows + 3 * TILE * ROW, rows + 4 * TILE * ROW, rows + 5 * TILE * ROW};
-  SHARED float *B = rows + 6 * TILE * ROW, *C = B + TILE * PADDED, *dBC = C + TILE * PADDED;
-  SHARED byte* restarting = (SHARED byte*)(dBC + TILE * WARPS * 2 * PADDED);
+  // What a first run uses comes first.
+  SHARED float *rows = shared, *C = rows + 3 * TILE * ROW;
+  SHARED byte* restarting = (SHARED byte*)(C + TILE * PADDED);
+  SHARED float *others = C + TILE * PADDED + TILE, *B = others + 3 * TILE * ROW, *dBC = B + TILE * PADDED;
+  SHARED float *channel_sums = dBC + TILE * WARPS * 2 * PADDED, *own_sums = channel_sums + place.thread * VECTOR;
+  const Tile tile = {rows, rows + 2 * TILE * ROW, others, others + TILE * ROW, others + 2 * TILE * ROW};
   const Thread at(place, given);
   const Inputs in = seen_from(given, at);
-  const History history = {shared, place.thread};
+  const History history = {channel_sums + CHANNEL_SUMS, place.thread};
   const int tiles = (in.length + KEEP_EVERY - 1) / KEEP_EVERY;
 
   float rates[K][NS], passed[K][NS], dA[K][NS], before[K][NS], total[K];
@@ -629,7 +639,7 @@ DEVICE void scan_backward(
     clear(passed);
   clear(dA);
   UNROLL for (int k = 0; k < K; ++k) total[k] = 0.0f;
-  UNROLL for (int c = 0; c < VECTOR; ++c) own_sums[c] = own_sums[THREADS * VECTOR + c] = 0.0f;
+  UNROLL for (int c = 0; !FIRST && c < VECTOR; ++c) own_sums[c] = own_sums[THREADS * VECTOR + c] = 0.0f;
 
   Bundle next;
   States next_B, next_C;
@@ -671,7 +681,7 @@ DEVICE void scan_backward(
       }
     }
 
-    for (int t = 0; !FIRST && t < TILE; t += TOGETHER) {  // the tile's states once more
+    UNROLL_TWO for (int t = 0; t < (FIRST ? 0 : TILE); t += TOGETHER) {  // the tile's states once more
       float sums[K][TOGETHER];
       UNROLL for (int u = 0; u < TOGETHER; ++u) {
         float B_t[NS], C_t[NS];
@@ -696,7 +706,7 @@ DEVICE void scan_backward(
         }
       }
     }
-    for (int t = TILE - TOGETHER; t >= 0; t -= TOGETHER) {
+    UNROLL_TWO for (int t = TILE - TOGETHER; t >= 0; t -= TOGETHER) {
       float gB_sums[K][TOGETHER], rated_sums[K][TOGETHER];
       UNROLL for (int u = TOGETHER - 1; u >= 0; --u) {
         float B_t[NS], C_t[NS], dB[NS], dC[NS];

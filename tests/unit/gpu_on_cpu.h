@@ -21,6 +21,7 @@ using std::min;
 #define SHARED
 #define LOCAL
 #define UNROLL
+#define UNROLL_TWO
 #define UNROLL_FOUR
 
 typedef int64_t int64;

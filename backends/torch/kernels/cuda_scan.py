@@ -26,7 +26,11 @@ def reason(device: torch.device, dtype: torch.dtype | None, states: int | None =
         return f"x is {str(dtype).removeprefix('torch.')}, and it computes {', '.join(gpu.ELEMENTS)}"
     if states is not None and states > gpu.LARGEST_STATE:
         return f"d_state is {states}, and it holds at most {gpu.LARGEST_STATE}"
-    return nvrtc.missing()
+    return _missing()
+
+
+# Asked once, and not by what the compiler traces.
+_missing = torch.compiler.assume_constant_result(nvrtc.missing)
 
 
 def cuda(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, delta_softplus):
