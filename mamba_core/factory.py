@@ -106,9 +106,11 @@ def save_state(state: State, path: str | Path, model) -> None:
 
     Raises:
         TypeError: it is no State, or holds the arrays of another backend than the model's.
-        ValueError: it does not fit the model's config.
+        ValueError: it does not fit the model's config, or the file's name does not end in .safetensors.
         CheckpointError: the file cannot be written.
     """
+    if Path(path).suffix != ".safetensors":
+        raise ValueError(f"{path}: a state is written as safetensors; give a name that ends in .safetensors")
     backend, empty = registry.get(model.backend), model.init_state(1)
     _check_kind(state, empty, model.backend)
     arrays = {name: backend.to_numpy(value) for name, value in _named(state).items()}

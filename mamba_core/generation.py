@@ -17,7 +17,7 @@ from mamba_core.spec.checks import check_state, check_task
 from mamba_core.tokenizer import tokenizer_of
 
 # Positions of a prompt that are computed at once: enough to be fast, and few enough to need little memory.
-PREFILL_CHUNK = 2048
+PREFILL_CHUNK = 1024
 
 
 @dataclass

@@ -140,7 +140,8 @@ def _interrupted(steps) -> bool:
 def _show_all(model, prompt: str, taken: Run, arguments: argparse.Namespace) -> None:
     result = taken.result()
     if arguments.json:
-        print_json({"prompt": prompt} | dataclasses.asdict(result) | {"peak_memory": _peak_memory(model)})
+        shown = {"prompt": prompt} | dataclasses.asdict(result) | {"peak_memory": _peak_memory(model)}
+        print_json({name: value for name, value in shown.items() if name != "state"})
         return
     for index, text in enumerate(result.text):
         print(f"--- {index}\n{prompt}{text}")

@@ -1,5 +1,7 @@
 """One choice on a backend, `choose` and `distribution`: filters, penalties, draws, ties, and what has no token."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -189,6 +191,22 @@ def test_what_has_no_token(backend, model, sampling):
     assert np.isnan(logprobs[2:5]).all()
     for row in (0, 5):
         assert (tokens[row], logprobs[row]) == (wanted[row], wanted_logprobs[row])
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), *FILTERS], ids=str)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_a_processor_makes_no_number(backend, model, sampling, value):
+    logits = np.random.default_rng(5).normal(size=(2, 9)).astype(np.float32)
+    added = np.zeros((2, 9), np.float32)
+    added[1, 4] = value
+    array = native(backend, model, added)
+    processed = dataclasses.replace(sampling, processors=(lambda logits, context: logits + array,))
+    tokens, logprobs = chosen(
+        backend, model, logits, processed, np.full(2, 0.5, np.float32), context_of(backend, model, logits.shape)
+    )
+    assert tokens[1] == 0
+    assert np.isfinite(logprobs[0])
+    assert np.isnan(logprobs[1])
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), *FILTERS], ids=str)

@@ -81,6 +81,8 @@ def test_what_is_no_state_of_the_model_is_not_written(backend, tmp_path):
     ):
         with pytest.raises(ValueError, match="state is not one of a model with this config"):
             mc.save_state(state, path, model)
+    with pytest.raises(ValueError, match=r"give a name that ends in \.safetensors"):
+        mc.save_state(empty, tmp_path / "state", model)
     assert not list(tmp_path.iterdir())
 
 

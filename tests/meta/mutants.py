@@ -111,6 +111,36 @@ CAUGHT_BY = {
         "temperature ignored": Mutant("decode.py", "keepdim=True)) / sampling.temperature)", "keepdim=True)))"),
         "one uniform for all rows": Mutant("decode.py", "uniform[:, None]", "uniform[:1, None]"),
     },
+    "test_penalties_and_bias": {
+        "bias ignored": Mutant("decode.py", "logits = logits + context.bias", "pass"),
+        "repetition forgets the prompt": Mutant("decode.py", "context.prompt | generated", "generated"),
+        "repetition forgets what is generated": Mutant("decode.py", "context.prompt | generated", "context.prompt"),
+        "presence as often as it is there": Mutant("decode.py", "presence_penalty * generated", "presence_penalty * context.counts"),
+        "frequency once": Mutant("decode.py", "frequency_penalty * context.counts", "frequency_penalty * generated"),
+    },
+    "test_penalties_follow_what_is_generated": {
+        "generated tokens not counted": Mutant("decode.py", "counts=counts", "counts=context.counts"),
+    },
+    "test_processors_run_in_the_step_with_its_context": {
+        "last token not carried": Mutant("decode.py", "last=tokens", "last=context.last"),
+        "step not counted": Mutant("decode.py", "step=context.step + 1", "step=context.step"),
+    },
+    "test_what_has_no_token": {
+        "NaN is a number": Mutant("decode.py", "logprobs.gather(1, tokens[:, None])[:, 0], torch.nan)", "logprobs.gather(1, tokens[:, None])[:, 0], 0.0)"),
+        "masked is NaN": Mutant("decode.py", "torch.where(largest == -torch.inf, -torch.inf", "torch.where(largest == -torch.inf, torch.nan"),
+    },
+    "test_sampled_tokens_are_those_of_the_definition": {
+        "the first block's random numbers for ever": Mutant("decode.py", "draw(start, BLOCK)", "draw(0, BLOCK)"),
+    },
+    "test_several_continuations_of_each_prompt": {
+        "forked in another order": Mutant("decode.py", "torch.as_tensor(rows,", "torch.as_tensor(rows[::-1].copy(),"),
+    },
+    "test_turns_go_on_from_the_state": {
+        "prefill forgets the state": Mutant("decode.py", "if state is None else state\n    own_mask", "if True else state\n    own_mask"),
+    },
+    "test_ties_in_a_large_vocabulary": {
+        "likeliest in any order": Mutant("decode.py", "logprobs.sort(dim=-1, descending=True, stable=True)", "(value.flip(-1) for value in logprobs.sort(dim=-1))"),
+    },
     "test_twenty_steps_equal_the_reference": {
         "decay of every parameter": Mutant("train.py", "table[name].decay == decay", "decay"),
         "no clipping": Mutant("train.py", "self.settings.clip_norm)", "1e9)"),

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import mamba_core as mc
@@ -121,14 +122,20 @@ def test_generate_goes_on_from_a_file(backend, checkpoint, tmp_path, capsys):
     assert main([*command, "6", "main", "--state", str(tmp_path / "nowhere")]) == 2
 
 
-def test_generate_turn_by_turn(backend, checkpoint, monkeypatch, capsys):
+def test_generate_turn_by_turn(backend, checkpoint, tmp_path, monkeypatch, capsys):
     model = mc.load(checkpoint, backend=backend.name)
     first = mc.generate(model, "def a", max_new_tokens=5)
     second = mc.generate(model, f"def a{first.text[0]}\nclass", max_new_tokens=5)
     monkeypatch.setattr("sys.stdin", io.StringIO("def a\nclass\n"))
     command = ["generate", str(checkpoint), "--interactive", "--max-new-tokens", "5", "--backend", backend.name]
-    assert main(command) == 0
+    assert main([*command, "--save-state", str(tmp_path / "state.safetensors")]) == 0
     shown = capsys.readouterr()
+    whole = mc.generate(
+        model, f"def a{first.text[0]}\nclass{second.text[0]}", max_new_tokens=0, return_state=True
+    ).state
+    for field in ("conv", "ssm"):
+        ours, wanted = (getattr(state.layers[0], field) for state in (mc.load_state(tmp_path / "state", model), whole))
+        np.testing.assert_allclose(backend.to_numpy(ours), backend.to_numpy(wanted), rtol=1e-3, atol=1e-6)
     assert shown.out == f"> {first.text[0]}\n> {second.text[0]}\n> \n"
     assert shown.err.count("5 tokens: the first after") == 2
     monkeypatch.setattr("sys.stdin", io.StringIO("\ndef a\n"))

@@ -102,6 +102,7 @@ def pieces(text: str, stop, limit: int = 1000, **config) -> tuple[list[str], "_R
         ("no stop", "stopping", None),
         ("é😀z", "😀", "é"),
         ("same", ["same"], ""),
+        ("zxab", ["ab", "xab"], "z"),
     ],
 )
 def test_stop_texts(text, stop, wanted):
@@ -169,7 +170,9 @@ def test_text_that_goes_on_has_no_beginning(byte_level):
     model = mc.build(config, backend=installed()[0])
     first = mc.generate(model, "ab", max_new_tokens=0, tokenizer=byte_level, return_state=True)
     result = mc.generate(model, "cd", max_new_tokens=5, tokenizer=byte_level, state=first.state)
-    assert result.tokens == mc.generate(model, "abcd", max_new_tokens=5, tokenizer=byte_level).tokens
+    wanted = mc.generate(model, "abcd", max_new_tokens=5, tokenizer=byte_level)
+    assert result.tokens == wanted.tokens
+    np.testing.assert_allclose(result.logprobs, wanted.logprobs, rtol=1e-4)
 
 
 # --- streams, interrupts, threads ----------------------------------------------------------------------------------
@@ -181,7 +184,7 @@ def test_a_stream_is_the_text_and_has_the_result(model):
     assert "".join(taken) == wanted.text[0]
     result = taken.result(return_state=True)
     assert (result.tokens, result.text, result.finish_reasons) == (wanted.tokens, wanted.text, ["length"])
-    more = [mc.generate(model, "x", max_new_tokens=9, state=each.state).tokens for each in (result, wanted)]
+    more = [mc.generate(model, "x", max_new_tokens=9, state=each.state).logprobs for each in (result, wanted)]
     assert more[0] == more[1]
     assert 0 < result.prompt_seconds < result.seconds
 
@@ -196,8 +199,10 @@ def test_a_stream_that_is_left_goes_on_from_what_there_is(model):
     assert result.finish_reasons == [None]
     assert 2 <= len(result.tokens[0]) < 50
     prompt = [*b"def ", *result.tokens[0], 7]
-    wanted = mc.generate(model, prompt, max_new_tokens=6).tokens
-    assert mc.generate(model, [7], max_new_tokens=6, state=result.state).tokens == wanted
+    wanted = mc.generate(model, prompt, max_new_tokens=6)
+    found = mc.generate(model, [7], max_new_tokens=6, state=result.state)
+    assert found.tokens == wanted.tokens
+    np.testing.assert_allclose(found.logprobs, wanted.logprobs, rtol=1e-4)
 
 
 def test_a_processor_that_fails_leaves_the_model_as_it_was(model):
@@ -239,8 +244,11 @@ def test_a_stream_closed_early_frees_its_memory(backend, model):
         next(taken)
     during = held(backend)
     taken.close()
+    closed = held(backend)
     del taken
     assert held(backend) <= before < during
+    # What it keeps, to have a result, is the state after the prompt.
+    assert before <= closed < (before + during) / 2
 
 
 def test_two_threads_on_one_model(model):
