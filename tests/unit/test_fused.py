@@ -44,7 +44,8 @@ CONFIG = mc.MambaConfig(d_model=40, n_layer=2, vocab_size=61, d_state=8)
 @pytest.mark.skipif(fused.INTERPRETED, reason="runs in the interpreter already")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_all_of_them_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", __file__]
+    # Without the project's -q, the last line says how many have passed.
+    command = [sys.executable, "-m", "pytest", "-x", "-o", "addopts=--import-mode=importlib", __file__]
     done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout.splitlines()[-1]

@@ -74,8 +74,11 @@ class Idle:
         self._kept = WeakKeyDictionary()
 
     def take(self, model, key, make: Callable[[], Decoding]) -> Decoding:
-        found, kept = self._kept.pop(model, (None, None))
-        return kept if found == key else make()
+        if model in self._kept and self._kept[model][0] == key:
+            return self._kept.pop(model)[1]
+        # What no longer fits gives its memory back before there is another.
+        self._kept.pop(model, None)
+        return make()
 
     def give_back(self, model, key, decoding: Decoding) -> None:
         self._kept[model] = key, decoding
