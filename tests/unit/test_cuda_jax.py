@@ -27,9 +27,18 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("kernels")
 
 
+@pytest.fixture(params=["on a CPU", pytest.param("cuda", marks=pytest.mark.gpu)])
+def kernel(request):
+    """The CUDA kernel by the name of one that is it but for where its launches run, and on a GPU itself."""
+    if request.param == "cuda":
+        if (why := cuda_scan.reason("gpu")) is not None:
+            pytest.skip(why)
+        return "cuda"
+    return request.getfixturevalue("on_cpu")
+
+
 @pytest.fixture
 def on_cpu(folder, monkeypatch):
-    """The name of a kernel that is the CUDA kernel but for where its launches run."""
 
     def run(scan, arrays):
         names = [name for name, value in arrays.items() if value is not None]
@@ -50,7 +59,8 @@ def on_cpu(folder, monkeypatch):
     monkeypatch.setattr(cuda_scan, "CUDA", cuda_scan.CUDA._replace(platform="cpu"))
     monkeypatch.setattr(cuda_scan, "device", lambda: types.SimpleNamespace(core_count=MULTIPROCESSORS))
     monkeypatch.setitem(jax_scan.KERNELS, "on a CPU", cuda_scan.beside(jax_scan.associative))
-    return "on a CPU"
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield "on a CPU"
 
 
 def arguments(b, l, e, n, dtype="float32", without=(), seed=0) -> dict:
@@ -92,14 +102,14 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_values_and_gradients_are_those_of_the_recurrence(on_cpu, case):
+def test_values_and_gradients_are_those_of_the_recurrence(kernel, case):
     arrays, given = CASES[case]
     dtype = arrays["x"].dtype.name
     jax_arrays = {name: jnp.asarray(value) for name, value in arrays.items()}
     if dtype == "float32":  # without the softplus a step must be positive
         jax_arrays["delta"] = abs(jax_arrays["delta"])
     arrays = {name: np.asarray(value) for name, value in jax_arrays.items()}
-    outputs, pullback = jax.vjp(lambda arrays: scan(arrays, on_cpu, **given), jax_arrays)
+    outputs, pullback = jax.vjp(lambda arrays: scan(arrays, kernel, **given), jax_arrays)
     wanted = recurrence.selective_scan(**arrays, **given, return_final_state=True)
     for value, other in zip(outputs, wanted, strict=True):
         assert relative_l2(value.astype("float32"), other) < tolerance(dtype)
@@ -119,36 +129,42 @@ def test_the_case_in_chunks_has_several():
     assert plan.chunks > 2
 
 
-def test_vmap_and_a_second_derivative(on_cpu):
+def test_vmap_and_a_second_derivative(kernel):
     pairs = [{name: jnp.asarray(value) for name, value in arguments(1, 9, 8, 3, seed=seed).items()} for seed in (0, 1)]
     stacked = jax.tree.map(lambda *values: jnp.stack(values), *pairs)
 
-    def loss(arrays, kernel):
-        y, h = scan(arrays, kernel, delta_softplus=True)
+    def loss(arrays, name):
+        y, h = scan(arrays, name, delta_softplus=True)
         return (y**2).sum() + (h**2).sum()
 
-    gradients = jax.vmap(jax.grad(lambda arrays: loss(arrays, on_cpu)))(stacked)
+    gradients = jax.vmap(jax.grad(lambda arrays: loss(arrays, kernel)))(stacked)
     for index, arrays in enumerate(pairs):
         for name, wanted in jax.grad(lambda arrays: loss(arrays, "chunked"))(arrays).items():
             assert relative_l2(gradients[name][index], wanted) < 1e-5, name
 
-    def second(kernel):
-        gradient = jax.grad(lambda delta: loss(pairs[0] | {"delta": delta}, kernel))
+    def second(name):
+        gradient = jax.grad(lambda delta: loss(pairs[0] | {"delta": delta}, name))
         return jax.grad(lambda delta: (gradient(delta) * pairs[1]["delta"]).sum())(pairs[0]["delta"])
 
-    assert relative_l2(second(on_cpu), second("chunked")) < 1e-5
+    assert relative_l2(second(kernel), second("chunked")) < 1e-5
 
 
-def test_mixed_dtypes_and_no_positions(on_cpu):
+def test_mixed_dtypes_and_no_positions(kernel):
     arrays = {name: jnp.asarray(value) for name, value in arguments(1, 9, 8, 3).items()}
-    mixed = scan(arrays | {"x": arrays["x"].astype("bfloat16")}, on_cpu)
+    mixed = scan(arrays | {"x": arrays["x"].astype("bfloat16")}, kernel)
     assert [value.dtype for value in mixed] == ["bfloat16", "float32"]
     empty = {
         name: value[:, :0] if value.ndim == 3 and name != "initial_state" else value for name, value in arrays.items()
     }
-    y, h = scan(empty, on_cpu)
+    y, h = scan(empty, kernel)
     assert y.shape == (1, 0, 8)
     np.testing.assert_array_equal(h, arrays["initial_state"])
+
+
+def test_the_same_bits_every_time(kernel):
+    arrays = {name: jnp.asarray(value) for name, value in CASES["in chunks"][0].items()}
+    run = jax.jit(jax.grad(lambda arrays: scan(arrays, kernel, delta_softplus=True)[0].sum()))
+    jax.tree.map(np.testing.assert_array_equal, run(arrays), run(arrays))
 
 
 # --- what is launched ------------------------------------------------------------------------------------------------
