@@ -5,6 +5,7 @@ import functools
 import struct
 
 _DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_MULTIPROCESSORS = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
 _DEFAULT_SHARED_BYTES = 48 * 1024
 
 
@@ -43,6 +44,14 @@ class Kernel:
                 *(pointers, None),
             )
         )
+
+
+@functools.cache
+def multiprocessors(device: int = 0) -> int:
+    count = ctypes.c_int()
+    _check(_driver().cuInit(0))
+    _check(_driver().cuDeviceGetAttribute(ctypes.byref(count), _MULTIPROCESSORS, device))
+    return count.value
 
 
 def _enter_context(device: int) -> None:

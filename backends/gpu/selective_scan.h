@@ -97,7 +97,7 @@ struct Inputs {
 };
 
 struct Place {
-  int thread, block, chunk, row;
+  int rank, block, chunk, row;
 };
 
 // exp(-|value|) to a few units in the last place, also where that is no normal number: what a product with log2(e) loses
@@ -165,19 +165,19 @@ struct Thread {
 
   DEVICE Thread(Place at, const Inputs in) {
     place = at;
-    lane = at.thread % LANES;
+    lane = at.rank % LANES;
     states = lane % S * NS;
     flip = lane / S % 2 * (NS / 2);
-    first_channel = at.thread / LANES * CHANNEL_LANES * K + lane / S;
+    first_channel = at.rank / LANES * CHANNEL_LANES * K + lane / S;
     start = at.chunk * in.chunk;
     end = min(start + in.chunk, in.length);
-    brought_channel = at.thread * VECTOR % BLOCK_CHANNELS;
+    brought_channel = at.rank * VECTOR % BLOCK_CHANNELS;
     brought_global = at.block * BLOCK_CHANNELS + brought_channel;
   }
   DEVICE int channel(int k) const { return first_channel + k * CHANNEL_LANES; }
   DEVICE int global_channel(int k) const { return place.block * BLOCK_CHANNELS + channel(k); }
   // Of the i-th vector that it brings; all are of the same channels.
-  DEVICE int brought_position(int i) const { return (i * THREADS + place.thread) * VECTOR / BLOCK_CHANNELS; }
+  DEVICE int brought_position(int i) const { return (i * THREADS + place.rank) * VECTOR / BLOCK_CHANNELS; }
 };
 
 DEVICE bool counts(const Inputs in, int row, int position) {
@@ -229,7 +229,7 @@ DEVICE void put(GLOBAL Element* to, const Inputs in, const Thread at, int positi
 
 // Of (e), for the channels that the thread brings. Read again for each tile: registers are scarcer.
 DEVICE void bring_channels(const GLOBAL float* from, const Inputs in, const Thread at, LOCAL float* values) {
-  if (ALIGNED && VECTOR % 4 == 0) {
+  if (ALIGNED && VECTOR % 4 == 0 && ALIGNED_AT(from)) {
     UNROLL for (int c = 0; c + 3 < VECTOR; c += 4) {
       bool given = at.brought_global < in.channels;
       float4 four = given ? *(const GLOBAL float4*)(from + at.brought_global + c) : float4{0.0f, 0.0f, 0.0f, 0.0f};
@@ -247,7 +247,7 @@ struct States {
 
   DEVICE void bring(const Sequence from, const Inputs in, const Thread at, int first) {
     UNROLL for (int i = 0; i < STATE_VECTORS; ++i) {
-      int index = (i * THREADS + at.place.thread) * STATE_VECTOR;
+      int index = (i * THREADS + at.place.rank) * STATE_VECTOR;
       int position = first + index / PADDED, state = index % PADDED;
       const GLOBAL Element* source = from.at(position) + state;
       bool given = index < TILE * PADDED && counts(in, at.place.row, position);
@@ -257,7 +257,7 @@ struct States {
   // Into (TILE, PADDED).
   DEVICE void lay(SHARED float* to, const Thread at) const {
     UNROLL for (int i = 0; i < STATE_VECTORS; ++i) {
-      int index = (i * THREADS + at.place.thread) * STATE_VECTOR;
+      int index = (i * THREADS + at.place.rank) * STATE_VECTOR;
       float values[STATE_VECTOR];
       brought[i].unpack(values);
       if (index < TILE * PADDED) write<STATE_VECTOR>(to + index, values);
@@ -283,7 +283,7 @@ DEVICE void load_state(const GLOBAL float* from, const Inputs in, const Thread a
   UNROLL for (int k = 0; k < K; ++k) {
     const GLOBAL float* source = from + int64(at.global_channel(k)) * PADDED + at.states;
     bool given = at.global_channel(k) < in.channels;
-    if (NS % 4 == 0) {
+    if (NS % 4 == 0 && ALIGNED_AT(from)) {
       UNROLL for (int j = 0; j + 1 < NS; j += 2) {
         float2 two = given ? *(const GLOBAL float2*)(source + (j ^ at.flip)) : float2{0.0f, 0.0f};
         h[k][j] = two.x, h[k][j + 1] = two.y;
@@ -372,7 +372,7 @@ struct Bundle {
 
 // Whether each position of a tile restarts.
 DEVICE void lay_restarts(SHARED byte* restarting, const Inputs in, const Thread at, int first) {
-  for (int t = at.place.thread; HAS_RESTART && t < TILE; t += THREADS)
+  for (int t = at.place.rank; HAS_RESTART && t < TILE; t += THREADS)
     restarting[t] = counts(in, at.place.row, first + t) && in.restart[int64(at.place.row) * in.length + first + t];
 }
 
@@ -521,22 +521,22 @@ struct BackwardResults {
 // A thread's states before each position of a tile, where no other thread looks: NS floats a slot.
 struct History {
   SHARED float* memory;
-  int thread;
+  int rank;
 
   DEVICE void put(int slot, const LOCAL float* values) const {
     if (NS % 4 == 0) {
       UNROLL for (int j = 0; j + 3 < NS; j += 4)
-          write<4>(memory + ((slot * (NS / 4) + j / 4) * THREADS + thread) * 4, values + j);
+          write<4>(memory + ((slot * (NS / 4) + j / 4) * THREADS + rank) * 4, values + j);
     } else {
-      UNROLL for (int j = 0; j < NS; ++j) memory[(slot * NS + j) * THREADS + thread] = values[j];
+      UNROLL for (int j = 0; j < NS; ++j) memory[(slot * NS + j) * THREADS + rank] = values[j];
     }
   }
   DEVICE void get(int slot, LOCAL float* values) const {
     if (NS % 4 == 0) {
       UNROLL for (int j = 0; j + 3 < NS; j += 4)
-          read<4>(memory + ((slot * (NS / 4) + j / 4) * THREADS + thread) * 4, values + j);
+          read<4>(memory + ((slot * (NS / 4) + j / 4) * THREADS + rank) * 4, values + j);
     } else {
-      UNROLL for (int j = 0; j < NS; ++j) values[j] = memory[(slot * NS + j) * THREADS + thread];
+      UNROLL for (int j = 0; j < NS; ++j) values[j] = memory[(slot * NS + j) * THREADS + rank];
     }
   }
 };
@@ -624,11 +624,11 @@ DEVICE void scan_backward(
   SHARED float *rows = shared, *C = rows + 3 * TILE * ROW;
   SHARED byte* restarting = (SHARED byte*)(C + TILE * PADDED);
   SHARED float *others = C + TILE * PADDED + TILE, *B = others + 3 * TILE * ROW, *dBC = B + TILE * PADDED;
-  SHARED float *channel_sums = dBC + TILE * WARPS * 2 * PADDED, *own_sums = channel_sums + place.thread * VECTOR;
+  SHARED float *channel_sums = dBC + TILE * WARPS * 2 * PADDED, *own_sums = channel_sums + place.rank * VECTOR;
   const Tile tile = {rows, rows + 2 * TILE * ROW, others, others + TILE * ROW, others + 2 * TILE * ROW};
   const Thread at(place, given);
   const Inputs in = seen_from(given, at);
-  const History history = {channel_sums + CHANNEL_SUMS, place.thread};
+  const History history = {channel_sums + CHANNEL_SUMS, place.rank};
   const int tiles = (in.length + KEEP_EVERY - 1) / KEEP_EVERY;
 
   float rates[K][NS], passed[K][NS], dA[K][NS], before[K][NS], total[K];
@@ -738,7 +738,7 @@ DEVICE void scan_backward(
           gB_sums[k][u] = gB_sum, rated_sums[k][u] = rated_sum;
         }
         if (!FIRST)
-          sum_channels(dB, dC, at, dBC + ((t + u) * WARPS + place.thread / LANES) * 2 * PADDED);
+          sum_channels(dB, dC, at, dBC + ((t + u) * WARPS + place.rank / LANES) * 2 * PADDED);
       }
       if (!FIRST) {
         UNROLL for (int k = 0; k < K; ++k) {
@@ -754,7 +754,7 @@ DEVICE void scan_backward(
     const int blocks = (in.channels + BLOCK_CHANNELS - 1) / BLOCK_CHANNELS;
     GLOBAL float* sums = out.dBC + ((int64(place.row) * blocks + place.block) * in.length + first) * 2 * PADDED;
     const int inside = min(TILE, in.length - first) * 2 * PADDED;
-    for (int index = 4 * place.thread; index < inside; index += 4 * THREADS) {
+    for (int index = 4 * place.rank; index < inside; index += 4 * THREADS) {
       float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f}, own[4];
       UNROLL for (int warp = 0; warp < WARPS; ++warp) {
         read<4>(dBC + (index / (2 * PADDED) * WARPS + warp) * 2 * PADDED + index % (2 * PADDED), own);
@@ -777,7 +777,7 @@ DEVICE void scan_backward(
   barrier();
   // Over the threads that brought the same channels.
   const int sharing = THREADS * VECTOR / BLOCK_CHANNELS;
-  for (int channel = place.thread; channel < BLOCK_CHANNELS; channel += THREADS) {
+  for (int channel = place.rank; channel < BLOCK_CHANNELS; channel += THREADS) {
     int global = place.block * BLOCK_CHANNELS + channel;
     float dD_sum = 0.0f, dbias_sum = 0.0f;
     for (int i = 0; i < sharing; ++i)

@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mamba_core.backends.mlx.arrays import check_device
+from mamba_core.backends.mlx.kernels import gpu_scan
 from mamba_core.backends.mlx.kernels.memory import reason as why_not_native
 from mamba_core.backends.mlx.kernels.native_scan import native
 from mamba_core.backends.mlx.kernels.reverse_only import first_derivative_only
@@ -42,7 +43,7 @@ def selective_scan(
     """Computed in float32, a float64 x too: MLX has no float64 on a GPU."""
     check_scan(x, delta, A, B, C, D, z, delta_bias, initial_state, mask, segment_ids)
     arrays = (x, delta, A, B, C, D, z, delta_bias, initial_state, mask, restarts(mask, segment_ids))
-    y, h = KERNELS[kernel_for(kernel, x.dtype, arrays)](*arrays, delta_softplus)
+    y, h = KERNELS[kernel_for(kernel, x.dtype, arrays, states=A.shape[1])](*arrays, delta_softplus)
     return (y, h) if return_final_state else y
 
 
@@ -56,20 +57,31 @@ def selective_step(x, delta, A, B, C, D=None, *, z=None, delta_bias=None, delta_
 
 
 def kernels(device: str | None = None) -> dict[str, str | None]:
-    """Those but "native" are made of MLX's own operations and run on every device."""
+    """Those but "native", "cuda" and "metal" are made of MLX's own operations and run on every device."""
     check_device(device)
-    return dict.fromkeys(KERNELS) | {"native": why_not_native(device or _device())}
+    device = device or _device()
+    return dict.fromkeys(KERNELS) | {"native": why_not_native(device)} | _why_not_gpu(device)
 
 
-def kernel_for(kernel: str, dtype: mx.Dtype, arrays=(), device: str | None = None) -> str:
-    """The kernel of that name, or for "auto" the fastest, for x of that dtype and these arrays; device: MLX's default.
+def kernel_for(kernel: str, dtype: mx.Dtype, arrays=(), device: str | None = None, states: int | None = None) -> str:
+    """The kernel of that name, or for "auto" the fastest, for x of that dtype, these arrays and so many states there.
+
+    device: MLX's default.
 
     Raises:
         ValueError: there is no such kernel, or not for them.
     """
+    device = device or _device()
     # The arrays are computed to see whether they can be: not where that does not matter.
-    native = why_not_native(device or _device(), dtype, arrays) if kernel in ("auto", "native") else None
-    return choose_kernel(kernel, dict.fromkeys(KERNELS) | {"native": native})
+    native = why_not_native(device, dtype, arrays) if kernel in ("auto", "native") else None
+    return choose_kernel(
+        kernel, dict.fromkeys(KERNELS) | {"native": native} | _why_not_gpu(device, dtype, states, arrays)
+    )
+
+
+def _why_not_gpu(device, dtype=None, states=None, arrays=()):
+    languages = (gpu_scan.CUDA, gpu_scan.METAL)
+    return {language.name: gpu_scan.reason(language, device, dtype, states, arrays) for language in languages}
 
 
 def _prepared(scan):
@@ -114,7 +126,13 @@ def chunked(x, step, A, B, C, D, z, h0, restart):
 
 
 # Fastest first.
-KERNELS = {"native": native, "chunked": chunked, "sequential": sequential}
+KERNELS = {
+    "native": native,
+    "cuda": gpu_scan.cuda,
+    "metal": gpu_scan.metal,
+    "chunked": chunked,
+    "sequential": sequential,
+}
 
 
 @mx.custom_function

@@ -1,0 +1,273 @@
+"""The scan on a GPU, NVIDIA's or Apple's: inputs as they come, all of the op fused, no (b, l, e, n) in memory.
+
+The algorithm is that of `mamba_core.backends.gpu`. MLX writes a kernel's signature, from the arrays' names and dtypes,
+and compiles it when it is first needed. The same inputs give the same bits.
+"""
+
+import functools
+import hashlib
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from mamba_core.backends import gpu
+from mamba_core.backends.gpu import driver
+from mamba_core.backends.mlx.arrays import dtype_name
+from mamba_core.backends.mlx.kernels.reverse_only import first_derivative_only, reverse_only
+
+DTYPES = tuple(getattr(mx, name) for name in gpu.ELEMENTS)
+# Of x's dtype; all others are float32.
+ELEMENTS = ("y", "dx", "ddelta", "dz", "dB_sum", "dC_sum")
+# Results that there are with an option only.
+OPTIONAL = {"dz": "HAS_Z", "dD": "HAS_D", "dD_sum": "HAS_D", "ddelta_bias": "HAS_BIAS", "ddelta_bias_sum": "HAS_BIAS"}
+# What combine_chunks makes of "added": a kernel of MLX changes no array that it is given.
+COMBINED = "begun"
+# No API tells how many cores an Apple GPU has. Enough for most; more chunks than needed cost a third of the time.
+APPLE_CORES = 40
+# Of smaller arrays MLX puts the elements into another address space of Metal.
+LEAST_METAL_SIZE = 8
+
+
+class Language(NamedTuple):
+    """What its kernels call the thread, the block and how many blocks there are, and what comes before them."""
+
+    name: str
+    prelude: str
+    thread: str
+    block: str
+    blocks: str
+
+
+CUDA = Language("cuda", "cuda.h", "threadIdx.x", "blockIdx.x", "gridDim.x")
+METAL = Language(
+    *("metal", "metal.h"),
+    *("thread_position_in_threadgroup.x", "threadgroup_position_in_grid.x", "threadgroups_per_grid.x"),
+)
+
+
+def reason(
+    language: Language, device: str, dtype: mx.Dtype | None = None, states: int | None = None, arrays=()
+) -> str | None:
+    """Why the kernels cannot run on that device, for x of that dtype and these arrays; None if they can.
+
+    states: of a scan; without, the kernel is only the name of one.
+    """
+    runs = {"cuda": getattr(mx, "cuda", None), "metal": mx.metal}[language.name]
+    if device != "gpu" or runs is None or not runs.is_available():
+        return f"it runs on {'an NVIDIA' if language is CUDA else 'an Apple'} GPU only"
+    if dtype is not None and dtype not in DTYPES:
+        return f"x is {dtype_name(dtype)}, and it computes {', '.join(gpu.ELEMENTS)}"
+    if states is None:
+        return None
+    largest = gpu.LARGEST_STATE if language is CUDA else gpu.LARGEST_SMALL_STATE
+    if states > largest:
+        return f"d_state is {states}, and it holds at most {largest}"
+    if language is METAL and any(value is not None and value.size < LEAST_METAL_SIZE for value in arrays):
+        return f"it takes no array of fewer than {LEAST_METAL_SIZE} elements"
+    return None
+
+
+def scan(language: Language):
+    """The kernel with the arguments as `selective_scan` is given them, but restart (b, l) bool for the segments."""
+
+    @mx.custom_function
+    def fused(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, delta_softplus):
+        """(y, final state, kept states): MLX does not tell whether there will be a gradient."""
+        named = _named(x, delta, A, B, C, D, z, delta_bias, mask, restart)
+        plan = _plan(language, named, delta_softplus, h0, keep=True)
+        found = _run(language, plan, named | {"begin": _padded(h0, plan)})
+        return found["y"], _unpadded(found["final_state"], plan), found["kept"]
+
+    @fused.vjp
+    def fused_vjp(inputs, cotangents, outputs):
+        *arrays, delta_softplus = inputs
+        x, delta, A, B, C, D, z, delta_bias, _, mask, restart = arrays
+        dy, dfinal_state, _ = cotangents
+        named = _named(x, delta, A, B, C, D, z, delta_bias, mask, restart) | {"dy": dy, "kept": outputs[2]}
+        plan = _plan(language, named, delta_softplus, dfinal_state, backward=True)
+        found = _run(language, plan, named | {"begin": _padded(dfinal_state, plan)})
+        gradients = found | {f"d{name}": found.get(f"d{name}_sum") for name in ("A", "B", "C", "D", "delta_bias")}
+        names = ("dx", "ddelta", "dA", "dB", "dC", "dD", "dz", "ddelta_bias")
+        gradients = [*(gradients.get(name) for name in names), _unpadded(found["dstate"], plan)]
+        given = [value is not None for value in arrays[: len(gradients)]]
+        gradients = [value if there else None for value, there in zip(gradients, given, strict=True)]
+        gradients = first_derivative_only(gradients, arrays, cotangents)
+        return *gradients, None, None, None
+
+    reverse_only(fused)
+
+    def kernel(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, delta_softplus):
+        dtype = x.dtype
+        if x.shape[1] == 0:
+            return x, mx.zeros((x.shape[0], *A.shape)) if h0 is None else _float32(h0)
+        if any(value is not None and value.dtype != dtype for value in (delta, B, C, z)):
+            x, delta, B, C, z = (_float32(value) for value in (x, delta, B, C, z))
+        A, D, delta_bias, h0 = (_float32(value) for value in (A, D, delta_bias, h0))
+        y, h, _ = fused(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, bool(delta_softplus))
+        return y.astype(dtype), h
+
+    return kernel
+
+
+def _named(x, delta, A, B, C, D, z, delta_bias, mask, restart) -> dict[str, mx.array | None]:
+    """By the kernels' names."""
+    named = {"x": x, "delta": delta, "B": B, "C": C, "z": z, "A": A, "D": D, "delta_bias": delta_bias}
+    return named | {"mask": mask, "restart": restart}
+
+
+def _plan(language, named, delta_softplus, begin, **how) -> gpu.Scan:
+    x, (e, n) = named["x"], named["A"].shape
+    has = {
+        "HAS_D": named["D"] is not None,
+        "HAS_Z": named["z"] is not None,
+        "HAS_BIAS": named["delta_bias"] is not None,
+        "SOFTPLUS": delta_softplus,
+        "HAS_STATE": begin is not None,
+        "HAS_MASK": named["mask"] is not None,
+        "HAS_RESTART": named["restart"] is not None,
+    }
+    return gpu.Scan(
+        *(*x.shape, n, dtype_name(x.dtype)),
+        options=frozenset(name for name, holds in has.items() if holds),
+        # An array may begin anywhere in memory, and only the kernel learns where; ours for Metal does not ask.
+        aligned=language is CUDA and e % 8 == 0,
+        states_aligned=language is CUDA and n % 8 == 0,
+        multiprocessors=driver.multiprocessors() if language is CUDA else APPLE_CORES,
+        small=language is METAL,
+        **how,
+    )
+
+
+def _run(language: Language, plan: gpu.Scan, arrays: dict[str, mx.array | None]) -> dict[str, mx.array]:
+    """What the plan's kernels compute, by its names; after a backward the sums too."""
+    known = {name: value for name, value in arrays.items() if value is not None}
+    shapes = plan.shapes | (plan.sums if plan.backward else {}) | {COMBINED: plan.shapes.get("added")}
+    absent = {name for name, option in OPTIONAL.items() if option not in plan.options}
+    for step in [*plan.launches, *([plan.adding_up] if plan.backward else [])]:
+        if step.begins_from_added:
+            known["begin"] = known[COMBINED]
+        names = [name for name in step.arrays if name not in absent]
+        reads = tuple(name for name in names if name in known)
+        writes = tuple(name for name in names if name not in known and name in shapes)
+        if step.kernel == "combine_chunks":
+            writes = (COMBINED,)
+        defines = plan.defines | {"STATES": plan.states}
+        run = _kernel(language, step.kernel, step.shared, tuple(defines.items()), reads, writes)
+        values = run(
+            inputs=[known[name] for name in reads],
+            output_shapes=[shapes[name] for name in writes],
+            output_dtypes=[arrays["x"].dtype if name in ELEMENTS else mx.float32 for name in writes],
+            grid=(step.blocks * step.threads, 1, 1),
+            threadgroup=(step.threads, 1, 1),
+        )
+        known |= dict(zip(writes, values, strict=True))
+    return known
+
+
+@functools.cache
+def _kernel(language: Language, name: str, shared: int, defines, reads: tuple[str, ...], writes: tuple[str, ...]):
+    header = _header(language, defines)
+    source = _body(language, name, shared, reads, writes)
+    # MLX takes kernels of one name for the same, also those that it finds compiled on the disk.
+    digest = hashlib.sha256("\0".join((header, source, *reads, *writes)).encode()).hexdigest()[:16]
+    options = {"name": f"{name}_{digest}", "input_names": reads, "output_names": writes}
+    options |= {"header": header, "source": source, "ensure_row_contiguous": True}
+    if language is METAL:
+        return mx.fast.metal_kernel(**options)
+    return mx.fast.cuda_kernel(**options, shared_memory=shared)
+
+
+def _header(language: Language, defines) -> str:
+    """The algorithm, as it is made for a scan."""
+    lines = [f"#define {name} {value}" for name, value in defines]
+    if language is CUDA:
+        lines.append("#define ALIGNED_AT(address) ((unsigned long long)(address) % 16 == 0)")
+    return "\n".join([*lines, gpu.source(language.prelude, "selective_scan.h")])
+
+
+def _body(language: Language, name: str, shared: int, reads: tuple[str, ...], writes: tuple[str, ...]) -> str:
+    """A kernel's, in terms of the names of its arrays and of what MLX calls their shapes."""
+
+    def pointer(array, kind="float", const="const "):
+        there = array in reads or array in writes
+        return f"({const}GLOBAL {kind}*){array}" if there else "nullptr"
+
+    def sequence(array):
+        shape = f"{array}_shape"
+        if array not in reads:
+            return "{nullptr, 0, 0}"
+        return f"{{{pointer(array, 'Element')}, int64({shape}[1]) * {shape}[2], int({shape}[2])}}"
+
+    def results(*arrays):
+        pairs = [(array, "Element" if array in ELEMENTS else "float") for array in arrays]
+        return ", ".join(pointer(array, kind, "") for array, kind in pairs)
+
+    index = f"int64({language.block}) * THREADS + {language.thread}"
+    if name == "combine_chunks":
+        return f"""
+  const int64 index = {index}, states = int64(added_shape[2]) * PADDED;
+  const int rows = added_shape[0], chunks = added_shape[1];
+  if (index >= rows * states) return;
+  GLOBAL float* own = {COMBINED} + index / states * chunks * states + index % states;
+  for (int chunk = 0; chunk < chunks; ++chunk)
+    own[chunk * states] = added[(index / states * chunks + chunk) * states + index % states];
+  ::Inputs in = {{}};
+  in.A = {pointer("A")}, in.begin = {pointer("begin")};
+  in.channels = added_shape[2], in.states = A_shape[1], in.chunks = chunks;
+  ::combine(in, {COMBINED}, {pointer("total")}, BACKWARD, index);
+"""
+    if name == "add_up_sums":
+        return f"""
+  ::Inputs in = {{}};
+  in.length = dBC_shape[2], in.channels = dA_shape[2], in.states = STATES, in.chunks = dA_shape[1];
+  ::BackwardResults parts = {{}};
+  parts.dBC = {pointer("dBC", const="")}, parts.dA = {pointer("dA", const="")};
+  parts.dD = {pointer("dD", const="")}, parts.ddelta_bias = {pointer("ddelta_bias", const="")};
+  ::Sums sums = {{{results(*gpu.SUMS)}}};
+  ::add_up(in, parts, sums, dBC_shape[0], {index});
+"""
+    sequences = ", ".join(map(sequence, gpu.SEQUENCES))
+    others = ", ".join(map(pointer, ("A", "D", "delta_bias", "begin")))
+    flags = ", ".join(pointer(array, "byte") for array in ("mask", "restart"))
+    way, _, first = name.partition("_")
+    if way == "forward":
+        out = f"::ForwardResults out = {{{results('y', 'final_state', 'kept', 'added', 'total')}}};"
+        call = f"::scan_forward<{str(bool(first)).lower()}>(in, out, place, shared);"
+    else:
+        out = f"::BackwardResults out = {{{results(*gpu.BACKWARD_RESULTS, 'added', 'total')}}};"
+        call = f"::scan_backward<{str(bool(first)).lower()}>(in, {pointer('kept')}, out, place, shared);"
+    memory = (
+        f"threadgroup float4 memory[{-(-shared // 16)}]" if language is METAL else "extern __shared__ float4 memory[]"
+    )
+    return f"""
+  {memory};
+  SHARED float* shared = (SHARED float*)memory;
+  const int length = x_shape[1], channels = x_shape[2], blocks = (channels + BLOCK_CHANNELS - 1) / BLOCK_CHANNELS;
+  const int chunks = int({language.blocks}) / (blocks * x_shape[0]), step = 2 * KEEP_EVERY;
+  // As `Scan.chunk` has it, or less where as many are as good.
+  const int chunk = chunks > 1 ? ((length + chunks - 1) / chunks + step - 1) / step * step : length;
+  const ::Inputs in = {{
+      {sequences},
+      {others},
+      {flags}, length, channels, int(A_shape[1]), chunk, chunks}};
+  const int number = {language.block};
+  const ::Place place = {{int({language.thread}), number % blocks, number / blocks % chunks, number / blocks / chunks}};
+  {out}
+  {call}
+"""
+
+
+def _padded(state: mx.array | None, plan: gpu.Scan) -> mx.array | None:
+    """(b, e, n) with the states that fill up."""
+    return None if state is None else mx.pad(state, [(0, 0), (0, 0), (0, plan.geometry.padded - plan.states)])
+
+
+def _unpadded(state: mx.array, plan: gpu.Scan) -> mx.array:
+    return state[..., : plan.states]
+
+
+def _float32(value):
+    return None if value is None else value.astype(mx.float32)
+
+
+cuda, metal = scan(CUDA), scan(METAL)
