@@ -199,7 +199,7 @@ def _linear_kernel(
     # The norm's factor is the same for the whole row, so that it multiplies the finished sums.
     sums, squares = (), ()
     for _ in tl.static_range(ROWS * OUTPUTS):
-        sums = sums + (tl.zeros((THREADS, VECTOR), tl.float32),)
+        sums = sums + (tl.zeros((THREADS, VECTOR if BITS == 0 else 1), tl.float32),)
     for _ in tl.static_range(ROWS):
         squares = squares + (tl.zeros((THREADS, VECTOR), tl.float32),)
     weights = _lines(weight, 0, first, lane, N, LENGTH, OUTPUTS, SIZE, AT_ONCE)
@@ -224,25 +224,29 @@ def _linear_kernel(
                     squares = squared
                 added = ()
                 for output in tl.static_range(OUTPUTS):
+                    own = weights[line * OUTPUTS + output]
                     if BITS == 0:
-                        own = weights[line * OUTPUTS + output].to(tl.float32)
+                        for row in tl.static_range(ROWS):
+                            added = added + (sums[output * ROWS + row] + own.to(tl.float32) * values[row],)
                     else:
+                        # What a thread reads at once is of one group, and scaled when it is added up.
                         group = (strip * LENGTH + start + thread * VECTOR) // GROUP
                         place = scales + (first + output).to(tl.int64) * (WIDTH // GROUP) + group
                         counts = (start + thread * VECTOR < LENGTH) & (first + output < N)
-                        own = tl.load(place, mask=counts, other=0.0).to(tl.float32)
-                        own = own * _unpacked(weights[line * OUTPUTS + output], strip, BITS)
-                    for row in tl.static_range(ROWS):
-                        added = added + (sums[output * ROWS + row] + own * values[row],)
+                        factor = tl.load(place, mask=counts, other=0.0).to(tl.float32)
+                        numbers = _unpacked(own, strip, BITS)
+                        for row in tl.static_range(ROWS):
+                            part = tl.sum(numbers * values[row], 1, keep_dims=True)
+                            added = added + (sums[output * ROWS + row] + factor * part,)
                 sums = added
         weights = following
     for row in tl.static_range(ROWS):
-        factor = 1.0
+        scaling = 1.0
         if NORM:
-            factor = tl.rsqrt(tl.sum(tl.sum(squares[row], 1), 0) / WIDTH + eps)
+            scaling = tl.rsqrt(tl.sum(tl.sum(squares[row], 1), 0) / WIDTH + eps)
         for output in tl.static_range(OUTPUTS):
             n = first + output
-            value = tl.sum(tl.sum(sums[output * ROWS + row], 1), 0) * factor
+            value = tl.sum(tl.sum(sums[output * ROWS + row], 1), 0) * scaling
             if BIAS:
                 value += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
             if CONV:

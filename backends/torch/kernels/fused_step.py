@@ -20,8 +20,8 @@ from mamba_core.backends.torch.kernels.fused_linear import MOST_ROWS, after_the_
 from mamba_core.backends.torch.kernels.quantized import Packed, QuantizedLinear, unpack
 from mamba_core.backends.torch.kernels.step import as_built
 
-# Channels of a program of the recurrence.
-CHANNELS = 16
+# Channels and rows of a program of the recurrence, and the same with many rows, which have the decays in common.
+FEW, MANY = (16, MOST_ROWS), (32, 4)
 
 
 class Layer(NamedTuple):
@@ -148,7 +148,7 @@ def _many_rows(layer, residual, hidden, conv_state, ssm_state, conv_after, ssm_a
     normed, total, _ = fused_norm._forward(residual, hidden, layer.norm, layer.eps, layer.norm.dtype)
     xz = F.linear(normed, _dense(layer.in_proj, normed.dtype), layer.in_bias)
     x, y = xz.new_empty(b, e), xz.new_empty(b, e)
-    channels = min(256, power_of_2(e))
+    channels = min(64, power_of_2(e))
     _conv_step_kernel[(blocks_of(e, channels), b)](
         xz,
         layer.conv,
@@ -176,7 +176,9 @@ def _dense(weight: Tensor | Packed, dtype: torch.dtype) -> Tensor:
 def _recurrence(layer, x, z, dtbc, delta, ssm_state, ssm_after, y):
     b, e, n = ssm_state.shape
     r = layer.dt_proj.shape[1]
-    _recurrence_kernel[(blocks_of(e, CHANNELS), b)](
+    channels, rows = FEW if delta is None else MANY
+    rows = min(rows, b)
+    _recurrence_kernel[(blocks_of(e, channels), blocks_of(b, rows))](
         x,
         z,
         dtbc,
@@ -189,11 +191,13 @@ def _recurrence(layer, x, z, dtbc, delta, ssm_state, ssm_after, y):
         ssm_after,
         y,
         z.stride(0),
+        b,
         E=e,
         STATES=n,
         RANK=r,
         PROJECT=delta is None,
-        BLOCK=CHANNELS,
+        ROWS=rows,
+        BLOCK=channels,
         BLOCK_STATES=power_of_2(n),
         BLOCK_RANK=power_of_2(r),
         OVERLAP=fused_linear.OVERLAP,
@@ -260,10 +264,12 @@ def _recurrence_kernel(
     after,
     y,
     z_stride,
+    batch,
     E: tl.constexpr,
     STATES: tl.constexpr,
     RANK: tl.constexpr,
     PROJECT: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_STATES: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
@@ -271,7 +277,7 @@ def _recurrence_kernel(
 ):
     """One position of the recurrence (equations 2a and 2b) and the gate, and with PROJECT dt_proj before them."""
     let_the_next_begin(OVERLAP)
-    b = tl.program_id(1).to(tl.int64)
+    first = tl.program_id(1).to(tl.int64) * ROWS
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     n = tl.arange(0, BLOCK_STATES)
     r = tl.arange(0, BLOCK_RANK)
@@ -284,25 +290,31 @@ def _recurrence_kernel(
     A = -tl.exp(tl.load(A_log + cell, mask=within, other=0.0))
     bias = tl.load(dt_bias + c, mask=inside, other=0.0)
     skip = tl.load(D + c, mask=inside, other=0.0)
-    # Nobody but this program, at the step before, has written them.
     after_the_last(OVERLAP)
-    h = tl.load(state + b * E * STATES + cell, mask=within, other=0.0)
-    row = dtbc + b * (RANK + 2 * STATES)
-    if PROJECT:
-        dt = tl.load(row + r, mask=r < RANK, other=0.0).to(tl.float32)
-        step = tl.sum(own * dt[None, :], 1)
-    else:
-        step = tl.load(delta + b * E + c, mask=inside, other=0.0).to(tl.float32)
-    B = tl.load(row + RANK + n, mask=n < STATES, other=0.0).to(tl.float32)
-    C = tl.load(row + RANK + STATES + n, mask=n < STATES, other=0.0).to(tl.float32)
-    u = tl.load(x + b * E + c, mask=inside, other=0.0).to(tl.float32)
-    gate = tl.load(z + b * z_stride + c, mask=inside, other=0.0).to(tl.float32)
-    step += bias
-    # softplus, without overflow where the argument is large and without loss where it is very negative.
-    small = tl.exp(-tl.abs(step))
-    rest = tl.where(small < 1e-4, small * (1.0 - 0.5 * small), tl.log(1.0 + small))
-    step = tl.maximum(step, 0.0) + rest
-    h = tl.exp(step[:, None] * A) * h + (step * u)[:, None] * B[None, :]
-    tl.store(after + b * E * STATES + cell, h, mask=within)
-    value = tl.sum(h * C[None, :], 1) + skip * u
-    tl.store(y + b * E + c, (value * gate * tl.sigmoid(gate)).to(y.dtype.element_ty), mask=inside)
+    # All that is large is asked for before anything is written.
+    states = ()
+    for index in tl.static_range(ROWS):
+        b = first + index
+        states = states + (tl.load(state + b * E * STATES + cell, mask=within & (b < batch), other=0.0),)
+    for index in tl.static_range(ROWS):
+        b = first + index
+        here = inside & (b < batch)
+        row = dtbc + b * (RANK + 2 * STATES)
+        if PROJECT:
+            dt = tl.load(row + r, mask=(r < RANK) & (b < batch), other=0.0).to(tl.float32)
+            step = tl.sum(own * dt[None, :], 1)
+        else:
+            step = tl.load(delta + b * E + c, mask=here, other=0.0).to(tl.float32)
+        B = tl.load(row + RANK + n, mask=(n < STATES) & (b < batch), other=0.0).to(tl.float32)
+        C = tl.load(row + RANK + STATES + n, mask=(n < STATES) & (b < batch), other=0.0).to(tl.float32)
+        u = tl.load(x + b * E + c, mask=here, other=0.0).to(tl.float32)
+        gate = tl.load(z + b * z_stride + c, mask=here, other=0.0).to(tl.float32)
+        step += bias
+        # softplus, without overflow where the argument is large and without loss where it is very negative.
+        small = tl.exp(-tl.abs(step))
+        rest = tl.where(small < 1e-4, small * (1.0 - 0.5 * small), tl.log(1.0 + small))
+        step = tl.maximum(step, 0.0) + rest
+        h = tl.exp(step[:, None] * A) * states[index] + (step * u)[:, None] * B[None, :]
+        tl.store(after + b * E * STATES + cell, h, mask=within & (b < batch))
+        value = tl.sum(h * C[None, :], 1) + skip * u
+        tl.store(y + b * E + c, (value * gate * tl.sigmoid(gate)).to(y.dtype.element_ty), mask=here)
