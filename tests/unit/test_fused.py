@@ -205,7 +205,7 @@ def test_segments_and_states_of_a_model():
 @here
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("batch", [1, 2, 4, 5])
+@pytest.mark.parametrize("batch", [1, 2, 4, 5, 19])
 def test_a_position_in_fused_kernels(dtype, batch):
     model, plain = models(dtype=dtype)
     assert fused_step.reason(model) is None

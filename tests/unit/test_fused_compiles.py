@@ -107,7 +107,7 @@ def test_a_position(bits, rows):
         fused_step.block(layer, floats(rows, D), None, conv, ssm, (conv, ssm))
         fused_step.embed(torch.empty(rows, dtype=torch.int64), empty(V, D), torch.float32)
     few = ["_linear_kernel", "_linear_kernel", "_recurrence_kernel", "_linear_kernel"]
-    many = ["_add_norm_kernel", "_conv_step_kernel", "_recurrence_kernel"]
+    many = ["_add_norm_kernel", "_conv_step_kernel", "_recurrences_kernel"]
     check(found, [*(few if rows <= fused_linear.MOST_ROWS else many), "_embed_kernel"], 255)
     for name, built in found:
         if name == "_linear_kernel":

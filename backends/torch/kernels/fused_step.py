@@ -15,13 +15,10 @@ from torch import Tensor, nn
 
 from mamba_core.backend import State
 from mamba_core.backends.torch.kernels import fused_linear, fused_norm
-from mamba_core.backends.torch.kernels.fused import blocks_of, jit, launching, power_of_2, tl
+from mamba_core.backends.torch.kernels.fused import INTERPRETED, blocks_of, jit, launching, power_of_2, tl
 from mamba_core.backends.torch.kernels.fused_linear import MOST_ROWS, after_the_last, let_the_next_begin, multiply
 from mamba_core.backends.torch.kernels.quantized import Packed, QuantizedLinear, unpack
 from mamba_core.backends.torch.kernels.step import as_built
-
-# Channels and rows of a program of the recurrence, and the same with many rows, which have the decays in common.
-FEW, MANY = (16, MOST_ROWS), (32, 4)
 
 
 class Layer(NamedTuple):
@@ -136,14 +133,14 @@ def _few_rows(layer, residual, _, conv_state, ssm_state, conv_after, ssm_after):
     multiply(residual, layer.in_proj, layer.in_bias, x, norm=layer.norm, eps=layer.eps, convolution=convolution)
     dtbc = residual.new_empty(b, len(layer.x_proj), dtype=torch.float32)
     multiply(x, layer.x_proj, None, dtbc)
-    _recurrence(layer, x, z, dtbc, None, ssm_state, ssm_after, y)
+    _recurrence(layer, x, z, dtbc, ssm_state, ssm_after, y)
     total = residual.new_empty(residual.shape)
     multiply(y, layer.out_proj, layer.out_bias, total, residual=residual)
     return total, None
 
 
 def _many_rows(layer, residual, hidden, conv_state, ssm_state, conv_after, ssm_after):
-    b, e, n = ssm_state.shape
+    b, e, _ = ssm_state.shape
     k = layer.conv.shape[1]
     normed, total, _ = fused_norm._forward(residual, hidden, layer.norm, layer.eps, layer.norm.dtype)
     xz = F.linear(normed, _dense(layer.in_proj, normed.dtype), layer.in_bias)
@@ -163,9 +160,7 @@ def _many_rows(layer, residual, hidden, conv_state, ssm_state, conv_after, ssm_a
         BLOCK=channels,
         num_warps=1,
     )
-    dtbc = F.linear(x, layer.x_proj)
-    delta = F.linear(dtbc[:, : dtbc.shape[1] - 2 * n], layer.dt_proj)
-    _recurrence(layer, x, xz[:, e:], dtbc, delta, ssm_state, ssm_after, y)
+    _recurrence(layer, x, xz[:, e:], F.linear(x, layer.x_proj), ssm_state, ssm_after, y)
     return total, F.linear(y, _dense(layer.out_proj, y.dtype), layer.out_bias)
 
 
@@ -173,16 +168,15 @@ def _dense(weight: Tensor | Packed, dtype: torch.dtype) -> Tensor:
     return unpack(weight, dtype) if isinstance(weight, Packed) else weight
 
 
-def _recurrence(layer, x, z, dtbc, delta, ssm_state, ssm_after, y):
+def _recurrence(layer, x, z, dtbc, ssm_state, ssm_after, y):
     b, e, n = ssm_state.shape
     r = layer.dt_proj.shape[1]
-    channels, rows = FEW if delta is None else MANY
-    rows = min(rows, b)
-    _recurrence_kernel[(blocks_of(e, channels), blocks_of(b, rows))](
+    few = b <= MOST_ROWS
+    kernel, channels, rows, warps = (_recurrence_kernel, 16, b, 2) if few else (_recurrences_kernel, 32, 16, 4)
+    kernel[(blocks_of(e, channels), blocks_of(b, rows))](
         x,
         z,
         dtbc,
-        dtbc if delta is None else delta,
         layer.dt_proj,
         layer.dt_bias,
         layer.A_log,
@@ -195,13 +189,14 @@ def _recurrence(layer, x, z, dtbc, delta, ssm_state, ssm_after, y):
         E=e,
         STATES=n,
         RANK=r,
-        PROJECT=delta is None,
         ROWS=rows,
         BLOCK=channels,
         BLOCK_STATES=power_of_2(n),
-        BLOCK_RANK=power_of_2(r),
+        BLOCK_RANK=max(16, power_of_2(r)),
         OVERLAP=fused_linear.OVERLAP,
-        num_warps=2,
+        # The interpreter multiplies matrices of bfloat16 as if they were whole numbers.
+        WIDENS=INTERPRETED,
+        num_warps=warps,
         **fused_linear.overlapping(),
     )
 
@@ -251,11 +246,18 @@ def _conv_step_kernel(
 
 
 @jit
+def _softplus(value):
+    """Without overflow where the value is large, and without loss where it is very negative."""
+    small = tl.exp(-tl.abs(value))
+    rest = tl.where(small < 1e-4, small * (1.0 - 0.5 * small), tl.log(1.0 + small))
+    return tl.maximum(value, 0.0) + rest
+
+
+@jit
 def _recurrence_kernel(
     x,
     z,
     dtbc,
-    delta,
     dt_proj,
     dt_bias,
     A_log,
@@ -268,14 +270,14 @@ def _recurrence_kernel(
     E: tl.constexpr,
     STATES: tl.constexpr,
     RANK: tl.constexpr,
-    PROJECT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_STATES: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     OVERLAP: tl.constexpr,
+    WIDENS: tl.constexpr,
 ):
-    """One position of the recurrence (equations 2a and 2b) and the gate, and with PROJECT dt_proj before them."""
+    """One position of the recurrence (equations 2a and 2b), dt_proj before it and the gate after it, of few rows."""
     let_the_next_begin(OVERLAP)
     first = tl.program_id(1).to(tl.int64) * ROWS
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -284,9 +286,8 @@ def _recurrence_kernel(
     inside = c < E
     cell = c[:, None] * STATES + n[None, :]
     within = inside[:, None] & (n < STATES)[None, :]
-    if PROJECT:
-        place = dt_proj + c[:, None] * RANK + r[None, :]
-        own = tl.load(place, mask=inside[:, None] & (r < RANK)[None, :], other=0.0).to(tl.float32)
+    place = dt_proj + c[:, None] * RANK + r[None, :]
+    own = tl.load(place, mask=inside[:, None] & (r < RANK)[None, :], other=0.0).to(tl.float32)
     A = -tl.exp(tl.load(A_log + cell, mask=within, other=0.0))
     bias = tl.load(dt_bias + c, mask=inside, other=0.0)
     skip = tl.load(D + c, mask=inside, other=0.0)
@@ -300,21 +301,72 @@ def _recurrence_kernel(
         b = first + index
         here = inside & (b < batch)
         row = dtbc + b * (RANK + 2 * STATES)
-        if PROJECT:
-            dt = tl.load(row + r, mask=(r < RANK) & (b < batch), other=0.0).to(tl.float32)
-            step = tl.sum(own * dt[None, :], 1)
-        else:
-            step = tl.load(delta + b * E + c, mask=here, other=0.0).to(tl.float32)
+        dt = tl.load(row + r, mask=(r < RANK) & (b < batch), other=0.0).to(tl.float32)
         B = tl.load(row + RANK + n, mask=(n < STATES) & (b < batch), other=0.0).to(tl.float32)
         C = tl.load(row + RANK + STATES + n, mask=(n < STATES) & (b < batch), other=0.0).to(tl.float32)
         u = tl.load(x + b * E + c, mask=here, other=0.0).to(tl.float32)
         gate = tl.load(z + b * z_stride + c, mask=here, other=0.0).to(tl.float32)
-        step += bias
-        # softplus, without overflow where the argument is large and without loss where it is very negative.
-        small = tl.exp(-tl.abs(step))
-        rest = tl.where(small < 1e-4, small * (1.0 - 0.5 * small), tl.log(1.0 + small))
-        step = tl.maximum(step, 0.0) + rest
+        step = _softplus(tl.sum(own * dt[None, :], 1) + bias)
         h = tl.exp(step[:, None] * A) * states[index] + (step * u)[:, None] * B[None, :]
         tl.store(after + b * E * STATES + cell, h, mask=within & (b < batch))
         value = tl.sum(h * C[None, :], 1) + skip * u
         tl.store(y + b * E + c, (value * gate * tl.sigmoid(gate)).to(y.dtype.element_ty), mask=here)
+
+
+@jit
+def _recurrences_kernel(
+    x,
+    z,
+    dtbc,
+    dt_proj,
+    dt_bias,
+    A_log,
+    D,
+    state,
+    after,
+    y,
+    z_stride,
+    batch,
+    E: tl.constexpr,
+    STATES: tl.constexpr,
+    RANK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_STATES: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    WIDENS: tl.constexpr,
+):
+    """The same of many rows: (rows, channels) and (rows, channels, states) at a time, dt_proj on the matrix units."""
+    let_the_next_begin(OVERLAP)
+    b = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    n = tl.arange(0, BLOCK_STATES)
+    r = tl.arange(0, BLOCK_RANK)
+    channel, state_of = c < E, n < STATES
+    here = (b < batch)[:, None] & channel[None, :]
+    cell = c[:, None] * STATES + n[None, :]
+    place = dt_proj + c[None, :] * RANK + r[:, None]
+    own = tl.load(place, mask=channel[None, :] & (r < RANK)[:, None], other=0.0)
+    A = -tl.exp(tl.load(A_log + cell, mask=channel[:, None] & state_of[None, :], other=0.0))
+    bias = tl.load(dt_bias + c, mask=channel, other=0.0)
+    skip = tl.load(D + c, mask=channel, other=0.0)
+    after_the_last(OVERLAP)
+    cells = (b * E * STATES)[:, None, None] + cell[None, :, :]
+    within = here[:, :, None] & state_of[None, None, :]
+    h = tl.load(state + cells, mask=within, other=0.0)
+    row = dtbc + (b * (RANK + 2 * STATES))[:, None]
+    dt = tl.load(row + r[None, :], mask=(b < batch)[:, None] & (r < RANK)[None, :], other=0.0)
+    given = (b < batch)[:, None] & state_of[None, :]
+    B = tl.load(row + RANK + n[None, :], mask=given, other=0.0).to(tl.float32)
+    C = tl.load(row + RANK + STATES + n[None, :], mask=given, other=0.0).to(tl.float32)
+    u = tl.load(x + (b * E)[:, None] + c[None, :], mask=here, other=0.0).to(tl.float32)
+    gate = tl.load(z + (b * z_stride)[:, None] + c[None, :], mask=here, other=0.0).to(tl.float32)
+    if WIDENS:
+        dt, own = dt.to(tl.float32), own.to(tl.float32)
+    # Not in TF32, which would round float32.
+    step = _softplus(tl.dot(dt, own, input_precision="ieee") + bias[None, :])
+    h = tl.exp(step[:, :, None] * A[None, :, :]) * h + (step * u)[:, :, None] * B[:, None, :]
+    tl.store(after + cells, h, mask=within)
+    value = tl.sum(h * C[:, None, :], 2) + skip[None, :] * u
+    tl.store(y + (b * E)[:, None] + c[None, :], (value * gate * tl.sigmoid(gate)).to(y.dtype.element_ty), mask=here)
