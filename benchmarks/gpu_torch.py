@@ -3,8 +3,9 @@
     python -m mamba_core.benchmarks.gpu_torch --out gpu.json                    all parts, some minutes
     python -m mamba_core.benchmarks.gpu_torch --part decode --preset mamba-2.8b --batch 1
 
-A part that fails is reported and the rest goes on. Times are medians of device events, in milliseconds; in the table
-they stand beside their floor, the bytes that must move at the bandwidth of a copy, which is measured first.
+A part that fails is reported and the rest goes on. Times are in milliseconds, medians: of training and decoding on the
+host's clock, as a user sees them, else between device events with nothing of use in the cache. Beside them in the table
+stands their floor, the bytes that must move at the bandwidth of a copy, which is measured first.
 """
 
 import argparse
