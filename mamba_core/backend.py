@@ -171,7 +171,7 @@ class Backend(Protocol):
             initial_state: (b, k-1, e), the inputs before the first position, oldest first; zeros if None.
             mask, segment_ids: as in `selective_scan`. A position that does not count is absent from every window
                 and yields zero; a restart begins from a window of zeros.
-            kernel: as in `selective_scan`; all but "native" mean the framework's own operations.
+            kernel: as in `selective_scan`; all but "native" and "cuda" mean the framework's own operations.
 
         Returns:
             y (b, l, e) in x's dtype, and if return_final_state also the last k-1 inputs that counted (b, k-1, e)
