@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mamba_core.backends.jax.arrays import devices
-from mamba_core.backends.jax.kernels import cuda_scan, native_scan
+from mamba_core.backends.jax.kernels import cuda_scan, native_scan, pallas_scan
 from mamba_core.backends.jax.kernels.operator import reason as why_not_native
 from mamba_core.backends.jax.positions import restarts
 from mamba_core.spec.checks import check_scan, check_step, choose_kernel
@@ -25,7 +25,7 @@ TREE_CHUNK = 256
 # What JAX lowers for, and its devices' word for it.
 PLATFORMS = {"cpu": "cpu", "cuda": "gpu", "tpu": "tpu"}
 # Kernels of one platform.
-HOMES = {"native": "cpu", "cuda": "gpu"}
+HOMES = {"native": "cpu", "cuda": "gpu", "pallas": "tpu"}
 
 # Not jnp.einsum's default: on GPU and TPU that rounds float32 to TF32 or bfloat16.
 _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
@@ -69,7 +69,7 @@ def selective_step(x, delta, A, B, C, D=None, *, z=None, delta_bias=None, delta_
 
 
 def kernels(device: str | None = None) -> dict[str, str | None]:
-    """Those but "native" and "cuda" are made of JAX's own operations and run on every device."""
+    """Those but "native", "cuda" and "pallas" are made of JAX's own operations and run on every device."""
     return _kernels(device or devices()[0])
 
 
@@ -88,8 +88,9 @@ def kernel_where_it_runs(kernel: str, dtype, states: int | None = None) -> str:
 
 
 def _kernels(device, dtype=None, states=None):
-    order = KERNELS if device == "cpu" else ["cuda", "associative", *KERNELS]
+    order = KERNELS if device == "cpu" else ["cuda", "pallas", "associative", *KERNELS]
     reasons = {"native": why_not_native(device, dtype), "cuda": cuda_scan.reason(device, dtype, states)}
+    reasons |= {"pallas": pallas_scan.reason(device, dtype, states)}
     return dict.fromkeys(order) | reasons
 
 
@@ -130,12 +131,27 @@ def associative(*arguments, delta_softplus):
     return _by_chunks(_TREE, TREE_CHUNK, *arguments, delta_softplus)
 
 
+def _plain_recurrence(x, step, A, B, C, h0, mask, restart):
+    return associative(x, step, A, B, C, None, None, None, h0, mask, restart, delta_softplus=False)
+
+
+_recurrence = pallas_scan.beside(_plain_recurrence)
+
+
+def pallas(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, *, delta_softplus, portable=False):
+    """The recurrence in Pallas; what comes before and after it XLA fuses with its surroundings."""
+    x, step, B, C, z = _prepare(x, delta, B, C, z, delta_bias, mask, delta_softplus)
+    linear, h = _recurrence(x, step, A, B, C, h0, restart, portable=portable)
+    return _output(linear, x, D, z), h
+
+
 KERNELS = {
     "native": native_scan.beside(chunked),
     "chunked": chunked,
     "associative": associative,
     "sequential": sequential,
     "cuda": cuda_scan.beside(associative),
+    "pallas": pallas,
 }
 
 
