@@ -48,15 +48,9 @@ DEVICE float second_of(unsigned pair) { return to_float(Element(pair >> 16)); }
 DEVICE unsigned pair_of(float first, float second) { return to_element(first) | unsigned(to_element(second)) << 16; }
 #endif
 
-// 2^value; small_exp2 also where that is no normal number.
 DEVICE float fast_exp2(float value) {
   float power;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(value));
-  return power;
-}
-DEVICE float small_exp2(float value) {
-  float power;
-  asm("ex2.approx.f32 %0, %1;" : "=f"(power) : "f"(value));
   return power;
 }
 DEVICE float reciprocal(float value) {

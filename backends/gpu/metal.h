@@ -35,7 +35,6 @@ DEVICE uint pair_of(float first, float second) { return to_element(first) | uint
 #endif
 
 DEVICE float fast_exp2(float value) { return exp2(value); }
-DEVICE float small_exp2(float value) { return exp2(value); }
 DEVICE float reciprocal(float value) { return 1.0f / value; }
 DEVICE float multiply_add(float a, float b, float c) { return fma(a, b, c); }
 DEVICE float shuffle_xor(float value, int mask) { return simd_shuffle_xor(value, ushort(mask)); }

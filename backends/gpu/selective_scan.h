@@ -100,15 +100,12 @@ struct Place {
   int rank, block, chunk, row;
 };
 
-// exp(-|value|) to a few units in the last place, also where that is no normal number: what a product with log2(e) loses
-// is put back. Beyond 110 it is zero, and no infinity comes into its way; NaN stays NaN.
+// exp(-|value|) to a few units in the last place: what a product with log2(e) loses is put back. Beyond 110 it is zero, and no infinity comes into its way; of NaN it is zero too, which its users must keep.
 DEVICE float exp_of_minus(float value) {
-  const float most = 110.0f;
-  float negative = value < 0.0f ? value : -value;
-  negative = negative < -most ? -most : negative;
+  float negative = max(-fabs(value), -110.0f);
   float exponent = negative * LOG2_E;
   float lost = multiply_add(negative, LOG2_E_REST, multiply_add(negative, LOG2_E, -exponent));
-  float power = small_exp2(exponent);
+  float power = fast_exp2(exponent);
   return multiply_add(power, lost * LN_2, power);
 }
 
@@ -116,7 +113,7 @@ DEVICE float exp_of_minus(float value) {
 DEVICE float sigmoid_of(float value, float small) { return (value < 0.0f ? small : 1.0f) * reciprocal(1.0f + small); }
 
 // For gates: where it is small its relative error grows as |value| does, 5e-7 at -8.
-DEVICE float sigmoid(float value) { return sigmoid_of(value, fast_exp2((value < 0.0f ? value : -value) * LOG2_E)); }
+DEVICE float sigmoid(float value) { return sigmoid_of(value, fast_exp2(-fabs(value) * LOG2_E)); }
 
 // max(value, 0) + log(1 + small) by the polynomial for log(1 + s) / s of degree 9 that is best on [0, 1], to 5e-9.
 DEVICE float softplus_of(float value, float small) {
@@ -158,16 +155,16 @@ struct Thread {
   Place place;
   int lane;
   int states, first_channel;  // the first of its NS, and of its K, which are CHANNEL_LANES apart
-  int flip;                   // its j-th state is states + (j ^ flip): so sums over channels need no choices at first
+  int flip;                   // its j-th state is states + (j ^ flip): so the backward's sums begin without choices
   int start, end;             // of the chunk
   int brought_channel;        // the first of the VECTOR that it brings, in the block and in all
   int brought_global;
 
-  DEVICE Thread(Place at, const Inputs in) {
+  DEVICE Thread(Place at, const Inputs in, bool flips) {
     place = at;
     lane = at.rank % LANES;
     states = lane % S * NS;
-    flip = lane / S % 2 * (NS / 2);
+    flip = flips ? lane / S % 2 * (NS / 2) : 0;
     first_channel = at.rank / LANES * CHANNEL_LANES * K + lane / S;
     start = at.chunk * in.chunk;
     end = min(start + in.chunk, in.length);
@@ -179,6 +176,9 @@ struct Thread {
   // Of the i-th vector that it brings; all are of the same channels.
   DEVICE int brought_position(int i) const { return (i * THREADS + place.rank) * VECTOR / BLOCK_CHANNELS; }
 };
+
+// Whether it is known of a tile that all its positions count; of most, where none is masked.
+DEVICE bool all_count(const Inputs in, int first) { return !HAS_MASK && first + TILE <= in.length; }
 
 DEVICE bool counts(const Inputs in, int row, int position) {
   return position < in.length && !(HAS_MASK && !in.mask[int64(row) * in.length + position]);
@@ -214,9 +214,14 @@ DEVICE Brought bring(const Sequence from, const Inputs in, const Thread at, int 
   return load<VECTOR, ALIGNED>(from.at(position), position < in.length ? in.channels - at.brought_global : 0);
 }
 
+// The results as the thread writes them, from its row and the channels that it brings.
+DEVICE GLOBAL Element* written_by(GLOBAL Element* to, const Inputs in, const Thread at) {
+  return to + int64(at.place.row) * in.length * in.channels + at.brought_global;
+}
+
 DEVICE void put(GLOBAL Element* to, const Inputs in, const Thread at, int position, const LOCAL float* values) {
   if (position >= in.length) return;
-  GLOBAL Element* target = to + (int64(at.place.row) * in.length + position) * in.channels + at.brought_global;
+  GLOBAL Element* target = to + int64(position) * in.channels;
   if (ALIGNED) {
     Brought packed;
     packed.pack(values);
@@ -268,7 +273,6 @@ struct States {
 // The thread's NS of a position's states, in its order.
 DEVICE void read_states(const SHARED float* from, const Thread at, LOCAL float* values) {
   if (NS % 4 == 0) {
-    // By two: where many threads read the same, 16 bytes at a time take twice as long.
     UNROLL for (int j = 0; j + 1 < NS; j += 2) {
       float2 two = *(const SHARED float2*)(from + at.states + (j ^ at.flip));
       values[j] = two.x, values[j + 1] = two.y;
@@ -353,7 +357,8 @@ struct Bundle {
   // The steps and steps * x of vector i into (TILE, ROW) float2, zero where the position does not count; slopes: of the
   // steps by delta.
   DEVICE void lay_steps(
-      SHARED float* steps, const Inputs in, const Thread at, int i, bool counting, LOCAL float* slopes) const {
+      SHARED float* steps, const Inputs in, const Thread at, int i, bool counting, bool whole,
+      LOCAL float* slopes) const {
     float values[VECTOR], raw[VECTOR], bias[VECTOR], pairs[2 * VECTOR];
     x[i].unpack(values), delta[i].unpack(raw);
     if (HAS_BIAS) bring_channels(in.delta_bias, in, at, bias);
@@ -364,7 +369,10 @@ struct Bundle {
         float small = exp_of_minus(step);
         slopes[c] = sigmoid_of(step, small), step = softplus_of(step, small);
       }
-      pairs[2 * c] = counting ? step : 0.0f, pairs[2 * c + 1] = counting ? step * values[c] : 0.0f;
+      pairs[2 * c] = step, pairs[2 * c + 1] = step * values[c];
+    }
+    if (!whole && !counting) {
+      UNROLL for (int c = 0; c < 2 * VECTOR; ++c) pairs[c] = 0.0f;
     }
     write<2 * VECTOR>(steps + 2 * (at.brought_position(i) * ROW + at.brought_channel), pairs);
   }
@@ -400,7 +408,7 @@ DEVICE void finish_forward(
     UNROLL for (int c = 0; c < VECTOR; ++c) {
       if (HAS_D) values[c] = multiply_add(D[c], x[c], values[c]);
       if (HAS_Z) values[c] *= z[c] * sigmoid(z[c]);
-      if (!counting) values[c] = 0.0f;
+      if (HAS_MASK && !counting) values[c] = 0.0f;
     }
     put(y, in, at, first + position, values);
   }
@@ -412,8 +420,9 @@ DEVICE void scan_forward(const Inputs given, const ForwardResults out, const Pla
   SHARED float *steps = shared, *linear = steps + 2 * TILE * ROW;
   SHARED float *B = linear + TILE * ROW, *C = B + TILE * PADDED;
   SHARED byte* restarting = (SHARED byte*)(C + TILE * PADDED);
-  const Thread at(place, given);
+  const Thread at(place, given, false);
   const Inputs in = seen_from(given, at);
+  GLOBAL Element* y = written_by(out.y, in, at);
 
   float rates[K][NS], h[K][NS], total[K];
   load_rates(in, at, rates);
@@ -432,7 +441,8 @@ DEVICE void scan_forward(const Inputs given, const ForwardResults out, const Pla
     const Bundle bundle = next;
     UNROLL for (int i = 0; i < VECTORS; ++i) {
       float slopes[VECTOR];
-      bundle.lay_steps(steps, in, at, i, counts(in, place.row, first + at.brought_position(i)), slopes);
+      bool counting = counts(in, place.row, first + at.brought_position(i));
+      bundle.lay_steps(steps, in, at, i, counting, all_count(in, first), slopes);
     }
     next_B.lay(B, at);
     if (!FIRST) next_C.lay(C, at);
@@ -474,7 +484,7 @@ DEVICE void scan_forward(const Inputs given, const ForwardResults out, const Pla
       }
     }
     barrier();
-    if (!FIRST) finish_forward(in, out.y, at, first, bundle, linear);
+    if (!FIRST) finish_forward(in, y, at, first, bundle, linear);
   }
   if (FIRST) {
     store_state(out.added + state_offset(in, at, place.chunk, in.chunks), in, at, h);
@@ -588,6 +598,7 @@ DEVICE void finish_backward(
   UNROLL for (int i = 0; i < VECTORS; ++i) {
     int position = at.brought_position(i), there = position * ROW + at.brought_channel;
     bool counting = counts(in, at.place.row, first + position);
+    bool whole = all_count(in, first);
     float x[VECTOR], steps[2 * VECTOR], gated[VECTOR], gB[VECTOR], rated[VECTOR];
     float dx[VECTOR], ddelta[VECTOR];
     bundle.x[i].unpack(x);
@@ -596,8 +607,8 @@ DEVICE void finish_backward(
     UNROLL for (int c = 0; c < VECTOR; ++c) {
       dx[c] = HAS_D ? multiply_add(gB[c], steps[2 * c], D[c] * gated[c]) : gB[c] * steps[2 * c];
       ddelta[c] = multiply_add(gB[c], x[c], LN_2 * rated[c]) * slopes[i][c];
-      if (!counting) dx[c] = ddelta[c] = 0.0f;
-      if (HAS_D) dD[c] += counting ? gated[c] * x[c] : 0.0f;
+      if (!whole && !counting) dx[c] = ddelta[c] = 0.0f;
+      if (HAS_D) dD[c] += whole || counting ? gated[c] * x[c] : 0.0f;
       if (HAS_BIAS) dbias[c] += ddelta[c];
     }
     put(out.dx, in, at, first + position, dx);
@@ -607,7 +618,8 @@ DEVICE void finish_backward(
       bundle.z[i].unpack(z), bundle.dy[i].unpack(dy), read<VECTOR>(tile.linear + there, linear);
       UNROLL for (int c = 0; c < VECTOR; ++c) {
         float sum = HAS_D ? multiply_add(D[c], x[c], linear[c]) : linear[c];
-        dz[c] = counting ? dy[c] * sum * silu_derivative(z[c], gates[i][c]) : 0.0f;
+        dz[c] = dy[c] * sum * silu_derivative(z[c], gates[i][c]);
+        if (HAS_MASK && !counting) dz[c] = 0.0f;
       }
       put(out.dz, in, at, first + position, dz);
     }
@@ -619,15 +631,18 @@ DEVICE void finish_backward(
 // FIRST: the run that only adds up what each chunk hands to the one before it.
 template <bool FIRST>
 DEVICE void scan_backward(
-    const Inputs given, const GLOBAL float* kept, const BackwardResults out, const Place place, SHARED float* shared) {
+    const Inputs given, const GLOBAL float* kept, const BackwardResults results, const Place place, SHARED float* shared) {
   // What a first run uses comes first.
   SHARED float *rows = shared, *C = rows + 3 * TILE * ROW;
   SHARED byte* restarting = (SHARED byte*)(C + TILE * PADDED);
   SHARED float *others = C + TILE * PADDED + TILE, *B = others + 3 * TILE * ROW, *dBC = B + TILE * PADDED;
   SHARED float *channel_sums = dBC + TILE * WARPS * 2 * PADDED, *own_sums = channel_sums + place.rank * VECTOR;
   const Tile tile = {rows, rows + 2 * TILE * ROW, others, others + TILE * ROW, others + 2 * TILE * ROW};
-  const Thread at(place, given);
+  const Thread at(place, given, true);
   const Inputs in = seen_from(given, at);
+  BackwardResults out = results;
+  out.dx = written_by(out.dx, in, at), out.ddelta = written_by(out.ddelta, in, at);
+  out.dz = written_by(out.dz, in, at);
   const History history = {channel_sums + CHANNEL_SUMS, place.rank};
   const int tiles = (in.length + KEEP_EVERY - 1) / KEEP_EVERY;
 
@@ -656,13 +671,13 @@ DEVICE void scan_backward(
     UNROLL for (int i = 0; i < VECTORS; ++i) {
       int position = at.brought_position(i);
       bool counting = counts(in, place.row, first + position);
-      bundle.lay_steps(tile.steps, in, at, i, counting, slopes[i]);
+      bundle.lay_steps(tile.steps, in, at, i, counting, all_count(in, first), slopes[i]);
       float gated[VECTOR], z[VECTOR];
       bundle.dy[i].unpack(gated);
       if (HAS_Z) bundle.z[i].unpack(z);
       UNROLL for (int c = 0; c < VECTOR; ++c) {
         if (HAS_Z) gates[i][c] = sigmoid(z[c]), gated[c] *= z[c] * gates[i][c];
-        if (!counting) gated[c] = 0.0f;
+        if (HAS_MASK && !counting) gated[c] = 0.0f;
       }
       write<VECTOR>(tile.gated + position * ROW + at.brought_channel, gated);
     }
@@ -681,7 +696,7 @@ DEVICE void scan_backward(
       }
     }
 
-    UNROLL_TWO for (int t = 0; t < (FIRST ? 0 : TILE); t += TOGETHER) {  // the tile's states once more
+    for (int t = 0; t < (FIRST ? 0 : TILE); t += TOGETHER) {  // the tile's states once more
       float sums[K][TOGETHER];
       UNROLL for (int u = 0; u < TOGETHER; ++u) {
         float B_t[NS], C_t[NS];
@@ -706,7 +721,7 @@ DEVICE void scan_backward(
         }
       }
     }
-    UNROLL_TWO for (int t = TILE - TOGETHER; t >= 0; t -= TOGETHER) {
+    for (int t = TILE - TOGETHER; t >= 0; t -= TOGETHER) {
       float gB_sums[K][TOGETHER], rated_sums[K][TOGETHER];
       UNROLL for (int u = TOGETHER - 1; u >= 0; --u) {
         float B_t[NS], C_t[NS], dB[NS], dC[NS];

@@ -10,6 +10,7 @@
 
 #include "fibers.h"
 
+using std::fabs;
 using std::max;
 using std::min;
 
@@ -71,7 +72,6 @@ inline unsigned pair_of(float first, float second) {
 #endif
 
 inline float fast_exp2(float value) { return std::exp2(value); }
-inline float small_exp2(float value) { return std::exp2(value); }
 inline float reciprocal(float value) { return 1 / value; }
 inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 inline float infinity() { return std::numeric_limits<float>::infinity(); }
