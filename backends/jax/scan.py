@@ -140,9 +140,10 @@ _recurrence = pallas_scan.beside(_plain_recurrence)
 
 def pallas(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, *, delta_softplus, portable=False):
     """The recurrence in Pallas; what comes before and after it XLA fuses with its surroundings."""
+    dtype = x.dtype
     x, step, B, C, z = _prepare(x, delta, B, C, z, delta_bias, mask, delta_softplus)
     linear, h = _recurrence(x, step, A, B, C, h0, restart, portable=portable)
-    return _output(linear, x, D, z), h
+    return _output(linear, x, D, z).astype(dtype), h
 
 
 KERNELS = {
