@@ -74,20 +74,20 @@ struct Kernel {
     Function *widen, *project;
 };
 
-// Outputs of one task, at most: few, so that no thread waits long for another's last; where they lie side by side in
-// memory, enough to read long stretches of it.
-constexpr int64_t OUTPUTS = 48, OUTPUTS_TRANSPOSED = 384;
+// Outputs of one task, at most: few, so that no thread waits long for another's last, and enough to read long stretches
+// of memory, which outputs are that lie side by side, and rows are.
+constexpr int64_t OUTPUTS = 96, OUTPUTS_TRANSPOSED = 768;
 constexpr int64_t MOST_THREADS = 256, SPINS = 2000;
 // Rows of weights that are read side by side: the memory serves several streams faster than one.
 constexpr int STREAMS = 4, STREAMS_TRANSPOSED = 8;
-// By how many bytes, or rows where transposed, weights are asked for before they are read.
-constexpr int64_t AHEAD = 12288, ROWS_AHEAD = 8;
+// By how many of a task's bytes weights are asked for before they are read: more than the first cache has room for.
+constexpr int64_t AHEAD = 32768;
 
 // How many of so many outputs are a task; BlockStep and LinearStep.
 template <class Step> static int64_t per_task(const Step &s, int64_t outputs) {
-    if (!s.transposed) return OUTPUTS;
-    int64_t share = divide_up(divide_up(outputs, s.threads < 1 ? 1 : s.threads), 2 * WIDEST) * 2 * WIDEST;
-    return share < OUTPUTS_TRANSPOSED ? share : OUTPUTS_TRANSPOSED;
+    const int64_t most = s.transposed ? OUTPUTS_TRANSPOSED : OUTPUTS, unit = s.transposed ? 2 * WIDEST : WIDEST;
+    int64_t share = divide_up(divide_up(outputs, s.threads < 1 ? 1 : s.threads), unit) * unit;
+    return share < most ? share : most;
 }
 template <class Step> static int64_t tasks_of(const Step &s, int64_t outputs) {
     return divide_up(outputs, per_task(s, outputs));
@@ -249,6 +249,9 @@ struct Product {
     int64_t y_stride;
 };
 
+// Into the second cache: the memory serves more that wait there than wait in the first.
+INLINE void prefetch(const char *from) { __builtin_prefetch(from, 0, 2); }
+
 // ROWS sums over the inputs of each of COUNT outputs, lane by lane.
 template <int ROWS, int COUNT, bool BFLOAT16>
 INLINE void multiply(V (*sums)[WIDTH], const char *weight, const float *x, int64_t stride, int64_t inputs) {
@@ -258,7 +261,7 @@ INLINE void multiply(V (*sums)[WIDTH], const char *weight, const float *x, int64
     for (; i + WIDTH <= inputs; i += WIDTH)
         for (int k = 0; k < COUNT; k++) {
             const char *from = weight + size * (k * inputs + i);
-            __builtin_prefetch(from + AHEAD);
+            prefetch(from + AHEAD);
             V value = read_whole(from, BFLOAT16);
             for (int row = 0; row < ROWS; row++) sum[row][k] += value * load(x + row * stride + i);
         }
@@ -293,12 +296,13 @@ static void product(const Product &p, const float *x, float *y, int64_t first, i
 template <int ROWS, int COUNT, bool BFLOAT16>
 INLINE void add_inputs(const Product &p, const float *x, float *y, int64_t first, int64_t count, int64_t i) {
     const int64_t size = BFLOAT16 ? 2 : 4, row_bytes = size * p.outputs;
+    const int64_t ahead = divide_up(AHEAD, size * count) * row_bytes;
     const char *weight = p.matrix.weight + size * (i * p.outputs + first);
     for (int64_t o = 0; o < count; o += WIDTH) {
         V value[COUNT];
         for (int k = 0; k < COUNT; k++) {
             const char *from = weight + k * row_bytes + size * o;
-            __builtin_prefetch(from + ROWS_AHEAD * row_bytes);
+            prefetch(from + ahead);
             value[k] = read(from, count - o, BFLOAT16);
         }
         for (int row = 0; row < ROWS; row++) {
