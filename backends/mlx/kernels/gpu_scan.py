@@ -86,13 +86,13 @@ def scan(language: Language):
         named = _named(x, delta, A, B, C, D, z, delta_bias, mask, restart) | {"dy": dy, "kept": outputs[2]}
         plan = _plan(language, named, delta_softplus, dfinal_state, backward=True)
         found = _run(language, plan, named | {"begin": _padded(dfinal_state, plan)})
-        gradients = found | {f"d{name}": found.get(f"d{name}_sum") for name in ("A", "B", "C", "D", "delta_bias")}
-        names = ("dx", "ddelta", "dA", "dB", "dC", "dD", "dz", "ddelta_bias")
-        gradients = [*(gradients.get(name) for name in names), _unpadded(found["dstate"], plan)]
-        given = [value is not None for value in arrays[: len(gradients)]]
-        gradients = [value if there else None for value, there in zip(gradients, given, strict=True)]
-        gradients = first_derivative_only(gradients, arrays, cotangents)
-        return *gradients, None, None, None
+        sums = {f"d{name}": found.get(f"d{name}_sum") for name in ("A", "B", "C", "D", "delta_bias")}
+        names = ("dx", "ddelta", "dA", "dB", "dC", "dD", "dz", "ddelta_bias", "dstate")
+        # Of those that were given; the last of the arrays have none.
+        there = [name for name, value in zip(names, arrays, strict=False) if value is not None]
+        gradients = found | sums | {"dstate": _unpadded(found["dstate"], plan)}
+        gradients = first_derivative_only({name: gradients[name] for name in there}, arrays, cotangents)
+        return *(gradients.get(name) for name in names), None, None, None
 
     reverse_only(fused)
 

@@ -1,0 +1,296 @@
+"""MLX's GPU scan, without a GPU: its kernels' sources, for CUDA and for Metal, compiled as C++ and run on a CPU.
+
+Of MLX only the signature is written here that it puts before a kernel's body.
+"""
+
+import ctypes
+import functools
+import re
+import subprocess
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import mamba_core as mc
+from mamba_core.backends import gpu
+from mamba_core.spec import recurrence
+from mamba_core.spec.tolerances import relative_l2, tolerance
+
+mx = pytest.importorskip("mlx.core")
+
+from mamba_core.backends.mlx import scan as mlx_scan  # noqa: E402 (after the package that it needs)
+from mamba_core.backends.mlx.kernels import gpu_scan  # noqa: E402
+
+HERE = Path(__file__).parent
+TYPES = {"float32": "float", "bfloat16": "bfloat16_t", "float16": "float16_t", "bool": "bool"}
+KEPT_IN_FLOAT32 = ("A", "D", "delta_bias", "initial_state")
+MULTIPROCESSORS = 100
+# What a thread asks for, and its value.
+ATTRIBUTES = {
+    "thread_position_in_threadgroup": "fibers::block.current",
+    "threadgroup_position_in_grid": "fibers::block.number",
+    "threadgroups_per_grid": "blocks",
+}
+CUDA_WORDS = """
+#define __shared__
+#define threadIdx (fibers::Index{fibers::block.current})
+#define blockIdx (fibers::Index{fibers::block.number})
+#define gridDim (fibers::Index{blocks_of_grid})
+typedef uint16_t bfloat16_t;
+typedef _Float16 float16_t;
+static int blocks_of_grid;
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.fixture(params=["cuda", "metal", pytest.param("a GPU", marks=pytest.mark.gpu)])
+def kernel(request, folder, monkeypatch):
+    """A kernel's name: of one that is made as MLX would have it and run on the CPU, or on a GPU itself."""
+    if request.param == "a GPU":
+        names = [language.name for language in (gpu_scan.CUDA, gpu_scan.METAL) if not gpu_scan.reason(language, "gpu")]
+        if not names:
+            pytest.skip("no GPU")
+        return names[0]
+    cuda = request.param == "cuda"
+    if cuda:  # the words of CUDA's own prelude are assembly
+        monkeypatch.setattr(gpu_scan, "CUDA", gpu_scan.CUDA._replace(prelude=str(HERE / "gpu_on_cpu.h")))
+    monkeypatch.setattr(gpu_scan.driver, "multiprocessors", lambda: MULTIPROCESSORS)
+    monkeypatch.setattr(mx.fast, f"{request.param}_kernel", functools.partial(compiled, folder, cuda))
+    gpu_scan._kernel.cache_clear()
+    monkeypatch.setitem(mlx_scan.KERNELS, "on a CPU", gpu_scan.scan(gpu_scan.CUDA if cuda else gpu_scan.METAL))
+    yield "on a CPU"
+    gpu_scan._kernel.cache_clear()
+
+
+def compiled(folder, cuda, *, name, input_names, output_names, source, header, ensure_row_contiguous, shared_memory=0):
+    """In the place of `mx.fast.cuda_kernel` and `mx.fast.metal_kernel`."""
+    assert ensure_row_contiguous
+    declared = re.search(r"threadgroup float4 memory\[(\d*)\];", source)
+    size = 16 * int(declared[1]) if declared else shared_memory
+    assert size <= (200 if cuda else 32) * 1024
+
+    def run(*, inputs, output_shapes, output_dtypes, grid, threadgroup):
+        assert grid[0] % threadgroup[0] == 0
+        assert min(value.size for value in inputs) >= gpu_scan.LEAST_METAL_SIZE or cuda
+        given = [_numpy(value) for value in inputs]
+        # What is not written is seen: NaN.
+        dtypes = [
+            np.dtype(ml_dtypes.bfloat16) if d == mx.bfloat16 else _numpy(mx.zeros(1, d)).dtype for d in output_dtypes
+        ]
+        results = [np.full(shape, np.nan, dtype) for shape, dtype in zip(output_shapes, dtypes, strict=True)]
+        text = _text(cuda, name, input_names, given, output_names, results, source, header)
+        library = _library(folder, name, text)
+        shapes = [np.array(value.shape, np.int32) for value in given]
+        arrays = [array for pair in zip(given, shapes, strict=True) for array in pair] + results
+        pointers = (ctypes.c_void_p * len(arrays))(*(array.ctypes.data for array in arrays))
+        assert library.run(pointers, grid[0] // threadgroup[0], size) == 0, "more memory was written than there is"
+        return [mx.array(value) for value in results]
+
+    return run
+
+
+def _numpy(value):
+    if value.dtype == mx.bfloat16:
+        return np.array(value.view(mx.uint16)).view(ml_dtypes.bfloat16)
+    return np.array(value)
+
+
+def _text(cuda, name, input_names, given, output_names, results, source, header):
+    """The kernel as MLX writes it, and a function that runs it block by block."""
+    parameters, arguments = [], []
+
+    def add(declaration, kind):
+        arguments.append(f"({kind})arrays[{len(arguments)}]")
+        parameters.append(f"{declaration} [[buffer({len(parameters)})]]")
+
+    for array, value in zip(input_names, given, strict=True):
+        kind = f"const device {TYPES[value.dtype.name]}*"
+        add(f"{kind} {array}", kind)
+        add(f"const constant int* {array}_shape", "const int*")
+    for array, value in zip(output_names, results, strict=True):
+        kind = f"device {TYPES[value.dtype.name]}*"
+        add(f"{kind} {array}", kind)
+    asked = [] if cuda else [attribute for attribute in ATTRIBUTES if attribute in source]
+    parameters += [f"uint3 {attribute} [[{attribute}]]" for attribute in asked]
+    arguments += [f"uint3{{uint({ATTRIBUTES[attribute]}), 0, 0}}" for attribute in asked]
+    words = CUDA_WORDS + "#define device\n#define constant\n" if cuda else '#include "metal_on_cpu.h"\n'
+    # Memory of the block, and not of the thread.
+    body = re.sub(r"(threadgroup|extern __shared__) float4 memory\[\d*\];", "extern float4 memory[];", source)
+    before = "#include <cstdint>\n" + ("" if cuda else words)
+    after = words if cuda else ""
+    return f"""
+{before}
+{header}
+{after}
+alignas(16) float4 memory[1 << 14];
+[[kernel]] void {name}({", ".join(parameters)}) {{
+{body}
+}}
+extern "C" int run(void** arrays, int blocks, int size) {{
+  {"blocks_of_grid = blocks;" if cuda else ""}
+  const char* bytes = (const char*)memory;
+  for (fibers::block.number = 0; fibers::block.number < blocks; ++fibers::block.number) {{
+    memset(memory, 0xff, sizeof memory);
+    fibers::run_block(THREADS, [=] {{ {name}({", ".join(arguments)}); }});
+    for (size_t at = size; at < sizeof memory; ++at)
+      if (bytes[at] != char(0xff)) return 1;
+  }}
+  return 0;
+}}
+"""
+
+
+def _library(folder, name, text):
+    source = folder / f"{name}.cpp"
+    if not source.exists():
+        source.write_text(text)
+        options = ["-std=c++17", "-O1", "-shared", "-fPIC", "-w", f"-I{HERE}"]
+        subprocess.run(["g++", *options, str(source), "-o", str(source.with_suffix(".so"))], check=True)
+    assert source.read_text() == text, "MLX takes two kernels of one name for the same"
+    return ctypes.CDLL(str(source.with_suffix(".so")))
+
+
+def arguments(b, l, e, n, dtype="float32", without=(), seed=0) -> dict:
+    rng = np.random.default_rng(seed)
+    shapes = {
+        "x": (b, l, e),
+        "delta": (b, l, e),
+        "A": (e, n),
+        "B": (b, l, n),
+        "C": (b, l, n),
+        "D": (e,),
+        "z": (b, l, e),
+    }
+    shapes |= {"delta_bias": (e,), "initial_state": (b, e, n)}
+    arrays = {name: rng.normal(size=shape) for name, shape in shapes.items() if name not in without}
+    arrays |= {"A": -np.exp(arrays["A"]), "delta": abs(arrays["delta"])}
+    kinds = {name: mx.float32 if name in KEPT_IN_FLOAT32 else getattr(mx, dtype) for name in arrays}
+    return {name: mx.array(value.astype(np.float32)).astype(kinds[name]) for name, value in arrays.items()}
+
+
+def positions(b, l) -> dict:
+    rng = np.random.default_rng(1)
+    return {"mask": mx.array(rng.random((b, l)) < 0.7), "segment_ids": mx.array(np.cumsum(rng.random((b, l)) < 0.1, 1))}
+
+
+def scan(arrays, kernel, **given):
+    return mc.selective_scan(**arrays, **given, return_final_state=True, kernel=kernel)
+
+
+CASES = {
+    "all options": (arguments(2, 35, 20, 16), {"delta_softplus": True, **positions(2, 35)}),
+    "no option": (arguments(1, 33, 8, 3, without=("D", "z", "delta_bias", "initial_state")), {}),
+    "in chunks": (arguments(1, 500, 9, 16), {"delta_softplus": True, **positions(1, 500)}),
+    "many states": (arguments(1, 20, 8, 100), {"delta_softplus": True}),
+    "bfloat16": (arguments(1, 35, 24, 16, "bfloat16"), {"delta_softplus": True}),
+    "float16": (arguments(1, 35, 8, 30, "float16", without=("z",)), {"delta_softplus": True}),
+}
+
+
+def as_numpy(value):
+    return _numpy(value).astype(np.float64)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients_are_those_of_the_recurrence(kernel, case):
+    arrays, given = CASES[case]
+    dtype = mc.registry.get("mlx").to_numpy(arrays["x"]).dtype.name
+    names, values = list(arrays), list(arrays.values())
+    rng = np.random.default_rng(2)
+    dy, dh = (rng.normal(size=shape) for shape in (arrays["x"].shape, (arrays["x"].shape[0], *arrays["A"].shape)))
+    cotangents = [mx.array(dy.astype(np.float32)).astype(arrays["x"].dtype), mx.array(dh.astype(np.float32))]
+    outputs, gradients = mx.vjp(
+        lambda *values: scan(dict(zip(names, values, strict=True)), kernel, **given), values, cotangents
+    )
+    plain = {name: as_numpy(value) for name, value in arrays.items()}
+    given = {name: np.array(value) if isinstance(value, mx.array) else value for name, value in given.items()}
+    for value, wanted in zip(
+        outputs, recurrence.selective_scan(**plain, **given, return_final_state=True), strict=True
+    ):
+        assert relative_l2(as_numpy(value), wanted) < tolerance(dtype)
+    wanted = recurrence.selective_scan_vjp(*map(as_numpy, cotangents), **plain, **given)
+    for name, value in zip(names, gradients, strict=True):
+        assert value.dtype == arrays[name].dtype
+        assert relative_l2(as_numpy(value), wanted[name]) < tolerance(dtype, "gradient"), name
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_the_case_in_chunks_has_several(small):
+    sizes = (*CASES["in chunks"][0]["x"].shape, 16)
+    cores = gpu_scan.APPLE_CORES if small else MULTIPROCESSORS
+    assert gpu.Scan(*sizes, "float32", frozenset(), False, True, cores, small=small).chunks > 2
+
+
+def test_slices_mixed_dtypes_and_no_positions(kernel):
+    arrays, given = CASES["all options"]
+    wide = mx.concatenate([arrays["z"], arrays["x"]], axis=-1)
+    y, h = scan(arrays | {"x": wide[..., 20:]}, kernel, **given)
+    wanted, wanted_h = scan(arrays, kernel, **given)
+    assert mx.array_equal(y, wanted).item()
+    assert mx.array_equal(h, wanted_h).item()
+    y, h = scan(arrays | {"x": arrays["x"].astype(mx.bfloat16)}, kernel, **given)
+    assert (y.dtype, h.dtype) == (mx.bfloat16, mx.float32)
+    empty = {name: value[:, :0] if name in ("x", "delta", "B", "C", "z") else value for name, value in arrays.items()}
+    y, h = scan(empty, kernel)
+    assert y.shape == (2, 0, 20)
+    assert mx.array_equal(h, arrays["initial_state"]).item()
+
+
+@pytest.mark.gpu
+def test_inside_compile_and_at_any_address(kernel):
+    if kernel == "on a CPU":
+        pytest.skip("computes at once")
+    arrays, given = CASES["bfloat16"]
+    names = list(arrays)
+
+    def loss(*values):
+        y, h = scan(dict(zip(names, values, strict=True)), kernel, **given)
+        return (y.astype(mx.float32) ** 2).sum() + (h**2).sum()
+
+    gradient = mx.grad(loss, argnums=list(range(len(names))))
+    # As views that begin one element into their memory.
+    moved = [mx.concatenate([mx.zeros(1, v.dtype), v.flatten()])[1:].reshape(v.shape) for v in arrays.values()]
+    for one, other in zip(mx.compile(gradient)(*arrays.values()), gradient(*moved), strict=True):
+        assert mx.array_equal(one, other).item()
+
+
+def test_other_transformations_are_refused(kernel):
+    arrays = arguments(1, 9, 8, 3)
+    if kernel != "on a CPU":  # where it computes at once, and under vmap there is nothing to compute with
+        with pytest.raises(NotImplementedError, match="no vmap"):
+            mx.eval(mx.vmap(lambda x: scan(arrays | {"x": x}, kernel)[0])(arrays["x"][None]))
+    gradient = mx.grad(lambda x: scan(arrays | {"x": x}, kernel)[0].sum())
+    with pytest.raises(NotImplementedError, match="first gradient"):
+        mx.eval(mx.grad(lambda x: (gradient(x) ** 2).sum())(arrays["x"]))
+
+
+def test_why_they_cannot_run(monkeypatch):
+    available = type("Available", (), {"is_available": staticmethod(lambda: True)})
+    monkeypatch.setattr(mx, "cuda", available, raising=False)
+    monkeypatch.setattr(mx, "metal", available)
+    cuda, metal = (functools.partial(gpu_scan.reason, language) for language in (gpu_scan.CUDA, gpu_scan.METAL))
+    assert cuda("cpu") == "it runs on an NVIDIA GPU only"
+    assert metal("cpu") == "it runs on an Apple GPU only"
+    assert cuda("gpu", mx.int32).startswith("x is int32, and it computes float32")
+    assert [cuda("gpu", mx.float32, 256), metal("gpu", mx.float32, 128)] == [None, None]
+    assert metal("gpu", mx.float32, 129) == "d_state is 129, and it holds at most 128"
+    assert cuda("gpu", mx.float32, 257) == "d_state is 257, and it holds at most 256"
+    assert metal("gpu", mx.float32, 3, [mx.zeros(7)]) == "it takes no array of fewer than 8 elements"
+    assert cuda("gpu", mx.float32, 3, [mx.zeros(7)]) is None
+
+
+def test_metal_is_used_in_metals_words_only():
+    """No number of 64 bits that Metal does not know, and every pointer says where it points to."""
+    text = gpu.source("metal.h", "selective_scan.h")
+    code = re.sub(r"//[^\n]*", "", text)
+    assert not re.search(r"long long|\bdouble\b|\bunsigned long\b", code)
+    words = "GLOBAL|SHARED|LOCAL|device|threadgroup|thread"
+    pointers = re.findall(r"[^\n;{(,]*\b(?:float|float2|float4|Element|byte|Vector<N>|Brought)\s*(?:\*|\(\*)", code)
+    assert len(pointers) > 40
+    assert [pointer for pointer in pointers if not re.search(rf"\b({words})\b", pointer)] == []
