@@ -5,6 +5,7 @@
 #define SHARED threadgroup
 #define LOCAL thread
 #define UNROLL _Pragma("clang loop unroll(full)")
+#define UNROLL_TWO _Pragma("clang loop unroll_count(2)")
 #define UNROLL_FOUR _Pragma("clang loop unroll_count(4)")
 
 typedef long int64;
