@@ -338,9 +338,10 @@ DEVICE float sum_states(const LOCAL float* sums, int lane) {
   return sum;
 }
 
-DEVICE float decay(float step, float rate, bool restarts) {
-  return HAS_RESTART && restarts ? 0.0f : fast_exp2(step * rate);
-}
+DEVICE float decay(float step, float rate) { return fast_exp2(step * rate); }
+
+// What goes over a restart: nothing, not even what is not finite.
+DEVICE float passing(float value, bool restarts) { return HAS_RESTART && restarts ? 0.0f : value; }
 
 // What a thread brings of a tile of x, delta, z and dy: VECTORS vectors of each that is given.
 struct Bundle {
@@ -469,7 +470,7 @@ DEVICE void scan_forward(const Inputs given, const ForwardResults out, const Pla
             if (FIRST) total[k] = restarts ? infinity() : total[k] + step.x;
             float sum = 0.0f;
             UNROLL for (int j = 0; j < NS; ++j) {
-              h[k][j] = multiply_add(decay(step.x, rates[k][j], restarts), h[k][j], step.y * B_t[j]);
+              h[k][j] = multiply_add(decay(step.x, rates[k][j]), passing(h[k][j], restarts), step.y * B_t[j]);
               if (!FIRST) sum = multiply_add(C_t[j], h[k][j], sum);
             }
             sums[k][u] = sum;
@@ -507,7 +508,8 @@ DEVICE void combine(const Inputs in, GLOBAL float* added, const GLOBAL float* to
     int64 chunk = row * in.chunks + (backwards ? in.chunks - 1 - i : i);
     float own = added[chunk * states + state], sum = total[chunk * in.channels + channel];
     added[chunk * states + state] = h;
-    h = multiply_add(sum == infinity() ? 0.0f : fast_exp2(sum * rate), h, own);
+    bool restarts = sum == infinity();
+    h = multiply_add(restarts ? 0.0f : fast_exp2(sum * rate), restarts ? 0.0f : h, own);
   }
 }
 
@@ -708,7 +710,7 @@ DEVICE void scan_backward(
           history.put((t + u) * K + k, h[k]);
           float sum = 0.0f;
           UNROLL for (int j = 0; j < NS; ++j) {
-            h[k][j] = multiply_add(decay(step.x, rates[k][j], restarts), h[k][j], step.y * B_t[j]);
+            h[k][j] = multiply_add(decay(step.x, rates[k][j]), passing(h[k][j], restarts), step.y * B_t[j]);
             if (HAS_Z) sum = multiply_add(C_t[j], h[k][j], sum);
           }
           sums[k][u] = sum;
@@ -739,9 +741,9 @@ DEVICE void scan_backward(
             history.get((t + u) * K + k, previous);
           UNROLL for (int j = 0; j < NS; ++j) {
             float g = multiply_add(C_t[j], gated, passed[k][j]);
-            passed[k][j] = g * decay(step.x, rates[k][j], restarts);
+            passed[k][j] = passing(g * decay(step.x, rates[k][j]), restarts);
             if (!FIRST) {
-              float dlog_decay = passed[k][j] * previous[j];
+              float dlog_decay = passed[k][j] * passing(previous[j], restarts);
               dB[j] = multiply_add(g, step.y, dB[j]);
               dC[j] = multiply_add(gated, h[k][j], dC[j]);
               dA[k][j] = multiply_add(dlog_decay, step.x, dA[k][j]);
