@@ -213,8 +213,8 @@ def lowered(function, arrays):
     return jax.jit(function).trace(arrays).lower(lowering_platforms=("cuda",))
 
 
-def calls(text) -> list[tuple[str, dict, list]]:
-    """(operands, fields of the call, fields of the kernel) of each launch."""
+def calls(text) -> list[tuple[str, list[str], list, dict]]:
+    """(result, operands, fields of the call, fields of the kernel) of each launch."""
     found = []
     for line in text.splitlines():
         if launch.TARGET not in line:
@@ -234,7 +234,7 @@ def calls(text) -> list[tuple[str, dict, list]]:
                 raw.append(int(opaque[at + 1 : at + 3], 16))
                 at += 3
         call = fields(dict(fields(zlib.decompress(bytes(raw))))[1])
-        found.append((operands, call, dict(fields(dict(call)[1]))))
+        found.append((line.split()[0], operands, call, dict(fields(dict(call)[1]))))
     return found
 
 
@@ -250,8 +250,11 @@ def test_every_launch_gives_a_kernel_its_parameters(described, monkeypatch, cubi
     steps = [(forward, step) for step in forward.launches]
     steps += [(backward, step) for step in (*backward.launches, backward.adding_up)]
     # Of each the arrays that it reads, absent ones apart.
-    assert [len(operands) for operands, *_ in made] == [11, 4, 11, 12, 4, 13, 4]
-    for (_, call, kernel), (plan, step) in zip(made, steps, strict=True):
+    assert [len(operands) for _, operands, *_ in made] == [11, 4, 11, 12, 4, 13, 4]
+    for (combined, *_), (_, operands, *_), step in ((made[1], made[2], steps[2][1]), (made[4], made[5], steps[5][1])):
+        read = [name for name in step.arrays if name != "dy" or len(operands) == 13]
+        assert operands[read.index("begin")] == combined
+    for (_, _, call, kernel), (plan, step) in zip(made, steps, strict=True):
         assert (kernel[1].decode(), kernel[2] * 32, kernel[3]) == (step.kernel, step.threads, step.shared)
         assert [value for number, value in call if number in (2, 3, 4)] == [step.blocks, 1, 1]
         assert kernel[6] == 90
