@@ -39,6 +39,8 @@ def cuda(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, delta_softplus)
     if any(value is not None and value.dtype != dtype for value in (delta, B, C, z)):
         x, delta, B, C, z = (None if value is None else value.float() for value in (x, delta, B, C, z))
     A, D, delta_bias, h0 = (None if value is None else value.float() for value in (A, D, delta_bias, h0))
+    if x.numel() == 0:
+        return x.to(dtype), A.new_zeros(len(x), *A.shape) if h0 is None else h0
     tensors = (x, delta, A, B, C, D, z, delta_bias, h0, mask, restart)
     keep = torch.is_grad_enabled() and any(is_float(value) and value.requires_grad for value in tensors)
     y, h = _cuda(*tensors, bool(delta_softplus), keep)
