@@ -101,9 +101,9 @@ def choose(logits: Tensor, context: Context | None, uniform: Tensor | None, samp
         return Choice(*likeliest(logits))
     logprobs = logits.log_softmax(-1)
     logits = _adjusted(logits, context, sampling)
-    if sampling.greedy:
-        tokens = logits.argmax(-1)
-    else:
+    # Not argmax and amax: of many logits they start PyTorch's threads, which then spin beside those of the next step.
+    largest, tokens = logits.max(-1)
+    if not sampling.greedy:
         probabilities = _filtered(logits, sampling)
         running = probabilities.cumsum(-1)
         # A sum in parallel may rise by rounding where nothing is added, or stay below u times the total at the end.
@@ -111,7 +111,6 @@ def choose(logits: Tensor, context: Context | None, uniform: Tensor | None, samp
         reached = kept & (running > uniform[:, None] * running[:, -1:])
         last = kept.shape[-1] - 1 - kept.flip(-1).int().argmax(-1)
         tokens = torch.where(reached.any(-1), reached.int().argmax(-1), last)
-    largest = logits.amax(-1)
     tokens = torch.where(largest.isfinite(), tokens, 0)
     chosen = torch.where(largest.isfinite(), logprobs.gather(1, tokens[:, None])[:, 0], torch.nan)
     chosen = torch.where(largest == -torch.inf, -torch.inf, chosen)
