@@ -2,12 +2,13 @@
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
-from mamba_core.backend import Hidden, Output, State
+from mamba_core.backend import Hidden, LayerState, Output, State
 from mamba_core.backends.mlx import state as states
 from mamba_core.backends.mlx.arrays import dtype_name
 from mamba_core.backends.mlx.layers import Block, RMSNorm
+from mamba_core.backends.mlx.recompute import recomputed
 from mamba_core.backends.mlx.scan import kernel_for
 from mamba_core.observe import reporting, unobserved, within
 from mamba_core.spec.checks import check_inputs, check_state
@@ -42,8 +43,15 @@ class Backbone(nn.Module):
             run = _recomputed if self.remat and observe is unobserved else _called
             residual, carried = run(block, residual, carried, mask, segment_ids, within(f"layers.{index}.", observe))
             layers.append(carried)
-        hidden = residual.astype(self.dtype) if self.norm_f is None else observe("norm_f", self.norm_f(residual))
+        hidden = residual.astype(self.dtype) if self.norm_f is None else observe("norm_f", self._normalise(residual))
         return hidden, states.leaving(tuple(layers), state, mask, segment_ids)
+
+    def _normalise(self, residual):
+        """Its gradient takes several arrays as large as the residual stream."""
+        if not self.remat:
+            return self.norm_f(residual)
+        kernels = self.layers[0].mixer.kernels
+        return _recomputed_of(self.norm_f, lambda value: (self.norm_f(value),), kernels, self.dtype, residual)[0]
 
     def _embed(self, input_ids):
         """NaN for an id outside the vocabulary: MLX does not check an index, it reads whatever memory is there."""
@@ -59,9 +67,24 @@ def _called(block, *arguments):
 
 
 def _recomputed(block, residual, carried, *positions):
-    """Called again in the backward pass, from its inputs, which are all that is kept of it."""
     # MLX would differentiate in a mask that it is given.
-    return nn.utils.checkpoint(block, lambda *values: block(*values, *positions))(residual, carried)
+    def run(residual, *carried):
+        residual, after = block(residual, LayerState(*carried), *positions)
+        return residual, *after
+
+    residual, *after = _recomputed_of(block, run, block.mixer.kernels, block.norm.weight.dtype, residual, *carried)
+    return residual, LayerState(*after)
+
+
+def _recomputed_of(module, run, kernels, dtype, *values):
+    """`recomputed`, with the gradients of the module's parameters."""
+    trained = dict(tree_flatten(module.trainable_parameters()))
+
+    def run_with(*arguments):
+        module.update(tree_unflatten(list(zip(trained, arguments[len(values) :], strict=True))))
+        return run(*arguments[: len(values)])
+
+    return recomputed(run_with, kernels, dtype, (*values, *trained.values()))
 
 
 class Model(nn.Module):

@@ -9,6 +9,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from mamba_core.backends.mlx.arrays import from_numpy
+from mamba_core.backends.mlx.recompute import recomputed
 from mamba_core.backends.mlx.weights import canonical, convolution_weights, swap_axes
 from mamba_core.spec.checks import check_task
 from mamba_core.spec.params import parameter_table
@@ -17,11 +18,22 @@ from mamba_core.spec.params import parameter_table
 def loss(model, tokens, mask=None) -> mx.array:
     """Mean cross-entropy of tokens[:, 1:] given tokens[:, :-1] over the targets that count; tokens (b, l+1)."""
     logits = model(tokens[:, :-1], mask=None if mask is None else mask[:, :-1]).logits
-    losses = nn.losses.cross_entropy(logits, tokens[:, 1:])
+    losses = _cross_entropy(model, logits, tokens[:, 1:])
     if mask is None:
         return losses.mean()
     counts = mask[:, 1:]
     return mx.where(counts, losses, 0.0).sum() / counts.sum()
+
+
+def _cross_entropy(model, logits, targets):
+    """(b, l). Its gradient takes several arrays as large as the logits."""
+
+    def run(logits):
+        return (nn.losses.cross_entropy(logits, targets),)
+
+    if not model.remat:
+        return run(logits)[0]
+    return recomputed(run, model.chosen_kernels, model.backbone.dtype, (logits,))[0]
 
 
 def loss_and_gradients(model, tokens, mask=None) -> tuple[float, dict[str, np.ndarray]]:

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 import mamba_core as mc
+from mamba_core import registry
+from mamba_core.backends import native
 from mamba_core.spec.tolerances import relative_l2
 from tests.unit.transforms import IDS, MASK, SEGMENTS, plain, scan_arguments
 
@@ -55,6 +57,26 @@ def test_compile_training_step_is_the_plain_one():
     assert plainly[-1] < plainly[0] - 0.3
     # Each of Adam's steps divides by the root of the second moment, and rounding grows with the steps.
     assert relative_l2(losses(compiled=True), plainly) < 1e-4
+
+
+def test_remat_keeps_less_for_the_gradient():
+    if reason := native.missing():
+        pytest.skip(f"the native kernels: {reason}")
+    ids = np.zeros((1, 1025), np.int32)
+    backend = registry.get("mlx")
+
+    def peak(layers, remat):
+        """Bytes beside the model's."""
+        model = mc.build(mc.MambaConfig(d_model=64, n_layer=layers, vocab_size=64), backend="mlx", device="cpu")
+        model.remat = remat
+        mx.eval(model.parameters())
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        backend.loss_and_gradients(model, ids)
+        return mx.get_peak_memory() - before
+
+    # A block more keeps what enters it and the gradient of that, each of the size of the residual stream.
+    assert peak(6, True) - peak(2, True) < (peak(6, False) - peak(2, False)) / 6
 
 
 def test_checkpoint_keeps_the_gradient():

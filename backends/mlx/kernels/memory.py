@@ -37,6 +37,12 @@ def zeros_like(given: dict[str, mx.array | None]) -> dict[str, mx.array]:
     return {f"d{name}": mx.zeros(value.shape, value.dtype) for name, value in given.items() if value is not None}
 
 
+def alone(values) -> list[mx.array]:
+    """Copies of the arrays, computed, that do not hold on to what they were computed from."""
+    mx.eval(values)
+    return [mx.array(_view(value)).view(value.dtype) for value in values]
+
+
 def _laid_out(name, value):
     """A sequence with its channels side by side, as a slice of a wider array has them too; the rest contiguous."""
     if name in library.SEQUENCES:

@@ -1,0 +1,35 @@
+"""What a gradient computes again instead of keeping it: `mx.checkpoint`, and its like for the native kernels."""
+
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+
+from mamba_core.backends.mlx.kernels.memory import alone
+from mamba_core.backends.mlx.kernels.reverse_only import first_derivative_only, reverse_only
+from mamba_core.backends.mlx.scan import kernel_for
+
+
+def recomputed(run: Callable, kernels: str, dtype: mx.Dtype, values: Sequence[mx.array]) -> Sequence[mx.array]:
+    """run(*values), a tuple, called again in the backward pass: values are all that is kept of it.
+
+    kernels, dtype: the model's.
+    """
+    if kernel_for(kernels, dtype, values) == "native":
+        return _checkpoint_at_once(run)(list(values))
+    return mx.checkpoint(run)(*values)
+
+
+def _checkpoint_at_once(run):
+    """While MLX differentiates it keeps what an array was computed from, also of one that is computed already."""
+
+    @mx.custom_function
+    def forward(values):
+        return tuple(alone(run(*values)))
+
+    @forward.vjp
+    def backward(values, cotangents, _):
+        _, gradients = mx.vjp(run, values, list(cotangents))
+        return first_derivative_only(alone(gradients), values, cotangents)
+
+    reverse_only(forward)
+    return forward
