@@ -90,8 +90,8 @@ def test_a_backend_agrees(backend, checkpoint):
 
 @pytest.mark.parametrize("length", [1, 2, 3])
 def test_short_sequences(tmp_path, length):
-    # From one position the gradient of dt_proj is a multiple of the one number B C. With seed 1 that is 1.2 % of what its
-    # terms would be without signs, and keeps their rounding: 1.2e-5 on one processor, less than 1e-5 on another.
+    # From one position the gradient of dt_proj is a multiple of the one number B C. With seed 1 that is 1.2 % of what
+    # its terms would be without signs, and keeps their rounding: 1.2e-5 on one processor, less than 1e-5 on another.
     mc.save(mc.build(CONFIG, backend=installed()[0], seed=2), tmp_path / "model")
     found = parity(tmp_path / "model", backends=installed()[:1], length=length, grad=length > 1)
     assert found.passed
