@@ -5,6 +5,8 @@
 #define SHARED
 #define LOCAL
 #define UNROLL _Pragma("unroll")
+// Of a kernel: as many warps on a multiprocessor at a time, and so many registers a thread.
+#define BOUNDS __launch_bounds__(THREADS, 12 / WARPS)
 #define UNROLL_TWO _Pragma("unroll 2")
 #define UNROLL_FOUR _Pragma("unroll 4")
 

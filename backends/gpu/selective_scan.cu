@@ -16,7 +16,7 @@
         channels, states, chunk, chunks                                                                         \
   }
 // So few registers a thread that twelve warps find room on a multiprocessor.
-#define KERNEL extern "C" __global__ void __launch_bounds__(THREADS, 12 / WARPS)
+#define KERNEL extern "C" __global__ void BOUNDS
 
 extern __shared__ float4 shared_memory[];
 

@@ -6,7 +6,6 @@
 #define __device__ inline
 #define __global__
 #define __shared__
-#define __launch_bounds__(threads, blocks)
 #define blockIdx (Index{block.number})
 #define threadIdx (Index{block.current})
 

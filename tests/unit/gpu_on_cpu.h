@@ -19,6 +19,7 @@ using std::min;
 #define SHARED
 #define LOCAL
 #define UNROLL
+#define BOUNDS
 #define UNROLL_TWO
 #define UNROLL_FOUR
 

@@ -182,7 +182,11 @@ def _header(language: Language, defines) -> str:
     lines = [f"#define {name} {value}" for name, value in defines]
     if language is CUDA:
         lines.append("#define ALIGNED_AT(address) ((unsigned long long)(address) % 16 == 0)")
-    return "\n".join([*lines, gpu.source(language.prelude, "selective_scan.h")])
+    lines.append(gpu.source(language.prelude, "selective_scan.h"))
+    if language is CUDA:
+        # MLX writes the word before the kernel, and knows no bounds.
+        lines += ["#undef __global__", "#define __global__ __attribute__((global)) BOUNDS"]
+    return "\n".join([*lines, ""])
 
 
 def _body(language: Language, name: str, shared: int, reads: tuple[str, ...], writes: tuple[str, ...]) -> str:
