@@ -52,7 +52,7 @@ CAUGHT_BY = {
         "conv without its SiLU": Mutant("conv.py", "F.silu(value) if activation", "value if activation"),
         "norm eps ignored": Mutant("layers.py", "keepdim=True) + self.eps", "keepdim=True) + 1e-5"),
         "norm over the sum": Mutant("layers.py", "x.square().mean(", "x.square().sum("),
-        "head of the embedding when untied": Mutant("model.py", "        tied = self.lm_head is None\n", "        tied = True\n"),
+        "head of the embedding when untied": Mutant("model.py", "        if self.lm_head is None:\n", "        if True:\n"),
         "ids shifted": Mutant("model.py", "self.embeddings(input_ids)", "self.embeddings((input_ids + 1) % 11)"),
     },
     "test_steps": {
@@ -145,7 +145,7 @@ CAUGHT_BY = {
         "decay of every parameter": Mutant("train.py", "table[name].decay == decay", "decay"),
         "no clipping": Mutant("train.py", "self.settings.clip_norm)", "1e9)"),
         "rate of the next step": Mutant("train.py", "self.settings.rate(self.count)", "self.settings.rate(self.count + 1)"),
-        "targets not shifted": Mutant("train.py", "targets = tokens[:, 1:].long()", "targets = tokens[:, :-1].long()"),
+        "targets not shifted": Mutant("train.py", "tokens[:, :-1], tokens[:, 1:].long()", "tokens[:, :-1], tokens[:, :-1].long()"),
     },
     "test_the_optimizer_moves_between_backends": {
         "step count not restored": Mutant("train.py", 'self.count = int(state["step"])', "self.count = 0"),
