@@ -17,7 +17,7 @@ jax = pytest.importorskip("jax")
 jnp = jax.numpy
 
 from mamba_core.backends.jax import scan as jax_scan  # noqa: E402 (after the package that it needs)
-from mamba_core.backends.jax.kernels import pallas_scan  # noqa: E402
+from mamba_core.backends.jax.kernels import cuda_scan, pallas_scan  # noqa: E402
 
 
 def scan(arrays, kernel="pallas", **given):
@@ -63,15 +63,32 @@ def test_values_and_gradients_are_those_of_the_recurrence(interpreted, case):
 
 
 def test_a_restart_forgets_a_state_that_is_not_finite(interpreted):
+    """In values, and in the gradients of what comes after it."""
     arrays = {name: jnp.asarray(value) for name, value in arguments(1, 40, 8, 3).items()}
     arrays["x"] = arrays["x"].at[0, 5].set(jnp.inf)
     segments = jnp.repeat(jnp.arange(2), 20)[None]
-    y, h = scan(arrays, interpreted, segment_ids=segments, delta_softplus=True)
     later = {name: value[:, 20:] if value.shape[:2] == (1, 40) else value for name, value in arrays.items()}
     later["initial_state"] = jnp.zeros_like(later["initial_state"])
-    wanted, wanted_h = scan(later, "sequential", delta_softplus=True)
-    assert relative_l2(y[:, 20:], wanted) < 1e-6
-    assert relative_l2(h, wanted_h) < 1e-6
+
+    def results(arrays, kernel, **given):
+        y, h = scan(arrays, kernel, delta_softplus=True, **given)
+        return y[:, -20:], h
+
+    outputs, pullback = jax.vjp(lambda arrays: results(arrays, interpreted, segment_ids=segments), arrays)
+    wanted, wanted_pullback = jax.vjp(lambda arrays: results(arrays, "sequential"), later)
+    for value, other in zip(outputs, wanted, strict=True):
+        assert relative_l2(value, other) < 1e-6
+    gradients, others = (pull(tuple(map(jnp.ones_like, wanted)))[0] for pull in (pullback, wanted_pullback))
+    for name in ("x", "delta", "B", "C", "z"):
+        assert relative_l2(gradients[name][:, 20:], others[name]) < 1e-5, name
+
+
+def test_y_has_the_dtype_of_x(interpreted):
+    arrays = {name: jnp.asarray(value) for name, value in arguments(1, 9, 8, 3, "bfloat16").items()}
+    for kernel in (interpreted, "auto"):
+        assert [value.dtype for value in scan(arrays, kernel)] == ["bfloat16", "float32"]
+    arguments_of_the_kernel = (*(arrays[name] for name in cuda_scan.ARGUMENTS[:-2]), None, None)
+    assert jax_scan.pallas(*arguments_of_the_kernel, delta_softplus=True, portable=True)[0].dtype == "bfloat16"
 
 
 def test_vmap_and_a_second_derivative(interpreted):
