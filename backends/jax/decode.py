@@ -41,11 +41,12 @@ def decode(
     graph, parameters = nnx.split(model)
     carry = _begin(prefilled, context, None if draw is None else draw(0, 1)[0], sampling=sampling)
     yield jax.tree.map(to_numpy, carry.choice)
-    made = 1
+    # Of our own, as each call takes its state's memory for the next; what was prefilled stays as it is.
+    made, carry = 1, carry._replace(state=jax.tree.map(jnp.copy, carry.state))
     while limit is None or made < limit:
         count = min(made, BLOCK, BLOCK if limit is None else limit - made)
         drawn = None if draw is None else draw(made, BLOCK)
-        carry, choices = _advance(graph, parameters, carry, drawn, count, sampling=sampling)
+        carry, choices = _advance(graph, parameters, *_apart(carry), drawn, count, sampling=sampling)
         choices = jax.tree.map(to_numpy, choices)
         for index in range(count):
             yield jax.tree.map(lambda value, index=index: value[index], choices)
@@ -148,13 +149,18 @@ def _prefill(graph, parameters, tokens, mask, state) -> Output:
     return Output(model.head(hidden[:, -1])[:, : model.config.vocab_size], state)
 
 
+def _apart(carry: Carry) -> tuple[State, Carry]:
+    """The state, and the rest: the host may still look at that."""
+    return carry.state, carry._replace(state=None)
+
+
 _begin = jax.jit(begin, static_argnames=("sampling",))
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "sampling"))
-def _advance(graph, parameters, carry, uniforms, count, *, sampling) -> tuple[Carry, Choice]:
+@functools.partial(jax.jit, static_argnames=("graph", "sampling"), donate_argnames=("state",))
+def _advance(graph, parameters, state, others, uniforms, count, *, sampling) -> tuple[Carry, Choice]:
     """`count` more tokens; what stands behind them in the choices (BLOCK, b) means nothing."""
-    model = nnx.merge(graph, parameters)
+    model, carry = nnx.merge(graph, parameters), others._replace(state=state)
 
     def position(index, loop):
         carry, choices = loop

@@ -503,8 +503,11 @@ def test_decoding_does_not_copy_the_weights():
     policy = mc.sampling.Sampling()
     prompts, mask, state = jnp.ones((1, 16), int), jnp.ones((1, 16), bool), model.init_state(1)
     carry = decode._begin(decode._prefill(graph, parameters, prompts, mask, state), None, None, sampling=policy)
-    compiled = decode._advance.lower(graph, parameters, carry, None, 3, sampling=policy).compile().as_text()
+    executable = decode._advance.lower(graph, parameters, *decode._apart(carry), None, 3, sampling=policy).compile()
+    compiled = executable.as_text()
     assert all(f"mamba_{name}_xla" in compiled for name in BOTH)
     for value in jax.tree.leaves(parameters):
         if value.ndim == 2:
             assert not re.search(rf"f32\[{value.shape[0]},{value.shape[1]}\]\S* (copy|transpose)\(", compiled)
+    # The state's memory becomes that of the next.
+    assert executable.memory_analysis().alias_size_in_bytes == sum(v.nbytes for v in jax.tree.leaves(carry.state))
