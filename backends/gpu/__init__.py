@@ -1,12 +1,13 @@
 """The selective scan's GPU kernels, without a framework: how they are compiled, laid out over a GPU and called.
 
-`selective_scan.h` is the algorithm, in what CUDA C++ and Metal have in common. A framework asks for a `Plan`, allocates
-what its `Launch`es name, and launches them in order.
+`selective_scan.h` is the algorithm, in what CUDA C++ and Metal have in common. A framework describes a `Scan`,
+allocates what its `Launch`es name, and launches them in order.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 SOURCES = Path(__file__).parent
 ELEMENTS = {"float32": 0, "bfloat16": 1, "float16": 2}
@@ -21,7 +22,16 @@ BACKWARD_RESULTS = ("dx", "ddelta", "dz", "dBC", "dA", "dD", "ddelta_bias", "dst
 COMBINED = ("A", "begin", "total", "added")
 PARTS = ("dBC", "dA", "dD", "ddelta_bias")
 SUMS = ("dB_sum", "dC_sum", "dA_sum", "dD_sum", "ddelta_bias_sum")
-OPTIONS = ("HAS_D", "HAS_Z", "HAS_BIAS", "SOFTPLUS", "HAS_STATE", "HAS_MASK", "HAS_RESTART")
+# Option -> the array that it stands for; SOFTPLUS stands for none.
+HAS = {"HAS_D": "D", "HAS_Z": "z", "HAS_BIAS": "delta_bias", "HAS_STATE": "begin"}
+HAS |= {"HAS_MASK": "mask", "HAS_RESTART": "restart"}
+OPTIONS = (*HAS, "SOFTPLUS")
+
+
+def options(arrays: Mapping[str, Any], delta_softplus: bool) -> frozenset[str]:
+    """Those of OPTIONS that hold for arrays by the names of INPUTS, None where not given."""
+    given = {option for option, name in HAS.items() if arrays.get(name) is not None}
+    return frozenset(given | ({"SOFTPLUS"} if delta_softplus else set()))
 
 
 class Geometry(NamedTuple):
@@ -78,8 +88,8 @@ KEEP_EVERY = 16
 SMALL_SHARED, LARGEST_SMALL_STATE = 32 * 1024, 128
 # Fewer positions are not worth a chunk of their own.
 SHORTEST_CHUNK = 128
-# Of a sequence in chunks; and how many of a whole one fill it, so that chunks would cost more than they gain.
-BLOCKS_A_MULTIPROCESSOR, ENOUGH = 6, 1
+# Of a sequence in chunks; one of a whole sequence fills it, so that chunks would cost more than they gain.
+BLOCKS_A_MULTIPROCESSOR = 6
 
 
 def geometry(states: int, backward: bool = False, small: bool = False) -> Geometry:
@@ -154,7 +164,7 @@ class Scan:
         """Positions; all of them where rows and channels fill the GPU: a second run costs as much as a third of it."""
         blocks = max(self.rows * self.blocks, 1)
         count = min(self.multiprocessors * BLOCKS_A_MULTIPROCESSOR // blocks, self.length // SHORTEST_CHUNK)
-        if blocks >= self.multiprocessors * ENOUGH or count < 3:
+        if blocks >= self.multiprocessors or count < 3:
             return max(self.length, 1)
         step = 2 * self.keep_every
         return -(-self.length // count // step) * step

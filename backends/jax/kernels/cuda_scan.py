@@ -83,19 +83,10 @@ def _kept(x, delta, A, *_):
 
 def _plan(named, delta_softplus, begin, **how) -> gpu.Scan:
     x = named["x"]
-    has = {
-        "HAS_D": named["D"] is not None,
-        "HAS_Z": named["z"] is not None,
-        "HAS_BIAS": named["delta_bias"] is not None,
-        "SOFTPLUS": delta_softplus,
-        "HAS_STATE": begin is not None,
-        "HAS_MASK": named["mask"] is not None,
-        "HAS_RESTART": named["restart"] is not None,
-    }
     e, n = named["A"].shape
     return gpu.Scan(
         *(*x.shape, n, x.dtype.name),
-        options=frozenset(name for name, holds in has.items() if holds),
+        options=gpu.options(named | {"begin": begin}, delta_softplus),
         aligned=e % 8 == 0,
         states_aligned=n % 8 == 0,
         multiprocessors=device().core_count,

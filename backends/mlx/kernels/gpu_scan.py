@@ -117,18 +117,9 @@ def _named(x, delta, A, B, C, D, z, delta_bias, mask, restart) -> dict[str, mx.a
 
 def _plan(language, named, delta_softplus, begin, **how) -> gpu.Scan:
     x, (e, n) = named["x"], named["A"].shape
-    has = {
-        "HAS_D": named["D"] is not None,
-        "HAS_Z": named["z"] is not None,
-        "HAS_BIAS": named["delta_bias"] is not None,
-        "SOFTPLUS": delta_softplus,
-        "HAS_STATE": begin is not None,
-        "HAS_MASK": named["mask"] is not None,
-        "HAS_RESTART": named["restart"] is not None,
-    }
     return gpu.Scan(
         *(*x.shape, n, dtype_name(x.dtype)),
-        options=frozenset(name for name, holds in has.items() if holds),
+        options=gpu.options(named | {"begin": begin}, delta_softplus),
         # An array may begin anywhere in memory, and only the kernel learns where; ours for Metal does not ask.
         aligned=language is CUDA and e % 8 == 0,
         states_aligned=language is CUDA and n % 8 == 0,

@@ -125,18 +125,9 @@ def _named(x, delta, A, B, C, D, z, delta_bias, mask, restart) -> dict[str, Tens
 
 def _plan(named, delta_softplus, begin, **how) -> gpu.Scan:
     x = named["x"]
-    given = {
-        "HAS_D": named["D"] is not None,
-        "HAS_Z": named["z"] is not None,
-        "HAS_BIAS": named["delta_bias"] is not None,
-        "SOFTPLUS": delta_softplus,
-        "HAS_STATE": begin is not None,
-        "HAS_MASK": named["mask"] is not None,
-        "HAS_RESTART": named["restart"] is not None,
-    }
     return gpu.Scan(
         *(*x.shape, named["A"].shape[1], str(x.dtype).removeprefix("torch.")),
-        options=frozenset(name for name, holds in given.items() if holds),
+        options=gpu.options(named | {"begin": begin}, delta_softplus),
         aligned=_aligned(named.get(name) for name in ("x", "delta", "z", "dy", "D", "delta_bias")),
         states_aligned=_aligned(named[name] for name in ("B", "C")),
         multiprocessors=_properties(x.device).multi_processor_count,
