@@ -60,6 +60,12 @@ DEVICE float reciprocal(float value) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(value));
   return inverse;
 }
+// max(value, 0), which keeps NaN.
+DEVICE float positive_part(float value) {
+  float part;
+  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(part) : "f"(value));
+  return part;
+}
 DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 DEVICE void barrier() { __syncthreads(); }

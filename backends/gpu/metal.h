@@ -37,6 +37,8 @@ DEVICE uint pair_of(float first, float second) { return to_element(first) | uint
 
 DEVICE float fast_exp2(float value) { return exp2(value); }
 DEVICE float reciprocal(float value) { return 1.0f / value; }
+// max(value, 0), which keeps NaN.
+DEVICE float positive_part(float value) { return value < 0.0f ? 0.0f : value; }
 DEVICE float multiply_add(float a, float b, float c) { return fma(a, b, c); }
 DEVICE float shuffle_xor(float value, int mask) { return simd_shuffle_xor(value, ushort(mask)); }
 DEVICE void barrier() { threadgroup_barrier(mem_flags::mem_threadgroup); }

@@ -43,8 +43,6 @@
 #define ROW (BLOCK_CHANNELS + 8)
 
 #define LOG2_E 1.4426950408889634f
-// What float32 leaves of it.
-#define LOG2_E_REST 1.925963033500e-08f
 #define LN_2 0.6931471805599453f
 
 // N elements as they are read and written at once; no GPU reads more than 16 bytes.
@@ -84,7 +82,8 @@ struct Sequence {
   int64 row;
   int position;
 
-  DEVICE const GLOBAL Element* at(int position_number) const { return data + int64(position_number) * position; }
+  // Neither is negative, and to say so makes it one multiplication.
+  DEVICE const GLOBAL Element* at(int number) const { return data + int64(unsigned(number)) * unsigned(position); }
 };
 
 struct Inputs {
@@ -100,29 +99,30 @@ struct Place {
   int rank, block, chunk, row;
 };
 
-// exp(-|value|) to a few units in the last place: what a product with log2(e) loses is put back. Beyond 110 it is zero, and no infinity comes into its way; of NaN it is zero too, which its users must keep.
+// exp(-|value|) to a few units in the last place: what its product with log2(e) loses is put back. Beyond 110 it is zero,
+// and no infinity comes into its way; of NaN it is zero too, which its users must keep.
 DEVICE float exp_of_minus(float value) {
   float negative = max(-fabs(value), -110.0f);
   float exponent = negative * LOG2_E;
-  float lost = multiply_add(negative, LOG2_E_REST, multiply_add(negative, LOG2_E, -exponent));
+  float lost = multiply_add(exponent, -LN_2, negative);
   float power = fast_exp2(exponent);
-  return multiply_add(power, lost * LN_2, power);
+  return multiply_add(power, lost, power);
 }
 
 // From small = exp(-|value|).
 DEVICE float sigmoid_of(float value, float small) { return (value < 0.0f ? small : 1.0f) * reciprocal(1.0f + small); }
 
-// For gates: where it is small its relative error grows as |value| does, 5e-7 at -8.
-DEVICE float sigmoid(float value) { return sigmoid_of(value, fast_exp2(-fabs(value) * LOG2_E)); }
+// For gates: where it is small its relative error grows as |value| does, 5e-7 at -8; the infinity below -88 gives zero.
+DEVICE float sigmoid(float value) { return reciprocal(1.0f + fast_exp2(value * -LOG2_E)); }
 
-// max(value, 0) + log(1 + small) by the polynomial for log(1 + s) / s of degree 9 that is best on [0, 1], to 5e-9.
+// max(value, 0) + log(1 + small) by the polynomial for log(1 + s) / s of degree 8 that is best on [0, 1], to 3e-8.
 DEVICE float softplus_of(float value, float small) {
   const float coefficients[] = {
-      -0.003256378462538123f, 0.019907161593437195f, -0.057064201682806015f, 0.10614264756441116f, -0.15311862528324127f,
-      0.19678117334842682f,   -0.24954558908939362f, 0.33330005407333374f,   -0.4999990463256836f, 1.0f};
+      0.005516879726201296f, -0.030668428167700768f, 0.08017196506261826f, -0.1383429765701294f, 0.191904678940773f,
+      -0.24866169691085815f, 0.3332236707210541f,    -0.4999969005584717f, 1.0f};
   float sum = coefficients[0];
-  UNROLL for (int i = 1; i < 10; ++i) sum = multiply_add(sum, small, coefficients[i]);
-  return multiply_add(sum, small, value < 0.0f ? 0.0f : value);
+  UNROLL for (int i = 1; i < 9; ++i) sum = multiply_add(sum, small, coefficients[i]);
+  return multiply_add(sum, small, positive_part(value));
 }
 
 DEVICE float silu_derivative(float value, float gate) { return gate * (1.0f + value * (1.0f - gate)); }
@@ -221,7 +221,7 @@ DEVICE GLOBAL Element* written_by(GLOBAL Element* to, const Inputs in, const Thr
 
 DEVICE void put(GLOBAL Element* to, const Inputs in, const Thread at, int position, const LOCAL float* values) {
   if (position >= in.length) return;
-  GLOBAL Element* target = to + int64(position) * in.channels;
+  GLOBAL Element* target = to + int64(unsigned(position)) * unsigned(in.channels);
   if (ALIGNED) {
     Brought packed;
     packed.pack(values);
@@ -232,7 +232,7 @@ DEVICE void put(GLOBAL Element* to, const Inputs in, const Thread at, int positi
   }
 }
 
-// Of (e), for the channels that the thread brings. Read again for each tile: registers are scarcer.
+// Of (e), for the channels that the thread brings.
 DEVICE void bring_channels(const GLOBAL float* from, const Inputs in, const Thread at, LOCAL float* values) {
   if (ALIGNED && VECTOR % 4 == 0 && ALIGNED_AT(from)) {
     UNROLL for (int c = 0; c + 3 < VECTOR; c += 4) {
@@ -358,11 +358,9 @@ struct Bundle {
   // The steps and steps * x of vector i into (TILE, ROW) float2, zero where the position does not count; slopes: of the
   // steps by delta.
   DEVICE void lay_steps(
-      SHARED float* steps, const Inputs in, const Thread at, int i, bool counting, bool whole,
-      LOCAL float* slopes) const {
-    float values[VECTOR], raw[VECTOR], bias[VECTOR], pairs[2 * VECTOR];
+      SHARED float* steps, const Thread at, int i, const LOCAL float* bias, bool counting, LOCAL float* slopes) const {
+    float values[VECTOR], raw[VECTOR], pairs[2 * VECTOR];
     x[i].unpack(values), delta[i].unpack(raw);
-    if (HAS_BIAS) bring_channels(in.delta_bias, in, at, bias);
     UNROLL for (int c = 0; c < VECTOR; ++c) {
       float step = HAS_BIAS ? raw[c] + bias[c] : raw[c];
       slopes[c] = 1.0f;
@@ -372,10 +370,12 @@ struct Bundle {
       }
       pairs[2 * c] = step, pairs[2 * c + 1] = step * values[c];
     }
-    if (!whole && !counting) {
+    SHARED float* to = steps + 2 * (at.brought_position(i) * ROW + at.brought_channel);
+    write<2 * VECTOR>(to, pairs);
+    if (!counting) {  // seldom: so nothing is chosen where all count
       UNROLL for (int c = 0; c < 2 * VECTOR; ++c) pairs[c] = 0.0f;
+      write<2 * VECTOR>(to, pairs);
     }
-    write<2 * VECTOR>(steps + 2 * (at.brought_position(i) * ROW + at.brought_channel), pairs);
   }
 };
 
@@ -397,12 +397,12 @@ struct ForwardResults {
 
 // y of a tile from `linear`, the sums over states.
 DEVICE void finish_forward(
-    const Inputs in, GLOBAL Element* y, const Thread at, int first, const Bundle bundle, const SHARED float* linear) {
+    const Inputs in, GLOBAL Element* y, const Thread at, int first, const Bundle bundle, const SHARED float* linear,
+    const LOCAL float* D) {
   UNROLL for (int i = 0; i < VECTORS; ++i) {
     int position = at.brought_position(i);
     bool counting = counts(in, at.place.row, first + position);
-    float values[VECTOR], x[VECTOR], z[VECTOR], D[VECTOR];
-    if (HAS_D) bring_channels(in.D, in, at, D);
+    float values[VECTOR], x[VECTOR], z[VECTOR];
     read<VECTOR>(linear + position * ROW + at.brought_channel, values);
     if (HAS_D) bundle.x[i].unpack(x);
     if (HAS_Z) bundle.z[i].unpack(z);
@@ -425,8 +425,10 @@ DEVICE void scan_forward(const Inputs given, const ForwardResults out, const Pla
   const Inputs in = seen_from(given, at);
   GLOBAL Element* y = written_by(out.y, in, at);
 
-  float rates[K][NS], h[K][NS], total[K];
+  float rates[K][NS], h[K][NS], total[K], bias[VECTOR], D[VECTOR];
   load_rates(in, at, rates);
+  if (HAS_BIAS) bring_channels(in.delta_bias, in, at, bias);
+  if (HAS_D) bring_channels(in.D, in, at, D);
   if (!FIRST && (HAS_STATE || CHUNKED))
     load_state(in.begin + state_offset(in, at, place.chunk, in.chunks), in, at, h);
   else
@@ -443,7 +445,7 @@ DEVICE void scan_forward(const Inputs given, const ForwardResults out, const Pla
     UNROLL for (int i = 0; i < VECTORS; ++i) {
       float slopes[VECTOR];
       bool counting = counts(in, place.row, first + at.brought_position(i));
-      bundle.lay_steps(steps, in, at, i, counting, all_count(in, first), slopes);
+      bundle.lay_steps(steps, at, i, bias, counting, slopes);
     }
     next_B.lay(B, at);
     if (!FIRST) next_C.lay(C, at);
@@ -485,7 +487,7 @@ DEVICE void scan_forward(const Inputs given, const ForwardResults out, const Pla
       }
     }
     barrier();
-    if (!FIRST) finish_forward(in, y, at, first, bundle, linear);
+    if (!FIRST) finish_forward(in, y, at, first, bundle, linear, D);
   }
   if (FIRST) {
     store_state(out.added + state_offset(in, at, place.chunk, in.chunks), in, at, h);
@@ -669,11 +671,12 @@ DEVICE void scan_backward(
   }
   for (int first = last; first >= at.start; first -= TILE) {
     const Bundle bundle = next;
-    float slopes[VECTORS][VECTOR], gates[VECTORS][VECTOR];
+    float slopes[VECTORS][VECTOR], gates[VECTORS][VECTOR], bias[VECTOR];
+    if (HAS_BIAS) bring_channels(in.delta_bias, in, at, bias);  // for each tile: registers are scarcer
     UNROLL for (int i = 0; i < VECTORS; ++i) {
       int position = at.brought_position(i);
       bool counting = counts(in, place.row, first + position);
-      bundle.lay_steps(tile.steps, in, at, i, counting, all_count(in, first), slopes[i]);
+      bundle.lay_steps(tile.steps, at, i, bias, counting, slopes[i]);
       float gated[VECTOR], z[VECTOR];
       bundle.dy[i].unpack(gated);
       if (HAS_Z) bundle.z[i].unpack(z);

@@ -5,6 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mamba_core.spec import recurrence
+
 from .assertions import assert_close
 from .strategies import EDGES, conv_cases, law, lengths, scan_cases
 from .subjects import Piece
@@ -118,3 +120,31 @@ def test_softplus_is_exact_at_both_ends(backend, value, expected):
     arrays = ones | {"A": np.full((1, 1), -1e-6, np.float32), "delta": np.full((1, 1, 1), value, np.float32)}
     y, _ = call(backend, "selective_scan", arrays, {"delta_softplus": True})
     assert y.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_million_positions(backend):
+    """Also in the sums over all of them, forwards and backwards."""
+    length, channels, states = 1_000_000, 4, 4
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return rng.standard_normal(shape, dtype=np.float32)
+
+    arrays = {"x": normal(1, length, channels), "delta": normal(1, length, channels) - 3}
+    arrays |= {"A": -np.exp(normal(channels, states)), "B": normal(1, length, states), "C": normal(1, length, states)}
+    arrays |= {"D": normal(channels), "z": normal(1, length, channels), "delta_bias": normal(channels)}
+    dy, dh = normal(1, length, channels), normal(1, channels, states)
+    expected = recurrence.selective_scan(**arrays, delta_softplus=True, return_final_state=True)
+    wanted = recurrence.selective_scan_vjp(dy, dh, **arrays, delta_softplus=True)
+
+    def scan(*given):
+        named = dict(zip(arrays, given, strict=True))
+        return backend.selective_scan(**named, delta_softplus=True, return_final_state=True)
+
+    native = [backend.from_numpy(value) for value in arrays.values()]
+    values, gradients = backend.vjp(scan, native, [backend.from_numpy(value) for value in (dy, dh)])
+    for name, value, right in zip(("y", "final state"), values, expected, strict=True):
+        assert_close(value, right, "float32", "value", name)
+    for name, value in zip(arrays, gradients, strict=True):
+        assert_close(value, wanted[name], "float32", "gradient", f"d{name}")

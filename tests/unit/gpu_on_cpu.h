@@ -74,6 +74,7 @@ inline unsigned pair_of(float first, float second) {
 
 inline float fast_exp2(float value) { return std::exp2(value); }
 inline float reciprocal(float value) { return 1 / value; }
+inline float positive_part(float value) { return value < 0 ? 0 : value; }
 inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 inline float infinity() { return std::numeric_limits<float>::infinity(); }
 using namespace fibers;

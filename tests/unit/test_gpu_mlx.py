@@ -56,7 +56,8 @@ def kernel(request, folder, monkeypatch):
         names = [language.name for language in (gpu_scan.CUDA, gpu_scan.METAL) if not gpu_scan.reason(language, "gpu")]
         if not names:
             pytest.skip("no GPU")
-        return names[0]
+        yield names[0]
+        return
     cuda = request.param == "cuda"
     if cuda:  # the words of CUDA's own prelude are assembly
         monkeypatch.setattr(gpu_scan, "CUDA", gpu_scan.CUDA._replace(prelude=str(HERE / "gpu_on_cpu.h")))
