@@ -36,9 +36,12 @@
 #define BROUGHT (TILE * K / S)
 #define VECTOR (BROUGHT < 8 ? BROUGHT : 8)
 #define VECTORS (BROUGHT / VECTOR)
+// Positions from one to the next.
+#define VECTOR_STRIDE (VECTOR * S / K)
 // The same of a tile of B or C.
 #define STATE_VECTOR (PADDED < 8 ? PADDED : 8)
 #define STATE_VECTORS ((TILE * PADDED / STATE_VECTOR + THREADS - 1) / THREADS)
+#define STATE_VECTOR_STRIDE (THREADS * STATE_VECTOR / PADDED)
 // Rows of shared memory, padded so that threads of different positions meet in different banks.
 #define ROW (BLOCK_CHANNELS + 8)
 
@@ -82,8 +85,9 @@ struct Sequence {
   int64 row;
   int position;
 
-  // Neither is negative, and to say so makes it one multiplication.
-  DEVICE const GLOBAL Element* at(int number) const { return data + int64(unsigned(number)) * unsigned(position); }
+  // Of a position after the one that it stands at.
+  DEVICE const GLOBAL Element* at(int after) const { return data + int64(after) * position; }
+  DEVICE void advance(int positions) { data += int64(positions) * position; }
 };
 
 struct Inputs {
@@ -93,6 +97,11 @@ struct Inputs {
   const GLOBAL float* begin;
   const GLOBAL byte *mask, *restart;  // (b, l)
   int length, channels, states, chunk, chunks;
+
+  DEVICE void advance(int positions) {
+    x.advance(positions), delta.advance(positions), z.advance(positions), dy.advance(positions);
+    B.advance(positions), C.advance(positions);
+  }
 };
 
 struct Place {
@@ -157,8 +166,10 @@ struct Thread {
   int states, first_channel;  // the first of its NS, and of its K, which are CHANNEL_LANES apart
   int flip;                   // its j-th state is states + (j ^ flip): so the backward's sums begin without choices
   int start, end;             // of the chunk
-  int brought_channel;        // the first of the VECTOR that it brings, in the block and in all
+  int brought_channel;        // the first of the VECTOR that it brings, in the block and in all; all are of the same
   int brought_global;
+  int brought_first;          // the position in a tile of the first that it brings
+  int state, state_first;     // the same of B and C
 
   DEVICE Thread(Place at, const Inputs in, bool flips) {
     place = at;
@@ -170,11 +181,15 @@ struct Thread {
     end = min(start + in.chunk, in.length);
     brought_channel = at.rank * VECTOR % BLOCK_CHANNELS;
     brought_global = at.block * BLOCK_CHANNELS + brought_channel;
+    brought_first = at.rank * VECTOR / BLOCK_CHANNELS;
+    state = at.rank * STATE_VECTOR % PADDED;
+    state_first = at.rank * STATE_VECTOR / PADDED;
   }
   DEVICE int channel(int k) const { return first_channel + k * CHANNEL_LANES; }
   DEVICE int global_channel(int k) const { return place.block * BLOCK_CHANNELS + channel(k); }
-  // Of the i-th vector that it brings; all are of the same channels.
-  DEVICE int brought_position(int i) const { return (i * THREADS + place.rank) * VECTOR / BLOCK_CHANNELS; }
+  // In a tile, of the i-th vector that it brings.
+  DEVICE int brought_position(int i) const { return brought_first + i * VECTOR_STRIDE; }
+  DEVICE int state_position(int i) const { return state_first + i * STATE_VECTOR_STRIDE; }
 };
 
 // Whether it is known of a tile that all its positions count; of most, where none is masked.
@@ -199,19 +214,23 @@ DEVICE Vector<N> load(const GLOBAL Element* source, int given) {
   return loaded;
 }
 
-// The sequences as the thread reads them: from its row, x, delta, z and dy also from the channels that it brings.
-DEVICE Inputs seen_from(const Inputs in, const Thread at) {
+// The sequences as the thread reads them: each stands at the first vector that it brings of the tile from `first` on.
+DEVICE Inputs seen_from(const Inputs in, const Thread at, int first) {
   Inputs seen = in;
-  seen.x.data += at.place.row * in.x.row + at.brought_global;
-  seen.delta.data += at.place.row * in.delta.row + at.brought_global;
-  seen.z.data += at.place.row * in.z.row + at.brought_global;
-  seen.dy.data += at.place.row * in.dy.row + at.brought_global;
-  seen.B.data += at.place.row * in.B.row, seen.C.data += at.place.row * in.C.row;
+  int64 row = at.place.row;
+  seen.x.data += row * in.x.row + at.brought_global, seen.delta.data += row * in.delta.row + at.brought_global;
+  seen.z.data += row * in.z.row + at.brought_global, seen.dy.data += row * in.dy.row + at.brought_global;
+  seen.B.data += row * in.B.row + at.state, seen.C.data += row * in.C.row + at.state;
+  int position = first + at.brought_first;
+  seen.x.advance(position), seen.delta.advance(position), seen.z.advance(position), seen.dy.advance(position);
+  seen.B.advance(first + at.state_first), seen.C.advance(first + at.state_first);
   return seen;
 }
 
-DEVICE Brought bring(const Sequence from, const Inputs in, const Thread at, int position) {
-  return load<VECTOR, ALIGNED>(from.at(position), position < in.length ? in.channels - at.brought_global : 0);
+// The i-th vector of the tile from `first` on, at which `from` stands.
+DEVICE Brought bring(const Sequence from, const Inputs in, const Thread at, int first, int i) {
+  bool given = first + at.brought_position(i) < in.length;
+  return load<VECTOR, ALIGNED>(from.at(i * VECTOR_STRIDE), given ? in.channels - at.brought_global : 0);
 }
 
 // The results as the thread writes them, from its row and the channels that it brings.
@@ -221,6 +240,7 @@ DEVICE GLOBAL Element* written_by(GLOBAL Element* to, const Inputs in, const Thr
 
 DEVICE void put(GLOBAL Element* to, const Inputs in, const Thread at, int position, const LOCAL float* values) {
   if (position >= in.length) return;
+  // Neither is negative, and to say so makes it one multiplication.
   GLOBAL Element* target = to + int64(unsigned(position)) * unsigned(in.channels);
   if (ALIGNED) {
     Brought packed;
@@ -252,20 +272,19 @@ struct States {
 
   DEVICE void bring(const Sequence from, const Inputs in, const Thread at, int first) {
     UNROLL for (int i = 0; i < STATE_VECTORS; ++i) {
-      int index = (i * THREADS + at.place.rank) * STATE_VECTOR;
-      int position = first + index / PADDED, state = index % PADDED;
-      const GLOBAL Element* source = from.at(position) + state;
-      bool given = index < TILE * PADDED && counts(in, at.place.row, position);
-      brought[i] = load<STATE_VECTOR, STATES_ALIGNED>(source, given ? in.states - state : 0);
+      int position = at.state_position(i);
+      bool given = position < TILE && counts(in, at.place.row, first + position);
+      const GLOBAL Element* source = from.at(i * STATE_VECTOR_STRIDE);
+      brought[i] = load<STATE_VECTOR, STATES_ALIGNED>(source, given ? in.states - at.state : 0);
     }
   }
   // Into (TILE, PADDED).
   DEVICE void lay(SHARED float* to, const Thread at) const {
     UNROLL for (int i = 0; i < STATE_VECTORS; ++i) {
-      int index = (i * THREADS + at.place.rank) * STATE_VECTOR;
       float values[STATE_VECTOR];
       brought[i].unpack(values);
-      if (index < TILE * PADDED) write<STATE_VECTOR>(to + index, values);
+      int position = at.state_position(i);
+      if (position < TILE) write<STATE_VECTOR>(to + position * PADDED + at.state, values);
     }
   }
 };
@@ -349,10 +368,9 @@ struct Bundle {
 
   DEVICE void bring(const Inputs in, const Thread at, int first, bool with_z, bool with_dy) {
     UNROLL for (int i = 0; i < VECTORS; ++i) {
-      int position = first + at.brought_position(i);
-      x[i] = ::bring(in.x, in, at, position), delta[i] = ::bring(in.delta, in, at, position);
-      if (HAS_Z && with_z) z[i] = ::bring(in.z, in, at, position);
-      if (with_dy) dy[i] = ::bring(in.dy, in, at, position);
+      x[i] = ::bring(in.x, in, at, first, i), delta[i] = ::bring(in.delta, in, at, first, i);
+      if (HAS_Z && with_z) z[i] = ::bring(in.z, in, at, first, i);
+      if (with_dy) dy[i] = ::bring(in.dy, in, at, first, i);
     }
   }
   // The steps and steps * x of vector i into (TILE, ROW) float2, zero where the position does not count; slopes: of the
@@ -422,7 +440,7 @@ DEVICE void scan_forward(const Inputs given, const ForwardResults out, const Pla
   SHARED float *B = linear + TILE * ROW, *C = B + TILE * PADDED;
   SHARED byte* restarting = (SHARED byte*)(C + TILE * PADDED);
   const Thread at(place, given, false);
-  const Inputs in = seen_from(given, at);
+  Inputs in = seen_from(given, at, at.start);
   GLOBAL Element* y = written_by(out.y, in, at);
 
   float rates[K][NS], h[K][NS], total[K], bias[VECTOR], D[VECTOR];
@@ -451,6 +469,7 @@ DEVICE void scan_forward(const Inputs given, const ForwardResults out, const Pla
     if (!FIRST) next_C.lay(C, at);
     lay_restarts(restarting, in, at, first);
     barrier();
+    in.advance(TILE);
     next.bring(in, at, first + TILE, !FIRST, false);
     next_B.bring(in.B, in, at, first + TILE);
     if (!FIRST) next_C.bring(in.C, in, at, first + TILE);
@@ -643,7 +662,8 @@ DEVICE void scan_backward(
   SHARED float *channel_sums = dBC + TILE * WARPS * 2 * PADDED, *own_sums = channel_sums + place.rank * VECTOR;
   const Tile tile = {rows, rows + 2 * TILE * ROW, others, others + TILE * ROW, others + 2 * TILE * ROW};
   const Thread at(place, given, true);
-  const Inputs in = seen_from(given, at);
+  const int last = at.start + (at.end - 1 - at.start) / TILE * TILE;
+  Inputs in = seen_from(given, at, last);
   BackwardResults out = results;
   out.dx = written_by(out.dx, in, at), out.ddelta = written_by(out.ddelta, in, at);
   out.dz = written_by(out.dz, in, at);
@@ -662,7 +682,6 @@ DEVICE void scan_backward(
 
   Bundle next;
   States next_B, next_C;
-  const int last = at.start + (at.end - 1 - at.start) / TILE * TILE;
   next.bring(in, at, last, true, true);
   next_C.bring(in.C, in, at, last);
   if (!FIRST) {
@@ -693,6 +712,7 @@ DEVICE void scan_backward(
     if (!FIRST) UNROLL for (int k = 0; k < K; ++k) UNROLL for (int j = 0; j < NS; ++j) h[k][j] = before[k][j];
     barrier();
     if (first > at.start) {  // the next tile lies before this one
+      in.advance(-TILE);
       next.bring(in, at, first - TILE, true, true);
       next_C.bring(in.C, in, at, first - TILE);
       if (!FIRST) {

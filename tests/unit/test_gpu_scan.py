@@ -119,6 +119,9 @@ def test_every_number_of_states_has_a_geometry_that_fits_a_multiprocessor(states
     geometry = gpu.geometry(states, backward)
     assert geometry.padded >= states
     assert geometry.TILE * geometry.K % geometry.S == 0
+    # A thread's next vector is whole positions after the last.
+    assert geometry.vector * geometry.S % geometry.K == 0
+    assert geometry.threads * min(8, geometry.padded) % geometry.padded == 0
     assert (geometry.backward_shared if backward else geometry.forward_shared) <= 227 * 1024
 
 
