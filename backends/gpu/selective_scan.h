@@ -159,6 +159,22 @@ DEVICE void write(SHARED float* to, const LOCAL float* values) {
   }
 }
 
+// Where a channel's pair stands in a row of steps: threads write 8 channels each, four floats at a time, and those of
+// other threads meant for the same banks change places.
+DEVICE int pair_place(int channel) { return channel ^ (channel / 8 % 4 * 2); }
+
+#define PAIRS_AT_ONCE (VECTOR < 2 ? VECTOR : 2)
+
+DEVICE void read_pairs(const SHARED float* row, int channel, LOCAL float* pairs) {
+  UNROLL for (int c = 0; c < VECTOR; c += PAIRS_AT_ONCE)
+      read<2 * PAIRS_AT_ONCE>(row + 2 * pair_place(channel + c), pairs + 2 * c);
+}
+
+DEVICE void write_pairs(SHARED float* row, int channel, const LOCAL float* pairs) {
+  UNROLL for (int c = 0; c < VECTOR; c += PAIRS_AT_ONCE)
+      write<2 * PAIRS_AT_ONCE>(row + 2 * pair_place(channel + c), pairs + 2 * c);
+}
+
 // Where a thread stands, what it computes and what it brings.
 struct Thread {
   Place place;
@@ -279,25 +295,21 @@ struct States {
     }
   }
   // Into (TILE, PADDED).
-  DEVICE void lay(SHARED float* to, const Thread at) const {
+  DEVICE void lay(SHARED Element* to, const Thread at) const {
     UNROLL for (int i = 0; i < STATE_VECTORS; ++i) {
-      float values[STATE_VECTOR];
-      brought[i].unpack(values);
       int position = at.state_position(i);
-      if (position < TILE) write<STATE_VECTOR>(to + position * PADDED + at.state, values);
+      if (position < TILE) *(SHARED Vector<STATE_VECTOR>*)(to + position * PADDED + at.state) = brought[i];
     }
   }
 };
 
-// The thread's NS of a position's states, in its order.
-DEVICE void read_states(const SHARED float* from, const Thread at, LOCAL float* values) {
-  if (NS % 4 == 0) {
-    UNROLL for (int j = 0; j + 1 < NS; j += 2) {
-      float2 two = *(const SHARED float2*)(from + at.states + (j ^ at.flip));
-      values[j] = two.x, values[j + 1] = two.y;
-    }
-  } else {
-    UNROLL for (int j = 0; j < NS; ++j) values[j] = from[at.states + (j ^ at.flip)];
+// The thread's NS of a position's B or C, in its order, whose pairs are whole where NS is a multiple of 4.
+#define STATES_AT_ONCE (NS % 4 == 0 ? 2 : 1)
+
+DEVICE void read_states(const SHARED Element* from, const Thread at, LOCAL float* values) {
+  UNROLL for (int j = 0; j < NS; j += STATES_AT_ONCE) {
+    Vector<STATES_AT_ONCE> own = *(const SHARED Vector<STATES_AT_ONCE>*)(from + at.states + (j ^ at.flip));
+    own.unpack(values + j);
   }
 }
 
@@ -373,7 +385,7 @@ struct Bundle {
       if (with_dy) dy[i] = ::bring(in.dy, in, at, first, i);
     }
   }
-  // The steps and steps * x of vector i into (TILE, ROW) float2, zero where the position does not count; slopes: of the
+  // The steps and steps * x of vector i into (TILE, ROW) pairs, zero where the position does not count; slopes: of the
   // steps by delta.
   DEVICE void lay_steps(
       SHARED float* steps, const Thread at, int i, const LOCAL float* bias, bool counting, LOCAL float* slopes) const {
@@ -388,11 +400,11 @@ struct Bundle {
       }
       pairs[2 * c] = step, pairs[2 * c + 1] = step * values[c];
     }
-    SHARED float* to = steps + 2 * (at.brought_position(i) * ROW + at.brought_channel);
-    write<2 * VECTOR>(to, pairs);
+    SHARED float* row = steps + 2 * at.brought_position(i) * ROW;
+    write_pairs(row, at.brought_channel, pairs);
     if (!counting) {  // seldom: so nothing is chosen where all count
       UNROLL for (int c = 0; c < 2 * VECTOR; ++c) pairs[c] = 0.0f;
-      write<2 * VECTOR>(to, pairs);
+      write_pairs(row, at.brought_channel, pairs);
     }
   }
 };
@@ -437,7 +449,7 @@ DEVICE void finish_forward(
 template <bool FIRST>
 DEVICE void scan_forward(const Inputs given, const ForwardResults out, const Place place, SHARED float* shared) {
   SHARED float *steps = shared, *linear = steps + 2 * TILE * ROW;
-  SHARED float *B = linear + TILE * ROW, *C = B + TILE * PADDED;
+  SHARED Element *B = (SHARED Element*)(linear + TILE * ROW), *C = B + TILE * PADDED;
   SHARED byte* restarting = (SHARED byte*)(C + TILE * PADDED);
   const Thread at(place, given, false);
   Inputs in = seen_from(given, at, at.start);
@@ -487,7 +499,7 @@ DEVICE void scan_forward(const Inputs given, const ForwardResults out, const Pla
           if (!FIRST) read_states(C + (t + u) * PADDED, at, C_t);
           bool restarts = HAS_RESTART && restarting[t + u];
           UNROLL for (int k = 0; k < K; ++k) {
-            float2 step = ((SHARED float2*)steps)[(t + u) * ROW + at.channel(k)];
+            float2 step = ((SHARED float2*)steps)[(t + u) * ROW + pair_place(at.channel(k))];
             if (FIRST) total[k] = restarts ? infinity() : total[k] + step.x;
             float sum = 0.0f;
             UNROLL for (int j = 0; j < NS; ++j) {
@@ -625,7 +637,7 @@ DEVICE void finish_backward(
     float x[VECTOR], steps[2 * VECTOR], gated[VECTOR], gB[VECTOR], rated[VECTOR];
     float dx[VECTOR], ddelta[VECTOR];
     bundle.x[i].unpack(x);
-    read<2 * VECTOR>(tile.steps + 2 * there, steps), read<VECTOR>(tile.gated + there, gated);
+    read_pairs(tile.steps + 2 * position * ROW, at.brought_channel, steps), read<VECTOR>(tile.gated + there, gated);
     read<VECTOR>(tile.gB + there, gB), read<VECTOR>(tile.rated + there, rated);
     UNROLL for (int c = 0; c < VECTOR; ++c) {
       dx[c] = HAS_D ? multiply_add(gB[c], steps[2 * c], D[c] * gated[c]) : gB[c] * steps[2 * c];
@@ -656,9 +668,12 @@ template <bool FIRST>
 DEVICE void scan_backward(
     const Inputs given, const GLOBAL float* kept, const BackwardResults results, const Place place, SHARED float* shared) {
   // What a first run uses comes first.
-  SHARED float *rows = shared, *C = rows + 3 * TILE * ROW;
-  SHARED byte* restarting = (SHARED byte*)(C + TILE * PADDED);
-  SHARED float *others = C + TILE * PADDED + TILE, *B = others + 3 * TILE * ROW, *dBC = B + TILE * PADDED;
+  SHARED float *rows = shared, *after_rows = rows + 3 * TILE * ROW;
+  SHARED Element* C = (SHARED Element*)after_rows;
+  SHARED byte* restarting = (SHARED byte*)(after_rows + TILE * PADDED);
+  SHARED float *others = after_rows + TILE * PADDED + TILE, *after_others = others + 3 * TILE * ROW;
+  SHARED Element* B = (SHARED Element*)after_others;
+  SHARED float* dBC = after_others + TILE * PADDED;
   SHARED float *channel_sums = dBC + TILE * WARPS * 2 * PADDED, *own_sums = channel_sums + place.rank * VECTOR;
   const Tile tile = {rows, rows + 2 * TILE * ROW, others, others + TILE * ROW, others + 2 * TILE * ROW};
   const Thread at(place, given, true);
@@ -729,7 +744,7 @@ DEVICE void scan_backward(
         if (HAS_Z) read_states(C + (t + u) * PADDED, at, C_t);
         bool restarts = HAS_RESTART && restarting[t + u];
         UNROLL for (int k = 0; k < K; ++k) {
-          float2 step = ((SHARED float2*)tile.steps)[(t + u) * ROW + at.channel(k)];
+          float2 step = ((SHARED float2*)tile.steps)[(t + u) * ROW + pair_place(at.channel(k))];
           history.put((t + u) * K + k, h[k]);
           float sum = 0.0f;
           UNROLL for (int j = 0; j < NS; ++j) {
@@ -755,9 +770,8 @@ DEVICE void scan_backward(
         bool restarts = HAS_RESTART && restarting[t + u];
         UNROLL for (int j = 0; j < NS; ++j) dB[j] = dC[j] = 0.0f;
         UNROLL for (int k = 0; k < K; ++k) {
-          int there = (t + u) * ROW + at.channel(k);
-          float2 step = ((SHARED float2*)tile.steps)[there];
-          float gated = tile.gated[there], gB_sum = 0.0f, rated_sum = 0.0f, previous[NS];
+          float2 step = ((SHARED float2*)tile.steps)[(t + u) * ROW + pair_place(at.channel(k))];
+          float gated = tile.gated[(t + u) * ROW + at.channel(k)], gB_sum = 0.0f, rated_sum = 0.0f, previous[NS];
           if (FIRST)
             total[k] = restarts ? infinity() : total[k] + step.x;
           else

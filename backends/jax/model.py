@@ -102,6 +102,11 @@ class LanguageModel(Model):
         hidden, state = self._run(input_ids, state, mask, segment_ids, observe)
         return Output(observe("logits", self._masked(self.head(hidden), mask)), state)
 
+    def hidden(self, input_ids: jax.Array, mask=None) -> jax.Array:
+        """What the head is given, zero at masked positions, where the logits then are."""
+        hidden, _ = self._run(input_ids, None, mask, None, unobserved)
+        return self._masked(hidden, mask)
+
     def head(self, hidden: jax.Array) -> jax.Array:
         """Logits in float32 from the backbone's output."""
         tied = self.lm_head is None
@@ -110,6 +115,12 @@ class LanguageModel(Model):
             if (logits := step.head(self.chosen_kernels, hidden, weight, transposed=not tied)) is not None:
                 return logits
         return step.product(hidden, weight, transposed=False) if tied else self.lm_head(hidden)
+
+    def head_weight(self) -> jax.Array | None:
+        """(v, d), whose product with the backbone's output the logits are; None if nobody knows what they are."""
+        if self.lm_head is None:
+            return self.backbone.embeddings.embedding[...]
+        return self.lm_head.kernel[...].T if step.is_linear(self.lm_head) else None
 
 
 class FeatureModel(Model):

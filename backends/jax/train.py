@@ -10,16 +10,24 @@ import optax
 from flax import nnx
 
 from mamba_core.backends.jax.arrays import from_numpy
-from mamba_core.backends.jax.weights import assign, canonical, named, transposed
+from mamba_core.backends.jax.loss import linear_cross_entropy
+from mamba_core.backends.jax.weights import canonical, named, path, transposed, variable
 from mamba_core.spec.checks import check_task
 from mamba_core.spec.params import parameter_table
 
 
 def loss(model, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     """Mean cross-entropy of tokens[:, 1:] given tokens[:, :-1] over the targets that count; tokens (b, l+1)."""
-    logits = model(tokens[:, :-1], mask=None if mask is None else mask[:, :-1]).logits
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-    return losses.mean(where=None if mask is None else mask[:, 1:])
+    tokens, targets = tokens[:, :-1], tokens[:, 1:]
+    counts = jnp.ones(targets.shape, bool)
+    if mask is not None:
+        mask, counts = mask[:, :-1], mask[:, 1:]
+    if (weight := model.head_weight()) is None:
+        losses = optax.softmax_cross_entropy_with_integer_labels(model(tokens, mask=mask).logits, targets)
+        return losses.mean(where=counts)
+    hidden = model.hidden(tokens, mask)
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    return linear_cross_entropy(hidden, weight, targets.ravel(), counts.ravel()) / counts.sum()
 
 
 def loss_and_gradients(model, tokens, mask=None) -> tuple[float, dict[str, np.ndarray]]:
@@ -39,15 +47,24 @@ class Trainer:
         check_task(model.config, "training")
         self.model = model
         self.settings = settings
+        self._look()
         parameters = named(model, nnx.state(model, nnx.Param))
         self.moments = _optimizer(model.config, settings).init(_float32(parameters))
         self._begin(0)
 
     def step(self, tokens) -> tuple[float, float]:
+        """The model must keep its modules: to look through them takes the host as long as a step takes a GPU."""
+        if self.model.remat != self.remat:
+            self._look()
         tokens, rate = from_numpy(tokens, device=self.model.device), self.settings.rate(self.count)
-        value, norm, self.moments = _update(self.model, self.moments, tokens, rate, settings=self.settings)
+        variables = {name: variable(self.model, name) for name in parameter_table(self.model.config)}
+        values = {name: its[...] for name, its in variables.items()}
+        found, values, self.moments = self.update(values, self.others, self.moments, tokens, rate)
+        for name, its in variables.items():
+            its.set_value(values[name])
         self.count += 1
-        return float(value), float(norm)
+        value, norm = np.asarray(found).tolist()
+        return value, norm
 
     def state(self) -> dict[str, np.ndarray]:
         arrays = {"step": np.array(self.count, np.int64)}
@@ -60,6 +77,13 @@ class Trainer:
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         moments = {key: self._moments(prefix, state) for prefix, key in _MOMENTS.items()}
         self._begin(int(state["step"]), **moments)
+
+    def _look(self):
+        """Compiles for the model's modules as they are."""
+        places = {path(self.model, name): name for name in parameter_table(self.model.config)}
+        graph, _, self.others = nnx.split(self.model, lambda place, _: place in places, ...)
+        self.remat = self.model.remat
+        self.update = _compiled(graph, tuple(places.items()), self.model.config, self.settings)
 
     def _begin(self, count, **moments):
         self.count = count
@@ -88,14 +112,25 @@ def _optimizer(config, s) -> optax.GradientTransformation:
     )
 
 
-@functools.partial(nnx.jit, static_argnames="settings", donate_argnames=("model", "moments"))
-def _update(model, moments, tokens, rate, *, settings):
-    error, gradients = nnx.value_and_grad(loss)(model, tokens)
-    gradients, values = _float32(named(model, gradients)), named(model, nnx.state(model, nnx.Param))
-    updates, moments = _optimizer(model.config, settings).update(gradients, moments, _float32(values))
-    for name, value in values.items():
-        assign(model, name, (value - rate * updates[name]).astype(value.dtype))
-    return error, optax.global_norm(gradients), moments
+@functools.lru_cache(maxsize=8)
+def _compiled(graph, places, config, settings):
+    """The update of the model with that graph, whose parameters stand at places: (place, name) of each."""
+
+    @functools.partial(jax.jit, donate_argnames=("values", "moments"))
+    def update(values, others, moments, tokens, rate):
+        """(loss and norm of the gradient, values, moments); values: the parameters by canonical name."""
+
+        def error(values):
+            parameters = nnx.from_flat_state((place, nnx.Param(values[name])) for place, name in places)
+            return loss(nnx.merge(graph, parameters, others), tokens)
+
+        value, gradients = jax.value_and_grad(error)(values)
+        gradients, before = _float32(gradients), _float32(values)
+        updates, moments = _optimizer(config, settings).update(gradients, moments, before)
+        after = {name: (before[name] - rate * updates[name]).astype(values[name].dtype) for name in values}
+        return jnp.stack([value, optax.global_norm(gradients)]), after, moments
+
+    return update
 
 
 def _float32(arrays):

@@ -38,10 +38,10 @@ def named(model: Model, state: nnx.State) -> dict[str, jax.Array]:
     return {name: values[path(model, name)][...] for name in parameter_table(model.config)}
 
 
-def assign(model: Model, name: str, value: jax.Array) -> None:
-    """Change the parameter of that canonical name in place."""
+def variable(model: Model, name: str) -> nnx.Variable:
+    """The parameter of that canonical name, whose value may be changed in place."""
     *owner, leaf = path(model, name)
-    getattr(_module(model, owner), leaf)[...] = value
+    return getattr(_module(model, owner), leaf)
 
 
 def canonical(model: Model, name: str, value: jax.Array) -> np.ndarray:

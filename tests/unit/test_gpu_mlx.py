@@ -264,7 +264,7 @@ def test_inside_compile_and_at_any_address(kernel):
 def test_other_transformations_are_refused(kernel):
     arrays = arguments(1, 9, 8, 3)
     if kernel != "on a CPU":  # where it computes at once, and under vmap there is nothing to compute with
-        with pytest.raises(NotImplementedError, match="no vmap"):
+        with pytest.raises((NotImplementedError, ValueError), match="vmap"):  # ours, or MLX's own for what is inside
             mx.eval(mx.vmap(lambda x: scan(arrays | {"x": x}, kernel)[0])(arrays["x"][None]))
     gradient = mx.grad(lambda x: scan(arrays | {"x": x}, kernel)[0].sum())
     with pytest.raises(NotImplementedError, match="first gradient"):
