@@ -35,9 +35,9 @@ def causal_conv(
 
 def causal_conv_step(x, weight, bias=None, *, activation=None, state):
     check_conv_step(x, weight, bias, activation, state)
-    window = jnp.concatenate([state.astype(x.dtype), x[:, None]], axis=1)
-    y = _filter(window, weight, bias, None, activation)
-    return y[:, 0].astype(x.dtype), window[:, 1:]
+    state, x = state.astype(x.dtype), x[:, None]
+    y = _filter(x, state, weight, bias, None, activation)
+    return y[:, 0].astype(x.dtype), jnp.concatenate([state, x], axis=1)[:, 1:]
 
 
 @functools.partial(jax.jit, static_argnames=("activation", "kernel"))
@@ -61,15 +61,14 @@ def shifted(x, weight, bias, state, mask, restart, *, activation):
         end = mask.sum(1)
         x = jnp.take_along_axis(jnp.where(mask[..., None], x, 0), order[..., None], axis=1)
         restart = None if restart is None else jnp.take_along_axis(restart, order, axis=1)
-    inputs = jnp.concatenate([state, x], axis=1)
     run = None if restart is None else jnp.pad(jnp.cumsum(restart, axis=1), ((0, 0), (carried, 0)))
 
-    y = _filter(inputs, weight, bias, run, activation).astype(x.dtype)
+    y = _filter(x, state, weight, bias, run, activation).astype(x.dtype)
     if mask is not None:
         y = jnp.where(mask[..., None], jnp.take_along_axis(y, inverse[..., None], axis=1), 0)
 
     last = end[:, None] + jnp.arange(carried)
-    state = jnp.take_along_axis(inputs, last[..., None], axis=1)
+    state = jnp.take_along_axis(jnp.concatenate([state, x], axis=1), last[..., None], axis=1)
     if run is not None:
         in_last_run = jnp.take_along_axis(run, last, axis=1) == restart.sum(1, keepdims=True)
         state = jnp.where(in_last_run[..., None], state, 0)
@@ -79,54 +78,62 @@ def shifted(x, weight, bias, state, mask, restart, *, activation):
 native = native_conv.beside(shifted)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _filter(inputs, weight, bias, run, activation):
-    """Over inputs (b, k-1+l, e) in float32; `run` (b, k-1+l) counts the restarts up to each.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _filter(x, state, weight, bias, run, activation):
+    """Over x (b, l, e) after state (b, k-1, e), in float32; `run` (b, k-1+l) counts the restarts up to each.
 
-    The gradient is by hand: from JAX's own, XLA makes a sum for each tap that is seven times slower on CPU.
+    The gradient is by hand: from JAX's own, XLA makes a sum for each tap that is seven times slower on CPU. The state
+    and x are not joined, which XLA would do in memory.
     """
-    return _activate(_linear(_windows(inputs, weight, run), weight, bias), activation)
+    return _activate(_linear(_windows(x, state, run), weight, bias), activation)
 
 
-def _filter_forward(inputs, weight, bias, run, activation):
+def _filter_forward(x, state, weight, bias, run, activation):
     # Not of `_filter`, which would refuse forward mode over reverse.
-    y = _activate(_linear(_windows(inputs, weight, run), weight, bias), activation)
-    return y, (inputs, weight, bias, run)
+    y = _activate(_linear(_windows(x, state, run), weight, bias), activation)
+    return y, (x, state, weight, bias, run)
 
 
 def _filter_backward(activation, saved, dy):
-    inputs, weight, bias, run = saved
-    windows = _windows(inputs, weight, run)
+    x, state, weight, bias, run = saved
+    windows = _windows(x, state, run)
     _, pullback = jax.vjp(lambda linear: _activate(linear, activation), _linear(windows, weight, bias))
     (g,) = pullback(dy)
     dweight = jnp.stack([(g * window).sum((0, 1)) for window in windows], axis=1).astype(weight.dtype)
     dbias = None if bias is None else g.sum((0, 1)).astype(bias.dtype)
-    # An input gets its gradient from the k positions at and after it: the same filter the other way round.
-    carried = weight.shape[1] - 1
-    g = jnp.pad(g, ((0, 0), (carried, carried), (0, 0)))
-    ends = None if run is None else jnp.pad(run[:, carried:], ((0, 0), (carried, carried)), constant_values=-1)
-    taps = range(carried + 1)
-    dinputs = sum(weight[:, tap] * _shifted(g, carried - tap, inputs.shape[1], ends, run) for tap in taps)
-    return dinputs.astype(inputs.dtype), dweight, dbias, None
+    length, carried = x.shape[1], state.shape[1]
+    dx, dstate = 0.0, jnp.zeros(state.shape, g.dtype)
+    for tap in range(carried + 1):
+        own = weight[:, tap] * _where_it_sees(g, run, tap, carried)
+        dx += _moved(own, tap - carried, length)
+        dstate += _moved(own, tap, carried)
+    return dx.astype(x.dtype), dstate.astype(state.dtype), dweight, dbias, None
 
 
 _filter.defvjp(_filter_forward, _filter_backward)
 
 
-def _windows(inputs, weight, run):
+def _windows(x, state, run):
     """For each tap what it sees: (b, l, e), zero from before the last restart."""
-    inputs = inputs.astype(jnp.promote_types(inputs.dtype, jnp.float32))
-    carried = weight.shape[1] - 1
-    ends = None if run is None else run[:, carried:]
-    return [_shifted(inputs, tap, inputs.shape[1] - carried, run, ends) for tap in range(carried + 1)]
+    x, state = (value.astype(jnp.promote_types(value.dtype, jnp.float32)) for value in (x, state))
+    length, carried = x.shape[1], state.shape[1]
+    windows = (_moved(x, carried - tap, length) + _moved(state, -tap, length) for tap in range(carried + 1))
+    return [_where_it_sees(window, run, tap, carried) for tap, window in enumerate(windows)]
 
 
-def _shifted(values, start, length, runs, wanted):
-    """`length` of the values from `start` on, zero where their run is not the wanted one."""
-    part = values[:, start : start + length]
-    if runs is None:
-        return part
-    return jnp.where((runs[:, start : start + length] == wanted)[..., None], part, 0)
+def _moved(values, later, length):
+    """(b, length, e): the values so many positions later, zero where there are none."""
+    return lax.pad(
+        values, jnp.zeros((), values.dtype), [(0, 0, 0), (later, length - later - values.shape[1], 0), (0, 0, 0)]
+    )
+
+
+def _where_it_sees(values, run, tap, carried):
+    """Zero where what the tap would see lies before the last restart."""
+    if run is None:
+        return values
+    length = values.shape[1]
+    return jnp.where((run[:, tap : tap + length] == run[:, carried:])[..., None], values, 0)
 
 
 def _linear(windows, weight, bias):

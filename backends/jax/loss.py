@@ -8,6 +8,7 @@ from mamba_core.backends.jax.kernels.step import product
 
 # Logits in memory at once.
 BYTES = 1 << 29
+ROUND = 64
 
 
 @jax.custom_vjp
@@ -49,7 +50,9 @@ linear_cross_entropy.defvjp(_forward, _backward)
 def _parts(weight, *arrays):
     """The rows of each, some at a time: (parts, rows of a part, ...); the last part is filled up with zeros."""
     rows = len(arrays[0])
-    each = max(1, min(rows, BYTES // (4 * len(weight))))
+    each = -(-rows // max(1, -(-4 * rows * len(weight) // BYTES)))
+    if each < rows:  # products of round sizes are faster
+        each = -(-each // ROUND) * ROUND
     filling = -rows % each
     padded = (jnp.pad(value, [(0, filling)] + [(0, 0)] * (value.ndim - 1)) for value in arrays)
     return [value.reshape(-1, each, *value.shape[1:]) for value in padded]
