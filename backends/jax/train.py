@@ -58,7 +58,7 @@ class Trainer:
             self._look()
         tokens, rate = from_numpy(tokens, device=self.model.device), self.settings.rate(self.count)
         variables = {name: variable(self.model, name) for name in parameter_table(self.model.config)}
-        values = {name: its[...] for name, its in variables.items()}
+        values = {name: its.get_raw_value() for name, its in variables.items()}
         found, values, self.moments = self.update(values, self.others, self.moments, tokens, rate)
         for name, its in variables.items():
             its.set_value(values[name])

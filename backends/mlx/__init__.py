@@ -1,5 +1,11 @@
 """The MLX backend: Apple silicon, CUDA and CPU. Models are `mlx.nn.Module`s."""
 
+import os
+
+# Float32 is float32, as on the other backends: unless told so MLX rounds the factors of products to TF32 on GPUs that
+# have it. It looks at this when it first multiplies.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
+
 from mamba_core.backends.mlx.arrays import devices, from_numpy, peak_memory, to_numpy, vjp
 from mamba_core.backends.mlx.conv import causal_conv, causal_conv_step
 from mamba_core.backends.mlx.decode import choose, decode, distribution, fork, prefill

@@ -39,8 +39,6 @@ def cuda(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, delta_softplus)
     if any(value is not None and value.dtype != dtype for value in (delta, B, C, z)):
         x, delta, B, C, z = (None if value is None else value.float() for value in (x, delta, B, C, z))
     A, D, delta_bias, h0 = (None if value is None else value.float() for value in (A, D, delta_bias, h0))
-    if x.numel() == 0:
-        return x.to(dtype), A.new_zeros(len(x), *A.shape) if h0 is None else h0
     tensors = (x, delta, A, B, C, D, z, delta_bias, h0, mask, restart)
     keep = torch.is_grad_enabled() and any(is_float(value) and value.requires_grad for value in tensors)
     y, h = _cuda(*tensors, bool(delta_softplus), keep)
@@ -67,6 +65,9 @@ def _scan(
     refuse_tangents(x, delta, A, B, C, D, z, delta_bias, h0)
     named = _named(x, delta, A, B, C, D, z, delta_bias, mask, restart)
     scan = _plan(named, delta_softplus, h0, keep=keep)
+    if scan.length == 0:
+        shape = (len(x), *A.shape)
+        return torch.empty_like(x), A.new_zeros(shape) if h0 is None else h0.clone(), A.new_empty(scan.shapes["kept"])
     found = _run(scan, named | {"begin": _padded(h0, scan)})
     return found["y"], _unpadded(found["final_state"], scan), found["kept"]
 
@@ -94,6 +95,12 @@ def _scan_backward(
         _, _, kept = _scan(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, delta_softplus, True)
     named = _named(x, delta, A, B, C, D, z, delta_bias, mask, restart) | {"dy": rows(dy)}
     scan = _plan(named, delta_softplus, dfinal_state, backward=True)
+    if scan.length == 0:
+        given = (x, delta, A, B, C, D, z, delta_bias)
+        gradients = [torch.zeros_like(value) for value in given if value is not None]
+        if h0 is not None:
+            gradients.append(torch.zeros_like(h0) if dfinal_state is None else dfinal_state.clone())
+        return gradients
     found = _run(scan, named | {"begin": _padded(dfinal_state, scan), "kept": kept})
     names = ["dx", "ddelta", "dA_sum", "dB_sum", "dC_sum", "dD_sum", "dz", "ddelta_bias_sum"]
     gradients = [found[name] for name in names if name in found]

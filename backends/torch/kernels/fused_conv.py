@@ -79,7 +79,7 @@ def conv(x, weight, bias, state, runs, silu) -> tuple[Tensor, Tensor]:
         _conv_kernel[_grid(x, FORWARD.channels, FORWARD.steps)](
             x,
             weight.contiguous(),
-            weight if bias is None else bias,
+            weight if bias is None else bias.contiguous(),
             x if state is None else state.contiguous(),
             x if runs is None else runs,
             y,
@@ -119,7 +119,7 @@ def conv_backward(dy, dfinal_state, x, weight, bias, state, runs, silu, dx, besi
             x if dfinal_state is None else dfinal_state.contiguous(),
             x,
             weight.contiguous(),
-            weight if bias is None else bias,
+            weight if bias is None else bias.contiguous(),
             x if state is None else state.contiguous(),
             x if runs is None else runs,
             dx,
