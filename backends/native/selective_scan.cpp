@@ -13,6 +13,8 @@
 // One task is BLOCK channels of one row; it keeps its state in memory every CHUNK positions. Neither depends on the
 // vector width or the threads, and so the order of every sum is the same for any number of them.
 constexpr int64_t BLOCK = 64, CHUNK = 32, STATES = 2;
+// Sums over positions go to double after so many chunks: float would lose what a million additions lose.
+constexpr int64_t SUMMED = 64;
 
 // What a thread computes in. Rows of positions; n here is a multiple of STATES, with states of zeros added.
 struct Work {
@@ -21,9 +23,11 @@ struct Work {
     float decay[CHUNK][STATES][WIDEST], before[CHUNK + 1][STATES][WIDEST];
     float dB_lanes[STATES][CHUNK][WIDEST], dC_lanes[STATES][CHUNK][WIDEST];
     float D[BLOCK], bias[BLOCK], dD[BLOCK], dbias[BLOCK];
+    double dD_total[BLOCK], dbias_total[BLOCK];
     uint8_t masked[CHUNK], restart[CHUNK];
     // (n, BLOCK) each; A in units of log 2.
     float *A, *h, *g, *dA;
+    double *dA_total;
     // (CHUNK, n rounded up to whole vectors) each.
     float *B, *C;
 };
@@ -52,6 +56,14 @@ static float *boundary(const Scan &s, int64_t row, int64_t block, int64_t chunk)
 }
 static float *partial_of(const Scan &s, float *sums, int64_t row, int64_t chunk, int64_t block) {
     return sums + ((row * chunks_of(s) + chunk) * blocks_of(s) + block) * padded(s.n) * CHUNK;
+}
+
+// Adds what has come together in `part` to the total, and leaves there zeros, or in the end the total.
+static void add_to(double *total, float *part, int64_t size, bool last) {
+    for (int64_t k = 0; k < size; k++) {
+        total[k] += part[k];
+        part[k] = last ? (float)total[k] : 0.0f;
+    }
 }
 
 typedef void Function(const Task &, Work &);
@@ -89,7 +101,8 @@ static const Kernel &kernel_of(__attribute__((unused)) const Scan &s) {
 }
 
 static size_t work_size_of(const Scan &s) {
-    return sizeof(Work) + sizeof(float) * (4 * tile_of(s) + 2 * CHUNK * stride_of_B(s.n));
+    return sizeof(Work) + sizeof(double) * tile_of(s) +
+           sizeof(float) * (4 * tile_of(s) + 2 * CHUNK * stride_of_B(s.n));
 }
 
 struct Job {
@@ -103,7 +116,8 @@ static void run_one(const void *argument, int64_t index, void *memory) {
     const Job &job = *(const Job *)argument;
     const Scan &s = *job.scan;
     Work &w = *(Work *)memory;
-    w.A = (float *)(&w + 1);
+    w.dA_total = (double *)(&w + 1);
+    w.A = (float *)(w.dA_total + tile_of(s));
     w.h = w.A + tile_of(s);
     w.g = w.h + tile_of(s);
     w.dA = w.g + tile_of(s);
@@ -462,6 +476,9 @@ static void backward(const Task &task, Work &w) {
     memset(w.dA, 0, sizeof(float) * tile_of(s));
     memset(w.dD, 0, sizeof w.dD);
     memset(w.dbias, 0, sizeof w.dbias);
+    memset(w.dA_total, 0, sizeof(double) * tile_of(s));
+    memset(w.dD_total, 0, sizeof w.dD_total);
+    memset(w.dbias_total, 0, sizeof w.dbias_total);
     for (int64_t chunk = chunks_of(s) - 1; chunk >= 0; chunk--) {
         int64_t start = chunk * CHUNK, steps = s.l - start < CHUNK ? s.l - start : CHUNK;
         memcpy(w.h, boundary(s, task.row, task.block, chunk), sizeof(float) * tile_of(s));
@@ -490,6 +507,11 @@ static void backward(const Task &task, Work &w) {
             }
         }
         write_gradients(task, w, start, steps, first, channels);
+        if (chunk % SUMMED == 0) {
+            add_to(w.dA_total, w.dA, tile_of(s), chunk == 0);
+            add_to(w.dD_total, w.dD, BLOCK, chunk == 0);
+            add_to(w.dbias_total, w.dbias, BLOCK, chunk == 0);
+        }
     }
     if (s.dinitial_state) from_tile(s.dinitial_state + state, w.g, channels, s.n);
     from_tile(task.partial->dA + state, w.dA, channels, s.n);
