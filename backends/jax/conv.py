@@ -82,8 +82,7 @@ native = native_conv.beside(shifted)
 def _filter(x, state, weight, bias, run, activation):
     """Over x (b, l, e) after state (b, k-1, e), in float32; `run` (b, k-1+l) counts the restarts up to each.
 
-    The gradient is by hand: from JAX's own, XLA makes a sum for each tap that is seven times slower on CPU. The state
-    and x are not joined, which XLA would do in memory.
+    The gradient is by hand: from JAX's own, XLA makes a sum for each tap that is seven times slower on CPU.
     """
     return _activate(_linear(_windows(x, state, run), weight, bias), activation)
 

@@ -8,6 +8,7 @@ from mamba_core.backends.jax.kernels.step import product
 
 # Logits in memory at once.
 BYTES = 1 << 29
+# The rows of a part are a multiple of it: products of odd sizes are slower.
 ROUND = 64
 
 
@@ -51,7 +52,7 @@ def _parts(weight, *arrays):
     """The rows of each, some at a time: (parts, rows of a part, ...); the last part is filled up with zeros."""
     rows = len(arrays[0])
     each = -(-rows // max(1, -(-4 * rows * len(weight) // BYTES)))
-    if each < rows:  # products of round sizes are faster
+    if each < rows:
         each = -(-each // ROUND) * ROUND
     filling = -rows % each
     padded = (jnp.pad(value, [(0, filling)] + [(0, 0)] * (value.ndim - 1)) for value in arrays)

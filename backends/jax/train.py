@@ -12,12 +12,13 @@ from flax import nnx
 from mamba_core.backends.jax.arrays import from_numpy
 from mamba_core.backends.jax.loss import linear_cross_entropy
 from mamba_core.backends.jax.weights import canonical, named, path, transposed, variable
-from mamba_core.spec.checks import check_task
+from mamba_core.spec.checks import check_targets, check_task
 from mamba_core.spec.params import parameter_table
 
 
 def loss(model, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     """Mean cross-entropy of tokens[:, 1:] given tokens[:, :-1] over the targets that count; tokens (b, l+1)."""
+    check_targets(tokens)
     tokens, targets = tokens[:, :-1], tokens[:, 1:]
     counts = jnp.ones(targets.shape, bool)
     if mask is not None:

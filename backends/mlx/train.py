@@ -11,12 +11,13 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 from mamba_core.backends.mlx.arrays import from_numpy
 from mamba_core.backends.mlx.recompute import recomputed
 from mamba_core.backends.mlx.weights import canonical, convolution_weights, swap_axes
-from mamba_core.spec.checks import check_task
+from mamba_core.spec.checks import check_targets, check_task
 from mamba_core.spec.params import parameter_table
 
 
 def loss(model, tokens, mask=None) -> mx.array:
     """Mean cross-entropy of tokens[:, 1:] given tokens[:, :-1] over the targets that count; tokens (b, l+1)."""
+    check_targets(tokens)
     logits = model(tokens[:, :-1], mask=None if mask is None else mask[:, :-1]).logits
     losses = _cross_entropy(model, logits, tokens[:, 1:])
     if mask is None:

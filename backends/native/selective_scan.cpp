@@ -13,7 +13,7 @@
 // One task is BLOCK channels of one row; it keeps its state in memory every CHUNK positions. Neither depends on the
 // vector width or the threads, and so the order of every sum is the same for any number of them.
 constexpr int64_t BLOCK = 64, CHUNK = 32, STATES = 2;
-// Sums over positions go to double after so many chunks: float would lose what a million additions lose.
+// After so many chunks sums over positions go to double: a million additions in float lose more than float32's tolerance.
 constexpr int64_t SUMMED = 64;
 
 // What a thread computes in. Rows of positions; n here is a multiple of STATES, with states of zeros added.

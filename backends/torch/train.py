@@ -12,12 +12,13 @@ from mamba_core.backends.torch.kernels.fused import linear_dtype
 from mamba_core.backends.torch.kernels.fused_loss import IGNORED, linear_cross_entropy
 from mamba_core.backends.torch.kernels.graph import Repeated
 from mamba_core.backends.torch.layers import FUSING
-from mamba_core.spec.checks import check_task
+from mamba_core.spec.checks import check_targets, check_task
 from mamba_core.spec.params import parameter_table
 
 
 def loss(model, tokens, mask=None) -> torch.Tensor:
     """Mean cross-entropy of tokens[:, 1:] given tokens[:, :-1] over the targets that count; tokens (b, l+1)."""
+    check_targets(tokens)
     tokens, targets = tokens[:, :-1], tokens[:, 1:].long()
     if mask is not None:
         mask, targets = mask[:, :-1], targets.masked_fill(~mask[:, 1:], IGNORED)

@@ -144,6 +144,19 @@ def check_task(config, use: str) -> None:
         raise ValueError(f"the model is of task {config.task!r}, without a head; {use} needs one of task 'lm'")
 
 
+def check_targets(tokens) -> None:
+    """Check that tokens (b, l + 1) have something to predict.
+
+    Raises:
+        ValueError: fewer than two positions, or another number of axes.
+    """
+    if tokens.ndim != 2 or tokens.shape[1] < 2:
+        raise ValueError(
+            f"tokens has shape {tuple(tokens.shape)}; expected (b, l + 1) with two positions at least: "
+            "the loss is of each token given those before it"
+        )
+
+
 def check_state(config, batch: int, state) -> None:
     """Check the state that a model's call goes on from.
 

@@ -93,6 +93,15 @@ def test_half_precision_trains(backend):
         assert value.dtype.name == parameter_table(CONFIG)[name].dtype("bfloat16")
 
 
+@pytest.mark.parametrize("length", [0, 1])
+def test_tokens_with_nothing_to_predict_are_refused(backend, length):
+    model = mc.build(CONFIG, backend=backend.name)
+    tokens = np.zeros((2, length), np.int32)
+    for use in (backend.loss_and_gradients, lambda model, tokens: backend.trainer(model, SETTINGS).step(tokens)):
+        with pytest.raises(ValueError, match=r"tokens has shape \(2, \d\); expected .*two positions"):
+            use(model, tokens)
+
+
 def test_tokens_outside_the_vocabulary_are_refused(backend):
     model = mc.build(CONFIG, backend=backend.name)
     for tokens in (np.full(100, CONFIG.vocab_size), np.full(100, -1)):

@@ -113,16 +113,41 @@ def test_a_restart_forgets_what_is_not_finite(folder):
     assert np.isfinite(y[:, 20:]).all()
 
 
-@pytest.mark.parametrize("states", [1, 4, 5, 16, 17, 64, 100, 128, 129, 256])
+SIZES = [(states, False) for states in (1, 4, 5, 16, 17, 64, 100, 128, 129, 256)]
+SIZES += [(states, True) for states in (1, 4, 5, 16, 17, 64, 100, 128)]
+
+
+@pytest.mark.parametrize(("states", "small"), SIZES)
 @pytest.mark.parametrize("backward", [False, True])
-def test_every_number_of_states_has_a_geometry_that_fits_a_multiprocessor(states, backward):
-    geometry = gpu.geometry(states, backward)
+def test_every_number_of_states_has_a_geometry_that_fits_a_multiprocessor(states, small, backward):
+    geometry = gpu.geometry(states, backward, small)
     assert geometry.padded >= states
     assert geometry.TILE * geometry.K % geometry.S == 0
     # A thread's next vector is whole positions after the last.
     assert geometry.vector * geometry.S % geometry.K == 0
     assert geometry.threads * min(8, geometry.padded) % geometry.padded == 0
-    assert (geometry.backward_shared if backward else geometry.forward_shared) <= 227 * 1024
+    largest = gpu.SMALL_SHARED if small else 227 * 1024
+    assert (geometry.backward_shared if backward else geometry.forward_shared) <= largest
+
+
+@pytest.mark.parametrize("state", [True, False])
+@pytest.mark.parametrize("keep", [True, False])
+def test_no_positions_launch_nothing_in_torch(state, keep):
+    """What the operator does on a GPU, called without its dispatcher."""
+    torch = pytest.importorskip("torch")
+    from mamba_core.backends.torch.kernels import cuda_scan
+
+    x, A, B = torch.empty(2, 0, 5), -torch.ones(5, 3), torch.empty(2, 0, 3)
+    h0 = torch.randn(2, 5, 3) if state else None
+    inputs = (x, x, A, B, B, torch.ones(5), None, None, h0, None, None, True, keep)
+    y, h, kept = cuda_scan._scan._init_fn(*inputs)
+    assert y.shape == x.shape
+    assert torch.equal(h, h0 if state else torch.zeros(2, 5, 3))
+    dh = torch.randn(2, 5, 3)
+    gradients = cuda_scan._scan_backward._init_fn(x, dh, kept, *inputs)
+    assert [g.shape for g in gradients] == [v.shape for v in inputs[:9] if v is not None]
+    assert not any(g.any() for g in gradients[:6])
+    assert not state or torch.equal(gradients[-1], dh)
 
 
 def test_more_states_are_refused():

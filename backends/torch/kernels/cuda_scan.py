@@ -63,11 +63,11 @@ def _scan(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, final state, kept states), the last empty unless they are to be kept for a gradient."""
     refuse_tangents(x, delta, A, B, C, D, z, delta_bias, h0)
+    if x.shape[1] == 0:
+        h = A.new_zeros(len(x), *A.shape) if h0 is None else h0.clone()
+        return torch.empty_like(x), h, A.new_empty(_kept_shape(x, A, keep))
     named = _named(x, delta, A, B, C, D, z, delta_bias, mask, restart)
     scan = _plan(named, delta_softplus, h0, keep=keep)
-    if scan.length == 0:
-        shape = (len(x), *A.shape)
-        return torch.empty_like(x), A.new_zeros(shape) if h0 is None else h0.clone(), A.new_empty(scan.shapes["kept"])
     found = _run(scan, named | {"begin": _padded(h0, scan)})
     return found["y"], _unpadded(found["final_state"], scan), found["kept"]
 
@@ -91,16 +91,16 @@ def _scan_backward(
     delta_softplus: bool,
     keep: bool,
 ) -> list[Tensor]:
+    if x.shape[1] == 0:
+        inputs = (x, delta, A, B, C, D, z, delta_bias)
+        gradients = [torch.zeros_like(value) for value in inputs if value is not None]
+        if h0 is not None:
+            gradients.append(torch.zeros_like(h0) if dfinal_state is None else dfinal_state.clone())
+        return gradients
     if not keep:  # torch.func may ask for the gradient of tensors that did not say that they require one
         _, _, kept = _scan(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, delta_softplus, True)
     named = _named(x, delta, A, B, C, D, z, delta_bias, mask, restart) | {"dy": rows(dy)}
     scan = _plan(named, delta_softplus, dfinal_state, backward=True)
-    if scan.length == 0:
-        given = (x, delta, A, B, C, D, z, delta_bias)
-        gradients = [torch.zeros_like(value) for value in given if value is not None]
-        if h0 is not None:
-            gradients.append(torch.zeros_like(h0) if dfinal_state is None else dfinal_state.clone())
-        return gradients
     found = _run(scan, named | {"begin": _padded(dfinal_state, scan), "kept": kept})
     names = ["dx", "ddelta", "dA_sum", "dB_sum", "dC_sum", "dD_sum", "dz", "ddelta_bias_sum"]
     gradients = [found[name] for name in names if name in found]
@@ -109,14 +109,17 @@ def _scan_backward(
 
 @_scan.register_fake
 def _(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, delta_softplus, keep):
-    b, l, e = x.shape
-    kept = (b, -(-l // gpu.KEEP_EVERY), e, gpu.geometry(A.shape[1]).padded) if keep else (0,)
-    return x.new_empty(x.shape), A.new_empty(b, *A.shape), A.new_empty(kept)
+    return x.new_empty(x.shape), A.new_empty(len(x), *A.shape), A.new_empty(_kept_shape(x, A, keep))
 
 
 @_scan_backward.register_fake
 def _(dy, dfinal_state, kept, *inputs):
     return [value.new_empty(value.shape) for value in inputs if is_float(value)]
+
+
+def _kept_shape(x, A, keep):
+    b, l, e = x.shape
+    return (b, -(-l // gpu.KEEP_EVERY), e, gpu.geometry(A.shape[1]).padded) if keep else (0,)
 
 
 _cuda = differentiable(_scan, _scan_backward)
