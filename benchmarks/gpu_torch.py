@@ -28,6 +28,7 @@ from mamba_core import sampling
 from mamba_core.backends.torch import quantize, train
 from mamba_core.backends.torch.kernels import (
     cuda_scan,
+    fused,
     fused_conv,
     fused_linear,
     fused_loss,
@@ -60,7 +61,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     if arguments.no_overlap:
-        fused_linear.OVERLAP = False
+        fused.OVERLAP = False
     report = {
         "gpu": torch.cuda.get_device_name(),
         "processor": processor(),

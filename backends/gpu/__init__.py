@@ -277,6 +277,5 @@ def parameters(kernel: str) -> str:
 
 def source(prelude: str = "cuda.h", *files: str) -> str:
     """The source in one piece."""
-    return "\n".join(
-        (SOURCES / name).read_text() for name in (prelude, *(files or ("selective_scan.h", "selective_scan.cu")))
-    )
+    own = files or ("selective_scan.h", "selective_scan.cu")
+    return "\n".join((SOURCES / name).read_text() for name in (prelude, "elements.h", *own))

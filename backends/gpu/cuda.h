@@ -1,4 +1,4 @@
-// What selective_scan.h needs, in CUDA C++ as NVRTC compiles it: no header of the toolkit.
+// What the kernels need, in CUDA C++ as NVRTC compiles it: no header of the toolkit.
 
 #define DEVICE __device__ __forceinline__
 #define GLOBAL

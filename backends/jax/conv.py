@@ -1,4 +1,4 @@
-"""The short causal convolution: k shifted multiply-adds, which XLA fuses, and on a CPU in C++ in one pass."""
+"""The short causal convolution: k shifted multiply-adds, which XLA fuses; on a CPU and an NVIDIA GPU in one pass."""
 
 import functools
 
@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mamba_core.backends.jax.kernels import native_conv
+from mamba_core.backends.jax.kernels import cuda_conv, native_conv
 from mamba_core.backends.jax.positions import compaction, restarts
-from mamba_core.backends.jax.scan import kernel_where_it_runs
+from mamba_core.backends.jax.scan import PLATFORMS, kernel_for, kernel_where_it_runs
 from mamba_core.spec.checks import check_conv, check_conv_step
 
 
@@ -43,12 +43,16 @@ def causal_conv_step(x, weight, bias=None, *, activation=None, state):
 @functools.partial(jax.jit, static_argnames=("activation", "kernel"))
 def _causal_conv(x, weight, bias, state, mask, segment_ids, *, activation, kernel):
     arguments = (x, weight, bias, state.astype(x.dtype), mask, restarts(mask, segment_ids))
-    run_shifted, run_native = (functools.partial(run, activation=activation) for run in (shifted, native))
-    chosen = kernel_where_it_runs(kernel, x.dtype)
-    if kernel == "auto" and chosen == "native":
-        run_cpu = functools.partial(run_native, portable=True)
-        return lax.platform_dependent(*arguments, cpu=run_cpu, default=run_shifted)
-    return (run_native if chosen == "native" else run_shifted)(*arguments)
+    kernel_where_it_runs(kernel, x.dtype)
+    if kernel != "auto":
+        return KERNELS.get(kernel, shifted)(*arguments, activation=activation)
+    fastest = {platform: kernel_for("auto", device, x.dtype) for platform, device in PLATFORMS.items()}
+    branches = {
+        platform: functools.partial(KERNELS[name], activation=activation, portable=True)
+        for platform, name in fastest.items()
+        if name in KERNELS
+    }
+    return lax.platform_dependent(*arguments, **branches, default=functools.partial(shifted, activation=activation))
 
 
 def shifted(x, weight, bias, state, mask, restart, *, activation):
@@ -75,7 +79,8 @@ def shifted(x, weight, bias, state, mask, restart, *, activation):
     return y, state
 
 
-native = native_conv.beside(shifted)
+# Those of one platform; all others of the scan have `shifted` beside them.
+KERNELS = {"native": native_conv.beside(shifted), "cuda": cuda_conv.beside(shifted)}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))

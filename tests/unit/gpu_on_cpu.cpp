@@ -1,5 +1,5 @@
-// The kernels of backends/gpu/selective_scan.cu on a CPU, one block after another: their source unchanged, CUDA's words
-// for where a thread stands given another meaning.
+// The kernels of backends/gpu/selective_scan.cu, or with CONV those of causal_conv.cu, on a CPU, one block after
+// another: their source unchanged, CUDA's words for where a thread stands given another meaning.
 
 #include "gpu_on_cpu.h"
 
@@ -12,9 +12,15 @@
 // More than a GPU has.
 alignas(16) float4 shared_memory[1 << 16];
 
+#include "elements.h"
+
+#if CONV
+#include "causal_conv.cu"
+#else
 #include "selective_scan.h"
 
 #include "selective_scan.cu"
+#endif
 
 template <class Argument>
 static Argument read(const uint64_t* word) {
@@ -40,13 +46,18 @@ static void launch(void (*kernel)(Arguments...), const uint64_t* words, int bloc
 
 extern "C" void launch(const char* name, const uint64_t* words, int blocks) {
   std::string wanted = name;
-  if (wanted == "combine_chunks") launch(combine_chunks, words, blocks);
-#if BACKWARD
+#if CONV
+  if (wanted == "conv_forward") launch(conv_forward, words, blocks);
+  if (wanted == "conv_backward") launch(conv_backward, words, blocks);
+#elif BACKWARD
   if (wanted == "backward_first") launch(backward_first, words, blocks);
   if (wanted == "backward") launch(backward, words, blocks);
   if (wanted == "add_up_sums") launch(add_up_sums, words, blocks);
 #else
   if (wanted == "forward_first") launch(forward_first, words, blocks);
   if (wanted == "forward") launch(forward, words, blocks);
+#endif
+#if !CONV
+  if (wanted == "combine_chunks") launch(combine_chunks, words, blocks);
 #endif
 }

@@ -1,4 +1,4 @@
-// What selective_scan.h needs, in C++, so that it can be run and tested where there is no GPU.
+// What the kernels need, in C++, so that it can be run and tested where there is no GPU.
 
 #include <algorithm>
 #include <cmath>

@@ -1,4 +1,4 @@
-"""The GPU kernels of the scan, compiled as C++ and run block by block on a CPU: slow, and the same code."""
+"""The GPU kernels of scan and convolution, compiled as C++ and run block by block on a CPU: slow, and the same code."""
 
 import ctypes
 import functools
@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from mamba_core.backends import gpu
+from mamba_core.backends.gpu.causal_conv import LAUNCHES, Conv
 
 HERE = Path(__file__).parent
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
@@ -31,8 +32,25 @@ def run(scan: gpu.Scan, arrays: dict, folder: Path) -> dict:
         words += scan.sizes(launch)
         if launch.strided:
             words += [stride for name in gpu.SEQUENCES for stride in _strides(arrays.get(name))]
-        library.launch(launch.kernel.encode(), (ctypes.c_uint64 * len(words))(*words), launch.blocks)
+        _launch(library, launch, words)
     return found
+
+
+def run_conv(conv: Conv, arrays: dict, folder: Path) -> dict:
+    """What the convolution's kernel computes, by its names; arrays as LAUNCHES names them."""
+    found = {
+        name: np.full(shape, np.nan, np.float32 if name == "sums" else DTYPES[conv.dtype])
+        for name, shape in conv.shapes.items()
+    }
+    library = _library(folder, ("-DCONV=1", *(f"-D{name}={value}" for name, value in conv.defines.items())))
+    given = (arrays | found).get
+    words = [0 if given(name) is None else given(name).ctypes.data for name in LAUNCHES[conv.kernel]]
+    _launch(library, conv.launch, [*words, *conv.sizes])
+    return found
+
+
+def _launch(library: ctypes.CDLL, launch: gpu.Launch, words: list[int]) -> None:
+    library.launch(launch.kernel.encode(), (ctypes.c_uint64 * len(words))(*words), launch.blocks)
 
 
 def _strides(array):

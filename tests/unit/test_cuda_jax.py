@@ -1,5 +1,6 @@
-"""JAX's side of the CUDA scan, without a GPU: its kernels run as C++, and what would launch them is read."""
+"""JAX's side of CUDA's scan and convolution, without a GPU: kernels run as C++, and what would launch them is read."""
 
+import re
 import types
 import zlib
 
@@ -8,6 +9,7 @@ import pytest
 
 import mamba_core as mc
 from mamba_core.backends import gpu
+from mamba_core.backends.gpu import causal_conv
 from mamba_core.spec import recurrence
 from mamba_core.spec.tolerances import relative_l2, tolerance
 from tests.unit import gpu_on_cpu
@@ -15,8 +17,9 @@ from tests.unit import gpu_on_cpu
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
 
-from mamba_core.backends.jax import scan as jax_scan  # noqa: E402 (after the package that it needs)
-from mamba_core.backends.jax.kernels import cuda_scan, launch  # noqa: E402
+from mamba_core.backends.jax import conv as jax_conv  # noqa: E402 (after the package that it needs)
+from mamba_core.backends.jax import scan as jax_scan  # noqa: E402
+from mamba_core.backends.jax.kernels import cuda_conv, cuda_scan, launch  # noqa: E402
 
 KEPT_IN_FLOAT32 = ("A", "D", "delta_bias", "initial_state")
 MULTIPROCESSORS = 100
@@ -55,10 +58,25 @@ def on_cpu(folder, monkeypatch):
 
         return jax.pure_callback(host, results, *(arrays[name] for name in names))
 
+    def run_conv(plan, arrays):
+        names = [name for name, value in arrays.items() if value is not None]
+        results = {
+            name: jax.ShapeDtypeStruct(shape, jnp.float32 if name == "sums" else arrays["x"].dtype)
+            for name, shape in plan.shapes.items()
+        }
+
+        def host(*values):
+            return gpu_on_cpu.run_conv(plan, dict(zip(names, map(np.asarray, values), strict=True)), folder)
+
+        return jax.pure_callback(host, results, *(arrays[name] for name in names))
+
     monkeypatch.setattr(cuda_scan, "_run", run)
-    monkeypatch.setattr(cuda_scan, "CUDA", cuda_scan.CUDA._replace(platform="cpu"))
-    monkeypatch.setattr(cuda_scan, "device", lambda: types.SimpleNamespace(core_count=MULTIPROCESSORS))
+    monkeypatch.setattr(cuda_conv, "_run", run_conv)
+    for kernels in (cuda_scan, cuda_conv):
+        monkeypatch.setattr(kernels, "CUDA", cuda_scan.CUDA._replace(platform="cpu"))
+        monkeypatch.setattr(kernels, "device", lambda: types.SimpleNamespace(core_count=MULTIPROCESSORS))
     monkeypatch.setitem(jax_scan.KERNELS, "on a CPU", cuda_scan.beside(jax_scan.associative))
+    monkeypatch.setitem(jax_conv.KERNELS, "on a CPU", cuda_conv.beside(jax_conv.shifted))
     with jax.default_device(jax.devices("cpu")[0]):
         yield "on a CPU"
 
@@ -167,6 +185,76 @@ def test_the_same_bits_every_time(kernel):
     jax.tree.map(np.testing.assert_array_equal, run(arrays), run(arrays))
 
 
+def conv_arguments(b, l, e, k, dtype="float32", without=(), seed=0) -> dict:
+    rng = np.random.default_rng(seed)
+    shapes = {"x": (b, l, e), "weight": (e, k), "bias": (e,), "initial_state": (b, k - 1, e)}
+    return {name: jnp.asarray(rng.normal(size=shape), dtype) for name, shape in shapes.items() if name not in without}
+
+
+def conv(arrays, kernel="cuda", **given):
+    causal_conv = mc.registry.get("jax").causal_conv
+    return causal_conv(**arrays, activation="silu", **given, return_final_state=True, kernel=kernel)
+
+
+SEGMENTS = {"segment_ids": positions(2, 40)["segment_ids"]}
+CONV_CASES = {
+    "segments": (conv_arguments(2, 40, 8, 4), SEGMENTS),
+    "no option": (conv_arguments(2, 40, 7, 3, without=("bias", "initial_state")), {}),
+    "bfloat16": (conv_arguments(2, 40, 12, 4, "bfloat16"), SEGMENTS),
+    "a mask": (conv_arguments(2, 40, 8, 4), positions(2, 40)),
+    "one tap": (conv_arguments(2, 40, 8, 1), SEGMENTS),
+    "five taps": (conv_arguments(2, 40, 8, 5), SEGMENTS),
+    "no positions": (conv_arguments(2, 0, 8, 4), {}),
+}
+# Of them those that the kernel leaves to its twin.
+TWINS = ("a mask", "one tap", "five taps", "no positions")
+
+
+@pytest.mark.parametrize("case", CONV_CASES)
+def test_values_and_gradients_are_those_of_the_convolution(kernel, case):
+    arrays, given = CONV_CASES[case]
+    dtype = arrays["x"].dtype.name
+    outputs, pullback = jax.vjp(lambda arrays: conv(arrays, kernel, **given), arrays)
+    numpy_arrays = {name: np.asarray(value) for name, value in arrays.items()}
+    wanted = recurrence.causal_conv(**numpy_arrays, **given, activation="silu", return_final_state=True)
+    for value, other in zip(outputs, wanted, strict=True):
+        assert value.dtype == dtype
+        assert relative_l2(value.astype("float32"), other) < tolerance(dtype)
+    rng = np.random.default_rng(2)
+    cotangents = tuple(jnp.asarray(rng.normal(size=value.shape), dtype) for value in outputs)
+    gradients = pullback(cotangents)[0]
+    wanted = recurrence.causal_conv_vjp(*map(np.asarray, cotangents), **numpy_arrays, **given, activation="silu")
+    for name, other in wanted.items():
+        assert gradients[name].dtype == arrays[name].dtype
+        assert relative_l2(gradients[name].astype("float32"), other) < tolerance(dtype, "gradient"), name
+
+
+def test_the_convolution_mapped_and_differentiated_twice(kernel):
+    pairs = [conv_arguments(1, 9, 8, 4, seed=seed) for seed in (0, 1)]
+    stacked = jax.tree.map(lambda *values: jnp.stack(values), *pairs)
+
+    def loss(arrays, name):
+        y, state = conv(arrays, name)
+        return (y**2).sum() + (state**3).sum()
+
+    gradients = jax.vmap(jax.grad(lambda arrays: loss(arrays, kernel)))(stacked)
+    for index, arrays in enumerate(pairs):
+        for name, wanted in jax.grad(lambda arrays: loss(arrays, "chunked"))(arrays).items():
+            assert relative_l2(gradients[name][index], wanted) < 1e-5, name
+
+    def second(name):
+        gradient = jax.grad(lambda x: loss(pairs[0] | {"x": x}, name))
+        return jax.grad(lambda x: (gradient(x) * pairs[1]["x"]).sum())(pairs[0]["x"])
+
+    assert relative_l2(second(kernel), second("chunked")) < 1e-5
+
+
+def test_the_same_bits_of_the_convolution_every_time(kernel):
+    run = jax.jit(jax.grad(lambda arrays: conv(arrays, kernel, **SEGMENTS)[0].sum()))
+    arrays, _ = CONV_CASES["segments"]
+    jax.tree.map(np.testing.assert_array_equal, run(arrays), run(arrays))
+
+
 # --- what is launched ------------------------------------------------------------------------------------------------
 
 
@@ -201,11 +289,13 @@ def described(monkeypatch):
     """A GPU that is none, and a compiler that only says what it was asked."""
     asked = []
     monkeypatch.setattr(launch, "device", lambda: types.SimpleNamespace(compute_capability="9.0"))
-    monkeypatch.setattr(cuda_scan, "device", lambda: types.SimpleNamespace(core_count=MULTIPROCESSORS))
+    for kernels in (cuda_scan, cuda_conv):
+        monkeypatch.setattr(kernels, "device", lambda: types.SimpleNamespace(core_count=MULTIPROCESSORS))
     compiler = types.SimpleNamespace(
         compile_source=lambda *given: asked.append(given) or b"image", missing=lambda: None
     )
-    monkeypatch.setattr(cuda_scan, "nvrtc", compiler)
+    for kernels in (cuda_scan, cuda_conv):
+        monkeypatch.setattr(kernels, "nvrtc", compiler)
     return asked
 
 
@@ -319,3 +409,69 @@ def test_without_a_gpu_it_is_refused():
         pytest.skip("there is one")
     with pytest.raises(ValueError, match="kernel 'cuda' cannot run here"):
         scan({name: jnp.asarray(value) for name, value in CASES["no option"][0].items()})
+
+
+@pytest.mark.parametrize("cubin", [True, False])
+@pytest.mark.parametrize("case", ["segments", "no option"])
+def test_every_launch_gives_the_convolution_its_parameters(described, monkeypatch, cubin, case):
+    monkeypatch.setattr(launch, "takes_cubin", lambda: cubin)
+    monkeypatch.setattr(cuda_conv, "takes_cubin", lambda: cubin)
+    arrays, given = CONV_CASES[case]
+    made = calls(lowered(jax.value_and_grad(lambda arrays: conv(arrays, **given)[0].sum()), arrays).as_text())
+    options = {"SILU", *(["HAS_RESTART", "HAS_BIAS"] if case == "segments" else [])}
+    sizes = (*arrays["x"].shape, arrays["weight"].shape[1], "float32", frozenset(options), MULTIPROCESSORS)
+    plans = [causal_conv.Conv(*sizes), causal_conv.Conv(*sizes, backward=True)]
+    absent = [] if case == "segments" else ["bias", "restart"]
+    for (_, operands, call, kernel), plan in zip(made, plans, strict=True):
+        names = causal_conv.LAUNCHES[plan.kernel]
+        assert kernel[1].decode() == plan.kernel
+        assert (kernel[2] * 32, kernel[3]) == (plan.launch.threads, 0)
+        assert [value for number, value in call if number in (2, 3, 4)] == [plan.launch.blocks, 1, 1]
+        parameters = [fields(value)[0] for number, value in call if number == 5]
+        pointers, numbers = parameters[: len(names)], parameters[len(names) :]
+        assert [name for name, value in zip(names, pointers, strict=True) if value == (6, 0)] == absent
+        assert numbers == [(3, size) for size in plan.sizes]
+        assert len(operands) == len(names) - len(plan.shapes) - len(absent)
+    assert {asked[0] for asked in described} == {causal_conv.conv_source()}
+    assert [dict(asked[1]) for asked in described] == [plan.defines for plan in plans]
+    assert {asked[2:] for asked in described} == {("sm_90", "CUBIN" if cubin else "PTX")}
+
+
+def test_the_convolutions_arrays_are_in_the_kernels_order(described):
+    arrays, given = CONV_CASES["segments"]
+    text = lowered(jax.value_and_grad(lambda arrays: conv(arrays, **given)[0].sum()), arrays).as_text()
+    plan = causal_conv.Conv(2, 40, 8, 4, "float32", frozenset(), MULTIPROCESSORS, backward=True)
+    shapes = {"x": "2x40x8xf32", "taps": "4x8xf32", "bias": "8xf32", "state": "2x3x8xf32", "restart": "2x40xi1"}
+    shapes |= dict.fromkeys(("y", "dy", "dx"), shapes["x"])
+    shapes |= dict.fromkeys(("final_state", "dfinal_state", "dstate"), shapes["state"])
+    shapes["sums"] = f"2x{plan.chunks}x5x8xf32"
+    for kernel, names in causal_conv.LAUNCHES.items():
+        line = next(line for line in text.splitlines() if f'name = "{kernel}"' in line)
+        signature = line.rpartition(" : ")[2]
+        assert re.findall(r"tensor<(\w+)>", signature) == [shapes[name] for name in names]
+
+
+@pytest.mark.parametrize("case", TWINS)
+def test_what_the_convolutions_kernel_does_not_hold_is_its_twins(described, case):
+    arrays, given = CONV_CASES[case]
+    assert launch.TARGET not in lowered(lambda arrays: conv(arrays, **given), arrays).as_text()
+
+
+def test_auto_takes_the_convolution_on_cuda_and_its_twin_in_an_exported_module(described, monkeypatch):
+    monkeypatch.setattr(cuda_scan, "reason", lambda device, *_: None if device == "gpu" else "not here")
+    arrays, given = CONV_CASES["segments"]
+
+    def run(arrays):
+        return conv(arrays, "auto", **given)
+
+    def named(arrays):
+        return conv(arrays, **given)
+
+    assert launch.TARGET in lowered(run, arrays).as_text()
+    assert launch.TARGET not in jax.jit(run).trace(arrays).lower(lowering_platforms=("tpu",)).as_text()
+    assert launch.TARGET not in lowered(lambda arrays: conv(arrays, "associative", **given), arrays).as_text()
+    assert launch.TARGET not in jax.export.export(jax.jit(run), platforms=["cuda"])(arrays).mlir_module()
+    with pytest.raises(ValueError, match="kernel 'cuda' runs on an NVIDIA GPU only, and is not exported"):
+        jax.export.export(jax.jit(named), platforms=["cuda"])(arrays)
+    with pytest.raises(ValueError, match="kernel 'cuda' runs on an NVIDIA GPU only"):
+        jax.jit(named).trace(arrays).lower(lowering_platforms=("cpu",))

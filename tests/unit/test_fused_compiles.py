@@ -18,6 +18,7 @@ from mamba_core.backends.torch.kernels import (
     fused_linear,
     fused_loss,
     fused_norm,
+    fused_product,
     fused_step,
 )
 from mamba_core.backends.torch.kernels.fused_linear import Packed
@@ -92,7 +93,7 @@ def test_the_likeliest_token():
 
 @here
 @pytest.mark.parametrize("bits", [0, 8, 4])
-@pytest.mark.parametrize("rows", [1, fused_linear.MOST_ROWS, 64])
+@pytest.mark.parametrize("rows", [1, fused_linear.MOST_ROWS, 64, fused_product.MOST_ROWS + 1])
 def test_a_position(bits, rows):
     def weight(outputs, inputs):
         if not bits:
@@ -103,15 +104,31 @@ def test_a_position(bits, rows):
     small = (empty(E, 4), empty(E), empty(R + 2 * N, E), empty(E, R), floats(E), floats(E, N), floats(E))
     layer = fused_step.Layer(empty(D), 1e-5, weight(2 * E, D), None, *small, weight(D, E), None)
     conv, ssm = empty(rows, 3, E), floats(rows, E, N)
-    with compiled(fused_linear, fused_norm, fused_step) as found:
-        fused_step.block(layer, floats(rows, D), None, conv, ssm, (conv, ssm))
+    counters = fused_product.new_counters(conv.device)
+    with compiled(fused_linear, fused_norm, fused_product, fused_step) as found:
+        fused_step.block(layer, floats(rows, D), None, conv, ssm, (conv, ssm), counters)
         fused_step.embed(torch.empty(rows, dtype=torch.int64), empty(V, D), torch.float32)
     few = ["_linear_kernel", "_linear_kernel", "_recurrence_kernel", "_linear_kernel"]
     many = ["_add_norm_kernel", "_conv_step_kernel", "_recurrences_kernel"]
-    check(found, [*(few if rows <= fused_linear.MOST_ROWS else many), "_embed_kernel"], 255)
+    some = ["_add_norm_kernel", "_product_kernel", "_product_kernel", "_recurrences_kernel", "_product_kernel"]
+    kernels = few if rows <= fused_linear.MOST_ROWS else some if rows == 64 and not bits else many
+    check(found, [*kernels, "_embed_kernel"], 255)
+    # Weights are asked for before the kernel waits for the one before it.
+    asking = {"_linear_kernel": "ld.global.v4.b32", "_product_kernel": "prefetch.global.L2"}
     for name, built in found:
-        if name == "_linear_kernel":
-            # Weights are asked for before the kernel waits for the one before it, 16 bytes at a time.
+        if name in asking:
             before, waited, _ = built.asm["ptx"].partition("griddepcontrol.wait")
             assert waited
-            assert "ld.global.v4.b32" in before
+            assert asking[name] in before
+
+
+@here
+@pytest.mark.parametrize("outputs", [10240, 2560, 192])
+def test_a_product(outputs):
+    """On the matrix units, and what they need next is on its way to them."""
+    x, weight, y = empty(64, 2560), empty(outputs, 2560), empty(64, outputs)
+    with compiled(fused_product) as found:
+        fused_product.multiply(x, weight, None, y, fused_product.new_counters(x.device))
+    check(found, ["_product_kernel"], 128)
+    assert "wgmma" in found[0][1].asm["ptx"]
+    assert "cp.async" in found[0][1].asm["ptx"]

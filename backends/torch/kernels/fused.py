@@ -4,6 +4,8 @@ Triton comes with PyTorch for CUDA and compiles a kernel when it is first used. 
 TRITON_INTERPRET=1 asks for its interpreter, in which the tests run the kernels on a CPU.
 """
 
+from __future__ import annotations
+
 import importlib
 import os
 from contextlib import nullcontext
@@ -13,6 +15,8 @@ from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Whether a kernel may begin while the one before it ends; the interpreter runs one after another.
+OVERLAP = not INTERPRETED
 
 try:
     if torch.version.cuda is None and os.environ.get("TRITON_INTERPRET") is None:
@@ -40,6 +44,28 @@ def linear_dtype(value: Tensor) -> torch.dtype:
     """The dtype in which a linear of it is computed: its own, or that of autocast."""
     device = value.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
+
+
+def overlapping(overlap: bool = True) -> dict[str, bool]:
+    """What a launch is told for its kernel to begin while the one before it ends (programmatic dependent launch).
+
+    The kernel calls `let_the_next_begin` and, before it reads what others write or writes itself, `after_the_last`.
+    """
+    overlap = overlap and OVERLAP
+    return {"OVERLAP": overlap} | ({"launch_pdl": True} if overlap else {})
+
+
+@jit
+def after_the_last(OVERLAP: tl.constexpr):
+    """Waits until what the kernels before have written can be read."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+
+
+@jit
+def let_the_next_begin(OVERLAP: tl.constexpr):
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 def launching(x: Tensor):

@@ -9,7 +9,16 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from mamba_core.backends.torch.kernels.fused import INTERPRETED, blocks_of, jit, launching, power_of_2, tl
+from mamba_core.backends.torch.kernels.fused import (
+    after_the_last,
+    blocks_of,
+    jit,
+    launching,
+    let_the_next_begin,
+    overlapping,
+    power_of_2,
+    tl,
+)
 
 # With more rows cuBLAS is faster.
 MOST_ROWS = 4
@@ -20,8 +29,6 @@ VECTOR = 16
 LINES, PACKED_LINES = 6, 3
 # With fewer outputs than warps that fill a GPU, several warps share one.
 FEW_OUTPUTS = 512
-# A kernel begins while the one before it ends; not in the interpreter, which runs one after another.
-OVERLAP = not INTERPRETED
 
 
 class Packed(NamedTuple):
@@ -34,11 +41,6 @@ class Packed(NamedTuple):
     scales: Tensor
     bits: int
     group: int
-
-
-def overlapping() -> dict[str, bool]:
-    """What a launch is told for its kernel to begin while the one before it ends."""
-    return {"launch_pdl": True} if OVERLAP else {}
 
 
 def linear(x: Tensor, weight: Tensor | Packed, bias: Tensor | None) -> Tensor:
@@ -98,7 +100,6 @@ def multiply(x, weight, bias, y, *, norm=None, eps=0.0, residual=None, convoluti
         VECTOR=vector,
         COUNT=count,
         AT_ONCE=at_once,
-        OVERLAP=OVERLAP,
         num_warps=warps,
         **overlapping(),
     )
@@ -110,19 +111,6 @@ def _outputs_of_program(n, rows):
     while most > 1 and n // most < 2000:
         most //= 2
     return most
-
-
-@jit
-def after_the_last(OVERLAP: tl.constexpr):
-    """Waits until what the kernels before have written can be read."""
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-
-
-@jit
-def let_the_next_begin(OVERLAP: tl.constexpr):
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
 
 
 @jit

@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 from mamba_core.backends.torch.kernels import fused
-from mamba_core.backends.torch.kernels.fused import blocks_of, jit, launching, power_of_2, tl
+from mamba_core.backends.torch.kernels.fused import (
+    after_the_last,
+    blocks_of,
+    jit,
+    launching,
+    let_the_next_begin,
+    overlapping,
+    power_of_2,
+    tl,
+)
 from mamba_core.backends.torch.kernels.operator import differentiable, refuse_tangents
 
 # Rows are dealt out to so many programs, each with its own sum of the weight's gradient: no atomics, the same bits.
@@ -39,6 +48,11 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(normed, residual + hidden, the factor of each row)."""
     refuse_tangents(residual, hidden, weight)
+    return sum_and_norm(residual, hidden, weight, eps, dtype)
+
+
+def sum_and_norm(residual, hidden, weight, eps, dtype, overlap=False) -> tuple[Tensor, Tensor, Tensor]:
+    """`_forward` outside of the dispatcher; overlap: see `fused.overlapping`."""
     residual = residual.contiguous()
     normed, total, scale = _empty_results(residual, dtype)
     d = residual.shape[-1]
@@ -57,6 +71,7 @@ def _forward(
                 HIDDEN=hidden is not None,
                 BLOCK=block,
                 num_warps=_warps(block),
+                **overlapping(overlap),
             )
     return normed, total, scale
 
@@ -140,10 +155,14 @@ def _add_norm_kernel(
     D: tl.constexpr,
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    let_the_next_begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
     inside = k < D
+    w = tl.load(weight + k, mask=inside, other=0.0).to(tl.float32)
+    after_the_last(OVERLAP)
     x = tl.load(residual + row * D + k, mask=inside, other=0.0)
     if HIDDEN:
         more = tl.load(hidden + row * D + k, mask=inside, other=0.0)
@@ -153,7 +172,6 @@ def _add_norm_kernel(
     x = x.to(tl.float32)
     factor = tl.rsqrt(tl.sum(x * x) / D + eps)
     tl.store(scale + row, factor)
-    w = tl.load(weight + k, mask=inside, other=0.0).to(tl.float32)
     tl.store(normed + row * D + k, (x * factor * w).to(normed.dtype.element_ty), mask=inside)
 
 

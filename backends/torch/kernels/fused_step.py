@@ -1,8 +1,9 @@
 """One position of a model in Triton: few kernels a layer, each as long as its weights take to be read.
 
 With few rows a layer is four kernels: norm, in_proj and the convolution; x_proj; dt_proj, the recurrence and the gate;
-out_proj. With more, the products are cuBLAS's and the rest is three. A kernel may begin while the one before it ends:
-it reads its weights first and then waits for what that one writes (programmatic dependent launch).
+out_proj. With some dozens the norm is one by itself. With more, and in float32, the products are cuBLAS's and the rest
+is three. A kernel may begin while the one before it ends: it reads its weights first and then waits for what that one
+writes (programmatic dependent launch).
 """
 
 from __future__ import annotations
@@ -14,9 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamba_core.backend import State
-from mamba_core.backends.torch.kernels import fused_linear, fused_norm
-from mamba_core.backends.torch.kernels.fused import INTERPRETED, blocks_of, jit, launching, power_of_2, tl
-from mamba_core.backends.torch.kernels.fused_linear import MOST_ROWS, after_the_last, let_the_next_begin, multiply
+from mamba_core.backends.torch.kernels import fused_norm, fused_product
+from mamba_core.backends.torch.kernels.fused import (
+    INTERPRETED,
+    after_the_last,
+    blocks_of,
+    jit,
+    launching,
+    let_the_next_begin,
+    overlapping,
+    power_of_2,
+    tl,
+)
+from mamba_core.backends.torch.kernels.fused_linear import MOST_ROWS, multiply
 from mamba_core.backends.torch.kernels.quantized import Packed, QuantizedLinear, unpack
 from mamba_core.backends.torch.kernels.step import as_built
 
@@ -88,21 +99,26 @@ def logits(model, tokens: Tensor, state: State) -> Tensor:
     backbone = model.backbone
     dtype = torch.float32 if backbone.residual_in_fp32 else backbone.dtype
     residual, hidden = embed(tokens, backbone.embeddings.weight, dtype), None
+    counters = fused_product.new_counters(residual.device)
     for its, own in zip(backbone.layers, state.layers, strict=True):
-        residual, hidden = block(layer_of(its), residual, hidden, *own, own)
+        residual, hidden = block(layer_of(its), residual, hidden, *own, own, counters)
     head = backbone.embeddings.weight if model.lm_head is None else _weight(model.lm_head)
     return normed_linear(residual, hidden, backbone.norm_f.weight, backbone.norm_f.eps, head)
 
 
-def block(layer: Layer, residual: Tensor, hidden: Tensor | None, conv_state, ssm_state, after):
+def block(layer: Layer, residual: Tensor, hidden: Tensor | None, conv_state, ssm_state, after, counters: Tensor):
     """The residual block after residual + hidden, (b, d) each: a residual stream, and what is still to be added to it.
 
     Either hidden may be None. conv_state (b, k-1, e) and ssm_state (b, e, n) become those of `after`, which may be the
-    same two tensors.
+    same two tensors. counters: see `fused_product.multiply`.
     """
-    run = _few_rows if len(residual) <= MOST_ROWS else _many_rows
     with launching(residual):
-        return run(layer, residual, hidden, conv_state, ssm_state, *after)
+        if len(residual) <= MOST_ROWS:
+            return _few_rows(layer, residual, conv_state, ssm_state, *after)
+        packed = isinstance(layer.in_proj, Packed) or isinstance(layer.out_proj, Packed)
+        if packed or fused_product.reason(len(residual), layer.norm.dtype):
+            return _many_rows(layer, residual, hidden, conv_state, ssm_state, *after)
+        return _some_rows(layer, residual, hidden, conv_state, ssm_state, *after, counters)
 
 
 def normed_linear(residual: Tensor, hidden: Tensor | None, norm: Tensor, eps: float, weight: Tensor | Packed) -> Tensor:
@@ -126,7 +142,7 @@ def embed(tokens: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return rows
 
 
-def _few_rows(layer, residual, _, conv_state, ssm_state, conv_after, ssm_after):
+def _few_rows(layer, residual, conv_state, ssm_state, conv_after, ssm_after):
     b, e, _ = ssm_state.shape
     x, z, y = (layer.norm.new_empty(b, e) for _ in range(3))
     convolution = (layer.conv, layer.conv_bias, conv_state, conv_after, z)
@@ -137,6 +153,21 @@ def _few_rows(layer, residual, _, conv_state, ssm_state, conv_after, ssm_after):
     total = residual.new_empty(residual.shape)
     multiply(y, layer.out_proj, layer.out_bias, total, residual=residual)
     return total, None
+
+
+def _some_rows(layer, residual, hidden, conv_state, ssm_state, conv_after, ssm_after, counters):
+    b, e, _ = ssm_state.shape
+    norm = (layer.norm, layer.eps, layer.norm.dtype)
+    normed, total, _ = fused_norm.sum_and_norm(residual, hidden, *norm, overlap=True)
+    x, z, y = (normed.new_empty(b, e) for _ in range(3))
+    convolution = (layer.conv, layer.conv_bias, conv_state, conv_after, z)
+    fused_product.multiply(normed, layer.in_proj, layer.in_bias, x, counters, convolution)
+    dtbc = x.new_empty(b, len(layer.x_proj))
+    fused_product.multiply(x, layer.x_proj, None, dtbc, counters)
+    _recurrence(layer, x, z, dtbc, ssm_state, ssm_after, y)
+    hidden = normed.new_empty(normed.shape)
+    fused_product.multiply(y, layer.out_proj, layer.out_bias, hidden, counters)
+    return total, hidden
 
 
 def _many_rows(layer, residual, hidden, conv_state, ssm_state, conv_after, ssm_after):
@@ -193,11 +224,10 @@ def _recurrence(layer, x, z, dtbc, ssm_state, ssm_after, y):
         BLOCK=channels,
         BLOCK_STATES=power_of_2(n),
         BLOCK_RANK=max(16, power_of_2(r)),
-        OVERLAP=fused_linear.OVERLAP,
         # The interpreter multiplies matrices of bfloat16 as if they were whole numbers.
         WIDENS=INTERPRETED,
         num_warps=warps,
-        **fused_linear.overlapping(),
+        **overlapping(),
     )
 
 

@@ -1,0 +1,205 @@
+"""Weights times some dozens of rows in Triton, on the matrix units: as fast as the weights are read.
+
+The bias and a position of the convolution are taken with the product. A program begins to fetch its weights while the
+kernel before it ends, which cuBLAS does not do.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mamba_core.backends.torch.kernels.fused import (
+    INTERPRETED,
+    after_the_last,
+    blocks_of,
+    jit,
+    let_the_next_begin,
+    overlapping,
+    power_of_2,
+    tl,
+)
+
+# With more rows a product takes longer to compute than its weights to be read, and cuBLAS is faster.
+MOST_ROWS = 128
+DTYPES = (torch.bfloat16, torch.float16)
+# Outputs of a program where there are many, and where there are not. Inputs that it multiplies at a time.
+BLOCK, SMALL_BLOCK, FEW_OUTPUTS, STEP = 64, 16, 512, 128
+# Programs that fill a GPU: with fewer blocks of outputs, several programs share the inputs of one.
+PROGRAMS = 120
+# Inputs whose weights are brought to the second cache before the kernel waits.
+AHEAD = 512
+# Elements of a line of it.
+LINE = 64
+STAGES = 3
+
+
+def reason(rows: int, dtype: torch.dtype) -> str | None:
+    """Why it does not multiply so many rows of that dtype; None if it does."""
+    if rows > MOST_ROWS:
+        return f"there are {rows} rows, and it takes at most {MOST_ROWS}"
+    if dtype not in DTYPES:
+        return f"x is {str(dtype).removeprefix('torch.')}, and it computes bfloat16 and float16"
+    return None
+
+
+def new_counters(device: torch.device) -> Tensor:
+    """By which programs that share a product know who is the last: zero before and after each."""
+    return torch.zeros(PROGRAMS, dtype=torch.int32, device=device)
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, counters: Tensor, convolution=None) -> None:
+    """y = weight (n, k) times x (b, k), plus the bias.
+
+    counters: `new_counters`, for one product at a time.
+    With a convolution y is (b, n/2): the first half of the result goes through it, the rest to its last tensor.
+    """
+    (n, length), rows = weight.shape, len(x)
+    block, steps = BLOCK if n > FEW_OUTPUTS else SMALL_BLOCK, blocks_of(length, STEP)
+    blocks = blocks_of(n, block)
+    count = blocks_of(steps, min(steps, blocks_of(PROGRAMS, blocks)))
+    shares = blocks_of(steps, count)
+    tile = max(16, power_of_2(rows))
+    parts = x if shares == 1 else x.new_empty(blocks, shares, tile, block, dtype=torch.float32)
+    conv_weight, conv_bias, conv_state, conv_after, z = convolution or (weight, None, x, x, x)
+    _product_kernel[(blocks, shares)](
+        x,
+        weight,
+        weight if bias is None else bias,
+        y,
+        parts,
+        counters,
+        conv_weight,
+        weight if conv_bias is None else conv_bias,
+        conv_state,
+        conv_after,
+        z,
+        rows,
+        conv_weight.stride(0),
+        N=n,
+        LENGTH=length,
+        ROWS=tile,
+        BLOCK=block,
+        STEP=STEP,
+        COUNT=count,
+        SHARES=shares,
+        BIAS=bias is not None,
+        CONV=convolution is not None,
+        CONV_BIAS=conv_bias is not None,
+        TAPS=conv_state.shape[1] + 1,
+        LINES=AHEAD // LINE,
+        LINE=LINE,
+        # The interpreter multiplies matrices of bfloat16 as if they were whole numbers.
+        WIDENS=INTERPRETED,
+        num_warps=4,
+        num_stages=STAGES,
+        **overlapping(),
+    )
+
+
+@jit
+def _fetch(weight, n, first, N: tl.constexpr, LENGTH: tl.constexpr, LINES: tl.constexpr, LINE: tl.constexpr):
+    """Asks for so many lines of each output's weights, from an input on, into the second cache."""
+    k = tl.minimum(first + tl.arange(0, LINES) * LINE, LENGTH - 1)
+    lines = weight + tl.minimum(n, N - 1).to(tl.int64)[:, None] * LENGTH + k[None, :]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@jit
+def _product_kernel(
+    x,
+    weight,
+    bias,
+    y,
+    parts,
+    counters,
+    conv_weight,
+    conv_bias,
+    conv_state,
+    conv_after,
+    z,
+    rows,
+    conv_stride,
+    N: tl.constexpr,
+    LENGTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+    COUNT: tl.constexpr,
+    SHARES: tl.constexpr,
+    BIAS: tl.constexpr,
+    CONV: tl.constexpr,
+    CONV_BIAS: tl.constexpr,
+    TAPS: tl.constexpr,
+    LINES: tl.constexpr,
+    LINE: tl.constexpr,
+    WIDENS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    let_the_next_begin(OVERLAP)
+    first = tl.program_id(1) * COUNT * STEP
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m, k = tl.arange(0, ROWS), tl.arange(0, STEP)
+    if OVERLAP:
+        _fetch(weight, n, first, N, LENGTH, LINES, LINE)
+    after_the_last(OVERLAP)
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for step in range(COUNT):
+        at = first + step * STEP + k
+        inside = (at < LENGTH)[None, :]
+        given = tl.load(x + m[:, None] * LENGTH + at[None, :], mask=(m < rows)[:, None] & inside, other=0.0)
+        place = weight + n.to(tl.int64)[:, None] * LENGTH + at[None, :]
+        own = tl.load(place, mask=(n < N)[:, None] & inside, other=0.0)
+        if WIDENS:
+            given, own = given.to(tl.float32), own.to(tl.float32)
+        total = tl.dot(given, own.T, total)
+    if SHARES > 1:
+        parts += tl.program_id(0) * SHARES * ROWS * BLOCK + m[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+        tl.store(parts + tl.program_id(1) * ROWS * BLOCK, total)
+        # The whole part is written before it counts.
+        tl.debug_barrier()
+        if tl.atomic_add(counters + tl.program_id(0), 1) != SHARES - 1:
+            return
+        tl.store(counters + tl.program_id(0), 0)
+        # In their order, whichever came last: the same inputs give the same bits.
+        total = tl.zeros((ROWS, BLOCK), tl.float32)
+        for share in range(SHARES):
+            total += tl.load(parts + share * ROWS * BLOCK, cache_modifier=".cg")
+    here = (m < rows)[:, None] & (n < N)[None, :]
+    if BIAS:
+        total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    if CONV:
+        E: tl.constexpr = N // 2
+        tl.store(z + m[:, None] * E + (n - E)[None, :], total.to(z.dtype.element_ty), mask=here & (n >= E)[None, :])
+        here = here & (n < E)[None, :]
+        cells = (m * (TAPS - 1) * E)[:, None] + n[None, :]
+        total = _convolve(
+            total, conv_weight + n * conv_stride, conv_state + cells, conv_after + cells, n, here, E, TAPS
+        )
+        if CONV_BIAS:
+            total += tl.load(conv_bias + n, mask=n < E, other=0.0).to(tl.float32)[None, :]
+        total = total * tl.sigmoid(total)
+        tl.store(y + m[:, None] * E + n[None, :], total.to(y.dtype.element_ty), mask=here)
+    else:
+        tl.store(y + m[:, None] * N + n[None, :], total.to(y.dtype.element_ty), mask=here)
+
+
+@jit
+def _convolve(x, taps, state, after, n, here, E: tl.constexpr, TAPS: tl.constexpr):
+    """The convolution's sums of one position, and the state after it, which may be in the memory of that before."""
+    # The state holds what the input was rounded to.
+    x = x.to(after.dtype.element_ty)
+    window = ()
+    for tap in tl.static_range(TAPS - 1):
+        window = window + (tl.load(state + tap * E, mask=here, other=0.0),)
+    window = window + (x,)
+    # All of it is read before any is written.
+    tl.debug_barrier()
+    total = tl.zeros(x.shape, tl.float32)
+    for tap in tl.static_range(TAPS):
+        total += window[tap].to(tl.float32) * tl.load(taps + tap, mask=n < E, other=0.0).to(tl.float32)[None, :]
+        if tap > 0:
+            tl.store(after + (tap - 1) * E, window[tap], mask=here)
+    return total
