@@ -54,14 +54,13 @@ class Trainer:
         self._begin(0)
 
     def step(self, tokens) -> tuple[float, float]:
-        """The model must keep its modules: to look through them takes the host as long as a step takes a GPU."""
+        """The model must keep its modules and variables: to look for them takes the host as long as a step a GPU."""
         if self.model.remat != self.remat:
             self._look()
         tokens, rate = from_numpy(tokens, device=self.model.device), self.settings.rate(self.count)
-        variables = {name: variable(self.model, name) for name in parameter_table(self.model.config)}
-        values = {name: its.get_raw_value() for name, its in variables.items()}
+        values = {name: its.get_raw_value() for name, its in self.variables.items()}
         found, values, self.moments = self.update(values, self.others, self.moments, tokens, rate)
-        for name, its in variables.items():
+        for name, its in self.variables.items():
             its.set_value(values[name])
         self.count += 1
         value, norm = np.asarray(found).tolist()
@@ -83,6 +82,7 @@ class Trainer:
         """Compiles for the model's modules as they are."""
         places = {path(self.model, name): name for name in parameter_table(self.model.config)}
         graph, _, self.others = nnx.split(self.model, lambda place, _: place in places, ...)
+        self.variables = {name: variable(self.model, name) for name in places.values()}
         self.remat = self.model.remat
         self.update = _compiled(graph, tuple(places.items()), self.model.config, self.settings)
 

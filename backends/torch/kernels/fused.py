@@ -6,6 +6,7 @@ TRITON_INTERPRET=1 asks for its interpreter, in which the tests run the kernels 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from contextlib import nullcontext
@@ -51,8 +52,21 @@ def overlapping(overlap: bool = True) -> dict[str, bool]:
 
     The kernel calls `let_the_next_begin` and, before it reads what others write or writes itself, `after_the_last`.
     """
-    overlap = overlap and OVERLAP
+    overlap = overlap and OVERLAP and _capability() >= 9
     return {"OVERLAP": overlap} | ({"launch_pdl": True} if overlap else {})
+
+
+@functools.cache
+def _capability() -> int:
+    """Of the first GPU: all of a process are taken to be of one kind, and of none kernels are compiled for an H100."""
+    return torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 9
+
+
+@functools.cache
+def shared_memory() -> int:
+    """Bytes that a program can have there."""
+    available = torch.cuda.is_available()
+    return torch.cuda.get_device_properties().shared_memory_per_block_optin if available else 227 * 1024
 
 
 @jit

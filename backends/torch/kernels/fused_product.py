@@ -17,6 +17,7 @@ from mamba_core.backends.torch.kernels.fused import (
     let_the_next_begin,
     overlapping,
     power_of_2,
+    shared_memory,
     tl,
 )
 
@@ -31,7 +32,9 @@ PROGRAMS = 120
 AHEAD = 512
 # Elements of a line of it.
 LINE = 64
-STAGES = 3
+# As many of these steps' inputs are on their way at once as there is room for, but no more than this; the rest of a
+# program's shared memory.
+STAGES, RESERVED = 6, 4096
 
 
 def reason(rows: int, dtype: torch.dtype) -> str | None:
@@ -92,7 +95,7 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, counters
         # The interpreter multiplies matrices of bfloat16 as if they were whole numbers.
         WIDENS=INTERPRETED,
         num_warps=4,
-        num_stages=STAGES,
+        num_stages=max(2, min(STAGES, (shared_memory() - RESERVED) // ((tile + block) * STEP * x.element_size()))),
         **overlapping(),
     )
 
