@@ -12,16 +12,8 @@ class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight in float32, returned in the dtype of the weight."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        if x.size == 0:
-            # MLX on CUDA launches its kernel for no rows, which fails.
-            return x.astype(self.weight.dtype)
         normed = mx.fast.rms_norm(x.astype(mx.float32), self.weight.astype(mx.float32), self.eps)
         return normed.astype(self.weight.dtype)
-
-
-def _linear(linear: nn.Module, x: mx.array, outputs: int) -> mx.array:
-    """MLX on CUDA divides by zero where a bias is added to no rows."""
-    return linear(x) if x.size else mx.zeros((*x.shape[:-1], outputs), x.dtype)
 
 
 class StepProjection(nn.Module):
@@ -59,12 +51,12 @@ class MambaMixer(nn.Module):
 
     def __call__(self, hidden: mx.array, state: LayerState, mask, segment_ids, observe) -> tuple[mx.array, LayerState]:
         """hidden (b, l, d) -> (b, l, d) and the state after the last position."""
-        xz = observe("in_proj", _linear(self.in_proj, hidden, 2 * len(self.D)))
+        xz = observe("in_proj", self.in_proj(hidden))
         x, z = mx.split(xz, 2, axis=-1)
         x, z = observe("x", x), observe("z", z)
         one = hidden.shape[1] == 1 and mask is None
         x, conv = self._conv_one(x, state) if one else self._conv(x, state, mask, segment_ids)
-        dtbc = observe("x_proj", _linear(self.x_proj, observe("conv", x), self.dt_rank + 2 * self.d_state))
+        dtbc = observe("x_proj", self.x_proj(observe("conv", x)))
         dt, B, C = mx.split(dtbc, [self.dt_rank, self.dt_rank + self.d_state], axis=-1)
         dt, B, C = observe("dt", dt), observe("B", B), observe("C", C)
         # The bias of dt_proj enters in float32 inside the scan, before the softplus.
@@ -74,7 +66,7 @@ class MambaMixer(nn.Module):
         y = observe("scan", y)
         if self.minimamba:
             y = observe("gate", y * z)
-        return observe("out_proj", _linear(self.out_proj, y, hidden.shape[-1])), LayerState(conv, ssm)
+        return observe("out_proj", self.out_proj(y)), LayerState(conv, ssm)
 
     def _conv(self, x, state, mask, segment_ids):
         return causal_conv(

@@ -133,6 +133,9 @@ class Model(nn.Module):
         if state is None:
             state = self.init_state(inputs.shape[0])
         check_state(self.config, inputs.shape[0], state)
+        if inputs.shape[1] == 0:
+            # MLX on CUDA fails, or ends the process, where operations have no elements.
+            return mx.zeros((len(inputs), 0, self.config.d_model), self.backbone.dtype), state
         return self.backbone(inputs, state, mask, segment_ids, observe)
 
     def _masked(self, values, mask):
@@ -165,6 +168,8 @@ class LanguageModel(Model):
 
     def head(self, hidden: mx.array) -> mx.array:
         """Logits in float32 from the backbone's output."""
+        if hidden.size == 0:
+            return mx.zeros((*hidden.shape[:-1], self.config.padded_vocab_size))
         linear = self.backbone.embeddings.as_linear if self.config.tie_embeddings else self.lm_head
         return linear(hidden).astype(mx.float32)
 
