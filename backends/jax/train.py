@@ -11,7 +11,7 @@ from flax import nnx
 
 from mamba_core.backends.jax.arrays import from_numpy
 from mamba_core.backends.jax.loss import linear_cross_entropy
-from mamba_core.backends.jax.weights import canonical, named, path, transposed, variable
+from mamba_core.backends.jax.weights import canonical, named, path, place, transposed
 from mamba_core.spec.checks import check_targets, check_task
 from mamba_core.spec.params import parameter_table
 
@@ -54,13 +54,14 @@ class Trainer:
         self._begin(0)
 
     def step(self, tokens) -> tuple[float, float]:
-        """The model must keep its modules and variables: to look for them takes the host as long as a step a GPU."""
-        if self.model.remat != self.remat:
+        """The model must keep its modules: to look through them takes the host as long as a step takes a GPU."""
+        if self.model is not self.seen or self.model.remat != self.remat:
             self._look()
         tokens, rate = from_numpy(tokens, device=self.model.device), self.settings.rate(self.count)
-        values = {name: its.get_raw_value() for name, its in self.variables.items()}
+        variables = {name: getattr(*its) for name, its in self.places.items()}
+        values = {name: its.get_raw_value() for name, its in variables.items()}
         found, values, self.moments = self.update(values, self.others, self.moments, tokens, rate)
-        for name, its in self.variables.items():
+        for name, its in variables.items():
             its.set_value(values[name])
         self.count += 1
         value, norm = np.asarray(found).tolist()
@@ -82,8 +83,8 @@ class Trainer:
         """Compiles for the model's modules as they are."""
         places = {path(self.model, name): name for name in parameter_table(self.model.config)}
         graph, _, self.others = nnx.split(self.model, lambda place, _: place in places, ...)
-        self.variables = {name: variable(self.model, name) for name in places.values()}
-        self.remat = self.model.remat
+        self.places = {name: place(self.model, name) for name in places.values()}
+        self.seen, self.remat = self.model, self.model.remat
         self.update = _compiled(graph, tuple(places.items()), self.model.config, self.settings)
 
     def _begin(self, count, **moments):

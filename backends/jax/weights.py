@@ -40,8 +40,13 @@ def named(model: Model, state: nnx.State) -> dict[str, jax.Array]:
 
 def variable(model: Model, name: str) -> nnx.Variable:
     """The parameter of that canonical name, whose value may be changed in place."""
+    return getattr(*place(model, name))
+
+
+def place(model: Model, name: str) -> tuple[nnx.Module, str]:
+    """The module that has that parameter, and under what name."""
     *owner, leaf = path(model, name)
-    return getattr(_module(model, owner), leaf)
+    return _module(model, owner), leaf
 
 
 def canonical(model: Model, name: str, value: jax.Array) -> np.ndarray:

@@ -87,6 +87,11 @@ def _recomputed_of(module, run, kernels, dtype, *values):
     return recomputed(run_with, kernels, dtype, (*values, *trained.values()))
 
 
+def _fails_on_nothing(device: str) -> bool:
+    """Whether MLX fails or ends the process where operations have no elements: such nodes are then not seen."""
+    return device == "gpu" and mx.cuda.is_available()
+
+
 class Model(nn.Module):
     """What the tasks share. It computes on its own device, whatever MLX's default is at the time.
 
@@ -133,13 +138,14 @@ class Model(nn.Module):
         if state is None:
             state = self.init_state(inputs.shape[0])
         check_state(self.config, inputs.shape[0], state)
-        if inputs.shape[1] == 0:
-            # MLX on CUDA fails, or ends the process, where operations have no elements.
-            return mx.zeros((len(inputs), 0, self.config.d_model), self.backbone.dtype), state
+        if inputs.shape[1] == 0 and _fails_on_nothing(self.device):
+            dtype = self.backbone.dtype
+            layers = tuple(LayerState(layer.conv.astype(dtype), layer.ssm) for layer in state.layers)
+            return mx.zeros((len(inputs), 0, self.config.d_model), dtype), State(layers, state.segment)
         return self.backbone(inputs, state, mask, segment_ids, observe)
 
     def _masked(self, values, mask):
-        if mask is not None:
+        if mask is not None and values.size:
             values = mx.where(mask[..., None], values, mx.zeros((), values.dtype))
         return values
 
@@ -168,7 +174,7 @@ class LanguageModel(Model):
 
     def head(self, hidden: mx.array) -> mx.array:
         """Logits in float32 from the backbone's output."""
-        if hidden.size == 0:
+        if hidden.size == 0 and _fails_on_nothing(self.device):
             return mx.zeros((*hidden.shape[:-1], self.config.padded_vocab_size))
         linear = self.backbone.embeddings.as_linear if self.config.tie_embeddings else self.lm_head
         return linear(hidden).astype(mx.float32)

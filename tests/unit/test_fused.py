@@ -205,7 +205,7 @@ def test_segments_and_states_of_a_model():
 
 @here
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("batch", [1, 2, 4, 5, 19])
 def test_a_position_in_fused_kernels(dtype, batch):
     model, plain = models(dtype=dtype)
@@ -222,6 +222,17 @@ def test_a_position_in_fused_kernels(dtype, batch):
     for own, other in zip(state.layers, expected.state.layers, strict=True):
         for one, two in zip(own, other, strict=True):
             assert relative_l2(one.float().cpu().numpy(), two.float().cpu().numpy()) <= limit
+
+
+@here
+@pytest.mark.gpu
+@pytest.mark.parametrize("change", ["layout", "dtype"])
+def test_a_position_of_parameters_that_were_changed_is_left_to_others(change):
+    model, _ = models(dtype="bfloat16")
+    linear = model.backbone.layers[1].mixer.out_proj
+    weight = linear.weight.detach()
+    linear.weight = torch.nn.Parameter(weight.T.contiguous().T if change == "layout" else weight.float())
+    assert "as they were built" in fused_step.reason(model)
 
 
 @here

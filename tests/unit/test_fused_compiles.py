@@ -93,7 +93,7 @@ def test_the_likeliest_token():
 
 @here
 @pytest.mark.parametrize("bits", [0, 8, 4])
-@pytest.mark.parametrize("rows", [1, fused_linear.MOST_ROWS, 64, fused_product.MOST_ROWS + 1])
+@pytest.mark.parametrize("rows", [1, fused_linear.MOST_ROWS, 64, fused_product.MOST_ROWS, fused_product.MOST_ROWS + 1])
 def test_a_position(bits, rows):
     def weight(outputs, inputs):
         if not bits:
@@ -111,7 +111,7 @@ def test_a_position(bits, rows):
     few = ["_linear_kernel", "_linear_kernel", "_recurrence_kernel", "_linear_kernel"]
     many = ["_add_norm_kernel", "_conv_step_kernel", "_recurrences_kernel"]
     some = ["_add_norm_kernel", "_product_kernel", "_product_kernel", "_recurrences_kernel", "_product_kernel"]
-    kernels = few if rows <= fused_linear.MOST_ROWS else some if rows == 64 and not bits else many
+    kernels = few if rows <= fused_linear.MOST_ROWS else some if rows <= fused_product.MOST_ROWS and not bits else many
     check(found, [*kernels, "_embed_kernel"], 255)
     # Weights are asked for before the kernel waits for the one before it.
     asking = {"_linear_kernel": "ld.global.v4.b32", "_product_kernel": "prefetch.global.L2"}

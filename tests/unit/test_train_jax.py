@@ -1,5 +1,7 @@
 """JAX's trainer, which looks through the model's modules once."""
 
+import copy
+
 import numpy as np
 import pytest
 
@@ -47,6 +49,27 @@ def test_a_value_may_change_between_two_steps():
     expected, *_ = trained()
     assert losses[:2] == expected[:2]
     assert abs(losses[2] - expected[2]) > 1e-4
+
+
+def test_a_variable_may_be_replaced_between_two_steps():
+    def replace(model):
+        model.backbone.norm_f.scale = nnx.Param(2 * model.backbone.norm_f.scale[...])
+
+    losses, trainer, _ = trained(replace)
+    assert abs(losses[2] - trained()[0][2]) > 1e-4
+    assert losses[3] != losses[2]
+    after = np.array(trainer.model.backbone.norm_f.scale[...])
+    trainer.step(TOKENS)
+    assert (after != np.array(trainer.model.backbone.norm_f.scale[...])).any()
+
+
+def test_a_copy_trains_its_own_model():
+    _, trainer, _ = trained()
+    other = copy.deepcopy(trainer)
+    before = np.array(trainer.model.backbone.norm_f.scale[...])
+    losses = [other.step(TOKENS)[0] for _ in range(2)]
+    np.testing.assert_array_equal(trainer.model.backbone.norm_f.scale[...], before)
+    assert losses == [trainer.step(TOKENS)[0] for _ in range(2)]
 
 
 def test_variables_of_others_stay_as_they_are():

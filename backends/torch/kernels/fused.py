@@ -52,21 +52,25 @@ def overlapping(overlap: bool = True) -> dict[str, bool]:
 
     The kernel calls `let_the_next_begin` and, before it reads what others write or writes itself, `after_the_last`.
     """
-    overlap = overlap and OVERLAP and _capability() >= 9
+    overlap = overlap and OVERLAP and _limits()[0] >= 9
     return {"OVERLAP": overlap} | ({"launch_pdl": True} if overlap else {})
 
 
-@functools.cache
-def _capability() -> int:
-    """Of the first GPU: all of a process are taken to be of one kind, and of none kernels are compiled for an H100."""
-    return torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 9
-
-
-@functools.cache
 def shared_memory() -> int:
-    """Bytes that a program can have there."""
-    available = torch.cuda.is_available()
-    return torch.cuda.get_device_properties().shared_memory_per_block_optin if available else 227 * 1024
+    """Bytes that a program can have on the current device."""
+    return _limits()[1]
+
+
+def _limits() -> tuple[int, int]:
+    """(compute capability, shared memory of a program) of the current device; without one, of an H100."""
+    return _limits_of(torch.cuda.current_device()) if torch.cuda.is_available() else (9, 227 * 1024)
+
+
+@functools.cache
+def _limits_of(device: int) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(device)
+    # What every GPU since Turing has, should this PyTorch not know.
+    return properties.major, getattr(properties, "shared_memory_per_block_optin", 64 * 1024)
 
 
 @jit

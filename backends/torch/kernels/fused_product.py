@@ -32,15 +32,18 @@ PROGRAMS = 120
 AHEAD = 512
 # Elements of a line of it.
 LINE = 64
-# As many of these steps' inputs are on their way at once as there is room for, but no more than this; the rest of a
-# program's shared memory.
-STAGES, RESERVED = 6, 4096
+# As many steps' inputs are on their way at once as shared memory has room for, but no more.
+STAGES = 6
+# Bytes of it that are left to Triton.
+RESERVED = 4096
 
 
 def reason(rows: int, dtype: torch.dtype) -> str | None:
-    """Why it does not multiply so many rows of that dtype; None if it does."""
+    """Why it does not multiply so many rows of that dtype on the current device; None if it does."""
     if rows > MOST_ROWS:
         return f"there are {rows} rows, and it takes at most {MOST_ROWS}"
+    if not (overlapping()["OVERLAP"] or INTERPRETED):
+        return "a kernel cannot begin here while the one before it ends, and cuBLAS is as fast"
     if dtype not in DTYPES:
         return f"x is {str(dtype).removeprefix('torch.')}, and it computes bfloat16 and float16"
     return None

@@ -29,7 +29,7 @@ from mamba_core.backends.torch.kernels.fused import (
 )
 from mamba_core.backends.torch.kernels.fused_linear import MOST_ROWS, multiply
 from mamba_core.backends.torch.kernels.quantized import Packed, QuantizedLinear, unpack
-from mamba_core.backends.torch.kernels.step import as_built
+from mamba_core.backends.torch.kernels.step import KINDS, as_built
 
 
 class Layer(NamedTuple):
@@ -91,6 +91,11 @@ def reason(model) -> str | None:
     if not as_it_was_built:
         return "its modules are not as they were built"
     weight = backbone.embeddings.weight
+    # The kernels read them as they would lie in memory.
+    plain = all(type(value) in KINDS and value.is_contiguous() for value in model.parameters())
+    dense = [mixer.x_proj for mixer in mixers] + [linear for linear in large if type(linear) is nn.Linear]
+    if not plain or any(linear.weight.dtype != weight.dtype for linear in dense):
+        return "its parameters are not as they were built"
     return fused_norm.reason(weight.device, weight.dtype, config.d_model)
 
 
