@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamba_core.backend import State
-from mamba_core.backends.torch.kernels import fused_norm, fused_product
+from mamba_core.backends.torch.kernels import fused_linear, fused_norm, fused_product
 from mamba_core.backends.torch.kernels.fused import (
     INTERPRETED,
     after_the_last,
@@ -27,7 +27,6 @@ from mamba_core.backends.torch.kernels.fused import (
     power_of_2,
     tl,
 )
-from mamba_core.backends.torch.kernels.fused_linear import MOST_ROWS, multiply
 from mamba_core.backends.torch.kernels.quantized import Packed, QuantizedLinear, unpack
 from mamba_core.backends.torch.kernels.step import KINDS, as_built
 
@@ -118,7 +117,7 @@ def block(layer: Layer, residual: Tensor, hidden: Tensor | None, conv_state, ssm
     same two tensors. counters: see `fused_product.multiply`.
     """
     with launching(residual):
-        if len(residual) <= MOST_ROWS:
+        if len(residual) <= fused_linear.MOST_ROWS:
             return _few_rows(layer, residual, conv_state, ssm_state, *after)
         packed = isinstance(layer.in_proj, Packed) or isinstance(layer.out_proj, Packed)
         if packed or fused_product.reason(len(residual), layer.norm.dtype):
@@ -129,10 +128,10 @@ def block(layer: Layer, residual: Tensor, hidden: Tensor | None, conv_state, ssm
 def normed_linear(residual: Tensor, hidden: Tensor | None, norm: Tensor, eps: float, weight: Tensor | Packed) -> Tensor:
     """weight (v, d) times the norm of residual + hidden, (b, d) each, in float32."""
     with launching(residual):
-        if hidden is None and len(residual) <= MOST_ROWS:
+        if hidden is None and len(residual) <= fused_linear.MOST_ROWS:
             outputs = len(weight.words if isinstance(weight, Packed) else weight)
             products = residual.new_empty(len(residual), outputs, dtype=torch.float32)
-            multiply(residual, weight, None, products, norm=norm, eps=eps)
+            fused_linear.multiply(residual, weight, None, products, norm=norm, eps=eps)
             return products
         normed, _, _ = fused_norm._forward(residual, hidden, norm, eps, norm.dtype)
         return F.linear(normed, _dense(weight, norm.dtype)).float()
@@ -150,13 +149,14 @@ def embed(tokens: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 def _few_rows(layer, residual, conv_state, ssm_state, conv_after, ssm_after):
     b, e, _ = ssm_state.shape
     x, z, y = (layer.norm.new_empty(b, e) for _ in range(3))
-    convolution = (layer.conv, layer.conv_bias, conv_state, conv_after, z)
-    multiply(residual, layer.in_proj, layer.in_bias, x, norm=layer.norm, eps=layer.eps, convolution=convolution)
+    taken_along = {"norm": layer.norm, "eps": layer.eps}
+    taken_along["convolution"] = (layer.conv, layer.conv_bias, conv_state, conv_after, z)
+    fused_linear.multiply(residual, layer.in_proj, layer.in_bias, x, **taken_along)
     dtbc = residual.new_empty(b, len(layer.x_proj), dtype=torch.float32)
-    multiply(x, layer.x_proj, None, dtbc)
+    fused_linear.multiply(x, layer.x_proj, None, dtbc)
     _recurrence(layer, x, z, dtbc, ssm_state, ssm_after, y)
     total = residual.new_empty(residual.shape)
-    multiply(y, layer.out_proj, layer.out_bias, total, residual=residual)
+    fused_linear.multiply(y, layer.out_proj, layer.out_bias, total, residual=residual)
     return total, None
 
 
@@ -207,7 +207,7 @@ def _dense(weight: Tensor | Packed, dtype: torch.dtype) -> Tensor:
 def _recurrence(layer, x, z, dtbc, ssm_state, ssm_after, y):
     b, e, n = ssm_state.shape
     r = layer.dt_proj.shape[1]
-    few = b <= MOST_ROWS
+    few = b <= fused_linear.MOST_ROWS
     kernel, channels, rows, warps = (_recurrence_kernel, 16, b, 2) if few else (_recurrences_kernel, 32, 16, 4)
     kernel[(blocks_of(e, channels), blocks_of(b, rows))](
         x,
