@@ -36,6 +36,7 @@ decode = importlib.import_module("mamba_core.backends.torch.decode")
 DEVICE = "cpu" if fused.INTERPRETED else "cuda"
 RUNS = fused.reason(torch.device(DEVICE)) is None and (fused.INTERPRETED or torch.cuda.is_available())
 here = pytest.mark.skipif(not RUNS, reason="needs a GPU, or Triton's interpreter")
+on_gpu = pytest.mark.skipif(fused.INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU")
 F32, BF16 = torch.float32, torch.bfloat16
 # Of results rounded to the dtype once, and of sums of some hundred products.
 CLOSE = {F32: 2e-6, BF16: 8e-3, torch.float16: 1e-3}
@@ -302,7 +303,7 @@ def test_a_token_outside_the_vocabulary_is_nan():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@on_gpu
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.8, "top_k": 5, "repetition_penalty": 1.2}])
 def test_decoding_as_a_graph(settings):
     """Twice, for the second finds the first's graph, and two at once, which need one each."""
@@ -318,7 +319,7 @@ def test_decoding_as_a_graph(settings):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@on_gpu
 def test_compiled_and_under_autocast():
     model, plain = models()
     given = torch.from_numpy(tokens(2, 40)).to(DEVICE)
@@ -339,7 +340,7 @@ def test_compiled_and_under_autocast():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@on_gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("remat", [False, True])
