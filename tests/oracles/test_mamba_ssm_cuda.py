@@ -81,7 +81,11 @@ def assert_same(backend, ours, theirs, arrays, dtype):
     (y,), gradients = backend.vjp(function, list(arrays.values()), [cotangent])
     assert relative_l2(y, TORCH.to_numpy(expected)) <= limit(dtype)
     for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
-        assert relative_l2(gradient, TORCH.to_numpy(leaf.grad)) <= limit(dtype, "gradient"), name
+        expected = TORCH.to_numpy(leaf.grad)
+        if gradient.any():
+            assert relative_l2(gradient, expected) <= limit(dtype, "gradient"), name
+        else:  # that of A for one position, which theirs rounds to 1e-9 or less
+            assert np.abs(expected).max() <= 1e-7, name
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -150,7 +154,10 @@ def folder(request, tmp_path):
 @pytest.fixture
 def model(theirs, folder):
     """Their model with our checkpoint, which it loads strictly."""
-    return theirs.model.from_pretrained(str(folder), device="cuda", dtype=torch.float32)
+    model = theirs.model.from_pretrained(str(folder), device="cuda", dtype=torch.float32)
+    for layer in model.backbone.layers:  # theirs in one piece has no gradient without a bias of the convolution
+        layer.mixer.use_fast_path = layer.mixer.conv1d.bias is not None
+    return model
 
 
 def ids(length):

@@ -12,6 +12,13 @@ from mlx.utils import tree_flatten  # noqa: E402 (after the package that it need
 from mamba_core.backends.mlx import model as its  # noqa: E402
 
 
+@pytest.fixture(autouse=True)
+def _on_the_cpu():
+    """The arrays too: where MLX has a GPU, the one that it cannot make without elements would be made there."""
+    with mx.stream(mx.cpu):
+        yield
+
+
 @pytest.mark.parametrize("task", ["lm", "features", "layers"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_model_of_no_positions(masked, task, monkeypatch):
