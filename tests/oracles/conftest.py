@@ -20,3 +20,14 @@ def lm():
     vars(stubs[names[-1]]).update(dict.fromkeys(UNUSED))
     with mock.patch.dict(sys.modules, stubs):
         return importlib.import_module("mambapy.lm")
+
+
+@pytest.fixture(scope="session")
+def transformers():
+    """transformers with its own functions: it would give arrays on the CPU to a mamba_ssm that is compiled for GPUs."""
+    module = pytest.importorskip("transformers")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("mamba_ssm", "causal_conv1d"):
+            patch.setitem(sys.modules, name, None)
+        importlib.import_module("transformers.models.mamba.modeling_mamba")
+    return module

@@ -72,8 +72,7 @@ def their_hidden(transformers, folder, ids):
         return model, model(torch.from_numpy(ids).long(), use_cache=False).last_hidden_state.numpy()
 
 
-def test_transformers_mamba_model_both_ways(config, ids, tmp_path):
-    transformers = pytest.importorskip("transformers")
+def test_transformers_mamba_model_both_ways(transformers, config, ids, tmp_path):
     config = dataclasses.replace(config, task="features")
     folder = written(tmp_path / "ours", config, "hf")
     model, hidden = their_hidden(transformers, folder, ids)
@@ -85,15 +84,13 @@ def test_transformers_mamba_model_both_ways(config, ids, tmp_path):
     assert_same(hidden, ours(tmp_path / "theirs", ids))
 
 
-def test_transformers_takes_whole_numbers_of_either_type(tmp_path, ids):
-    transformers = pytest.importorskip("transformers")
+def test_transformers_takes_whole_numbers_of_either_type(transformers, tmp_path, ids):
     config = dataclasses.replace(BASE, task="features", expand=2.0, dt_scale=1, dt_init_floor=0, dt_max=1)
     folder = written(tmp_path / "ours", config, "hf")
     assert_same(their_hidden(transformers, folder, ids)[1], ours(folder, ids))
 
 
-def test_a_vocabulary_that_transformers_resized(tmp_path, ids):
-    transformers = pytest.importorskip("transformers")
+def test_a_vocabulary_that_transformers_resized(transformers, tmp_path, ids):
     folder = written(tmp_path / "ours", BASE, "hf")
     model = transformers.MambaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.resize_token_embeddings(70)
@@ -105,8 +102,7 @@ def test_a_vocabulary_that_transformers_resized(tmp_path, ids):
     assert_same(logits, ours(tmp_path / "theirs", ids))
 
 
-def test_transformers_refuses_the_arithmetic_of_minimamba(tmp_path):
-    transformers = pytest.importorskip("transformers")
+def test_transformers_refuses_the_arithmetic_of_minimamba(transformers, tmp_path):
     folder = written(tmp_path / "ours", dataclasses.replace(BASE, compat="minimamba"), "hf")
     with pytest.raises(ValueError, match="mamba_core_minimamba"):
         transformers.AutoModelForCausalLM.from_pretrained(folder)

@@ -84,8 +84,8 @@ def assert_same(backend, ours, theirs, arrays, dtype):
         expected = TORCH.to_numpy(leaf.grad)
         if gradient.any():
             assert relative_l2(gradient, expected) <= limit(dtype, "gradient"), name
-        else:  # that of A for one position, which theirs rounds to 1e-9 or less
-            assert np.abs(expected).max() <= 1e-7, name
+        else:  # that of A for one position, which theirs rounds to some 1e-7
+            assert np.abs(expected).max() <= 1e-6, name
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -14,6 +14,7 @@ from mamba_core.weights.layouts import open_model
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("transformers")
 
 BASE = MambaConfig(d_model=32, n_layer=3, vocab_size=61, initializer_range=0.1)
 VARIANTS = {
