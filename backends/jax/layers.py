@@ -1,5 +1,7 @@
 """The norm, the Mamba-1 mixer and the residual block, as `flax.nnx` modules with flax's own parameter names."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -9,6 +11,10 @@ from mamba_core.backend import LayerState
 from mamba_core.backends.jax.conv import causal_conv, causal_conv_step
 from mamba_core.backends.jax.scan import selective_scan, selective_step
 from mamba_core.observe import unobserved, within
+
+# Bytes of a mixer's widest array, the product with in_proj, that are computed at once on a CPU: much more leaves the
+# cache, and is taken from the system anew each time. And the fewest positions of a row.
+PIECE_BYTES, FEWEST = 2**24, 64
 
 
 def precision(dtype: str) -> lax.Precision | None:
@@ -139,6 +145,8 @@ class Block(nnx.Module):
 def through(blocks, residual: jax.Array, states, mask, segment_ids, observe, remat=False) -> tuple[jax.Array, tuple]:
     """The residual stream and the states after all blocks."""
     run, after = _recomputed if remat and observe is unobserved else _called, []
+    if observe is unobserved and mask is None and segment_ids is None and (piece := _piece(blocks, residual)):
+        run = functools.partial(_piecewise, run, piece=piece)
     for index, (block, state) in enumerate(zip(blocks, states, strict=True)):
         residual, state = run(block, residual, state, mask, segment_ids, within(f"layers.{index}.", observe))
         after.append(state)
@@ -147,6 +155,47 @@ def through(blocks, residual: jax.Array, states, mask, segment_ids, observe, rem
 
 def _called(block, *arguments):
     return block(*arguments)
+
+
+def _piece(blocks, residual) -> int | None:
+    """How many positions a block on a CPU is given at once, one piece after the other; None if all."""
+    batch, length, _ = residual.shape
+    # An exported program may be for any length.
+    if not (isinstance(batch, int) and isinstance(length, int) and all(map(_is_ours, blocks))):
+        return None
+    width = blocks[0].mixer.in_proj.out_features * residual.dtype.itemsize
+    piece = max(FEWEST, PIECE_BYTES // (width * max(1, batch)))
+    return piece if length > piece else None
+
+
+def _is_ours(block: nnx.Module) -> bool:
+    """Whether it goes on from a state, and changes nothing of itself, such as a count of draws, when called."""
+    ours = type(block) is Block and type(block.mixer) is MambaMixer
+    return ours and not jax.tree.leaves(nnx.state(block, nnx.Not(nnx.Param)))
+
+
+def _piecewise(run, block, residual, state, *positions, piece):
+    """On a CPU a block of the pieces of the residual stream, each going on from the state that the last has left."""
+    definition, parameters = nnx.split(block)
+
+    def whole(parameters, residual, state):
+        return run(nnx.merge(definition, parameters), residual, state, *positions)
+
+    def in_pieces(parameters, residual, state):
+        batch, length, width = residual.shape
+        count = length // piece
+        parts = residual[:, : count * piece].reshape(batch, count, piece, width).swapaxes(0, 1)
+        state, parts = lax.scan(lambda state, part: whole(parameters, part, state)[::-1], state, parts)
+        done = parts.swapaxes(0, 1).reshape(batch, count * piece, width)
+        if count * piece < length:
+            rest, state = whole(parameters, residual[:, count * piece :], state)
+            done = jnp.concatenate([done, rest], axis=1)
+        return done, state
+
+    if run is _called:  # A gradient then keeps much of the block, and more of it in pieces.
+        in_pieces = jax.custom_jvp(in_pieces)
+        in_pieces.defjvp(functools.partial(jax.jvp, whole))
+    return lax.platform_dependent(parameters, residual, state, cpu=in_pieces, default=whole)
 
 
 def _recomputed(block, residual, state, mask, segment_ids, observe):

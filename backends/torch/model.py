@@ -1,5 +1,7 @@
 """The models: embedding, blocks, final norm, head, as the task has them. `state_dict` has the canonical names."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +16,10 @@ from mamba_core.observe import reporting, unobserved, within
 from mamba_core.spec.checks import check_inputs, check_state
 from mamba_core.spec.params import parameter_table
 
+# Bytes of a mixer's widest array, the product with in_proj, that are computed at once on a CPU: much more leaves the
+# cache, and malloc takes such arrays from the system anew each time. And the fewest positions of a row.
+PIECE_BYTES, FEWEST = 2**24, 64
+
 
 class Backbone(nn.Module):
     """Token ids to the normalised residual stream; for task "layers" embeddings to the residual stream itself."""
@@ -23,6 +29,7 @@ class Backbone(nn.Module):
         self.residual_in_fp32 = config.residual_in_fp32
         self.remat = False
         self.kernels = kernels
+        self.width = 2 * config.d_inner
         whole = config.task != "layers"
         self.embeddings = nn.Embedding(config.padded_vocab_size, config.d_model) if whole else None
         self.layers = nn.ModuleList(Block(config, kernels) for _ in range(config.n_layer))
@@ -64,6 +71,8 @@ class Backbone(nn.Module):
     def _blocks(self, residual, state, mask, segment_ids, observe):
         """The residual stream, what is still to be added to it or None, and the states."""
         run, layers = _recomputed if self.remat and observe is unobserved else _called, []
+        if observe is unobserved and mask is None and segment_ids is None and (piece := self._piece(residual)):
+            run = partial(_piecewise, run, piece=piece)
         # What a block with fused kernels leaves to the next to add.
         hidden = None
         for index, (block, carried) in enumerate(
@@ -77,6 +86,20 @@ class Backbone(nn.Module):
                 residual, carried = run(block, residual, carried, mask, segment_ids, observed)
             layers.append(carried)
         return residual, hidden, tuple(layers)
+
+    def _piece(self, residual) -> int | None:
+        """How many positions a block is given at once, one piece after the other; None if all.
+
+        In pieces only where nothing else is kept of a block, nobody watches what it computes, and not in a graph, which
+        would hold their number.
+        """
+        kept = torch.is_grad_enabled() and not self.remat
+        if residual.device.type != "cpu" or kept or torch.compiler.is_compiling():
+            return None
+        piece = max(FEWEST, PIECE_BYTES // (self.width * residual.element_size() * max(1, len(residual))))
+        if residual.shape[1] <= piece or not self.as_built():
+            return None
+        return None if any(map(_is_watched, self.layers.modules())) else piece
 
     def _embed(self, input_ids):
         """An id outside the vocabulary raises on a CPU and gives NaN elsewhere, where it would end the CUDA context."""
@@ -94,6 +117,20 @@ def _sum(residual, hidden):
 
 def _called(block, *arguments):
     return block(*arguments)
+
+
+def _is_watched(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
+
+
+def _piecewise(run, block, residual, state, *positions, piece: int):
+    """A block of the pieces of the residual stream, each of which goes on from the state that the last has left."""
+    pieces = []
+    for part in residual.split(piece, dim=1):
+        part, state = run(block, part, state, *positions)
+        pieces.append(part)
+    return torch.cat(pieces, dim=1), state
 
 
 def _recomputed(block, *arguments):

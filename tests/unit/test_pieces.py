@@ -1,0 +1,196 @@
+"""Blocks of long sequences on a CPU, where torch and JAX compute them a piece of the positions after the other."""
+
+import dataclasses
+import importlib
+
+import numpy as np
+import pytest
+
+import mamba_core as mc
+from mamba_core import registry
+from mamba_core.spec.init import initial_values
+from mamba_core.spec.reference import ReferenceModel
+from mamba_core.spec.tolerances import relative_l2, tolerance
+
+CONFIG = mc.MambaConfig(d_model=16, n_layer=2, vocab_size=29, initializer_range=0.1)
+PLACES = {"torch": "model", "jax": "layers"}
+# Pieces have 64 positions here: two of them, and a rest.
+LENGTH = 150
+
+
+@pytest.fixture(params=PLACES)
+def place(request, monkeypatch):
+    """The module that cuts, with short pieces, and which keeps in `pieces` the lengths that a block was given."""
+    if missing := registry.missing_packages(request.param):
+        pytest.skip(f"{', '.join(missing)} not installed")
+    place = importlib.import_module(f"mamba_core.backends.{request.param}.{PLACES[request.param]}")
+    monkeypatch.setattr(place, "PIECE_BYTES", 1)
+    place.pieces = []
+    for name in ("_called", "_recomputed"):
+        run = getattr(place, name)
+
+        def watched(block, residual, *arguments, run=run):
+            place.pieces.append(residual.shape[1])
+            return run(block, residual, *arguments)
+
+        monkeypatch.setattr(place, name, watched)
+    yield place
+    del place.pieces
+
+
+def backend_of(place):
+    return registry.get(place.__name__.split(".")[2])
+
+
+def built(place, config=CONFIG, remat=False, **settings):
+    """The model, and the reference with the same values."""
+    values = dict(initial_values(config, 5))
+    backend = backend_of(place)
+    model = backend.build(config, values.items(), device="cpu", **settings)
+    model.remat = remat
+    return model, ReferenceModel(config, {name: value.astype(np.float64) for name, value in values.items()})
+
+
+def tokens(length=LENGTH, batch=2):
+    return np.random.default_rng(1).integers(0, CONFIG.vocab_size, (batch, length)).astype(np.int32)
+
+
+def called(place, model, ids, *arguments, **positions):
+    """The output of a call of which no gradient is wanted."""
+    backend = backend_of(place)
+    ids = backend.from_numpy(ids, device="cpu")
+    positions = {name: backend.from_numpy(value, device="cpu") for name, value in positions.items()}
+    if backend.name != "torch":
+        return model(ids, *arguments, **positions)
+    torch = importlib.import_module("torch")
+    with torch.inference_mode():
+        return model(ids, *arguments, **positions)
+
+
+def assert_same(place, output, expected, dtype="float32"):
+    to_numpy = backend_of(place).to_numpy
+    assert relative_l2(to_numpy(output.logits), expected.logits) <= tolerance(dtype)
+    for layer, other in zip(output.state.layers, expected.state.layers, strict=True):
+        assert relative_l2(to_numpy(layer.conv), other.conv) <= tolerance(dtype)
+        assert relative_l2(to_numpy(layer.ssm), other.ssm) <= tolerance(dtype)
+
+
+@pytest.mark.parametrize("compat", [None, "minimamba"])
+@pytest.mark.parametrize("length", [128, LENGTH])
+def test_a_long_sequence_is_computed_in_pieces(place, length, compat):
+    model, reference = built(place, dataclasses.replace(CONFIG, compat=compat))
+    output, expected = called(place, model, tokens(length)), reference(tokens(length))
+    assert_same(place, output, expected)
+    assert set(place.pieces) == {64, *({length % 64} if length % 64 else ())}
+    assert_same(place, called(place, model, tokens(70), output.state), reference(tokens(70), expected.state))
+
+
+def test_a_short_one_is_not(place):
+    model, reference = built(place)
+    assert_same(place, called(place, model, tokens(64)), reference(tokens(64)))
+    assert set(place.pieces) == {64}
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_gradients(place, remat):
+    """In pieces where a block is computed again, whole where what it computed is kept."""
+    model, reference = built(place, remat=remat)
+    backend, ids = backend_of(place), tokens(LENGTH + 1)
+    _, gradients = backend.loss_and_gradients(model, ids)
+    if backend.name == "torch":
+        assert set(place.pieces) == ({64, LENGTH % 64} if remat else {LENGTH})
+    logits = reference(ids[:, :-1]).logits
+    dlogits = np.exp(logits - logits.max(-1, keepdims=True))
+    dlogits /= dlogits.sum(-1, keepdims=True)
+    np.put_along_axis(dlogits, ids[:, 1:, None], np.take_along_axis(dlogits, ids[:, 1:, None], -1) - 1, -1)
+    expected, _ = reference.vjp(dlogits / (2 * LENGTH), ids[:, :-1])
+    for name, gradient in gradients.items():
+        assert relative_l2(gradient, expected[name]) <= tolerance("float32", "gradient"), name
+
+
+@pytest.mark.parametrize("positions", ["mask", "segment_ids"])
+def test_padded_and_packed_ones_are_not(place, positions):
+    model, reference = built(place)
+    ids = tokens()
+    given = {positions: np.arange(LENGTH)[None] >= np.array([[3], [70]])}
+    given = {name: value if name == "mask" else value.astype(np.int32) for name, value in given.items()}
+    assert_same(place, called(place, model, ids, **given), reference(ids, **given))
+    assert set(place.pieces) == {LENGTH}
+
+
+def test_an_observer_sees_the_whole(place):
+    model, _ = built(place)
+    seen, backend = {}, backend_of(place)
+    model(backend.from_numpy(tokens(), device="cpu"), observe=seen.__setitem__)
+    assert seen["layers.1.residual"].shape == (2, LENGTH, CONFIG.d_model)
+
+
+def test_half_precision(place):
+    model, _ = built(place, dtype="bfloat16")
+    whole, _ = built(place)
+    output = called(place, model, tokens())
+    to_numpy = backend_of(place).to_numpy
+    expected = to_numpy(called(place, whole, tokens()).logits)
+    assert relative_l2(to_numpy(output.logits), expected) <= tolerance("bfloat16")
+
+
+# --- what must not be cut ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["torch"], indirect=True)
+def test_hooks_of_torch_see_the_whole(place):
+    model, _ = built(place)
+    seen = []
+    handle = model.backbone.layers[1].mixer.in_proj.register_forward_hook(
+        lambda *given: seen.append(given[-1].shape[1])
+    )
+    called(place, model, tokens())
+    handle.remove()
+    assert seen == [LENGTH]
+
+
+@pytest.mark.parametrize("place", ["torch"], indirect=True)
+def test_a_graph_of_torch_is_of_any_length(place):
+    torch = importlib.import_module("torch")
+    model, reference = built(place)
+    ids = torch.from_numpy(tokens()).long()
+    length = torch.export.Dim("length", min=2, max=1000)
+    with torch.no_grad():
+        exported = torch.export.export(model, (ids,), dynamic_shapes=({1: length},)).module()
+        for other in (tokens(), tokens(80)):
+            assert_same(place, exported(torch.from_numpy(other).long()), reference(other))
+
+
+@pytest.mark.parametrize("place", ["jax"], indirect=True)
+def test_a_program_of_jax_is_of_any_length(place):
+    jax = importlib.import_module("jax")
+    model, reference = built(place, kernels="sequential")
+    ids = jax.ShapeDtypeStruct(jax.export.symbolic_shape("b, l"), "int32")
+    exported = jax.export.export(jax.jit(lambda ids: model(ids).logits))(ids)
+    for other in (tokens(), tokens(80)):
+        assert relative_l2(np.asarray(exported.call(other)), reference(other).logits) <= tolerance("float32")
+
+
+@pytest.mark.parametrize("place", ["jax"], indirect=True)
+def test_a_block_of_jax_that_counts_is_called_once(place):
+    nnx = importlib.import_module("flax.nnx")
+    model, _ = built(place)
+    for block in model.backbone.layers:
+        block.calls = nnx.Variable(np.zeros(()))
+    called(place, model, tokens())
+    assert set(place.pieces) == {LENGTH}
+
+
+@pytest.mark.parametrize("place", ["jax"], indirect=True)
+def test_vmap_and_jit_of_jax(place):
+    jax = importlib.import_module("jax")
+    nnx = importlib.import_module("flax.nnx")
+    model, reference = built(place)
+    definition, parameters = nnx.split(model)
+
+    def logits(parameters, ids):
+        return nnx.merge(definition, parameters)(ids).logits
+
+    expected = reference(tokens()).logits
+    rows = jax.jit(jax.vmap(logits, in_axes=(None, 0)))(parameters, tokens()[:, None])
+    assert relative_l2(np.asarray(rows[:, 0]), expected) <= tolerance("float32")
