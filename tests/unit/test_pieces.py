@@ -55,16 +55,16 @@ def tokens(length=LENGTH, batch=2):
     return np.random.default_rng(1).integers(0, CONFIG.vocab_size, (batch, length)).astype(np.int32)
 
 
-def called(place, model, ids, *arguments, **positions):
+def called(place, model, ids, *arguments, observe=None, **positions):
     """The output of a call of which no gradient is wanted."""
     backend = backend_of(place)
     ids = backend.from_numpy(ids, device="cpu")
     positions = {name: backend.from_numpy(value, device="cpu") for name, value in positions.items()}
     if backend.name != "torch":
-        return model(ids, *arguments, **positions)
+        return model(ids, *arguments, observe=observe, **positions)
     torch = importlib.import_module("torch")
     with torch.inference_mode():
-        return model(ids, *arguments, **positions)
+        return model(ids, *arguments, observe=observe, **positions)
 
 
 def assert_same(place, output, expected, dtype="float32"):
@@ -120,8 +120,8 @@ def test_padded_and_packed_ones_are_not(place, positions):
 
 def test_an_observer_sees_the_whole(place):
     model, _ = built(place)
-    seen, backend = {}, backend_of(place)
-    model(backend.from_numpy(tokens(), device="cpu"), observe=seen.__setitem__)
+    seen = {}
+    called(place, model, tokens(), observe=seen.__setitem__)
     assert seen["layers.1.residual"].shape == (2, LENGTH, CONFIG.d_model)
 
 
