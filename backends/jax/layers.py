@@ -14,7 +14,7 @@ from mamba_core.observe import unobserved, within
 
 # Bytes of a mixer's widest array, the product with in_proj, that are computed at once on a CPU: much more leaves the
 # cache, and is taken from the system anew each time. And the fewest positions of a row.
-PIECE_BYTES, FEWEST = 2**24, 64
+PIECE_BYTES, FEWEST = 2**23, 256
 
 
 def precision(dtype: str) -> lax.Precision | None:

@@ -25,6 +25,7 @@ def place(request, monkeypatch):
         pytest.skip(f"{', '.join(missing)} not installed")
     place = importlib.import_module(f"mamba_core.backends.{request.param}.{PLACES[request.param]}")
     monkeypatch.setattr(place, "PIECE_BYTES", 1)
+    monkeypatch.setattr(place, "FEWEST", 64)
     place.pieces = []
     for name in ("_called", "_recomputed"):
         run = getattr(place, name)
