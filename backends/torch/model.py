@@ -1,5 +1,6 @@
 """The models: embedding, blocks, final norm, head, as the task has them. `state_dict` has the canonical names."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -40,18 +41,35 @@ class Backbone(nn.Module):
         return self.layers[0].norm.weight.dtype
 
     def forward(self, inputs: Tensor, state: State, mask, segment_ids, observe) -> tuple[Tensor, State]:
+        piece = self._piece(inputs) if observe is unobserved else None
+        if piece is None or torch.is_grad_enabled():
+            return self._whole(inputs, state, mask, segment_ids, observe, piece)
+        hidden, given = [], (_split(value, piece, inputs) for value in (inputs, mask, segment_ids))
+        for part, *positions in zip(*given, strict=True):
+            part, state = self._whole(part, state, *positions, observe)
+            hidden.append(part)
+        return torch.cat(hidden, dim=1), state
+
+    def _whole(self, inputs, state, mask, segment_ids, observe, piece=None):
+        """piece: how many positions a block that is computed again in a gradient is given at once; None for all."""
         residual = inputs if self.embeddings is None else observe("embedding", self._embed(inputs))
         residual = residual.to(torch.float32 if self.residual_in_fp32 else self.dtype)
         one = residual.shape[1] == 1 and mask is None and segment_ids is None and observe is unobserved
         if one and (stepped := self._step(residual, state.layers)) is not None:
             (residual, layers), hidden = stepped, None
         else:
-            residual, hidden, layers = self._blocks(residual, state, mask, segment_ids, observe)
+            piece = piece if mask is None and segment_ids is None else None
+            residual, hidden, layers = self._blocks(residual, state, mask, segment_ids, observe, piece)
         if self.norm_f is not None and observe is unobserved and self.norm_f.fuses(residual, self.kernels):
             hidden, _ = self.norm_f.add(residual, hidden)
         else:
             residual = _sum(residual, hidden)
-            hidden = residual.to(self.dtype) if self.norm_f is None else observe("norm_f", self.norm_f(residual))
+            if self.norm_f is None:
+                hidden = residual.to(self.dtype)
+            elif piece is None:
+                hidden = observe("norm_f", self.norm_f(residual))
+            else:
+                hidden = torch.cat([_recomputed(self.norm_f, part) for part in residual.split(piece, dim=1)], dim=1)
         return hidden, states.leaving(layers, state, mask, segment_ids)
 
     def _step(self, residual, layers):
@@ -68,10 +86,10 @@ class Backbone(nn.Module):
             and step.as_built(MambaMixer, *(block.mixer for block in blocks))
         )
 
-    def _blocks(self, residual, state, mask, segment_ids, observe):
+    def _blocks(self, residual, state, mask, segment_ids, observe, piece):
         """The residual stream, what is still to be added to it or None, and the states."""
         run, layers = _recomputed if self.remat and observe is unobserved else _called, []
-        if observe is unobserved and mask is None and segment_ids is None and (piece := self._piece(residual)):
+        if piece is not None:
             run = partial(_piecewise, run, piece=piece)
         # What a block with fused kernels leaves to the next to add.
         hidden = None
@@ -87,19 +105,19 @@ class Backbone(nn.Module):
             layers.append(carried)
         return residual, hidden, tuple(layers)
 
-    def _piece(self, residual) -> int | None:
-        """How many positions a block is given at once, one piece after the other; None if all.
+    def _piece(self, inputs) -> int | None:
+        """How many positions are computed at once, one piece after the other; None if all.
 
-        In pieces only where nothing else is kept of a block, nobody watches what it computes, and not in a graph, which
-        would hold their number.
+        In pieces only where nothing of a block is kept but its inputs and nobody watches what a module computes, and not
+        in a graph, which would hold the pieces' number.
         """
         kept = torch.is_grad_enabled() and not self.remat
-        if residual.device.type != "cpu" or kept or torch.compiler.is_compiling():
+        if inputs.device.type != "cpu" or kept or torch.compiler.is_compiling():
             return None
-        piece = max(FEWEST, PIECE_BYTES // (self.width * residual.element_size() * max(1, len(residual))))
-        if residual.shape[1] <= piece or not self.as_built():
+        piece = max(FEWEST, PIECE_BYTES // (self.width * self.dtype.itemsize * max(1, len(inputs))))
+        if inputs.shape[1] <= piece or not self.as_built():
             return None
-        return None if any(map(_is_watched, self.layers.modules())) else piece
+        return None if any(map(_is_watched, self.modules())) else piece
 
     def _embed(self, input_ids):
         """An id outside the vocabulary raises on a CPU and gives NaN elsewhere, where it would end the CUDA context."""
@@ -122,6 +140,10 @@ def _called(block, *arguments):
 def _is_watched(module: nn.Module) -> bool:
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks)
+
+
+def _split(positions: Tensor | None, piece: int, inputs: Tensor) -> Sequence[Tensor | None]:
+    return [None] * -(-inputs.shape[1] // piece) if positions is None else positions.split(piece, dim=1)
 
 
 def _piecewise(run, block, residual, state, *positions, piece: int):

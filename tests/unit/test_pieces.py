@@ -110,13 +110,13 @@ def test_gradients(place, remat):
 
 
 @pytest.mark.parametrize("positions", ["mask", "segment_ids"])
-def test_padded_and_packed_ones_are_not(place, positions):
+def test_padded_and_packed_ones_are_too_on_torch(place, positions):
     model, reference = built(place)
     ids = tokens()
     given = {positions: np.arange(LENGTH)[None] >= np.array([[3], [70]])}
     given = {name: value if name == "mask" else value.astype(np.int32) for name, value in given.items()}
     assert_same(place, called(place, model, ids, **given), reference(ids, **given))
-    assert set(place.pieces) == {LENGTH}
+    assert set(place.pieces) == ({64, LENGTH % 64} if backend_of(place).name == "torch" else {LENGTH})
 
 
 def test_an_observer_sees_the_whole(place):
