@@ -108,7 +108,7 @@ class Backbone(nn.Module):
     def _piece(self, inputs) -> int | None:
         """How many positions are computed at once, one piece after the other; None if all.
 
-        In pieces only where nothing of a block is kept but its inputs and nobody watches what a module computes, and not
+        In pieces only where nothing of a block is kept but its inputs, and nobody watches what modules compute; and not
         in a graph, which would hold the pieces' number.
         """
         kept = torch.is_grad_enabled() and not self.remat

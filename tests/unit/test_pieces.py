@@ -9,7 +9,7 @@ import pytest
 import mamba_core as mc
 from mamba_core import registry
 from mamba_core.spec.init import initial_values
-from mamba_core.spec.reference import ReferenceModel
+from mamba_core.spec.reference import ReferenceModel, cross_entropy
 from mamba_core.spec.tolerances import relative_l2, tolerance
 
 CONFIG = mc.MambaConfig(d_model=16, n_layer=2, vocab_size=29, initializer_range=0.1)
@@ -93,18 +93,20 @@ def test_a_short_one_is_not(place):
 
 
 @pytest.mark.parametrize("remat", [False, True])
-def test_gradients(place, remat):
-    """In pieces where a block is computed again, whole where what it computed is kept."""
+@pytest.mark.parametrize("padded", [False, True])
+def test_gradients(place, padded, remat):
+    """In pieces where a block is computed again, whole where what it computed is kept, and where there is padding."""
     model, reference = built(place, remat=remat)
     backend, ids = backend_of(place), tokens(LENGTH + 1)
-    _, gradients = backend.loss_and_gradients(model, ids)
+    mask = np.arange(LENGTH + 1) >= np.array([[0], [70]]) if padded else None
+    loss, gradients = backend.loss_and_gradients(model, ids, mask)
     if backend.name == "torch":
-        assert set(place.pieces) == ({64, LENGTH % 64} if remat else {LENGTH})
-    logits = reference(ids[:, :-1]).logits
-    dlogits = np.exp(logits - logits.max(-1, keepdims=True))
-    dlogits /= dlogits.sum(-1, keepdims=True)
-    np.put_along_axis(dlogits, ids[:, 1:, None], np.take_along_axis(dlogits, ids[:, 1:, None], -1) - 1, -1)
-    expected, _ = reference.vjp(dlogits / (2 * LENGTH), ids[:, :-1])
+        assert set(place.pieces) == ({64, LENGTH % 64} if remat and not padded else {LENGTH})
+    before, after = (None, None) if mask is None else (mask[:, :-1], mask[:, 1:])
+    logits = reference(ids[:, :-1], mask=before).logits
+    expected_loss, dlogits = cross_entropy(logits, ids[:, 1:], after)
+    expected, _ = reference.vjp(dlogits, ids[:, :-1], mask=before)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
     for name, gradient in gradients.items():
         assert relative_l2(gradient, expected[name]) <= tolerance("float32", "gradient"), name
 
