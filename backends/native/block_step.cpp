@@ -8,6 +8,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "scan.h"
 #include "vectors.h"
@@ -55,17 +56,21 @@ struct Work {
 struct Plan;
 typedef void Function(const Plan &, int64_t);
 
-// Tasks of which none needs another; the counts of those begun and done are all that the threads share.
+// Tasks of which none needs another; the counts of those begun and done are all that the threads share. Each thread has
+// a share of them, side by side so that what it asks for ahead of a task is its next one's, and a count of those begun.
 struct Phase {
     Function *function;
-    int64_t tasks, begun, done;
+    int64_t tasks, done;
+    int64_t *begun;
 };
+
+constexpr int64_t MOST_PHASES = 5;
 
 struct Plan {
     const BlockStep *block;
     const LinearStep *linear;
     Work work;
-    Phase phases[5];
+    Phase phases[MOST_PHASES];
     int32_t phase_count;
 };
 
@@ -78,10 +83,10 @@ struct Kernel {
 // of memory, which outputs are that lie side by side, and rows are.
 constexpr int64_t OUTPUTS = 96, OUTPUTS_TRANSPOSED = 768;
 constexpr int64_t MOST_THREADS = 256, SPINS = 2000;
-// Rows of weights that are read side by side: the memory serves several streams faster than one.
-constexpr int STREAMS = 4, STREAMS_TRANSPOSED = 8;
-// By how many of a task's bytes weights are asked for before they are read: more than the first cache has room for.
-constexpr int64_t AHEAD = 32768;
+// By how many bytes weights are asked for before they are read; where `transposed`, of a task's, and more than the first
+// cache has room for. And how many rows of them are then read side by side.
+constexpr int64_t AHEAD = 2048, AHEAD_TRANSPOSED = 32768;
+constexpr int STREAMS_TRANSPOSED = 8;
 
 // How many of so many outputs are a task; BlockStep and LinearStep.
 template <class Step> static int64_t per_task(const Step &s, int64_t outputs) {
@@ -130,16 +135,21 @@ static void relax() {
 
 struct Team {
     Plan *plans;
-    int64_t count;
+    int64_t count, threads, arrived;
 };
 
-static void work_through(Plan &plan) {
+// The share of a thread, and then what is left of the others'.
+static void work_through(Plan &plan, int64_t thread, int64_t threads) {
     for (Phase *phase = plan.phases; phase < plan.phases + plan.phase_count; phase++) {
-        for (;;) {
-            int64_t task = __atomic_fetch_add(&phase->begun, 1, __ATOMIC_RELAXED);
-            if (task >= phase->tasks) break;
-            phase->function(plan, task);
-            __atomic_fetch_add(&phase->done, 1, __ATOMIC_RELEASE);
+        for (int64_t k = 0; k < threads; k++) {
+            int64_t owner = (thread + k) % threads, end = phase->tasks * (owner + 1) / threads;
+            for (;;) {
+                int64_t task = phase->tasks * owner / threads;
+                task += __atomic_fetch_add(&phase->begun[owner], 1, __ATOMIC_RELAXED);
+                if (task >= end) break;
+                phase->function(plan, task);
+                __atomic_fetch_add(&phase->done, 1, __ATOMIC_RELEASE);
+            }
         }
         for (int64_t spins = 0; __atomic_load_n(&phase->done, __ATOMIC_ACQUIRE) < phase->tasks; spins++)
             if (spins < SPINS)
@@ -152,21 +162,29 @@ static void work_through(Plan &plan) {
 // What every thread does. One that comes late, or not at all, is not waited for.
 static void *work_through_all(void *argument) {
     Team &team = *(Team *)argument;
-    for (int64_t k = 0; k < team.count; k++) work_through(team.plans[k]);
+    int64_t thread = __atomic_fetch_add(&team.arrived, 1, __ATOMIC_RELAXED);
+    for (int64_t k = 0; k < team.count; k++) work_through(team.plans[k], thread, team.threads);
     return nullptr;
 }
 
-// Threads live for one call: none is left for a fork to lose.
-static void run(Team team, int64_t threads, int64_t weights) {
+// Threads live for one call: none is left for a fork to lose. False where there is not the memory.
+static bool run(Plan *plans, int64_t count, int64_t threads, int64_t weights) {
     // A thread that is started should save more than the start costs.
     int64_t worth = 1 + (weights >> 17);
     threads = threads < worth ? threads : worth;
     threads = threads < MOST_THREADS ? threads : MOST_THREADS;
+    threads = threads < 1 ? 1 : threads;
+    int64_t *begun = (int64_t *)calloc(count * MOST_PHASES * threads, sizeof(int64_t));
+    if (!begun) return false;
+    for (int64_t k = 0; k < count * MOST_PHASES; k++) plans[k / MOST_PHASES].phases[k % MOST_PHASES].begun = begun + k * threads;
+    Team team = {plans, count, threads, 0};
     pthread_t helpers[MOST_THREADS];
     int64_t started = 0;
     while (started + 1 < threads && !pthread_create(&helpers[started], nullptr, work_through_all, &team)) started++;
     work_through_all(&team);
     for (int64_t k = 0; k < started; k++) pthread_join(helpers[k], nullptr);
+    free(begun);
+    return true;
 }
 
 // The memory of all of them, null where there is not so much.
@@ -188,11 +206,11 @@ static float *divide_memory(const BlockStep &s, Work &w) {
 
 static Plan plan_of(const BlockStep &s, const Kernel &kernel, const Work &w) {
     return {&s, nullptr, w, {
-        {kernel.normalise, s.b, 0, 0},
-        {kernel.project_in, tasks_of(s, s.e), 0, 0},
-        {kernel.project_x, tasks_of(s, mixed_of(s)), 0, 0},
-        {kernel.scan, tasks_of(s, s.e), 0, 0},
-        {kernel.project_out, tasks_of(s, s.d), 0, 0},
+        {kernel.normalise, s.b, 0, nullptr},
+        {kernel.project_in, tasks_of(s, s.e), 0, nullptr},
+        {kernel.project_x, tasks_of(s, mixed_of(s)), 0, nullptr},
+        {kernel.scan, tasks_of(s, s.e), 0, nullptr},
+        {kernel.project_out, tasks_of(s, s.d), 0, nullptr},
     }, 5};
 }
 
@@ -204,14 +222,12 @@ EXPORT int32_t mamba_block_steps(const BlockStep *steps, int64_t count) {
     Work w;
     float *memory = divide_memory(s, w);
     Plan *plans = (Plan *)malloc(sizeof(Plan) * count);
-    if (memory && plans) {
-        for (int64_t k = 0; k < count; k++) plans[k] = plan_of(steps[k], kernel_of(s.width), w);
-        run({plans, count}, s.threads, count * s.e * (3 * s.d + mixed_of(s) + s.r));
-    }
-    int32_t failed = !memory || !plans;
+    bool enough = memory && plans;
+    for (int64_t k = 0; enough && k < count; k++) plans[k] = plan_of(steps[k], kernel_of(s.width), w);
+    enough = enough && run(plans, count, s.threads, count * s.e * (3 * s.d + mixed_of(s) + s.r));
     free(plans);
     free(memory);
-    return failed;
+    return !enough;
 }
 
 EXPORT int32_t mamba_linear_step(const LinearStep *step) {
@@ -221,12 +237,12 @@ EXPORT int32_t mamba_linear_step(const LinearStep *step) {
     float *memory = w.hidden = (float *)aligned_alloc(64, 64 * divide_up(s.b * s.inputs, WIDEST));
     if (!memory) return 1;
     Plan plan = {nullptr, step, w, {
-        {kernel.widen, s.b, 0, 0},
-        {kernel.project, tasks_of(s, s.outputs), 0, 0},
+        {kernel.widen, s.b, 0, nullptr},
+        {kernel.project, tasks_of(s, s.outputs), 0, nullptr},
     }, 2};
-    run({&plan, 1}, s.threads, s.inputs * s.outputs);
+    bool enough = run(&plan, 1, s.threads, s.inputs * s.outputs);
     free(memory);
-    return 0;
+    return !enough;
 }
 
 #else  // What is compiled for each width.
@@ -249,44 +265,40 @@ struct Product {
     int64_t y_stride;
 };
 
-// Into the second cache: the memory serves more that wait there than wait in the first.
-INLINE void prefetch(const char *from) { __builtin_prefetch(from, 0, 2); }
-
-// ROWS sums over the inputs of each of COUNT outputs, lane by lane.
-template <int ROWS, int COUNT, bool BFLOAT16>
+// One output of ROWS rows, lane by lane. The memory serves weights fastest straight through and past the caches.
+template <int ROWS, bool BFLOAT16>
 INLINE void multiply(V (*sums)[WIDTH], const char *weight, const float *x, int64_t stride, int64_t inputs) {
     const int64_t size = BFLOAT16 ? 2 : 4;
-    V sum[ROWS][COUNT] = {};
+    V even[ROWS] = {}, odd[ROWS] = {};
     int64_t i = 0;
-    for (; i + WIDTH <= inputs; i += WIDTH)
-        for (int k = 0; k < COUNT; k++) {
-            const char *from = weight + size * (k * inputs + i);
-            prefetch(from + AHEAD);
-            V value = read_whole(from, BFLOAT16);
-            for (int row = 0; row < ROWS; row++) sum[row][k] += value * load(x + row * stride + i);
+    for (; i + 2 * WIDTH <= inputs; i += 2 * WIDTH) {
+        const char *from = weight + size * i;
+        __builtin_prefetch(from + AHEAD, 0, 0);
+        __builtin_prefetch(from + AHEAD + size * WIDTH, 0, 0);
+        V first = read_whole(from, BFLOAT16), second = read_whole(from + size * WIDTH, BFLOAT16);
+        for (int row = 0; row < ROWS; row++) {
+            even[row] += first * load(x + row * stride + i);
+            odd[row] += second * load(x + row * stride + i + WIDTH);
         }
-    for (int k = 0; k < COUNT && i < inputs; k++) {
-        V rest = read(weight + size * (k * inputs + i), inputs - i, BFLOAT16);
-        for (int row = 0; row < ROWS; row++) sum[row][k] += rest * read_float(x + row * stride + i, inputs - i);
     }
-    for (int row = 0; row < ROWS; row++)
-        for (int k = 0; k < COUNT; k++) sums[row][k] = sum[row][k];
+    for (; i < inputs; i += WIDTH) {
+        V rest = read(weight + size * i, inputs - i, BFLOAT16);
+        for (int row = 0; row < ROWS; row++) even[row] += rest * read_float(x + row * stride + i, inputs - i);
+    }
+    for (int row = 0; row < ROWS; row++) sums[row][0] = even[row] + odd[row];
 }
 
 // Outputs first to first + count, of ROWS rows.
 template <int ROWS, bool BFLOAT16>
 static void product(const Product &p, const float *x, float *y, int64_t first, int64_t count) {
-    // As many sums as registers hold.
-    const int COUNT = ROWS < STREAMS ? STREAMS : 2;
+    const int64_t row_bytes = (BFLOAT16 ? 2 : 4) * p.inputs;
     for (int64_t o = 0; o < count; o += WIDTH) {
         V lanes[ROWS][WIDTH] = {};
-        int64_t left = count - o < WIDTH ? count - o : WIDTH, j = 0;
-        const char *weight = p.matrix.weight + (BFLOAT16 ? 2 : 4) * (first + o) * p.inputs;
-        const int64_t row_bytes = (BFLOAT16 ? 2 : 4) * p.inputs;
-        for (; j + COUNT <= left; j += COUNT)
-            multiply<ROWS, COUNT, BFLOAT16>((V(*)[WIDTH])(lanes[0] + j), weight + j * row_bytes, x, p.x_stride, p.inputs);
-        for (; j < left; j++)
-            multiply<ROWS, 1, BFLOAT16>((V(*)[WIDTH])(lanes[0] + j), weight + j * row_bytes, x, p.x_stride, p.inputs);
+        int64_t left = count - o < WIDTH ? count - o : WIDTH;
+        for (int64_t j = 0; j < left; j++) {
+            const char *weight = p.matrix.weight + (first + o + j) * row_bytes;
+            multiply<ROWS, BFLOAT16>((V(*)[WIDTH])(lanes[0] + j), weight, x, p.x_stride, p.inputs);
+        }
         for (int row = 0; row < ROWS; row++)
             write_float(y + row * p.y_stride + o, sums_of_lanes(lanes[row]), left);
     }
@@ -296,13 +308,13 @@ static void product(const Product &p, const float *x, float *y, int64_t first, i
 template <int ROWS, int COUNT, bool BFLOAT16>
 INLINE void add_inputs(const Product &p, const float *x, float *y, int64_t first, int64_t count, int64_t i) {
     const int64_t size = BFLOAT16 ? 2 : 4, row_bytes = size * p.outputs;
-    const int64_t ahead = divide_up(AHEAD, size * count) * row_bytes;
+    const int64_t ahead = divide_up(AHEAD_TRANSPOSED, size * count) * row_bytes;
     const char *weight = p.matrix.weight + size * (i * p.outputs + first);
     for (int64_t o = 0; o < count; o += WIDTH) {
         V value[COUNT];
         for (int k = 0; k < COUNT; k++) {
             const char *from = weight + k * row_bytes + size * o;
-            prefetch(from + ahead);
+            __builtin_prefetch(from + ahead, 0, 2);
             value[k] = read(from, count - o, BFLOAT16);
         }
         for (int row = 0; row < ROWS; row++) {
@@ -366,12 +378,14 @@ static void normalise(const Plan &plan, int64_t row) {
     }
 }
 
+// One number at a time, because the taps of a channel lie side by side.
 static void load_taps(const BlockStep &s, const Work &w, int64_t first, int64_t count) {
-    const int64_t size = s.bfloat16 ? 2 : 4;
     for (int64_t c = first; c < first + count; c++)
         for (int64_t j = 0; j < s.k; j++) {
             int64_t at = s.transposed ? j * s.e + c : c * s.k + j;
-            w.taps[j * s.e + c] = read(s.conv.weight + size * at, 1, s.bfloat16)[0];
+            uint32_t bits = s.bfloat16 ? (uint32_t)((const uint16_t *)s.conv.weight)[at] << 16
+                                       : ((const uint32_t *)s.conv.weight)[at];
+            memcpy(w.taps + j * s.e + c, &bits, sizeof bits);
         }
 }
 
