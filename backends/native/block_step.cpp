@@ -83,8 +83,8 @@ struct Kernel {
 // of memory, which outputs are that lie side by side, and rows are.
 constexpr int64_t OUTPUTS = 96, OUTPUTS_TRANSPOSED = 768;
 constexpr int64_t MOST_THREADS = 256, SPINS = 2000;
-// By how many bytes weights are asked for before they are read; where `transposed`, of a task's, and more than the first
-// cache has room for. And how many rows of them are then read side by side.
+// By how many bytes weights are asked for before they are read; where `transposed`, of a task's, and more than the
+// first cache has room for. And how many rows of them are then read side by side.
 constexpr int64_t AHEAD = 2048, AHEAD_TRANSPOSED = 32768;
 constexpr int STREAMS_TRANSPOSED = 8;
 
@@ -176,7 +176,9 @@ static bool run(Plan *plans, int64_t count, int64_t threads, int64_t weights) {
     threads = threads < 1 ? 1 : threads;
     int64_t *begun = (int64_t *)calloc(count * MOST_PHASES * threads, sizeof(int64_t));
     if (!begun) return false;
-    for (int64_t k = 0; k < count * MOST_PHASES; k++) plans[k / MOST_PHASES].phases[k % MOST_PHASES].begun = begun + k * threads;
+    for (int64_t k = 0; k < count; k++)
+        for (int64_t phase = 0; phase < MOST_PHASES; phase++)
+            plans[k].phases[phase].begun = begun + (k * MOST_PHASES + phase) * threads;
     Team team = {plans, count, threads, 0};
     pthread_t helpers[MOST_THREADS];
     int64_t started = 0;
