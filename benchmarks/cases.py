@@ -23,7 +23,8 @@ LONGEST_REFERENCE = 2048
 WORKS = {
     "scan": "selective scan, forward",
     "scan-gradient": "selective scan, forward and backward",
-    "forward": "model, forward over a prompt",
+    "forward": "model, logits of all positions",
+    "prefill": "model, logits after a prompt",
     "decode": "model, one token after another, each",
     "block": "residual block, forward and backward",
     "training": "model, loss and gradients",
@@ -141,6 +142,10 @@ def _forward(case):
     return [_model(case)(tokens(case)).logits]
 
 
+def _prefill(case):
+    return [_forward(case)[0][:, -1, : case.config.vocab_size]]
+
+
 def _decode(case):
     model, given, found = _model(case), tokens(case), []
     logits, state = model(given)
@@ -168,6 +173,7 @@ REFERENCES = {
     "scan": _scan,
     "scan-gradient": _scan_gradient,
     "forward": _forward,
+    "prefill": _prefill,
     "decode": _decode,
     "block": _block,
     "training": _training,
@@ -193,7 +199,7 @@ def _cases():
         ("bfloat16", "transformers", ()),  # mambapy and MiniMamba cannot run in it
     ):
         settings = {"config": _BASE, "dtype": dtype, "baseline": baseline}
-        yield Case(f"prefill-{dtype}", "model", "forward", length=512, peers=(baseline, *others), **settings)
+        yield Case(f"prefill-{dtype}", "model", "prefill", length=512, peers=(baseline, *others), **settings)
         # MiniMamba's decoding fails at its first step.
         decoding = tuple(peer for peer in (baseline, *others) if peer != "minimamba")
         yield Case(f"decode-{dtype}", "model", "decode", length=16, peers=decoding, floor="weights", **settings)

@@ -44,6 +44,13 @@ def _forward(name: str, case: Case) -> Timed:
     return {"mlx": frameworks.mlx_forward, "jax": frameworks.jax_forward}[name](model, case)
 
 
+def _prefill(name: str, case: Case) -> Timed:
+    prompts, model, backend = tokens(case), _model(name, case), registry.get(name)
+    mask = np.ones(prompts.shape, bool)
+    # To NumPy, because JAX hands out logits before they are computed.
+    return Timed(lambda: [backend.to_numpy(backend.prefill(model, prompts, mask).logits)], lambda logits: logits)
+
+
 def _decode(name: str, case: Case) -> Timed:
     prompts, model, backend = tokens(case), _model(name, case), registry.get(name)
     prefilled = backend.prefill(model, prompts, np.ones(prompts.shape, bool))
@@ -70,4 +77,4 @@ def _training(name: str, case: Case) -> Timed:
     return Timed(lambda: registry.get(name).loss_and_gradients(model, given), arrays)
 
 
-WORKS = {"forward": _forward, "decode": _decode, "block": _block, "training": _training}
+WORKS = {"forward": _forward, "prefill": _prefill, "decode": _decode, "block": _block, "training": _training}

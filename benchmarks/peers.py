@@ -54,8 +54,8 @@ def mambapy(case: Case, *, sequential: bool = False) -> Timed:
     values = _torch_values(case, names)
     values["lm_head.weight"] = values["embedding.weight"]
     model = _filled(lm.LM(config, case.config.vocab_size, case.config.pad_vocab_size_multiple), values)
-    if case.work == "forward":
-        return frameworks.torch_forward(model, case)
+    if case.work == "prefill":
+        return frameworks.torch_forward(lambda ids: model(ids)[:, -1, : case.config.vocab_size], case)
 
     def begin(ids):
         caches = [(None, torch.zeros(1, case.config.d_inner, case.config.d_conv - 1)) for _ in model.mamba.layers]
@@ -79,8 +79,8 @@ def transformers(case: Case) -> Timed:
     values = _torch_values(case, {})
     values["lm_head.weight"] = values["backbone.embeddings.weight"]
     model = _filled(model, values).to(getattr(torch, case.dtype)).eval()
-    if case.work == "forward":
-        return frameworks.torch_forward(lambda ids: model(ids, use_cache=False).logits, case)
+    if case.work == "prefill":
+        return frameworks.torch_forward(lambda ids: model(ids, use_cache=True, logits_to_keep=1).logits[:, -1], case)
 
     def begin(ids):
         out = model(ids, use_cache=True)
@@ -113,7 +113,7 @@ def minimamba(case: Case) -> Timed:
     fields = {field.name for field in dataclasses.fields(theirs.MambaLMConfig)}
     same = {name: value for name, value in dataclasses.asdict(case.config).items() if name in fields}
     config = theirs.MambaLMConfig(**same | {"dt_rank": case.config.dt_rank_size, "device": "cpu"})
-    if case.work == "forward":
+    if case.work == "prefill":
         model = theirs.MambaForCausalLM(config).eval()
         return frameworks.torch_forward(model, case, same=False)
     scan = importlib.import_module("minimamba.s6").S6(config)._selective_scan_forward

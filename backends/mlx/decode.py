@@ -1,6 +1,7 @@
-"""Decoding: prefill, then one token at a time by a compiled step, sampled on the device."""
+"""Decoding: prefill, then one token at a time by a step compiled where that pays, sampled on the device."""
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import count
 
 import mlx.core as mx
@@ -8,6 +9,7 @@ from mlx.utils import tree_map
 
 from mamba_core.backend import Carry, Choice, Context, Output, State
 from mamba_core.backends.mlx.arrays import from_numpy, to_numpy
+from mamba_core.backends.mlx.kernels import linear
 from mamba_core.observe import unobserved
 from mamba_core.sampling import Sampling
 
@@ -34,7 +36,10 @@ def decode(
     model, prefilled: Output, sampling: Sampling, *, context: Context | None = None, draw=None, limit: int | None = None
 ) -> Iterator[Choice]:
     """A token is handed out while the next is under way: without a limit what follows the last taken is in vain."""
-    step = mx.compile(lambda carry, uniform: advance(model, carry, uniform, sampling), inputs=model.state)
+    step = partial(advance, model, sampling=sampling)
+    # Compiled, it would not have what is computed at once.
+    if model.device != "cpu" or not linear.FASTER:
+        step = mx.compile(step, inputs=model.state)
     uniforms = _uniforms(draw)
     with model.on_device():
         context = tree_map(lambda value: None if value is None else from_numpy(value), context)

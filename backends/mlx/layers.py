@@ -5,6 +5,7 @@ import mlx.nn as nn
 
 from mamba_core.backend import LayerState
 from mamba_core.backends.mlx.conv import causal_conv, causal_conv_step
+from mamba_core.backends.mlx.kernels import linear
 from mamba_core.backends.mlx.scan import selective_scan, selective_step
 
 
@@ -22,13 +23,14 @@ class StepProjection(nn.Module):
     Not an `nn.Linear`, so that `nn.quantize` leaves it alone: its rank is small and seldom a multiple of a group.
     """
 
-    def __init__(self, rank: int, channels: int):
+    def __init__(self, rank: int, channels: int, kernels: str):
         super().__init__()
+        self.kernels = kernels
         self.weight = mx.zeros((channels, rank))
         self.bias = mx.zeros((channels,))
 
     def __call__(self, dt: mx.array) -> mx.array:
-        return dt @ self.weight.T
+        return linear.linear(dt, self.weight, self.kernels)
 
 
 class MambaMixer(nn.Module):
@@ -44,19 +46,19 @@ class MambaMixer(nn.Module):
         self.in_proj = nn.Linear(d, 2 * e, bias=config.bias)
         self.conv1d = nn.Conv1d(e, e, k, groups=e, padding=k - 1, bias=config.conv_bias)
         self.x_proj = nn.Linear(e, r + 2 * n, bias=False)
-        self.dt_proj = StepProjection(r, e)
+        self.dt_proj = StepProjection(r, e, kernels)
         self.A_log = mx.zeros((e, n))
         self.D = mx.ones((e,))
         self.out_proj = nn.Linear(e, d, bias=config.bias)
 
     def __call__(self, hidden: mx.array, state: LayerState, mask, segment_ids, observe) -> tuple[mx.array, LayerState]:
         """hidden (b, l, d) -> (b, l, d) and the state after the last position."""
-        xz = observe("in_proj", self.in_proj(hidden))
+        xz = observe("in_proj", linear.call(self.in_proj, hidden, self.kernels))
         x, z = mx.split(xz, 2, axis=-1)
         x, z = observe("x", x), observe("z", z)
         one = hidden.shape[1] == 1 and mask is None
         x, conv = self._conv_one(x, state) if one else self._conv(x, state, mask, segment_ids)
-        dtbc = observe("x_proj", self.x_proj(observe("conv", x)))
+        dtbc = observe("x_proj", linear.call(self.x_proj, observe("conv", x), self.kernels))
         dt, B, C = mx.split(dtbc, [self.dt_rank, self.dt_rank + self.d_state], axis=-1)
         dt, B, C = observe("dt", dt), observe("B", B), observe("C", C)
         # The bias of dt_proj enters in float32 inside the scan, before the softplus.
@@ -66,7 +68,7 @@ class MambaMixer(nn.Module):
         y = observe("scan", y)
         if self.minimamba:
             y = observe("gate", y * z)
-        return observe("out_proj", self.out_proj(y)), LayerState(conv, ssm)
+        return observe("out_proj", linear.call(self.out_proj, y, self.kernels)), LayerState(conv, ssm)
 
     def _conv(self, x, state, mask, segment_ids):
         return causal_conv(

@@ -7,6 +7,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mamba_core.backend import Hidden, LayerState, Output, State
 from mamba_core.backends.mlx import state as states
 from mamba_core.backends.mlx.arrays import dtype_name
+from mamba_core.backends.mlx.kernels import linear
 from mamba_core.backends.mlx.layers import Block, RMSNorm
 from mamba_core.backends.mlx.recompute import recomputed
 from mamba_core.backends.mlx.scan import kernel_for
@@ -87,9 +88,12 @@ def _recomputed_of(module, run, kernels, dtype, *values):
     return recomputed(run_with, kernels, dtype, (*values, *trained.values()))
 
 
-def _fails_on_nothing(device: str) -> bool:
-    """Whether MLX fails or ends the process where operations have no elements: such nodes are then not seen."""
-    return device == "gpu" and mx.cuda.is_available()
+def _fails_on_nothing() -> bool:
+    """Whether MLX fails or ends the process where operations have no elements: such nodes are then not seen.
+
+    So its build for CUDA does, on its CPU too.
+    """
+    return mx.cuda.is_available()
 
 
 class Model(nn.Module):
@@ -138,7 +142,7 @@ class Model(nn.Module):
         if state is None:
             state = self.init_state(inputs.shape[0])
         check_state(self.config, inputs.shape[0], state)
-        if inputs.shape[1] == 0 and _fails_on_nothing(self.device):
+        if inputs.shape[1] == 0 and _fails_on_nothing():
             dtype = self.backbone.dtype
             layers = tuple(LayerState(layer.conv.astype(dtype), layer.ssm) for layer in state.layers)
             return mx.zeros((len(inputs), 0, self.config.d_model), dtype), State(layers, state.segment)
@@ -174,10 +178,17 @@ class LanguageModel(Model):
 
     def head(self, hidden: mx.array) -> mx.array:
         """Logits in float32 from the backbone's output."""
-        if hidden.size == 0 and _fails_on_nothing(self.device):
+        if hidden.size == 0 and _fails_on_nothing():
             return mx.zeros((*hidden.shape[:-1], self.config.padded_vocab_size))
-        linear = self.backbone.embeddings.as_linear if self.config.tie_embeddings else self.lm_head
-        return linear(hidden).astype(mx.float32)
+        return self._project(hidden).astype(mx.float32)
+
+    def _project(self, hidden):
+        embeddings = self.backbone.embeddings
+        if not self.config.tie_embeddings:
+            return linear.call(self.lm_head, hidden, self.chosen_kernels)
+        if type(embeddings) is not nn.Embedding:
+            return embeddings.as_linear(hidden)
+        return linear.linear(hidden, embeddings.weight, self.chosen_kernels)
 
 
 class FeatureModel(Model):

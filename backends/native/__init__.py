@@ -11,7 +11,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 # Of the structs and functions below; the library tells its own.
-ABI = 3
+ABI = 4
 
 DTYPES = ("float32", "bfloat16")
 
@@ -128,6 +128,18 @@ def threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def use_openmp() -> None:
+    """Computes on the threads of the OpenMP runtime that this process has loaded, GNU's; where it has none, as before.
+
+    A framework that computes on them calls this: they wait for its next operation by spinning, and would be in the way.
+    """
+    try:
+        runtime = ctypes.CDLL("libgomp.so.1", mode=os.RTLD_LAZY | os.RTLD_NOLOAD)
+    except (OSError, AttributeError):
+        return
+    library().mamba_use_threads_of(ctypes.cast(runtime.GOMP_parallel, _pointer))
+
+
 def count_boundaries(b: int, l: int, e: int, n: int) -> int:
     """How many floats the states between chunks are, which a gradient needs: `mamba_scan_boundaries`.
 
@@ -228,6 +240,8 @@ def _load(path: Path) -> ctypes.CDLL:
     found = ctypes.CDLL(os.fspath(path))
     if (built := found.mamba_native_abi()) != ABI:
         raise ValueError(f"it has ABI {built} and this package {ABI}; install the package again")
+    found.mamba_use_threads_of.argtypes = [_pointer]
+    found.mamba_use_threads_of.restype = None
     found.mamba_scan_boundaries.argtypes = [_int64] * 4
     found.mamba_scan_boundaries.restype = _int64
     for name in ("mamba_scan_forward", "mamba_scan_backward"):

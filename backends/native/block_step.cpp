@@ -5,12 +5,12 @@
 #ifndef WIDTH
 
 #include <math.h>
-#include <pthread.h>
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "scan.h"
+#include "threads.h"
 #include "vectors.h"
 
 // Of the compute dtype: (outputs, inputs) as torch stores it, or (inputs, outputs) if `transposed`. bias may be null.
@@ -82,7 +82,7 @@ struct Kernel {
 // Outputs of one task, at most: few, so that no thread waits long for another's last, and enough to read long stretches
 // of memory, which outputs are that lie side by side, and rows are.
 constexpr int64_t OUTPUTS = 96, OUTPUTS_TRANSPOSED = 768;
-constexpr int64_t MOST_THREADS = 256, SPINS = 2000;
+constexpr int64_t SPINS = 2000;
 // By how many bytes weights are asked for before they are read; where `transposed`, of a task's, and more than the
 // first cache has room for. And how many rows of them are then read side by side.
 constexpr int64_t AHEAD = 2048, AHEAD_TRANSPOSED = 32768;
@@ -160,31 +160,22 @@ static void work_through(Plan &plan, int64_t thread, int64_t threads) {
 }
 
 // What every thread does. One that comes late, or not at all, is not waited for.
-static void *work_through_all(void *argument) {
+static void work_through_all(void *argument) {
     Team &team = *(Team *)argument;
     int64_t thread = __atomic_fetch_add(&team.arrived, 1, __ATOMIC_RELAXED);
     for (int64_t k = 0; k < team.count; k++) work_through(team.plans[k], thread, team.threads);
-    return nullptr;
 }
 
-// Threads live for one call: none is left for a fork to lose. False where there is not the memory.
+// False where there is not the memory.
 static bool run(Plan *plans, int64_t count, int64_t threads, int64_t weights) {
-    // A thread that is started should save more than the start costs.
-    int64_t worth = 1 + (weights >> 17);
-    threads = threads < worth ? threads : worth;
-    threads = threads < MOST_THREADS ? threads : MOST_THREADS;
-    threads = threads < 1 ? 1 : threads;
+    threads = threads_worth(threads, 1 + (weights >> 17));
     int64_t *begun = (int64_t *)calloc(count * MOST_PHASES * threads, sizeof(int64_t));
     if (!begun) return false;
     for (int64_t k = 0; k < count; k++)
         for (int64_t phase = 0; phase < MOST_PHASES; phase++)
             plans[k].phases[phase].begun = begun + (k * MOST_PHASES + phase) * threads;
     Team team = {plans, count, threads, 0};
-    pthread_t helpers[MOST_THREADS];
-    int64_t started = 0;
-    while (started + 1 < threads && !pthread_create(&helpers[started], nullptr, work_through_all, &team)) started++;
-    work_through_all(&team);
-    for (int64_t k = 0; k < started; k++) pthread_join(helpers[k], nullptr);
+    run_threads(work_through_all, &team, threads);
     free(begun);
     return true;
 }

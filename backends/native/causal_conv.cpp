@@ -112,11 +112,7 @@ static Call call_of(const Conv &s) {
     return {&s, number_inputs(s), s.l ? divide_up(s.l, size) : 1, size, nullptr};
 }
 
-// A thread that is started should save more than the start costs.
-static int64_t conv_threads(const Conv &s) {
-    int64_t worth = 1 + (s.b * s.l * s.e >> 17);
-    return s.threads < worth ? s.threads : worth;
-}
+static int64_t conv_threads(const Conv &s) { return threads_worth(s.threads, 1 + (s.b * s.l * s.e >> 17)); }
 
 EXPORT int32_t mamba_conv_forward(const Conv *conv) {
     const Conv &s = *conv;

@@ -127,10 +127,9 @@ static void run_one(const void *argument, int64_t index, void *memory) {
 }
 
 static bool run(const Scan &s, const Partial *partial, Function *function, int64_t per_row) {
-    // A thread that is started should save more than the start costs.
-    int64_t worth = 1 + (s.b * s.l * s.e * s.n >> 18);
+    int64_t threads = threads_worth(s.threads, 1 + (s.b * s.l * s.e * s.n >> 18));
     Job job = {&s, partial, function, per_row};
-    return run_tasks(run_one, &job, s.b * per_row, s.threads < worth ? s.threads : worth, work_size_of(s));
+    return run_tasks(run_one, &job, s.b * per_row, threads, work_size_of(s));
 }
 
 static void sum_over_rows(float *total, const float *rows, int64_t b, int64_t size) {
@@ -141,7 +140,7 @@ static void sum_over_rows(float *total, const float *rows, int64_t b, int64_t si
 }
 
 // Raised with every change to a struct or to a function's meaning, as ABI in __init__.py.
-EXPORT int32_t mamba_native_abi() { return 3; }
+EXPORT int32_t mamba_native_abi() { return 4; }
 
 int32_t mamba_scan_width() { return widest(); }
 

@@ -1,12 +1,11 @@
 """The norm, the Mamba-1 mixer and the residual block, as `torch.nn` modules with the canonical parameter names."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamba_core.backend import LayerState
 from mamba_core.backends.torch.conv import causal_conv, causal_conv_step
-from mamba_core.backends.torch.kernels import fused_conv, fused_mixer, fused_norm
+from mamba_core.backends.torch.kernels import fused_conv, fused_mixer, fused_norm, linear
 from mamba_core.backends.torch.kernels.fused import linear_dtype
 from mamba_core.backends.torch.kernels.step import as_built
 from mamba_core.backends.torch.positions import restarts
@@ -62,7 +61,7 @@ class MambaMixer(nn.Module):
 
     def forward(self, hidden: Tensor, state: LayerState, mask, segment_ids, observe) -> tuple[Tensor, LayerState]:
         """hidden (b, l, d) -> (b, l, d) and the state after the last position."""
-        xz = observe("in_proj", self.in_proj(hidden))
+        xz = observe("in_proj", linear.call(self.in_proj, hidden, self.kernels))
         if mask is None and observe is unobserved and self._fuses(xz):
             y, conv, ssm = self._inner(xz, state, restarts(mask, segment_ids))
             return self.out_proj(y), LayerState(conv, ssm)
@@ -70,17 +69,17 @@ class MambaMixer(nn.Module):
         x, z = observe("x", x), observe("z", z)
         one = hidden.shape[1] == 1 and mask is None
         x, conv = self._conv_one(x, state) if one else self._conv(x, state, mask, segment_ids)
-        dtbc = observe("x_proj", self.x_proj(observe("conv", x)))
+        dtbc = observe("x_proj", linear.call(self.x_proj, observe("conv", x), self.kernels))
         dt, B, C = dtbc.split(self.sizes, dim=-1)
         dt, B, C = observe("dt", dt), observe("B", B), observe("C", C)
         # The bias of dt_proj enters in float32 inside the scan, before the softplus.
-        delta = observe("dt_proj", F.linear(dt, self.dt_proj.weight))
+        delta = observe("dt_proj", linear.linear(dt, self.dt_proj.weight, kernels=self.kernels))
         scan = (x, delta, B, C, None if self.minimamba else z)
         y, ssm = self._scan_one(*scan, state) if one else self._scan(*scan, state, mask, segment_ids)
         y = observe("scan", y)
         if self.minimamba:
             y = observe("gate", y * z)
-        return observe("out_proj", self.out_proj(y)), LayerState(conv, ssm)
+        return observe("out_proj", linear.call(self.out_proj, y, self.kernels)), LayerState(conv, ssm)
 
     def _fuses(self, xz) -> bool:
         """Whether one operator computes here what is between in_proj and out_proj."""

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mamba_core.backend import Hidden, Output, State
 from mamba_core.backends.torch import state as states
 from mamba_core.backends.torch.kernels import step
+from mamba_core.backends.torch.kernels.linear import linear
 from mamba_core.backends.torch.layers import Block, MambaMixer, RMSNorm
 from mamba_core.backends.torch.scan import kernel_for
 from mamba_core.observe import reporting, unobserved, within
@@ -245,8 +245,9 @@ class LanguageModel(Model):
         """Logits in float32 from the backbone's output."""
         if (weight := self.head_weight()) is None:
             return self.lm_head(hidden).float()
-        logits = step.head(self.chosen_kernels, hidden, weight)
-        return F.linear(hidden, weight).float() if logits is None else logits
+        if (logits := step.head(self.chosen_kernels, hidden, weight)) is not None:
+            return logits
+        return linear(hidden, weight, kernels=self.chosen_kernels).float()
 
     def head_weight(self) -> Tensor | None:
         """The weight whose product with the backbone's output the logits are; None if nobody knows what they are."""

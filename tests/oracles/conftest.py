@@ -1,11 +1,15 @@
 """What the oracles share."""
 
 import importlib
+import os
 import sys
 from types import ModuleType
 from unittest import mock
 
 import pytest
+
+# MLX's own models are to compute in float32 whichever of our backends a test imports: see `backends/mlx`.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 # mambapy.lm imports these for Mamba-2 only, and they import Triton.
 UNUSED = ("mamba_chunk_scan_combined", "mamba_split_conv1d_scan_combined")

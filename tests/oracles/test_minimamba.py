@@ -100,8 +100,7 @@ def test_backend_equals_their_model(backend, config, values, ids):
 
 
 @pytest.mark.parametrize("kind", ["AutoModel", "AutoModelForCausalLM", "MambaModel", "MambaForCausalLM"])
-def test_transformers_refuses_what_it_would_compute_otherwise(kind, config, tmp_path):
-    transformers = pytest.importorskip("transformers")
+def test_transformers_refuses_what_it_would_compute_otherwise(transformers, kind, config, tmp_path):
     mc.save(mc.build(config, backend="torch"), tmp_path / "saved")
     with pytest.raises((ValueError, KeyError), match="minimamba"):
         getattr(transformers, kind).from_pretrained(tmp_path / "saved")

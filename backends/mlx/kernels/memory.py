@@ -15,7 +15,7 @@ def reason(device: str, dtype: mx.Dtype | None = None, arrays=()) -> str | None:
         return "it runs on a CPU only"
     if dtype is not None and dtype not in DTYPES:
         return f"x is {dtype_name(dtype)}, and it computes {' and '.join(library.DTYPES)}"
-    if _are_traced(arrays):
+    if are_traced(arrays):
         return "it computes at once, and inside mx.compile and mx.vmap there is nothing to compute with"
     return library.missing()
 
@@ -25,9 +25,9 @@ def call(function, arguments, given: dict[str, mx.array | None], results: dict[s
     named = {name: _laid_out(name, value) for name, value in given.items() if value is not None} | results
     mx.eval(list(named.values()))
     for name in dict(arguments._fields_).keys() & named.keys():
-        view = _view(named[name])
-        strides = (stride // view.itemsize for stride in view.strides[:2])
-        pointer = view.ctypes.data
+        memory = view(named[name])
+        strides = (stride // memory.itemsize for stride in memory.strides[:2])
+        pointer = memory.ctypes.data
         setattr(arguments, name, library.Sequence(pointer, *strides) if name in library.SEQUENCES else pointer)
     function(arguments)
 
@@ -40,24 +40,25 @@ def zeros_like(given: dict[str, mx.array | None]) -> dict[str, mx.array]:
 def alone(values) -> list[mx.array]:
     """Copies of the arrays, computed, that do not hold on to what they were computed from."""
     mx.eval(values)
-    return [mx.array(_view(value)).view(value.dtype) for value in values]
+    return [mx.array(view(value)).view(value.dtype) for value in values]
 
 
 def _laid_out(name, value):
     """A sequence with its channels side by side, as a slice of a wider array has them too; the rest contiguous."""
     if name in library.SEQUENCES:
         mx.eval(value)
-        if value.shape[2] == 1 or _view(value).strides[2] == value.itemsize:
+        if value.shape[2] == 1 or view(value).strides[2] == value.itemsize:
             return value
     return mx.contiguous(value)
 
 
-def _view(value) -> np.ndarray:
+def view(value) -> np.ndarray:
     """The array's own memory; NumPy knows no bfloat16."""
     return np.array(value.view(mx.uint16) if value.dtype == mx.bfloat16 else value, copy=False)
 
 
-def _are_traced(arrays) -> bool:
+def are_traced(arrays) -> bool:
+    """Whether they stand for arrays, and cannot be computed."""
     try:
         mx.eval(arrays)
     except ValueError:

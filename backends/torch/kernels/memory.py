@@ -8,6 +8,8 @@ from mamba_core.backends import native as library
 DTYPES = tuple(getattr(torch, name) for name in library.DTYPES)
 # Asked once, and not by what the compiler traces.
 MISSING = library.missing()
+if MISSING is None:
+    library.use_openmp()
 
 
 def reason(device: torch.device, dtype: torch.dtype | None) -> str | None:

@@ -76,7 +76,7 @@ def differentiable(
                 shape, dtype = ctx.y
                 dy = inputs[0].new_zeros(shape, dtype=dtype)
             # The Function, which refuses a second gradient and knows vmap, takes the host as long again.
-            plain = not torch.is_grad_enabled() and not _transformed()
+            plain = not torch.is_grad_enabled() and not transformed()
             gradients = iter((its_gradient if plain else Gradient.apply)(dy, *others, *saved, *inputs))
             return tuple(next(gradients) if is_float(value) else None for value in inputs)
 
@@ -92,12 +92,12 @@ def differentiable(
         refuse_tangents(*inputs)
         # The operator has its gradient registered, and a compiled or exported graph keeps it; torch.func wants the
         # Function.
-        return (Forward.apply if _transformed() else operator)(*inputs)[:results]
+        return (Forward.apply if transformed() else operator)(*inputs)[:results]
 
     return run
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """Whether a transformation of torch.func is under way; a compiler, which has its own way, asks nothing."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 

@@ -92,10 +92,12 @@ def as_built(kind: type, *modules: nn.Module) -> bool:
     """Whether nobody has put another module in their place, or asked to be called when they are."""
     if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
         return False
+    if everywhere._global_backward_hooks or everywhere._global_backward_pre_hooks:
+        return False
     for module in modules:
         if type(module) is not kind or module._forward_hooks or module._forward_pre_hooks:
             return False
-        if "forward" in module.__dict__:
+        if module._backward_hooks or module._backward_pre_hooks or "forward" in module.__dict__:
             return False
     return True
 

@@ -1,0 +1,172 @@
+"""Linear layers by oneDNN on a CPU: what they compute, and where torch's own are taken."""
+
+from contextlib import contextmanager
+
+import pytest
+
+import mamba_core as mc
+from mamba_core.spec.tolerances import relative_l2
+
+torch = pytest.importorskip("torch")
+if not torch.backends.mkldnn.is_available():
+    pytest.skip("torch is built without oneDNN", allow_module_level=True)
+
+from mamba_core.backends.torch.kernels import linear  # noqa: E402
+
+CONFIG = mc.MambaConfig(d_model=20, n_layer=2, vocab_size=29, d_state=5, initializer_range=0.5)
+LINEARS = 4 * CONFIG.n_layer
+IDS = torch.arange(26).reshape(2, 13)
+
+
+@pytest.fixture(autouse=True)
+def everywhere(monkeypatch):
+    """On any processor, and for products of any size."""
+    monkeypatch.setattr(linear, "FASTER", True)
+    monkeypatch.setattr(linear, "LEAST", 0)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The shapes of what was given to oneDNN."""
+    called, to_mkldnn = [], torch.Tensor.to_mkldnn
+    monkeypatch.setattr(torch.Tensor, "to_mkldnn", lambda x: (called.append(tuple(x.shape)), to_mkldnn(x))[1])
+    return called
+
+
+def built(kernels="auto", **settings):
+    return mc.build(CONFIG, backend="torch", device="cpu", kernels=kernels, **settings)
+
+
+@contextmanager
+def plain():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear, "FASTER", False)
+        yield
+
+
+def plain_logits(model):
+    with plain():
+        return model(IDS).logits
+
+
+@pytest.mark.parametrize("rows", [(3,), (2, 5), (1,)])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("strided", [False, True])
+def test_values_and_gradients_are_those_of_the_plain_layer(calls, rows, biased, strided):
+    torch.manual_seed(0)
+    layer, wide = torch.nn.Linear(7, 5, bias=biased), torch.randn(*rows, 9, requires_grad=True)
+    x = wide[..., 1:8] if strided else wide[..., :7].contiguous()
+    y = linear.call(layer, x, "auto")
+    wanted, inputs, dy = layer(x), (wide, *layer.parameters()), torch.randn(*rows, 5)
+    assert calls == [(*rows, 7)]
+    assert y.layout is torch.strided
+    assert relative_l2(y.detach().numpy(), wanted.detach().numpy()) < 1e-6
+    pairs = zip(torch.autograd.grad(y, inputs, dy), torch.autograd.grad(wanted, inputs, dy), strict=True)
+    for got, its_wanted in pairs:
+        assert relative_l2(got.numpy(), its_wanted.numpy()) < 1e-6
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_and_its_gradients(calls, remat, tied):
+    config = mc.MambaConfig(d_model=20, n_layer=2, vocab_size=29, initializer_range=0.5, tie_embeddings=tied)
+    model = mc.build(config, backend="torch", device="cpu")
+    model.remat = remat
+    logits = model(IDS).logits
+    assert len(calls) == LINEARS + 1
+    inputs, dy = list(model.parameters()), torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
+    gradients = torch.autograd.grad(logits, inputs, dy)
+    with plain():  # what is recomputed, too
+        wanted = model(IDS).logits
+        wanted_gradients = torch.autograd.grad(wanted, inputs, dy)
+    assert relative_l2(logits.detach().numpy(), wanted.detach().numpy()) < 1e-5
+    for got, its_wanted in zip(gradients, wanted_gradients, strict=True):
+        assert relative_l2(got.numpy(), its_wanted.numpy()) < 1e-5
+
+
+def test_few_products_are_not_worth_it(calls, monkeypatch):
+    monkeypatch.setattr(linear, "LEAST", 26 * 20 * 80)
+    built()(IDS)
+    assert calls == [(2, 13, 20)] * CONFIG.n_layer
+
+
+def test_where_it_is_not_the_faster(calls, monkeypatch):
+    monkeypatch.setattr(linear, "FASTER", False)
+    built()(IDS)
+    assert calls == []
+
+
+def test_with_autocast():
+    model = built()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(IDS).logits
+        assert torch.equal(logits, plain_logits(model))
+    assert 1e-4 < relative_l2(logits.detach().numpy(), model(IDS).logits.detach().numpy()) < 1e-1
+
+
+def test_half_precision_is_left_to_torch(calls):
+    built(dtype="bfloat16")(IDS)
+    assert calls == []
+
+
+def test_derivatives_of_other_orders_and_modes(calls):
+    model = built("sequential")
+    parameters, call = dict(model.named_parameters()), torch.func.functional_call
+    x = model.backbone.embeddings(IDS).detach()
+
+    def loss(x):
+        layer = model.backbone.layers[0].mixer.in_proj
+        return linear.call(layer, x, "sequential").square().sum()
+
+    assert torch.func.hessian(loss)(x[0, :1]).abs().sum() > 0
+    second = x[0, :1].clone().requires_grad_()
+    (first,) = torch.autograd.grad(loss(second), [second], create_graph=True)
+    assert torch.autograd.grad(first.sum(), [second])[0].abs().sum() > 0
+    torch.func.grad(lambda parameters: call(built(), parameters, (IDS,)).logits.sum())(parameters)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        y = linear.call(model.backbone.layers[0].mixer.in_proj, dual, "auto")
+        assert torch.autograd.forward_ad.unpack_dual(y).tangent is not None
+    assert calls == []
+
+
+def test_a_compiled_and_an_exported_model(calls):
+    model = built()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert relative_l2(compiled(IDS).logits.detach().numpy(), plain_logits(model).detach().numpy()) < 1e-6
+    exported = torch.export.export(model, (IDS,)).module()
+    assert relative_l2(exported(IDS).logits.detach().numpy(), plain_logits(model).detach().numpy()) < 1e-6
+    assert calls == []
+
+
+@pytest.mark.parametrize("when", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_hooks_are_called(calls, when, everywhere):
+    layer, seen = torch.nn.Linear(20, 5), []
+    register = getattr(torch.nn.modules.module if everywhere else layer, _name_of(when, everywhere))
+    with register(lambda *_: seen.append(when)):
+        linear.call(layer, torch.randn(3, 20, requires_grad=True), "auto").sum().backward()
+    assert seen == [when]
+    assert calls == []
+
+
+def _name_of(when, everywhere):
+    return f"register_module_{when}_hook" if everywhere else f"register_{when}_hook"
+
+
+def test_another_module_in_a_layer_s_place(calls):
+    class Doubled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    layer = Doubled(20, 5)
+    x = torch.randn(3, 20)
+    torch.testing.assert_close(
+        linear.call(layer, x, "auto"), 2 * torch.nn.functional.linear(x, layer.weight, layer.bias)
+    )
+    assert calls == []
+
+
+def test_a_wrong_width_is_torch_s_error():
+    with pytest.raises(RuntimeError, match=r"shape|size"):
+        linear.call(torch.nn.Linear(20, 5), torch.zeros(3, 19), "auto")

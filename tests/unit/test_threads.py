@@ -1,0 +1,90 @@
+"""The threads of the native library: its own, or those of the OpenMP runtime that torch has loaded."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from mamba_core.backends import native
+from tests.unit.native_arrays import scan
+
+pytestmark = pytest.mark.skipif(native.missing() is not None, reason=f"native library: {native.missing()}")
+
+# What is to run in a process of its own: torch in it, the scan on so many threads, and how many threads there are.
+BEGIN = """
+import os
+import numpy as np
+from mamba_core.backends import native
+from tests.unit.native_arrays import scan
+rng = np.random.default_rng(0)
+arrays = {name: rng.normal(size=(2, 512, 96)).astype("f") for name in ("x", "delta")}
+arrays |= {name: rng.normal(size=(2, 512, 16)).astype("f") for name in ("B", "C")}
+arrays["A"] = -np.ones((96, 16), "f")
+count = lambda: len(os.listdir("/proc/self/task"))
+"""
+
+
+def run(code: str) -> str:
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    environment = os.environ | {"OMP_NUM_THREADS": "2", "PYTHONPATH": root}
+    result = subprocess.run(
+        [sys.executable, "-c", BEGIN + code], env=environment, cwd=root, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+linux = pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts the threads of a process by /proc")
+
+
+@linux
+def test_own_threads_end_with_the_call():
+    assert run("before = count(); scan(2, delta_softplus=True, **arrays); print(count() - before)") == "0"
+
+
+@linux
+def test_torch_s_threads_are_used():
+    pytest.importorskip("torch")
+    code = """
+import torch
+if "libgomp" not in open("/proc/self/maps").read():
+    print("no GNU OpenMP")
+    raise SystemExit
+alone = scan(2, delta_softplus=True, **arrays)
+import mamba_core.backends.torch
+before = count()
+together = scan(2, delta_softplus=True, **arrays)
+print(count() - before, all(np.array_equal(a, b) for a, b in zip(alone, together)))
+"""
+    found = run(code)
+    if found == "no GNU OpenMP":
+        pytest.skip(found)
+    assert found == "1 True"  # the runtime's helper stays
+
+
+@linux
+def test_a_fork_has_threads_again():
+    pytest.importorskip("torch")
+    code = """
+import torch
+import mamba_core.backends.torch
+wanted, *_ = scan(2, delta_softplus=True, **arrays)
+if (child := os.fork()) == 0:
+    found, *_ = scan(2, delta_softplus=True, **arrays)
+    os._exit(0 if np.array_equal(found, wanted) else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    assert run(code) == "0"
+
+
+def test_no_openmp_in_the_process_is_no_error(monkeypatch):
+    def missing(*_, **__):
+        raise OSError("no such file")
+
+    monkeypatch.setattr(native.ctypes, "CDLL", missing)
+    native.use_openmp()
+    x = np.ones((1, 4, 3), np.float32)
+    y, *_ = scan(2, x=x, delta=x, A=-np.ones((3, 1), np.float32), B=x[..., :1], C=x[..., :1])
+    assert np.isfinite(y).all()
