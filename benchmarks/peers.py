@@ -80,7 +80,11 @@ def transformers(case: Case) -> Timed:
     values["lm_head.weight"] = values["backbone.embeddings.weight"]
     model = _filled(model, values).to(getattr(torch, case.dtype)).eval()
     if case.work == "prefill":
-        return frameworks.torch_forward(lambda ids: model(ids, use_cache=True, logits_to_keep=1).logits[:, -1], case)
+
+        def last(ids):
+            return model(ids, use_cache=True, logits_to_keep=1).logits[:, -1, : case.config.vocab_size]
+
+        return frameworks.torch_forward(last, case)
 
     def begin(ids):
         out = model(ids, use_cache=True)

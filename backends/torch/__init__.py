@@ -1,6 +1,6 @@
 """The PyTorch backend: CPU, CUDA and MPS. Models are `torch.nn.Module`s."""
 
-from mamba_core.backends.torch.arrays import devices, from_numpy, peak_memory, to_numpy, vjp
+from mamba_core.backends.torch.arrays import devices, from_numpy, keep_freed_memory, peak_memory, to_numpy, vjp
 from mamba_core.backends.torch.conv import causal_conv, causal_conv_step
 from mamba_core.backends.torch.decode import choose, decode, distribution, fork, prefill
 from mamba_core.backends.torch.kernels.quantized import quantize
@@ -37,3 +37,4 @@ class TorchBackend:
 
 
 backend = TorchBackend()
+keep_freed_memory()

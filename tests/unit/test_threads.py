@@ -1,6 +1,7 @@
-"""The threads of the native library: its own, or those of the OpenMP runtime that torch has loaded."""
+"""What a process shares: the threads of the native library, its own or those of torch's OpenMP, and freed memory."""
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -88,3 +89,19 @@ def test_no_openmp_in_the_process_is_no_error(monkeypatch):
     x = np.ones((1, 4, 3), np.float32)
     y, *_ = scan(2, x=x, delta=x, A=-np.ones((3, 1), np.float32), B=x[..., :1], C=x[..., :1])
     assert np.isfinite(y).all()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+def test_torch_s_arrays_are_kept_for_the_next():
+    pytest.importorskip("torch")
+    code = """
+import resource
+import torch
+import mamba_core.backends.torch
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    arrays = [torch.empty(size * 2**19).fill_(1.0) for size in (1, 4, 2, 2, 2, 1, 1)]  # of 512 pages each
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(max([faults() for _ in range(15)][3:]))
+"""
+    assert int(run(code)) < 200
