@@ -126,7 +126,8 @@ def test_backend_equals_selective_scan_ref(selective_scan_ref, backend, length, 
     for kernel in running if dtype == "float32" else ("auto",):
         y, h = backend.selective_scan(**stored, delta_softplus=True, return_final_state=True, kernel=kernel)
         assert relative_l2(backend.to_numpy(y), expected[0].mT.numpy()) <= tolerance(dtype), kernel
-        # A GPU's 2^x is right to 2 units in the last place: where a state decays slowly their errors add up.
+        # On GPUs 1.15e-6 (float32) and 1.36e-6 (half precision) were seen at length 128, in all three frameworks alike:
+        # likely of the GPU's own 2^x, which is right to 2 units in the last place, in states that decay slowly.
         on_gpu = kernel == "cuda" or (kernel == "auto" and backend.kernels()["cuda"] is None)
         limit = tolerance("float32") * (2 if on_gpu else 1)
         assert relative_l2(backend.to_numpy(h), expected[1].numpy()) <= limit, kernel

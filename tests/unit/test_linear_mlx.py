@@ -91,9 +91,8 @@ def test_decoding(calls, dtype):
     model = mc.build(CONFIG, backend="mlx", device="cpu", dtype=dtype)
     result = mc.generate(model, [[1, 2, 3]], max_new_tokens=4, temperature=0.0)
     native_here = dtype == "bfloat16" and native.missing() is None
-    # The prompt's, whose head has one row, and three steps.
-    few = 1 + 3 * (LINEARS + 1) + LINEARS  # of the prompt all have few rows
-    assert calls == ["_few" if native_here else "_product"] * few
+    # Of the prompt, whose rows are few too, and of three steps.
+    assert calls == ["_few" if native_here else "_product"] * (4 * (LINEARS + 1))
     plain = mc.build(CONFIG, backend="mlx", device="cpu", dtype=dtype, kernels="sequential")
     assert result.tokens == mc.generate(plain, [[1, 2, 3]], max_new_tokens=4, temperature=0.0).tokens
 

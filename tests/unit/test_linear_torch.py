@@ -140,18 +140,18 @@ def test_a_compiled_and_an_exported_model(calls):
 
 
 @pytest.mark.parametrize("when", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
-@pytest.mark.parametrize("everywhere", [False, True])
-def test_hooks_are_called(calls, when, everywhere):
+@pytest.mark.parametrize("globally", [False, True])
+def test_hooks_are_called(calls, when, globally):
     layer, seen = torch.nn.Linear(20, 5), []
-    register = getattr(torch.nn.modules.module if everywhere else layer, _name_of(when, everywhere))
+    register = getattr(torch.nn.modules.module if globally else layer, _name_of(when, globally))
     with register(lambda *_: seen.append(when)):
         linear.call(layer, torch.randn(3, 20, requires_grad=True), "auto").sum().backward()
     assert seen == [when]
     assert calls == []
 
 
-def _name_of(when, everywhere):
-    return f"register_module_{when}_hook" if everywhere else f"register_{when}_hook"
+def _name_of(when, globally):
+    return f"register_module_{when}_hook" if globally else f"register_{when}_hook"
 
 
 def test_another_module_in_a_layer_s_place(calls):
