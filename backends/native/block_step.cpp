@@ -9,6 +9,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <initializer_list>
+
 #include "scan.h"
 #include "threads.h"
 #include "vectors.h"
@@ -48,9 +50,10 @@ struct LinearStep {
 
 static int64_t mixed_of(const BlockStep &s) { return s.r + 2 * s.n; }
 
-// What passes from phase to phase: hidden (b, d), x, z, delta and y (b, e), dtbc (b, r + 2n), taps (k, e), A (e, n).
+// What passes from phase to phase: hidden (b, d), x, z, delta and y (b, e), dtbc (b, r + 2n), taps (k, e), A (e, n), and
+// a product's sums (parts, b, outputs).
 struct Work {
-    float *hidden, *x, *z, *dtbc, *delta, *y, *taps, *A;
+    float *hidden, *x, *z, *dtbc, *delta, *y, *taps, *A, *sums;
 };
 
 struct Plan;
@@ -64,7 +67,7 @@ struct Phase {
     int64_t *begun;
 };
 
-constexpr int64_t MOST_PHASES = 5;
+constexpr int64_t MOST_PHASES = 8;
 
 struct Plan {
     const BlockStep *block;
@@ -75,37 +78,52 @@ struct Plan {
 };
 
 struct Kernel {
-    Function *normalise, *project_in, *project_x, *scan, *project_out;
-    Function *widen, *project;
+    Function *normalise, *project_in, *convolve, *project_x, *collect, *scan, *project_out, *add;
+    Function *widen, *project, *write_outputs;
 };
 
 // Outputs of one task, at most: few, so that no thread waits long for another's last, and enough to read long stretches
-// of memory, which outputs are that lie side by side, and rows are.
-constexpr int64_t OUTPUTS = 96, OUTPUTS_TRANSPOSED = 768;
+// of memory. Where `transposed`, those whose sums the first cache holds: then inputs are shared out as well, and the sums
+// over each part of them are added up afterwards. The parts depend on the sizes only, and so does the order of sums.
+constexpr int64_t OUTPUTS = 96, OUTPUTS_TRANSPOSED = 4096;
+constexpr int64_t PARTS = 8;
 constexpr int64_t SPINS = 2000;
-// By how many bytes weights are asked for before they are read; where `transposed`, of a task's, and more than the
-// first cache has room for. And how many rows of them are then read side by side.
-constexpr int64_t AHEAD = 2048, AHEAD_TRANSPOSED = 32768;
-constexpr int STREAMS_TRANSPOSED = 8;
+// By how many bytes weights are asked for before they are read.
+constexpr int64_t AHEAD = 2048;
 
-// How many of so many outputs are a task; BlockStep and LinearStep.
-template <class Step> static int64_t per_task(const Step &s, int64_t outputs) {
-    const int64_t most = s.transposed ? OUTPUTS_TRANSPOSED : OUTPUTS, unit = s.transposed ? 2 * WIDEST : WIDEST;
-    int64_t share = divide_up(divide_up(outputs, s.threads < 1 ? 1 : s.threads), unit) * unit;
-    return share < most ? share : most;
+// How a product is shared out: `outputs` of a task, of which there are so many side by side, and parts of the inputs.
+struct Tiling {
+    int64_t outputs, columns, parts;
+};
+template <class Step> static Tiling tiling_of(const Step &s, int64_t outputs) {
+    const int64_t threads = s.threads < 1 ? 1 : s.threads;
+    int64_t parts = 1, columns = divide_up(outputs, OUTPUTS);
+    if (s.transposed) {
+        parts = PARTS;
+        columns = divide_up(outputs, OUTPUTS_TRANSPOSED);
+    }
+    if (columns * parts < threads) columns = divide_up(threads, parts);
+    int64_t size = divide_up(divide_up(outputs, columns), 2 * WIDEST) * 2 * WIDEST;
+    return {size, divide_up(outputs, size), parts};
 }
 template <class Step> static int64_t tasks_of(const Step &s, int64_t outputs) {
-    return divide_up(outputs, per_task(s, outputs));
+    Tiling tiling = tiling_of(s, outputs);
+    return tiling.columns * tiling.parts;
+}
+template <class Step> static int64_t sums_of(const Step &s, int64_t outputs) {
+    return tiling_of(s, outputs).parts * s.b * outputs;
 }
 
-// The outputs of a task.
+// Numbers side by side: a task's where each is as the other.
 struct Range {
     int64_t first, count;
 };
-template <class Step> static Range range_of(const Step &s, int64_t outputs, int64_t task) {
-    int64_t size = per_task(s, outputs), first = task * size;
-    return {first, outputs - first < size ? outputs - first : size};
+static Range range_of(int64_t total, int64_t size, int64_t task) {
+    int64_t first = task * size;
+    return {first, total - first < size ? total - first : size};
 }
+// Channels of a task of the convolution or the scan.
+constexpr int64_t CHANNELS = 384;
 
 #define WIDTH 4
 #include "block_step.cpp"
@@ -182,11 +200,17 @@ static bool run(Plan *plans, int64_t count, int64_t threads, int64_t weights) {
 
 // The memory of all of them, null where there is not so much.
 static float *divide_memory(const BlockStep &s, Work &w) {
+    int64_t sums = 0;
+    for (int64_t outputs : {2 * s.e, mixed_of(s), s.d}) {
+        int64_t size = sums_of(s, outputs);
+        sums = sums < size ? size : sums;
+    }
     struct {
         float **array;
         int64_t size;
     } parts[] = {{&w.hidden, s.b * s.d}, {&w.x, s.b * s.e},          {&w.z, s.b * s.e},    {&w.delta, s.b * s.e},
-                 {&w.y, s.b * s.e},      {&w.dtbc, s.b * mixed_of(s)}, {&w.taps, s.k * s.e}, {&w.A, s.e * s.n}};
+                 {&w.y, s.b * s.e},      {&w.dtbc, s.b * mixed_of(s)}, {&w.taps, s.k * s.e}, {&w.A, s.e * s.n},
+                 {&w.sums, sums}};
     int64_t size = 0;
     for (auto &part : parts) size += divide_up(part.size, WIDEST) * WIDEST;
     float *memory = (float *)aligned_alloc(64, sizeof(float) * size), *next = memory;
@@ -198,13 +222,17 @@ static float *divide_memory(const BlockStep &s, Work &w) {
 }
 
 static Plan plan_of(const BlockStep &s, const Kernel &kernel, const Work &w) {
+    const int64_t channel_tasks = divide_up(s.e, CHANNELS);
     return {&s, nullptr, w, {
         {kernel.normalise, s.b, 0, nullptr},
-        {kernel.project_in, tasks_of(s, s.e), 0, nullptr},
+        {kernel.project_in, tasks_of(s, 2 * s.e), 0, nullptr},
+        {kernel.convolve, channel_tasks, 0, nullptr},
         {kernel.project_x, tasks_of(s, mixed_of(s)), 0, nullptr},
-        {kernel.scan, tasks_of(s, s.e), 0, nullptr},
+        {kernel.collect, s.b, 0, nullptr},
+        {kernel.scan, channel_tasks, 0, nullptr},
         {kernel.project_out, tasks_of(s, s.d), 0, nullptr},
-    }, 5};
+        {kernel.add, s.b, 0, nullptr},
+    }, 8};
 }
 
 // Blocks one after another, all of the same sizes and settings: each goes on from what the one before it writes, where
@@ -227,12 +255,16 @@ EXPORT int32_t mamba_linear_step(const LinearStep *step) {
     const LinearStep &s = *step;
     const Kernel &kernel = kernel_of(s.width);
     Work w = {};
-    float *memory = w.hidden = (float *)aligned_alloc(64, 64 * divide_up(s.b * s.inputs, WIDEST));
+    const int64_t inputs = divide_up(s.b * s.inputs, WIDEST) * WIDEST, sums = divide_up(sums_of(s, s.outputs), WIDEST);
+    float *memory = (float *)aligned_alloc(64, sizeof(float) * (inputs + sums * WIDEST));
     if (!memory) return 1;
+    w.hidden = memory;
+    w.sums = memory + inputs;
     Plan plan = {nullptr, step, w, {
         {kernel.widen, s.b, 0, nullptr},
         {kernel.project, tasks_of(s, s.outputs), 0, nullptr},
-    }, 2};
+        {kernel.write_outputs, s.b, 0, nullptr},
+    }, 3};
     bool enough = run(&plan, 1, s.threads, s.inputs * s.outputs);
     free(memory);
     return !enough;
@@ -247,7 +279,7 @@ BEGIN_WIDTH
 INLINE V read_float(const float *from, int64_t left) { return read((const char *)from, left, false); }
 INLINE void write_float(float *to, V value, int64_t left) { write((char *)to, value, left, false); }
 
-// y (b, outputs) = x (b, inputs) times a matrix; strides between rows.
+// y (b, outputs) = x (b, inputs) times a matrix without its bias; strides between rows.
 struct Product {
     Matrix matrix;
     int64_t b, inputs, outputs;
@@ -297,58 +329,88 @@ static void product(const Product &p, const float *x, float *y, int64_t first, i
     }
 }
 
-// Adds to y, whose lanes are outputs, COUNT inputs of each row.
+// Adds to y, or sets it if `fresh`, the products of COUNT inputs of each row with `outputs`, which are its lanes.
 template <int ROWS, int COUNT, bool BFLOAT16>
-INLINE void add_inputs(const Product &p, const float *x, float *y, int64_t first, int64_t count, int64_t i) {
+INLINE void add_inputs(const Product &p, const float *x, float *y, Range outputs, int64_t i, bool fresh) {
     const int64_t size = BFLOAT16 ? 2 : 4, row_bytes = size * p.outputs;
-    const int64_t ahead = divide_up(AHEAD_TRANSPOSED, size * count) * row_bytes;
-    const char *weight = p.matrix.weight + size * (i * p.outputs + first);
-    for (int64_t o = 0; o < count; o += WIDTH) {
+    const char *weight = p.matrix.weight + size * (i * p.outputs + outputs.first);
+    for (int64_t o = 0; o < outputs.count; o += WIDTH) {
+        const int64_t left = outputs.count - o;
         V value[COUNT];
         for (int k = 0; k < COUNT; k++) {
             const char *from = weight + k * row_bytes + size * o;
-            __builtin_prefetch(from + ahead, 0, 2);
-            value[k] = read(from, count - o, BFLOAT16);
+            __builtin_prefetch(from + AHEAD, 0, 0);
+            value[k] = read(from, left, BFLOAT16);
         }
         for (int row = 0; row < ROWS; row++) {
             float *to = y + row * p.y_stride + o;
-            V sum = {};
+            V sum = fresh ? V{} : read_float(to, left);
             for (int k = 0; k < COUNT; k++) sum += value[k] * x[row * p.x_stride + i + k];
-            write_float(to, i ? read_float(to, count - o) + sum : sum, count - o);
+            write_float(to, sum, left);
         }
     }
 }
 
-// Where the outputs lie side by side. Sums of so many inputs are added up, and rounding grows with their number only.
+// Where the outputs lie side by side. One row is done straight through the memory, which serves that fastest; with more
+// the sums are not to be read and written again for each input. Either way inputs are added in their order.
 template <int ROWS, bool BFLOAT16>
-static void product_transposed(const Product &p, const float *x, float *y, int64_t first, int64_t count) {
-    int64_t i = 0;
-    for (; i + STREAMS_TRANSPOSED <= p.inputs; i += STREAMS_TRANSPOSED)
-        add_inputs<ROWS, STREAMS_TRANSPOSED, BFLOAT16>(p, x, y, first, count, i);
-    for (; i < p.inputs; i++) add_inputs<ROWS, 1, BFLOAT16>(p, x, y, first, count, i);
+static void product_transposed(const Product &p, const float *x, float *y, Range outputs, Range inputs) {
+    const int64_t end = inputs.first + inputs.count;
+    int64_t i = inputs.first;
+    if (i >= end)
+        for (int row = 0; row < ROWS; row++) memset(y + row * p.y_stride, 0, sizeof(float) * outputs.count);
+    constexpr int COUNT = ROWS == 1 ? 1 : 8;
+    for (; i + COUNT <= end; i += COUNT)
+        add_inputs<ROWS, COUNT, BFLOAT16>(p, x, y, outputs, i, i == inputs.first);
+    for (; i < end; i++) add_inputs<ROWS, 1, BFLOAT16>(p, x, y, outputs, i, i == inputs.first);
 }
 
-template <bool BFLOAT16> static void products_of(const Product &p, int64_t first, int64_t count) {
-    auto eight = p.transposed ? product_transposed<8, BFLOAT16> : product<8, BFLOAT16>;
-    auto four = p.transposed ? product_transposed<4, BFLOAT16> : product<4, BFLOAT16>;
-    auto one = p.transposed ? product_transposed<1, BFLOAT16> : product<1, BFLOAT16>;
+template <int ROWS, bool BFLOAT16>
+static void product_of_rows(const Product &p, int64_t row, Range outputs, Range inputs) {
+    const float *x = p.x + row * p.x_stride;
+    float *y = p.y + row * p.y_stride;
+    if (p.transposed)
+        product_transposed<ROWS, BFLOAT16>(p, x, y, outputs, inputs);
+    else
+        product<ROWS, BFLOAT16>(p, x, y, outputs.first, outputs.count);
+}
+
+template <bool BFLOAT16> static void product_of_all(const Product &p, Range outputs, Range inputs) {
     int64_t row = 0;
-    for (; row + 8 <= p.b; row += 8) eight(p, p.x + row * p.x_stride, p.y + row * p.y_stride, first, count);
-    for (; row + 4 <= p.b; row += 4) four(p, p.x + row * p.x_stride, p.y + row * p.y_stride, first, count);
-    for (; row < p.b; row++) one(p, p.x + row * p.x_stride, p.y + row * p.y_stride, first, count);
+    for (; row + 8 <= p.b; row += 8) product_of_rows<8, BFLOAT16>(p, row, outputs, inputs);
+    for (; row + 4 <= p.b; row += 4) product_of_rows<4, BFLOAT16>(p, row, outputs, inputs);
+    for (; row + 2 <= p.b; row += 2) product_of_rows<2, BFLOAT16>(p, row, outputs, inputs);
+    for (; row < p.b; row++) product_of_rows<1, BFLOAT16>(p, row, outputs, inputs);
 }
 
-// p.y is where output `first` goes.
-static void products(const Product &p, int64_t first, int64_t count) {
-    (p.bfloat16 ? products_of<true> : products_of<false>)(p, first, count);
-    if (!p.matrix.bias) return;
-    for (int64_t o = 0; o < count; o += WIDTH) {
-        V bias = read(p.matrix.bias + (p.bfloat16 ? 2 : 4) * (first + o), count - o, p.bfloat16);
-        for (int64_t row = 0; row < p.b; row++) {
-            float *y = p.y + row * p.y_stride + o;
-            write_float(y, read_float(y, count - o) + bias, count - o);
-        }
-    }
+// p.y is where the first of the outputs goes. Those who store outputs one after another have all inputs in one part.
+static void multiply_parts(const Product &p, Range outputs, Range inputs) {
+    (p.bfloat16 ? product_of_all<true> : product_of_all<false>)(p, outputs, inputs);
+}
+
+// A task of a product whose sums are to be collected.
+template <class Step>
+static void project_task(const Step &s, const Work &w, const Matrix &matrix, const float *x, int64_t inputs,
+                         int64_t outputs, int64_t task) {
+    const Tiling tiling = tiling_of(s, outputs);
+    const int64_t part = task / tiling.columns;
+    const int64_t size = divide_up(inputs, tiling.parts);
+    const Range its_outputs = range_of(outputs, tiling.outputs, task % tiling.columns);
+    const Range its_inputs = tiling.parts > 1 ? range_of(inputs, size, part) : Range{0, inputs};
+    float *y = w.sums + part * s.b * outputs + its_outputs.first;
+    multiply_parts({matrix, s.b, inputs, outputs, !!s.bfloat16, !!s.transposed, x, inputs, y, outputs}, its_outputs,
+                   its_inputs);
+}
+
+// What all parts of a product of so many outputs come to, with its bias: `left` of its outputs from the first.
+template <class Step>
+INLINE V collected(const Step &s, const Work &w, const Matrix &matrix, int64_t parts, int64_t outputs, int64_t row,
+                   int64_t first, int64_t left) {
+    const float *from = w.sums + row * outputs + first;
+    V total = read_float(from, left);
+    for (int64_t part = 1; part < parts; part++) total += read_float(from + part * s.b * outputs, left);
+    if (matrix.bias) total += read(matrix.bias + (s.bfloat16 ? 2 : 4) * first, left, s.bfloat16);
+    return total;
 }
 
 // The root mean square norm of one row of the residual stream.
@@ -382,41 +444,47 @@ static void load_taps(const BlockStep &s, const Work &w, int64_t first, int64_t 
         }
 }
 
-// The short convolution and its SiLU, in place of x, and the window that the next position sees.
-static void convolve(const BlockStep &s, const Work &w, int64_t row, int64_t first, int64_t count) {
-    const int64_t size = s.bfloat16 ? 2 : 4;
-    for (int64_t c = first; c < first + count; c += WIDTH) {
-        int64_t left = first + count - c, window = row * (s.k - 1) * s.e + c;
-        float *x = w.x + row * s.e + c;
-        V value = read_float(x, left), sum = {};
-        if (s.conv.bias) sum = read(s.conv.bias + size * c, left, s.bfloat16);
-        for (int64_t j = 0; j < s.k; j++, window += s.e) {
-            V input = j + 1 < s.k ? read(s.conv_state + size * window, left, s.bfloat16) : value;
-            sum += input * read_float(w.taps + j * s.e + c, left);
-            if (j) write(s.new_conv_state + size * (window - s.e), input, left, s.bfloat16);
-        }
-        write_float(x, sum * sigmoid(sum), left);
-    }
-}
-
 static void project_in(const Plan &plan, int64_t task) {
     const BlockStep &s = *plan.block;
+    project_task(s, plan.work, s.in_proj, plan.work.hidden, s.d, 2 * s.e, task);
+}
+
+// x, of which the short convolution and its SiLU are taken, and the window that the next position sees; and z.
+static void convolve(const Plan &plan, int64_t task) {
+    const BlockStep &s = *plan.block;
     const Work &w = plan.work;
-    auto [first, count] = range_of(s, s.e, task);
-    Product p = {s.in_proj, s.b, s.d, 2 * s.e, !!s.bfloat16, !!s.transposed, w.hidden, s.d, w.x + first, s.e};
-    products(p, first, count);
-    p.y = w.z + first;
-    products(p, s.e + first, count);
-    load_taps(s, w, first, count);
-    for (int64_t row = 0; row < s.b; row++) convolve(s, w, row, first, count);
+    const int64_t size = s.bfloat16 ? 2 : 4, parts = tiling_of(s, 2 * s.e).parts;
+    const Range channels = range_of(s.e, CHANNELS, task);
+    const int64_t end = channels.first + channels.count;
+    load_taps(s, w, channels.first, channels.count);
+    for (int64_t row = 0; row < s.b; row++)
+        for (int64_t c = channels.first; c < end; c += WIDTH) {
+            int64_t left = end - c, window = row * (s.k - 1) * s.e + c;
+            V x = collected(s, w, s.in_proj, parts, 2 * s.e, row, c, left), sum = {};
+            if (s.conv.bias) sum = read(s.conv.bias + size * c, left, s.bfloat16);
+            for (int64_t j = 0; j < s.k; j++, window += s.e) {
+                V input = j + 1 < s.k ? read(s.conv_state + size * window, left, s.bfloat16) : x;
+                sum += input * read_float(w.taps + j * s.e + c, left);
+                if (j) write(s.new_conv_state + size * (window - s.e), input, left, s.bfloat16);
+            }
+            write_float(w.x + row * s.e + c, sum * sigmoid(sum), left);
+            V z = collected(s, w, s.in_proj, parts, 2 * s.e, row, s.e + c, left);
+            write_float(w.z + row * s.e + c, z, left);
+        }
 }
 
 static void project_x(const Plan &plan, int64_t task) {
     const BlockStep &s = *plan.block;
-    const Work &w = plan.work;
-    int64_t mixed = mixed_of(s);
-    auto [first, count] = range_of(s, mixed, task);
-    products({s.x_proj, s.b, s.e, mixed, !!s.bfloat16, !!s.transposed, w.x, s.e, w.dtbc + first, mixed}, first, count);
+    project_task(s, plan.work, s.x_proj, plan.work.x, s.e, mixed_of(s), task);
+}
+
+// What the step size, B and C are of.
+static void collect(const Plan &plan, int64_t row) {
+    const BlockStep &s = *plan.block;
+    const int64_t mixed = mixed_of(s), parts = tiling_of(s, mixed).parts;
+    for (int64_t i = 0; i < mixed; i += WIDTH)
+        write_float(plan.work.dtbc + row * mixed + i,
+                    collected(s, plan.work, s.x_proj, parts, mixed, row, i, mixed - i), mixed - i);
 }
 
 // The states of one channel of a row; the terms of its output lane by lane.
@@ -441,9 +509,10 @@ static void scan(const Plan &plan, int64_t task) {
     const BlockStep &s = *plan.block;
     const Work &w = plan.work;
     int64_t mixed = mixed_of(s);
-    auto [first, count] = range_of(s, s.e, task);
+    auto [first, count] = range_of(s.e, CHANNELS, task);
     Matrix dt_proj = {s.dt_proj, nullptr};
-    products({dt_proj, s.b, s.r, s.e, !!s.bfloat16, !!s.transposed, w.dtbc, mixed, w.delta + first, s.e}, first, count);
+    multiply_parts({dt_proj, s.b, s.r, s.e, !!s.bfloat16, !!s.transposed, w.dtbc, mixed, w.delta + first, s.e},
+                   {first, count}, {0, s.r});
     for (int64_t i = first * s.n, end = (first + count) * s.n; i < end; i += WIDTH)
         write_float(w.A + i, exponential(read_float(s.A_log + i, end - i)) * -1.4426950409f, end - i);
     for (int64_t row = 0; row < s.b; row++)
@@ -460,17 +529,19 @@ static void scan(const Plan &plan, int64_t task) {
 
 static void project_out(const Plan &plan, int64_t task) {
     const BlockStep &s = *plan.block;
-    const Work &w = plan.work;
-    auto [first, count] = range_of(s, s.d, task);
-    const int64_t size = s.residual_bfloat16 ? 2 : 4;
-    // What was normalised is not needed any more.
-    products({s.out_proj, s.b, s.e, s.d, !!s.bfloat16, !!s.transposed, w.y, s.e, w.hidden + first, s.d}, first, count);
-    for (int64_t row = 0; row < s.b; row++)
-        for (int64_t c = first; c < first + count; c += WIDTH) {
-            int64_t left = first + count - c, at = row * s.d + c;
-            V sum = read(s.residual + size * at, left, s.residual_bfloat16) + read_float(w.hidden + at, left);
-            write(s.new_residual + size * at, sum, left, s.residual_bfloat16);
-        }
+    project_task(s, plan.work, s.out_proj, plan.work.y, s.e, s.d, task);
+}
+
+// To the residual stream.
+static void add(const Plan &plan, int64_t row) {
+    const BlockStep &s = *plan.block;
+    const int64_t size = s.residual_bfloat16 ? 2 : 4, parts = tiling_of(s, s.d).parts;
+    for (int64_t c = 0; c < s.d; c += WIDTH) {
+        int64_t left = s.d - c, at = size * (row * s.d + c);
+        V sum = read(s.residual + at, left, s.residual_bfloat16);
+        sum += collected(s, plan.work, s.out_proj, parts, s.d, row, c, left);
+        write(s.new_residual + at, sum, left, s.residual_bfloat16);
+    }
 }
 
 static void widen(const Plan &plan, int64_t row) {
@@ -481,12 +552,19 @@ static void widen(const Plan &plan, int64_t row) {
 
 static void project(const Plan &plan, int64_t task) {
     const LinearStep &s = *plan.linear;
-    auto [first, count] = range_of(s, s.outputs, task);
-    products({s.matrix, s.b, s.inputs, s.outputs, !!s.bfloat16, !!s.transposed, plan.work.hidden, s.inputs,
-              s.y + first, s.outputs}, first, count);
+    project_task(s, plan.work, s.matrix, plan.work.hidden, s.inputs, s.outputs, task);
 }
 
-static const Kernel kernel = {normalise, project_in, project_x, scan, project_out, widen, project};
+static void write_outputs(const Plan &plan, int64_t row) {
+    const LinearStep &s = *plan.linear;
+    const int64_t parts = tiling_of(s, s.outputs).parts;
+    for (int64_t o = 0; o < s.outputs; o += WIDTH)
+        write_float(s.y + row * s.outputs + o,
+                    collected(s, plan.work, s.matrix, parts, s.outputs, row, o, s.outputs - o), s.outputs - o);
+}
+
+static const Kernel kernel = {normalise,   project_in, convolve, project_x, collect,      scan,
+                              project_out, add,        widen,    project,   write_outputs};
 
 END_WIDTH
 
