@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from mamba_core.backend import Hidden, Output, State
 from mamba_core.backends.jax import state as states
@@ -41,7 +42,16 @@ class Backbone(nnx.Module):
     def _embed(self, input_ids):
         """NaN for an id outside the vocabulary: indexing would take negative ids from the end."""
         known = (input_ids >= 0) & (input_ids < self.embeddings.num_embeddings)
-        return jnp.where(known[..., None], self.embeddings(input_ids), jnp.nan)
+        return jnp.where(known[..., None], self._rows(input_ids), jnp.nan)
+
+    def _rows(self, input_ids):
+        embeddings = self.embeddings
+        dtypes = {str(value) for value in (self.dtype, embeddings.dtype, embeddings.embedding[...].dtype)}
+        if type(embeddings) is not nnx.Embed or dtypes != {"bfloat16"}:
+            return embeddings(input_ids)
+        # Tied to the ids, because in a loop over tokens XLA would make the whole table float32 first to look them up.
+        input_ids, table = lax.optimization_barrier((input_ids, embeddings.embedding[...]))
+        return jnp.take(table, input_ids, axis=0)
 
 
 class Model(nnx.Module):

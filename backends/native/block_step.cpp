@@ -34,7 +34,7 @@ struct BlockStep {
     const char *dt_proj;
     // (e,), (e, n) and (e,).
     const float *delta_bias, *A_log, *D;
-    // Results, in other memory; only new_residual may be residual.
+    // Results, each in other memory or in that of what it replaces.
     char *new_residual, *new_conv_state;
     float *new_ssm_state;
 };

@@ -132,10 +132,11 @@ def reversible(primitive: Primitive, plain: Callable) -> Callable:
     return run
 
 
-def library_call(target: str, structs: Callable) -> Callable:
+def library_call(target: str, structs: Callable, in_place: Callable = lambda *arrays, **options: {}) -> Callable:
     """`call` of an `operator` that is a function of the native library, through XLA's FFI on XLA's own arrays.
 
     structs(*arrays and results, **options): what the function is given, each as of `pointing`.
+    in_place(*arrays, **options): number of an array -> that of the result which may have its memory.
     """
 
     def call(returned, *arrays, **options):
@@ -147,7 +148,8 @@ def library_call(target: str, structs: Callable) -> Callable:
             "pointers": np.concatenate([start + own for start, (_, own) in zip(starts, parts, strict=False)]),
             "count": np.array([len(parts)]),
         }
-        return jax.ffi.ffi_call(target, returned)(*arrays, **attributes)
+        aliases = in_place(*arrays, **options)
+        return jax.ffi.ffi_call(target, returned, input_output_aliases=aliases)(*arrays, **attributes)
 
     return call
 

@@ -153,6 +153,13 @@ def _block_structs(*arrays, tree, sizes, eps, **_):
     return structs
 
 
+def _block_states(*arrays, tree, **_):
+    """XLA copies those that are needed afterwards, and no others."""
+    _, operands = jax.tree.unflatten(tree, range(tree.num_leaves))
+    states = [own[name] for own in operands for name in ("conv_state", "ssm_state")]
+    return {state: 1 + number for number, state in enumerate(states)}
+
+
 def _plain_blocks(*arrays, tree, graphs, **_):
     residual, operands = jax.tree.unflatten(tree, arrays)
     layers, states = [], []
@@ -182,10 +189,10 @@ def _linear_step(x, weight, transposed, portable):
     return _linear(portable, {"transposed": transposed}, x, weight)[0]
 
 
-def _operator(name, results, structs, plain):
-    call = library_call(f"mamba_{name}_xla", structs)
+def _operator(name, results, structs, plain, **options):
+    call = library_call(f"mamba_{name}_xla", structs, **options)
     return reversible(operator(NATIVE, f"mamba_{name}", results, call, plain), plain)
 
 
-_block_steps = _operator("block_steps", _block_results, _block_structs, _plain_blocks)
+_block_steps = _operator("block_steps", _block_results, _block_structs, _plain_blocks, in_place=_block_states)
 _linear = _operator("linear_step", _linear_results, _linear_structs, _plain_linear)
