@@ -67,7 +67,7 @@ struct Phase {
     int64_t *begun;
 };
 
-constexpr int64_t MOST_PHASES = 8;
+constexpr int64_t MOST_PHASES = 9;
 
 struct Plan {
     const BlockStep *block;
@@ -78,15 +78,16 @@ struct Plan {
 };
 
 struct Kernel {
-    Function *normalise, *project_in, *convolve, *project_x, *collect, *scan, *project_out, *add;
+    Function *normalise, *project_in, *convolve, *project_x, *collect, *project_dt, *scan, *project_out, *add;
     Function *widen, *project, *write_outputs;
 };
 
 // Outputs of one task, at most: few, so that no thread waits long for another's last, and enough to read long stretches
 // of memory. Where `transposed`, those whose sums the first cache holds: then inputs are shared out as well, and the sums
 // over each part of them are added up afterwards. The parts depend on the sizes only, and so does the order of sums.
-constexpr int64_t OUTPUTS = 96, OUTPUTS_TRANSPOSED = 4096;
-constexpr int64_t PARTS = 8;
+constexpr int64_t OUTPUTS = 96, OUTPUTS_TRANSPOSED = 4096, FEWEST_PARTS = 4, MOST_PARTS = 16;
+// Channels of a task of the convolution or the scan, at most.
+constexpr int64_t CHANNELS = 384;
 constexpr int64_t SPINS = 2000;
 // By how many bytes weights are asked for before they are read.
 constexpr int64_t AHEAD = 2048;
@@ -99,7 +100,8 @@ template <class Step> static Tiling tiling_of(const Step &s, int64_t outputs) {
     const int64_t threads = s.threads < 1 ? 1 : s.threads;
     int64_t parts = 1, columns = divide_up(outputs, OUTPUTS);
     if (s.transposed) {
-        parts = PARTS;
+        parts = MOST_PARTS * OUTPUTS_TRANSPOSED / outputs;
+        parts = parts < FEWEST_PARTS ? FEWEST_PARTS : parts < MOST_PARTS ? parts : MOST_PARTS;
         columns = divide_up(outputs, OUTPUTS_TRANSPOSED);
     }
     if (columns * parts < threads) columns = divide_up(threads, parts);
@@ -114,7 +116,7 @@ template <class Step> static int64_t sums_of(const Step &s, int64_t outputs) {
     return tiling_of(s, outputs).parts * s.b * outputs;
 }
 
-// Numbers side by side: a task's where each is as the other.
+// What a task has of a row of numbers.
 struct Range {
     int64_t first, count;
 };
@@ -122,8 +124,10 @@ static Range range_of(int64_t total, int64_t size, int64_t task) {
     int64_t first = task * size;
     return {first, total - first < size ? total - first : size};
 }
-// Channels of a task of the convolution or the scan.
-constexpr int64_t CHANNELS = 384;
+static int64_t channels_of(const BlockStep &s) {
+    int64_t share = divide_up(divide_up(s.e, s.threads < 1 ? 1 : s.threads), WIDEST) * WIDEST;
+    return share < CHANNELS ? share : CHANNELS;
+}
 
 #define WIDTH 4
 #include "block_step.cpp"
@@ -201,7 +205,7 @@ static bool run(Plan *plans, int64_t count, int64_t threads, int64_t weights) {
 // The memory of all of them, null where there is not so much.
 static float *divide_memory(const BlockStep &s, Work &w) {
     int64_t sums = 0;
-    for (int64_t outputs : {2 * s.e, mixed_of(s), s.d}) {
+    for (int64_t outputs : {2 * s.e, mixed_of(s), s.e, s.d}) {
         int64_t size = sums_of(s, outputs);
         sums = sums < size ? size : sums;
     }
@@ -222,17 +226,18 @@ static float *divide_memory(const BlockStep &s, Work &w) {
 }
 
 static Plan plan_of(const BlockStep &s, const Kernel &kernel, const Work &w) {
-    const int64_t channel_tasks = divide_up(s.e, CHANNELS);
+    const int64_t channel_tasks = divide_up(s.e, channels_of(s));
     return {&s, nullptr, w, {
         {kernel.normalise, s.b, 0, nullptr},
         {kernel.project_in, tasks_of(s, 2 * s.e), 0, nullptr},
         {kernel.convolve, channel_tasks, 0, nullptr},
         {kernel.project_x, tasks_of(s, mixed_of(s)), 0, nullptr},
         {kernel.collect, s.b, 0, nullptr},
+        {kernel.project_dt, tasks_of(s, s.e), 0, nullptr},
         {kernel.scan, channel_tasks, 0, nullptr},
         {kernel.project_out, tasks_of(s, s.d), 0, nullptr},
         {kernel.add, s.b, 0, nullptr},
-    }, 8};
+    }, 9};
 }
 
 // Blocks one after another, all of the same sizes and settings: each goes on from what the one before it writes, where
@@ -390,15 +395,15 @@ static void multiply_parts(const Product &p, Range outputs, Range inputs) {
 
 // A task of a product whose sums are to be collected.
 template <class Step>
-static void project_task(const Step &s, const Work &w, const Matrix &matrix, const float *x, int64_t inputs,
-                         int64_t outputs, int64_t task) {
+static void project_task(const Step &s, const Work &w, const Matrix &matrix, const float *x, int64_t x_stride,
+                         int64_t inputs, int64_t outputs, int64_t task) {
     const Tiling tiling = tiling_of(s, outputs);
     const int64_t part = task / tiling.columns;
     const int64_t size = divide_up(inputs, tiling.parts);
     const Range its_outputs = range_of(outputs, tiling.outputs, task % tiling.columns);
     const Range its_inputs = tiling.parts > 1 ? range_of(inputs, size, part) : Range{0, inputs};
     float *y = w.sums + part * s.b * outputs + its_outputs.first;
-    multiply_parts({matrix, s.b, inputs, outputs, !!s.bfloat16, !!s.transposed, x, inputs, y, outputs}, its_outputs,
+    multiply_parts({matrix, s.b, inputs, outputs, !!s.bfloat16, !!s.transposed, x, x_stride, y, outputs}, its_outputs,
                    its_inputs);
 }
 
@@ -446,7 +451,7 @@ static void load_taps(const BlockStep &s, const Work &w, int64_t first, int64_t 
 
 static void project_in(const Plan &plan, int64_t task) {
     const BlockStep &s = *plan.block;
-    project_task(s, plan.work, s.in_proj, plan.work.hidden, s.d, 2 * s.e, task);
+    project_task(s, plan.work, s.in_proj, plan.work.hidden, s.d, s.d, 2 * s.e, task);
 }
 
 // x, of which the short convolution and its SiLU are taken, and the window that the next position sees; and z.
@@ -454,7 +459,7 @@ static void convolve(const Plan &plan, int64_t task) {
     const BlockStep &s = *plan.block;
     const Work &w = plan.work;
     const int64_t size = s.bfloat16 ? 2 : 4, parts = tiling_of(s, 2 * s.e).parts;
-    const Range channels = range_of(s.e, CHANNELS, task);
+    const Range channels = range_of(s.e, channels_of(s), task);
     const int64_t end = channels.first + channels.count;
     load_taps(s, w, channels.first, channels.count);
     for (int64_t row = 0; row < s.b; row++)
@@ -475,7 +480,7 @@ static void convolve(const Plan &plan, int64_t task) {
 
 static void project_x(const Plan &plan, int64_t task) {
     const BlockStep &s = *plan.block;
-    project_task(s, plan.work, s.x_proj, plan.work.x, s.e, mixed_of(s), task);
+    project_task(s, plan.work, s.x_proj, plan.work.x, s.e, s.e, mixed_of(s), task);
 }
 
 // What the step size, B and C are of.
@@ -504,21 +509,25 @@ INLINE V advance(const BlockStep &s, const Work &w, int64_t row, int64_t channel
     return y;
 }
 
+static void project_dt(const Plan &plan, int64_t task) {
+    const BlockStep &s = *plan.block;
+    project_task(s, plan.work, {s.dt_proj, nullptr}, plan.work.dtbc, mixed_of(s), s.r, s.e, task);
+}
+
 // The step sizes, the recurrence and its gate.
 static void scan(const Plan &plan, int64_t task) {
     const BlockStep &s = *plan.block;
     const Work &w = plan.work;
-    int64_t mixed = mixed_of(s);
-    auto [first, count] = range_of(s.e, CHANNELS, task);
-    Matrix dt_proj = {s.dt_proj, nullptr};
-    multiply_parts({dt_proj, s.b, s.r, s.e, !!s.bfloat16, !!s.transposed, w.dtbc, mixed, w.delta + first, s.e},
-                   {first, count}, {0, s.r});
+    const Matrix dt_proj = {s.dt_proj, nullptr};
+    const int64_t parts = tiling_of(s, s.e).parts;
+    auto [first, count] = range_of(s.e, channels_of(s), task);
     for (int64_t i = first * s.n, end = (first + count) * s.n; i < end; i += WIDTH)
         write_float(w.A + i, exponential(read_float(s.A_log + i, end - i)) * -1.4426950409f, end - i);
     for (int64_t row = 0; row < s.b; row++)
         for (int64_t c = first; c < first + count; c += WIDTH) {
             int64_t left = first + count - c, at = row * s.e + c;
-            V raw = read_float(w.delta + at, left) + read_float(s.delta_bias + c, left), lanes[WIDTH] = {};
+            V raw = collected(s, w, dt_proj, parts, s.e, row, c, left), lanes[WIDTH] = {};
+            raw += read_float(s.delta_bias + c, left);
             write_float(w.delta + at, softplus(raw), left);
             for (int64_t j = 0; j < WIDTH && j < left; j++) lanes[j] = advance(s, w, row, c + j);
             V y = sums_of_lanes(lanes) + read_float(s.D + c, left) * read_float(w.x + at, left);
@@ -529,7 +538,7 @@ static void scan(const Plan &plan, int64_t task) {
 
 static void project_out(const Plan &plan, int64_t task) {
     const BlockStep &s = *plan.block;
-    project_task(s, plan.work, s.out_proj, plan.work.y, s.e, s.d, task);
+    project_task(s, plan.work, s.out_proj, plan.work.y, s.e, s.e, s.d, task);
 }
 
 // To the residual stream.
@@ -552,7 +561,7 @@ static void widen(const Plan &plan, int64_t row) {
 
 static void project(const Plan &plan, int64_t task) {
     const LinearStep &s = *plan.linear;
-    project_task(s, plan.work, s.matrix, plan.work.hidden, s.inputs, s.outputs, task);
+    project_task(s, plan.work, s.matrix, plan.work.hidden, s.inputs, s.inputs, s.outputs, task);
 }
 
 static void write_outputs(const Plan &plan, int64_t row) {
@@ -563,7 +572,7 @@ static void write_outputs(const Plan &plan, int64_t row) {
                     collected(s, plan.work, s.matrix, parts, s.outputs, row, o, s.outputs - o), s.outputs - o);
 }
 
-static const Kernel kernel = {normalise,   project_in, convolve, project_x, collect,      scan,
+static const Kernel kernel = {normalise,   project_in, convolve, project_x, collect,      project_dt, scan,
                               project_out, add,        widen,    project,   write_outputs};
 
 END_WIDTH
