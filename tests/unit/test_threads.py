@@ -102,6 +102,8 @@ def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     arrays = [torch.empty(size * 2**19).fill_(1.0) for size in (1, 4, 2, 2, 2, 1, 1)]  # of 512 pages each
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(max([faults() for _ in range(15)][3:]))
+faults()
+print(faults())
 """
-    assert int(run(code)) < 200
+    # All 6,656 pages, were they given back; a few of the arrays may find other room than the first time.
+    assert int(run(code)) < 2000
