@@ -100,10 +100,10 @@ import torch
 import mamba_core.backends.torch
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    arrays = [torch.empty(size * 2**19).fill_(1.0) for size in (1, 4, 2, 2, 2, 1, 1)]  # of 512 pages each
+    torch.empty(2**22).fill_(1.0)  # of 4,096 pages
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 faults()
 print(faults())
 """
-    # All 6,656 pages, were they given back; a few of the arrays may find other room than the first time.
-    assert int(run(code)) < 2000
+    # In some processes something small has taken a part of it meanwhile; given back, it is taken anew in all.
+    assert min(int(run(code)) for _ in range(3)) < 100
