@@ -28,8 +28,10 @@ def everywhere(monkeypatch):
 @pytest.fixture
 def calls(monkeypatch):
     """The shapes of what was given to oneDNN."""
-    called, to_mkldnn = [], torch.Tensor.to_mkldnn
+    called, to_mkldnn, direct = [], torch.Tensor.to_mkldnn, linear.DIRECT
     monkeypatch.setattr(torch.Tensor, "to_mkldnn", lambda x: (called.append(tuple(x.shape)), to_mkldnn(x))[1])
+    if direct is not None:
+        monkeypatch.setattr(linear, "DIRECT", lambda x, *rest: (called.append(tuple(x.shape)), direct(x, *rest))[1])
     return called
 
 
@@ -64,6 +66,26 @@ def test_values_and_gradients_are_those_of_the_plain_layer(calls, rows, biased, 
     pairs = zip(torch.autograd.grad(y, inputs, dy), torch.autograd.grad(wanted, inputs, dy), strict=True)
     for got, its_wanted in pairs:
         assert relative_l2(got.numpy(), its_wanted.numpy()) < 1e-6
+
+
+@pytest.mark.parametrize("rows", [(3,), (2, 5), (1,)])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("direct", [False, True])
+def test_values_without_a_gradient(calls, rows, biased, direct, monkeypatch):
+    layer, wide = torch.nn.Linear(7, 5, bias=biased), torch.randn(*rows, 9)
+    if not direct:
+        monkeypatch.setattr(linear, "DIRECT", None)
+    elif linear.DIRECT is None:
+        pytest.skip("this torch has no such operator")
+    by_inputs = layer.weight.detach().T.contiguous().T
+    repeated = wide[..., :1].expand(*rows, 7)
+    with torch.no_grad():
+        for x in (wide[..., 1:8], wide[..., :7].contiguous(), repeated):
+            for weight in (layer.weight, by_inputs):
+                y = linear.linear(x, weight, layer.bias, kernels="auto")
+                assert y.layout is torch.strided
+                assert relative_l2(y.numpy(), torch.nn.functional.linear(x, weight, layer.bias).numpy()) < 1e-6
+    assert calls == 6 * [(*rows, 7)]
 
 
 @pytest.mark.parametrize("remat", [False, True])

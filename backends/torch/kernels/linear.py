@@ -29,6 +29,8 @@ def _faster() -> bool:
 
 
 FASTER = _faster()
+# oneDNN on dense tensors, as torch's compiler calls it: without copies to oneDNN's and back, and without a gradient.
+DIRECT = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 def call(layer: nn.Module, x: Tensor, kernels: str) -> Tensor:
@@ -41,7 +43,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, kernels: st
     """As `F.linear`."""
     if not _runs(x, weight, kernels):
         return F.linear(x, weight, bias)
+    if DIRECT is not None and not _is_differentiated(x, weight, bias):
+        return DIRECT(x, weight, bias, "none", [], "")
     return F.linear(x.to_mkldnn(), weight, bias).to_dense()
+
+
+def _is_differentiated(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in tensors)
 
 
 def _runs(x: Tensor, weight: Tensor, kernels: str) -> bool:
