@@ -10,7 +10,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mamba_core.backends import native as library
-from mamba_core.backends.mlx.kernels.memory import are_traced, view
+from mamba_core.backends.mlx.kernels.memory import are_traced, view, zeros
 from mamba_core.backends.mlx.kernels.reverse_only import first_derivative_only, reverse_only
 
 FASTER = sys.platform != "darwin"
@@ -66,7 +66,7 @@ reverse_only(_linear)
 
 def _product(a, b):
     """Of two matrices, in float32."""
-    y, a, b = mx.zeros((len(a), b.shape[1])), a.astype(mx.float32), b.astype(mx.float32)
+    y, a, b = zeros((len(a), b.shape[1])), a.astype(mx.float32), b.astype(mx.float32)
     mx.eval(y, a, b)
     np.matmul(view(a), view(b), out=view(y))
     return y
@@ -74,7 +74,7 @@ def _product(a, b):
 
 def _few(x, weight):
     """x (b, in) times the transpose of weight (out, in), both bfloat16, in float32."""
-    y, x, weight = mx.zeros((len(x), len(weight))), mx.contiguous(x), mx.contiguous(weight)
+    y, x, weight = zeros((len(x), len(weight))), mx.contiguous(x), mx.contiguous(weight)
     mx.eval(y, x, weight)
     settings = (*x.shape, len(weight), True, False, library.threads(), 0)
     matrix = library.Matrix(_address(weight), None)

@@ -34,7 +34,12 @@ def call(function, arguments, given: dict[str, mx.array | None], results: dict[s
 
 def zeros_like(given: dict[str, mx.array | None]) -> dict[str, mx.array]:
     """Of what is given, under the names of its gradients."""
-    return {f"d{name}": mx.zeros(value.shape, value.dtype) for name, value in given.items() if value is not None}
+    return {f"d{name}": zeros(value.shape, value.dtype) for name, value in given.items() if value is not None}
+
+
+def zeros(shape, dtype: mx.Dtype = mx.float32) -> mx.array:
+    """As `mx.zeros`, by bytes, which on a CPU takes MLX half the time; arrays without values it does not have."""
+    return mx.zeros((*shape, dtype.size), mx.uint8).view(dtype).squeeze(-1)
 
 
 def alone(values) -> list[mx.array]:

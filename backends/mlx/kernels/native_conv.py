@@ -3,7 +3,7 @@
 import mlx.core as mx
 
 from mamba_core.backends import native as library
-from mamba_core.backends.mlx.kernels.memory import call, zeros_like
+from mamba_core.backends.mlx.kernels.memory import call, zeros, zeros_like
 from mamba_core.backends.mlx.kernels.reverse_only import first_derivative_only, reverse_only
 
 
@@ -18,8 +18,8 @@ def native(x, weight, bias, activation, state, mask, restart):
 def _native(x, weight, bias, state, mask, restart, silu):
     """weight is (k, e)."""
     batch, _, channels = x.shape
-    results = {"y": mx.zeros(x.shape, x.dtype)}
-    results["final_state"] = mx.zeros((batch, weight.shape[0] - 1, channels), x.dtype)
+    results = {"y": zeros(x.shape, x.dtype)}
+    results["final_state"] = zeros((batch, weight.shape[0] - 1, channels), x.dtype)
     call(library.conv, _arguments(x, weight, silu), _named(x, weight, bias, state, mask, restart), results)
     return tuple(results.values())
 

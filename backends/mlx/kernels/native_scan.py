@@ -7,7 +7,7 @@ cannot be.
 import mlx.core as mx
 
 from mamba_core.backends import native as library
-from mamba_core.backends.mlx.kernels.memory import call, zeros_like
+from mamba_core.backends.mlx.kernels.memory import call, zeros, zeros_like
 from mamba_core.backends.mlx.kernels.reverse_only import first_derivative_only, reverse_only
 
 
@@ -24,8 +24,8 @@ def native(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, delta_softplu
 @mx.custom_function
 def _native(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, delta_softplus):
     """(y, final state, boundaries for the gradient)."""
-    results = {"y": mx.zeros(x.shape, x.dtype), "final_state": mx.zeros((x.shape[0], *A.shape))}
-    results["boundaries"] = mx.zeros(library.count_boundaries(*x.shape, A.shape[1]))
+    results = {"y": zeros(x.shape, x.dtype), "final_state": zeros((x.shape[0], *A.shape))}
+    results["boundaries"] = zeros((library.count_boundaries(*x.shape, A.shape[1]),))
     given = _named(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart)
     call(library.scan, _arguments(x, A, delta_softplus), given, results)
     return tuple(results.values())
