@@ -1,5 +1,7 @@
 """The models: embedding, blocks, final norm, head, as the task has them. The parameters have the canonical names."""
 
+from functools import partial
+
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
@@ -8,12 +10,16 @@ from mamba_core.backend import Hidden, LayerState, Output, State
 from mamba_core.backends.mlx import state as states
 from mamba_core.backends.mlx.arrays import dtype_name
 from mamba_core.backends.mlx.kernels import linear
-from mamba_core.backends.mlx.layers import Block, RMSNorm
+from mamba_core.backends.mlx.layers import Block, MambaMixer, RMSNorm
 from mamba_core.backends.mlx.recompute import recomputed
 from mamba_core.backends.mlx.scan import kernel_for
 from mamba_core.observe import reporting, unobserved, within
 from mamba_core.spec.checks import check_inputs, check_state
 from mamba_core.spec.params import parameter_table
+
+# Bytes of a mixer's widest array, the product with in_proj, that are computed at once on a CPU: much more leaves the
+# cache, and is taken from the system anew each time. And the fewest positions of a row.
+PIECE_BYTES, FEWEST = 2**23, 256
 
 
 class Backbone(nn.Module):
@@ -37,15 +43,30 @@ class Backbone(nn.Module):
     def __call__(self, inputs: mx.array, state: State, mask, segment_ids, observe) -> tuple[mx.array, State]:
         residual = inputs if self.embeddings is None else observe("embedding", self._embed(inputs))
         residual = residual.astype(mx.float32 if self.residual_in_fp32 else self.dtype)
-        layers = []
+        run, layers = _recomputed if self.remat and observe is unobserved else _called, []
+        if observe is unobserved and mask is None and segment_ids is None and (piece := self._piece(residual)):
+            run = partial(_piecewise, run, piece=piece)
         for index, (block, carried) in enumerate(
             zip(self.layers, states.entering(state, mask, segment_ids), strict=True)
         ):
-            run = _recomputed if self.remat and observe is unobserved else _called
             residual, carried = run(block, residual, carried, mask, segment_ids, within(f"layers.{index}.", observe))
             layers.append(carried)
         hidden = residual.astype(self.dtype) if self.norm_f is None else observe("norm_f", self._normalise(residual))
         return hidden, states.leaving(tuple(layers), state, mask, segment_ids)
+
+    def _piece(self, residual) -> int | None:
+        """How many positions a block on a CPU is given at once, one piece after the other; None if all.
+
+        Only with the native kernels, which compute at once: what is lazy MLX would compute in an order of its own.
+        """
+        batch, length, _ = residual.shape
+        mixer = self.layers[0].mixer
+        if not all(type(block) is Block and type(block.mixer) is MambaMixer for block in self.layers):
+            return None
+        piece = max(FEWEST, PIECE_BYTES // (2 * len(mixer.A_log) * self.dtype.size * max(1, batch)))
+        if length <= piece or kernel_for(mixer.kernels, self.dtype, (residual,)) != "native":
+            return None
+        return piece
 
     def _normalise(self, residual):
         """Its gradient takes several arrays as large as the residual stream."""
@@ -65,6 +86,24 @@ class Backbone(nn.Module):
 
 def _called(block, *arguments):
     return block(*arguments)
+
+
+def _piecewise(run, block, residual, carried, *positions, piece: int):
+    """A block of the pieces of the residual stream, each of which goes on from the state that the last has left."""
+    pieces = []
+    for part in _split(residual, piece):
+        part, carried = run(block, part, carried, *positions)
+        mx.eval(part)
+        pieces.append(part)
+    return mx.concatenate(pieces, axis=1), carried
+
+
+def _split(values, piece: int) -> list[mx.array]:
+    """By halves: the gradient of a slice is as long as the whole, and into ten parts or more MLX splits by slices."""
+    count = -(-values.shape[1] // piece)
+    if count == 1:
+        return [values]
+    return [part for half in mx.split(values, [count // 2 * piece], axis=1) for part in _split(half, piece)]
 
 
 def _recomputed(block, residual, carried, *positions):

@@ -1,4 +1,4 @@
-"""Blocks of long sequences on a CPU, where torch and JAX compute them a piece of the positions after the other."""
+"""Blocks of long sequences on a CPU, computed a piece of the positions after the other."""
 
 import dataclasses
 import importlib
@@ -13,7 +13,7 @@ from mamba_core.spec.reference import ReferenceModel, cross_entropy
 from mamba_core.spec.tolerances import relative_l2, tolerance
 
 CONFIG = mc.MambaConfig(d_model=16, n_layer=2, vocab_size=29, initializer_range=0.1)
-PLACES = {"torch": "model", "jax": "layers"}
+PLACES = {"torch": "model", "jax": "layers", "mlx": "model"}
 # Pieces have 64 positions here: two of them, and a rest.
 LENGTH = 150
 
@@ -197,3 +197,38 @@ def test_vmap_and_jit_of_jax(place):
     expected = reference(tokens()).logits
     rows = jax.jit(jax.vmap(logits, in_axes=(None, 0)))(parameters, tokens()[:, None])
     assert relative_l2(np.asarray(rows[:, 0]), expected) <= tolerance("float32")
+
+
+@pytest.mark.parametrize("place", ["mlx"], indirect=True)
+def test_what_mlx_computes_lazily_is_not_cut(place):
+    mx = importlib.import_module("mlx.core")
+    model, reference = built(place, kernels="chunked")
+    assert_same(place, called(place, model, tokens()), reference(tokens()))
+    model, _ = built(place)
+    compiled = mx.compile(lambda ids: model(ids).logits)
+    assert relative_l2(np.asarray(compiled(mx.array(tokens()))), reference(tokens()).logits) <= tolerance("float32")
+    assert set(place.pieces) == {LENGTH}
+
+
+@pytest.mark.parametrize("place", ["mlx"], indirect=True)
+def test_another_block_of_mlx_is_called_once(place):
+    model, _ = built(place)
+    block = model.backbone.layers[1]
+    model.backbone.layers[1] = type("Watched", (type(block),), {})(model.config, "auto")
+    called(place, model, tokens())
+    assert set(place.pieces) == {LENGTH}
+
+
+@pytest.mark.parametrize("place", ["mlx"], indirect=True)
+def test_many_pieces_of_mlx_take_no_more_memory_in_a_gradient(place, monkeypatch):
+    mx = importlib.import_module("mlx.core")
+    model, _ = built(place, remat=True)
+
+    def peak(piece):
+        monkeypatch.setattr(place, "FEWEST", piece)
+        mx.reset_peak_memory()
+        backend_of(place).loss_and_gradients(model, tokens(8193, batch=1))
+        return mx.get_peak_memory()
+
+    peak(2048)
+    assert peak(256) < 1.5 * peak(2048)
