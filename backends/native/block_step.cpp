@@ -388,7 +388,7 @@ template <bool BFLOAT16> static void product_of_all(const Product &p, Range outp
     for (; row < p.b; row++) product_of_rows<1, BFLOAT16>(p, row, outputs, inputs);
 }
 
-// p.y is where the first of the outputs goes. Those who store outputs one after another have all inputs in one part.
+// p.y is where the first of the outputs goes; `inputs` are all of them but where `transposed`.
 static void multiply_parts(const Product &p, Range outputs, Range inputs) {
     (p.bfloat16 ? product_of_all<true> : product_of_all<false>)(p, outputs, inputs);
 }

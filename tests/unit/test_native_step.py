@@ -66,8 +66,8 @@ class Case:
         out = ReferenceModel(self.config, self.parameters)(self.residual.astype(np.float64), state)
         return out.hidden, out.state.layers[0]
 
-    def native(self, width=0, threads=1, transposed=False):
-        """(residual, state)."""
+    def native(self, width=0, threads=1, transposed=False, in_place=False):
+        """(residual, state); in_place: in the memory of those before."""
         c, kept = self.config, []
 
         def at(array):
@@ -86,14 +86,16 @@ class Case:
         def matrix(name):
             return native.Matrix(weight(name), at(own(f"mixer.{name}.bias")))
 
-        results = np.empty_like(self.residual), *map(np.empty_like, self.state)
+        given = self.residual, *self.state
+        results = [value.copy() if in_place else np.empty_like(value) for value in given]
+        given = results if in_place else given
         native.block_steps(
             (native.BlockStep * 1)(
                 (
                     *(self.b, c.d_model, c.d_inner, c.d_state, c.d_conv, c.dt_rank_size),
                     *(self.dtype != np.float32, self.residual_dtype != np.float32, transposed, threads, width),
                     c.norm_eps,
-                    *(at(value) for value in (self.residual, *self.state, own("norm.weight"))),
+                    *(at(value) for value in (*given, own("norm.weight"))),
                     *(matrix(name) for name in ("in_proj", "conv1d", "x_proj", "out_proj")),
                     weight("dt_proj"),
                     *(at(own(f"mixer.{name}")) for name in ("dt_proj.bias", "A_log", "D")),
@@ -135,6 +137,15 @@ def test_threads_change_no_bit(width, transposed, dtype):
             other, other_state = case.native(width, threads, transposed)
             for value, wanted in zip((other, *other_state), (one, *one_state), strict=True):
                 np.testing.assert_array_equal(value, wanted)
+
+
+@every_width
+@pytest.mark.parametrize("transposed", [False, True])
+def test_results_in_place_of_what_they_replace(width, transposed):
+    case = Case(LARGE, 3, "bfloat16", "float32")
+    (there, states), (here, own_states) = (case.native(width, 2, transposed, in_place) for in_place in (False, True))
+    for value, wanted in zip((here, *own_states), (there, *states), strict=True):
+        np.testing.assert_array_equal(value, wanted)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
