@@ -20,6 +20,8 @@ from mamba_core.spec.params import parameter_table
 # Bytes of a mixer's widest array, the product with in_proj, that are computed at once on a CPU: much more leaves the
 # cache, and is taken from the system anew each time. And the fewest positions of a row.
 PIECE_BYTES, FEWEST = 2**23, 256
+# Parts into which MLX splits an array by an operation of its own.
+SPLIT = 8
 
 
 class Backbone(nn.Module):
@@ -99,11 +101,13 @@ def _piecewise(run, block, residual, carried, *positions, piece: int):
 
 
 def _split(values, piece: int) -> list[mx.array]:
-    """By halves: the gradient of a slice is as long as the whole, and into ten parts or more MLX splits by slices."""
+    """In two or three times: the gradient of a slice is as long as the whole, and into many parts MLX splits by slices."""
     count = -(-values.shape[1] // piece)
     if count == 1:
         return [values]
-    return [part for half in mx.split(values, [count // 2 * piece], axis=1) for part in _split(half, piece)]
+    size = -(-count // SPLIT) * piece
+    parts = mx.split(values, range(size, values.shape[1], size), axis=1)
+    return [part for several in parts for part in _split(several, piece)]
 
 
 def _recomputed(block, residual, carried, *positions):
