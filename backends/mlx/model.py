@@ -101,7 +101,7 @@ def _piecewise(run, block, residual, carried, *positions, piece: int):
 
 
 def _split(values, piece: int) -> list[mx.array]:
-    """In two or three times: the gradient of a slice is as long as the whole, and into many parts MLX splits by slices."""
+    """In two or three steps: a slice has a gradient as long as the whole, and into many parts MLX splits by slices."""
     count = -(-values.shape[1] // piece)
     if count == 1:
         return [values]
