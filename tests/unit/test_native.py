@@ -194,11 +194,12 @@ def test_bfloat16_rounds_to_nearest_even(width):
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
-def test_sanitizers_find_nothing(tmp_path):
+@pytest.mark.parametrize(("name", "included"), [("harness.cpp", set()), ("harness_step.cpp", {"block_step.cpp"})])
+def test_sanitizers_find_nothing(tmp_path, name, included):
     """The kernels on drawn numbers under ASan and UBSan, at every width, with one thread and three."""
     program = tmp_path / "harness"
     sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
-    sources = [Path(__file__).with_name("harness.cpp"), *SOURCES.glob("*.cpp")]
+    sources = [Path(__file__).with_name(name), *(path for path in SOURCES.glob("*.cpp") if path.name not in included)]
     command = ["c++", "-O1", "-g", *sanitize, "-pthread", f"-I{SOURCES}", *sources, "-o", program]
     built = subprocess.run(command, capture_output=True, text=True)
     if "cannot find" in built.stderr:

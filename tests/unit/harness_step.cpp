@@ -1,0 +1,66 @@
+// As harness.cpp, of the kernels for one position: they are included, because no header has their structs.
+
+#include "block_step.cpp"
+
+#include <stdio.h>
+
+#include <vector>
+
+static uint32_t seed = 1;
+static std::vector<std::vector<char>> arrays;
+
+// An array of exactly its size, so that a sanitizer sees what lies beyond; it lives as long as the program.
+static char *drawn(int64_t count, bool bfloat16) {
+    const int64_t size = bfloat16 ? 2 : 4;
+    std::vector<char> values(count * size);
+    for (int64_t k = 0; k < count; k++) {
+        seed = seed * 1664525u + 1013904223u;
+        float value = (int32_t)seed / 8589934592.0f;
+        memcpy(&values[k * size], (char *)&value + 4 - size, size);
+    }
+    arrays.push_back(std::move(values));
+    return arrays.back().data();
+}
+static float *floats(int64_t count) { return (float *)drawn(count, false); }
+
+// Two blocks, the second in the memory of its states and of the residual stream.
+static bool blocks(int width, int threads, bool bfloat16, bool transposed, int64_t b) {
+    const int64_t d = 200, e = 401, n = 21, k = 4, r = 13, state = b * (k - 1) * e;
+    auto compute = [=](int64_t count) { return drawn(count, bfloat16); };
+    char *residual = drawn(b * d, false), *after = drawn(b * d, false);
+    BlockStep steps[2];
+    for (int place = 0; place < 2; place++) {
+        char *conv = compute(state);
+        float *ssm = floats(b * e * n);
+        steps[place] = {b, d, e, n, k, r, bfloat16, false, transposed, threads, width, 1e-5f,
+                        place ? after : residual, conv, ssm, compute(d),
+                        {compute(2 * e * d), compute(2 * e)}, {compute(e * k), compute(e)},
+                        {compute((r + 2 * n) * e), nullptr}, {compute(d * e), compute(d)}, compute(e * r),
+                        floats(e), floats(e * n), floats(e),
+                        after, place ? conv : compute(state), place ? ssm : floats(b * e * n)};
+    }
+    bool done = !mamba_block_steps(steps, 2);
+    fwrite(after, 4, b * d, stdout);
+    for (const BlockStep &step : steps) fwrite(step.new_ssm_state, 4, b * e * n, stdout);
+    return done;
+}
+
+static bool head(int width, int threads, bool bfloat16, bool transposed, int64_t b) {
+    const int64_t inputs = 70, outputs = 4501;
+    float *y = floats(b * outputs);
+    Matrix matrix = {drawn(inputs * outputs, bfloat16), drawn(outputs, bfloat16)};
+    LinearStep step = {b, inputs, outputs, bfloat16, transposed, threads, width, drawn(b * inputs, bfloat16), matrix, y};
+    bool done = !mamba_linear_step(&step);
+    fwrite(y, 4, b * outputs, stdout);
+    return done;
+}
+
+int main(int, char **argv) {
+    int width = atoi(argv[1]), threads = atoi(argv[2]);
+    for (bool bfloat16 : {false, true})
+        for (bool transposed : {false, true})
+            for (int64_t b : {1, 15})
+                if (!blocks(width, threads, bfloat16, transposed, b) || !head(width, threads, bfloat16, transposed, b))
+                    return 1;
+    return 0;
+}
