@@ -8,6 +8,7 @@ import pytest
 
 import mamba_core as mc
 from mamba_core import registry
+from mamba_core.backends import native
 from mamba_core.spec.init import initial_values
 from mamba_core.spec.reference import ReferenceModel, cross_entropy
 from mamba_core.spec.tolerances import relative_l2, tolerance
@@ -23,6 +24,8 @@ def place(request, monkeypatch):
     """The module that cuts, with short pieces, and which keeps in `pieces` the lengths that a block was given."""
     if missing := registry.missing_packages(request.param):
         pytest.skip(f"{', '.join(missing)} not installed")
+    if request.param == "mlx" and (why := native.missing()):
+        pytest.skip(f"what MLX computes lazily is not cut, and there is no native library: {why}")
     place = importlib.import_module(f"mamba_core.backends.{request.param}.{PLACES[request.param]}")
     monkeypatch.setattr(place, "PIECE_BYTES", 1)
     monkeypatch.setattr(place, "FEWEST", 64)

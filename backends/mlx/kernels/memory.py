@@ -38,7 +38,7 @@ def zeros_like(given: dict[str, mx.array | None]) -> dict[str, mx.array]:
 
 
 def zeros(shape, dtype: mx.Dtype = mx.float32) -> mx.array:
-    """As `mx.zeros`, by bytes, which on a CPU takes MLX half the time; arrays without values it does not have."""
+    """As `mx.zeros`, by bytes, which on a CPU takes MLX half the time; it has no arrays that are not filled."""
     return mx.zeros((*shape, dtype.size), mx.uint8).view(dtype).squeeze(-1)
 
 
