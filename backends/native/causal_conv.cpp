@@ -10,6 +10,8 @@
 // Positions whose g = dy * silu'(linear) the gradient has at once, and the most tasks that a row is cut into: each keeps
 // its own sum of the weight's gradient.
 constexpr int64_t CONV_CHUNK = 32, CONV_TASKS = 64;
+// Positions computed together, which share what is loaded of the weight, where each sees as many inputs as there are taps.
+constexpr int64_t TOGETHER = 4;
 
 // What counts in a row. An input is numbered among those that count, from 0; those of the initial state from -(k-1).
 struct Row {
@@ -37,7 +39,7 @@ static const char *state_of(const Conv &s, const char *state, int64_t row, int64
 }
 
 // What a thread's memory begins with, and what follows in it.
-static size_t taps_size(const Conv &s) { return 2 * sizeof(void *) * s.k; }
+static size_t taps_size(const Conv &s) { return sizeof(void *) * (2 * s.k + TOGETHER - 1); }
 static float *gradients_in(const Conv &s, void *work) { return (float *)((char *)work + taps_size(s)); }
 
 // An input by its number, null for zeros.
@@ -149,7 +151,7 @@ EXPORT int32_t mamba_conv_backward(const Conv *conv) {
 
 BEGIN_WIDTH
 
-// The inputs that a position sees, and their rows of the weight.
+// The inputs that a position sees, and their rows of the weight. After these inputs may come those of the positions after.
 struct Taps {
     const char **inputs;
     const float **weights;
@@ -159,7 +161,7 @@ struct Taps {
 // At the beginning of a thread's memory.
 static Taps taps_of(const Call &call, int64_t row, int64_t number, void *work) {
     const Conv &s = *call.conv;
-    Taps taps = {(const char **)work, (const float **)work + s.k, 0};
+    Taps taps = {(const char **)work, (const float **)work + s.k + TOGETHER - 1, 0};
     for (int64_t tap = 0; tap < s.k; tap++) {
         int64_t input = number - carried(s) + tap;
         const char *from = input < call.rows[row].first[number] ? nullptr : input_of(s, call.rows, row, input);
@@ -178,22 +180,57 @@ INLINE V linear_of(const Conv &s, const Taps &taps, int64_t c, bool bfloat16) {
     return total;
 }
 
+// COUNT outputs at the channels from c on, of which `left` are left: each sees the inputs from one further on.
+template <int COUNT>
+INLINE void convolve(const Conv &s, const Taps &taps, char *const *y, int64_t c, int64_t left, bool bfloat16) {
+    int64_t at = (bfloat16 ? 2 : 4) * c;
+    V total[COUNT];
+    for (int j = 0; j < COUNT; j++) total[j] = s.bias ? read((const char *)(s.bias + c), left, false) : V{};
+    for (int64_t tap = 0; tap < taps.count; tap++) {
+        V weight = read((const char *)(taps.weights[tap] + c), left, false);
+        for (int j = 0; j < COUNT; j++) total[j] += weight * read(taps.inputs[tap + j] + at, left, bfloat16);
+    }
+    for (int j = 0; j < COUNT; j++)
+        write(y[j] + at, s.silu ? total[j] * sigmoid(total[j]) : total[j], left, bfloat16);
+}
+template <int COUNT, bool BFLOAT16>
+static void convolve_rows(const Conv &s, const Taps &taps, char *const *y) {
+    int64_t c = 0;
+    for (; c + WIDTH <= s.e; c += WIDTH) convolve<COUNT>(s, taps, y, c, WIDTH, BFLOAT16);
+    if (c < s.e) convolve<COUNT>(s, taps, y, c, s.e - c, BFLOAT16);
+}
+
+// Adds the inputs of the TOGETHER - 1 positions after; false where one of them does not see an input for every tap.
+static bool see_more(const Call &call, int64_t row, int64_t t, int64_t until, Taps &taps) {
+    const Conv &s = *call.conv;
+    const Row &of = call.rows[row];
+    int64_t number = of.number[t], last = number + TOGETHER - 1;
+    if (t + TOGETHER > until || taps.count < s.k || of.number[t + TOGETHER - 1] != last) return false;
+    if (of.first[last] != of.first[number]) return false;
+    for (int64_t j = 1; j < TOGETHER; j++) taps.inputs[carried(s) + j] = input_of(s, call.rows, row, number + j);
+    return true;
+}
+
 static void forward(const void *argument, int64_t index, void *work) {
     const Call &call = *(const Call *)argument;
     const Conv &s = *call.conv;
-    int64_t row = index / call.parts, start = index % call.parts * call.size, size = bytes_of(s);
-    for (int64_t t = start; t < s.l && t < start + call.size; t++) {
-        char *y = row_of(s, s.y, row, t);
+    int64_t row = index / call.parts, start = index % call.parts * call.size;
+    int64_t until = start + call.size < s.l ? start + call.size : s.l;
+    for (int64_t t = start, count; t < until; t += count) {
+        count = 1;
+        char *y[TOGETHER];
+        for (int64_t j = 0; j < TOGETHER; j++) y[j] = row_of(s, s.y, row, t + j);
         int64_t number = call.rows[row].number[t];
         if (number < 0) {
-            memset(y, 0, row_bytes(s));
+            memset(*y, 0, row_bytes(s));
             continue;
         }
         Taps taps = taps_of(call, row, number, work);
-        for (int64_t c = 0; c < s.e; c += WIDTH) {
-            V linear = linear_of(s, taps, c, s.bfloat16);
-            write(y + size * c, s.silu ? linear * sigmoid(linear) : linear, s.e - c, s.bfloat16);
-        }
+        if (see_more(call, row, t, until, taps)) {
+            count = TOGETHER;
+            (s.bfloat16 ? convolve_rows<TOGETHER, true> : convolve_rows<TOGETHER, false>)(s, taps, y);
+        } else
+            (s.bfloat16 ? convolve_rows<1, true> : convolve_rows<1, false>)(s, taps, y);
     }
 }
 

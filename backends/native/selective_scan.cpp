@@ -177,6 +177,13 @@ int32_t mamba_scan_backward(const Scan *scan) {
 
 BEGIN_WIDTH
 
+// States at a time where there are so many, and registers for them.
+#if WIDTH == 16 || !defined __x86_64__
+constexpr int64_t MOST_STATES = 2 * STATES;
+#else
+constexpr int64_t MOST_STATES = STATES;
+#endif
+
 // Each step brings together what stood half the lanes apart; as many as a lane's index has bits transpose.
 INLINE void transpose(V *square) {
     for (int step = 1; step < WIDTH; step *= 2) {
@@ -272,30 +279,34 @@ INLINE void touch(const Task &task, const Sequence &array, int64_t position, int
     for (line -= (uintptr_t)line % 64; line < end; line += 64) __builtin_prefetch(line, 1, 2);
 }
 
+template <int COUNT>
 INLINE void load_states(V *values, const float *tile) {
-    for (int j = 0; j < STATES; j++) values[j] = load(tile + j * BLOCK);
+    for (int j = 0; j < COUNT; j++) values[j] = load(tile + j * BLOCK);
 }
+template <int COUNT>
 INLINE void store_states(float *tile, const V *values) {
-    for (int j = 0; j < STATES; j++) store(tile + j * BLOCK, values[j]);
+    for (int j = 0; j < COUNT; j++) store(tile + j * BLOCK, values[j]);
 }
 
-// STATES states of WIDTH channels over a chunk: together they share what is loaded of a position.
+// COUNT states of WIDTH channels over a chunk: together they share what is loaded of a position.
+template <int COUNT>
 INLINE void advance(const Scan &s, Work &w, int64_t k, int64_t c, int64_t steps) {
     int64_t stride = stride_of_B(s.n);
     const float *B = w.B + k, *C = w.C + k;
-    V A[STATES], h[STATES];
-    load_states(A, w.A + k * BLOCK + c);
-    load_states(h, w.h + k * BLOCK + c);
+    V A[COUNT], h[COUNT];
+    load_states<COUNT>(A, w.A + k * BLOCK + c);
+    load_states<COUNT>(h, w.h + k * BLOCK + c);
     for (int64_t t = 0; t < steps; t++, B += stride, C += stride) {
         V step = load(w.step[t] + c), u = load(w.u[t] + c), linear = load(w.linear[t] + c);
-        for (int j = 0; j < STATES; j++) {
-            if (w.restart[t]) h[j] = V{};
+        if (w.restart[t])
+            for (int j = 0; j < COUNT; j++) h[j] = V{};
+        for (int j = 0; j < COUNT; j++) {
             h[j] = decay_of(step, A[j]) * h[j] + u * B[j];
             linear += h[j] * C[j];
         }
         store(w.linear[t] + c, linear);
     }
-    store_states(w.h + k * BLOCK + c, h);
+    store_states<COUNT>(w.h + k * BLOCK + c, h);
 }
 
 static void write_outputs(const Task &task, Work &w, int64_t start, int64_t steps, int64_t first, int64_t channels) {
@@ -317,10 +328,10 @@ static void write_outputs(const Task &task, Work &w, int64_t start, int64_t step
     }
 }
 
-// How many of a chunk's rows to have touched after these states and channels of it.
-INLINE int64_t share(const Scan &s, int64_t k, int64_t c, int64_t channels) {
+// How many of a chunk's rows to have touched after `states` states from the k-th on of these channels.
+INLINE int64_t share(const Scan &s, int64_t k, int64_t states, int64_t c, int64_t channels) {
     int64_t vectors = divide_up(channels, WIDTH);
-    return (k / STATES * vectors + c / WIDTH + 1) * CHUNK / (padded(s.n) / STATES * vectors);
+    return (k * vectors + (c / WIDTH + 1) * states) * CHUNK / (padded(s.n) * vectors);
 }
 
 static void forward(const Task &task, Work &w) {
@@ -335,15 +346,20 @@ static void forward(const Task &task, Work &w) {
             memcpy(boundary(s, task.row, task.block, start / CHUNK), w.h, sizeof(float) * tile_of(s));
         load_chunk(task, w, start, steps, first, channels, false);
         int64_t touched = 0;
-        for (int64_t k = 0; k < s.n; k += STATES)
+        for (int64_t k = 0, states; k < s.n; k += states) {
+            states = s.n - k > STATES ? MOST_STATES : STATES;
             for (int64_t c = 0; c < channels; c += WIDTH) {
-                advance(s, w, k, c, steps);
-                for (int64_t until = share(s, k, c, channels); touched < until; touched++) {
+                if (states == STATES)
+                    advance<STATES>(s, w, k, c, steps);
+                else
+                    advance<MOST_STATES>(s, w, k, c, steps);
+                for (int64_t until = share(s, k, states, c, channels); touched < until; touched++) {
                     for (const Sequence *array : {&s.x, &s.delta, &s.z})
                         touch(task, *array, start + CHUNK + touched, first, channels);
                     touch(task, s.y, start + touched, first, channels);
                 }
             }
+        }
         write_outputs(task, w, start, steps, first, channels);
     }
     if (s.final_state) from_tile(s.final_state + state, w.h, channels, s.n);
@@ -378,8 +394,8 @@ INLINE void recompute(const Scan &s, Work &w, int64_t k, int64_t c, int64_t step
     const float *B = w.B + k, *C = w.C + k;
     bool gated = s.z.data;
     V A[STATES], h[STATES];
-    load_states(A, w.A + k * BLOCK + c);
-    load_states(h, w.h + k * BLOCK + c);
+    load_states<STATES>(A, w.A + k * BLOCK + c);
+    load_states<STATES>(h, w.h + k * BLOCK + c);
     for (int64_t t = 0; t < steps; t++, B += stride, C += stride) {
         V step = load(w.step[t] + c), u = load(w.u[t] + c), y = V{};
         for (int j = 0; j < STATES; j++) {
@@ -401,9 +417,9 @@ INLINE void differentiate(const Scan &s, Work &w, int64_t k, int64_t c, int64_t 
     int64_t stride = stride_of_B(s.n);
     const float *B = w.B + k + steps * stride, *C = w.C + k + steps * stride;
     V A[STATES], h[STATES], g[STATES], dA[STATES];
-    load_states(A, w.A + k * BLOCK + c);
-    load_states(g, w.g + k * BLOCK + c);
-    load_states(dA, w.dA + k * BLOCK + c);
+    load_states<STATES>(A, w.A + k * BLOCK + c);
+    load_states<STATES>(g, w.g + k * BLOCK + c);
+    load_states<STATES>(dA, w.dA + k * BLOCK + c);
     for (int j = 0; j < STATES; j++) h[j] = load(w.before[steps][j]);
     for (int64_t t = steps - 1; t >= 0; t--) {
         B -= stride;
@@ -426,8 +442,8 @@ INLINE void differentiate(const Scan &s, Work &w, int64_t k, int64_t c, int64_t 
         store(w.du[t] + c, du);
         store(w.dlog[t] + c, dlog_step);
     }
-    store_states(w.g + k * BLOCK + c, g);
-    store_states(w.dA + k * BLOCK + c, dA);
+    store_states<STATES>(w.g + k * BLOCK + c, g);
+    store_states<STATES>(w.dA + k * BLOCK + c, dA);
 }
 
 // The sum of every position's lanes.
@@ -493,7 +509,7 @@ static void backward(const Task &task, Work &w) {
                     differentiate(s, w, k, c, steps, false);
                 else
                     differentiate(s, w, k, c, steps, true);
-                for (int64_t until = share(s, k, c, channels); touched < until; touched++) {
+                for (int64_t until = share(s, k, STATES, c, channels); touched < until; touched++) {
                     for (const Sequence *array : {&s.x, &s.delta, &s.z, &s.dy})
                         touch(task, *array, start - CHUNK + touched, first, channels);
                     for (const Sequence *array : {&s.dx, &s.ddelta, &s.dz})

@@ -1,9 +1,18 @@
 """NumPy in and out, dtypes, devices and differentiation; the section "arrays" of `mamba_core.backend`."""
 
+import ctypes
+import os
+import re
+import sys
+
 import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor
+
+# Of malloc.h, and how an environment sets the same.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+SETS_THRESHOLD = re.compile(r"(MALLOC_(TRIM|MMAP)_THRESHOLD_|glibc\.malloc\.(trim|mmap)_threshold)")
 
 DTYPES = {
     "float64": torch.float64,
@@ -91,9 +100,15 @@ def vjp(function, arguments, cotangents) -> tuple[list, list]:
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep up to 64 MB of what is freed for what is allocated next.
+    """Has glibc keep up to 256 MB of what is freed for what is allocated next, unless its environment says otherwise.
 
-    Else it gives the arrays of every layer back to the system, and is given them again page by page, which takes a CPU
-    as long as computing in them. It keeps twice the largest array that it has seen freed, of at most 32 MB.
+    Else it gives the arrays of a layer back to the system, and is given them again page by page, which takes a CPU as
+    long as computing in them. Arrays of 32 MB and more, the most that it lets be asked for, stay the system's.
     """
-    torch.empty(2**25 - 2**16, dtype=torch.uint8)
+    if not sys.platform.startswith("linux"):
+        return
+    library = ctypes.CDLL(None)
+    chosen = [*os.environ, *os.environ.get("GLIBC_TUNABLES", "").split(":")]
+    if hasattr(library, "gnu_get_libc_version") and not any(map(SETS_THRESHOLD.match, chosen)):
+        library.mallopt(M_MMAP_THRESHOLD, 2**25)
+        library.mallopt(M_TRIM_THRESHOLD, 2**28)

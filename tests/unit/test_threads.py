@@ -91,16 +91,38 @@ def test_no_openmp_in_the_process_is_no_error(monkeypatch):
     assert np.isfinite(y).all()
 
 
-@linux
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
-def test_torch_s_arrays_are_of_memory_that_is_kept():
-    """In the heap, whose free end stays for the next array; what glibc maps by itself goes back when it is freed."""
-    pytest.importorskip("torch")
-    code = """
+glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+# How many bytes of the heap's end are left of 160 MB that torch had in it, with an array that glibc would map by itself.
+KEPT = """
 import torch
 import mamba_core.backends.torch
-address = torch.empty(2**22).data_ptr()
-heap, = (line.split()[0].split("-") for line in open("/proc/self/maps") if line.endswith("[heap]\\n"))
-print(int(heap[0], 16) <= address < int(heap[1], 16))
+
+def heap_end():
+    heap, = (line.split()[0].split("-")[1] for line in open("/proc/self/maps") if line.endswith("[heap]\\n"))
+    return int(heap, 16)
+
+before = heap_end()
+arrays = [torch.empty(2**24, dtype=torch.uint8) for _ in range(10)]
+del arrays
+print(heap_end() - before)
 """
-    assert run(code) == "True"
+
+
+@linux
+@glibc
+def test_torch_s_arrays_are_of_memory_that_is_kept():
+    """In the heap, whose free end stays for the next arrays; what glibc maps by itself goes back when it is freed."""
+    pytest.importorskip("torch")
+    assert int(run(KEPT)) > 100 * 2**20
+
+
+@linux
+@glibc
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("MALLOC_TRIM_THRESHOLD_", "100000"), ("GLIBC_TUNABLES", "glibc.malloc.check=0:glibc.malloc.mmap_threshold=100000")],
+)
+def test_what_the_environment_says_of_the_allocator_stays(monkeypatch, name, value):
+    pytest.importorskip("torch")
+    monkeypatch.setenv(name, value)
+    assert int(run(KEPT)) < 2**20
