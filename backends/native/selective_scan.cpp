@@ -218,30 +218,46 @@ static void from_tile(float *rows, const float *tile, int64_t channels, int64_t 
         }
 }
 
+// What goes through the rows of a chunk is compiled for a dtype and for blocks that are WHOLE, of BLOCK channels: a vector
+// that might not be full would have the compiler keep nothing in registers.
+#define OF_ROWS(function)                                                                  \
+    (channels == BLOCK ? (s.bfloat16 ? function<true, true> : function<false, true>)       \
+                       : (s.bfloat16 ? function<true, false> : function<false, false>))
+
+static void load_B_and_C(const Task &task, Work &w, int64_t start, int64_t steps) {
+    const Scan &s = *task.scan;
+    const int64_t size = s.bfloat16 ? 2 : 4, stride = stride_of_B(s.n);
+    for (int64_t t = 0; t < steps; t++) {
+        const bool masked = s.mask && !s.mask[task.row * s.l + start + t];
+        const char *B = at(s, s.B, task.row, start + t, 0), *C = at(s, s.C, task.row, start + t, 0);
+        for (int64_t k = 0; k < s.n; k += WIDTH) {
+            store(w.B + t * stride + k, masked ? V{} : read(B + size * k, s.n - k, s.bfloat16));
+            store(w.C + t * stride + k, masked ? V{} : read(C + size * k, s.n - k, s.bfloat16));
+        }
+    }
+}
+
 // Of a chunk what the recurrence needs; zeros where masked, and so a NaN that stands there is harmless. What only the
 // gradient needs stays out of the way of a cache that the rest fills.
+template <bool BFLOAT16, bool WHOLE>
 static void load_chunk(const Task &task, Work &w, int64_t start, int64_t steps, int64_t first, int64_t channels,
                        bool for_gradient) {
     const Scan &s = *task.scan;
-    // Locals, because a store of vectors might have changed anything else.
-    const bool bfloat16 = s.bfloat16, through_softplus = s.delta_softplus;
-    const int64_t size = bfloat16 ? 2 : 4, n = s.n, stride = stride_of_B(n);
+    // A local, because a store of vectors might have changed anything else.
+    const bool through_softplus = s.delta_softplus;
+    load_B_and_C(task, w, start, steps);
     for (int64_t t = 0; t < steps; t++) {
         int64_t position = task.row * s.l + start + t;
         const bool masked = s.mask && !s.mask[position];
         w.masked[t] = masked;
         w.restart[t] = s.restart && s.restart[position];
         const char *x = at(s, s.x, task.row, start + t, first), *delta = at(s, s.delta, task.row, start + t, first);
-        const char *B = at(s, s.B, task.row, start + t, 0), *C = at(s, s.C, task.row, start + t, 0);
-        for (int64_t k = 0; k < n; k += WIDTH) {
-            store(w.B + t * stride + k, masked ? V{} : read(B + size * k, n - k, bfloat16));
-            store(w.C + t * stride + k, masked ? V{} : read(C + size * k, n - k, bfloat16));
-        }
         for (int64_t c = 0; c < channels; c += WIDTH) {
+            const int64_t left = WHOLE ? WIDTH : channels - c;
             V x_t = V{}, raw = V{}, step = V{};
             if (!masked) {
-                x_t = read(x + size * c, channels - c, bfloat16);
-                raw = read(delta + size * c, channels - c, bfloat16) + load(w.bias + c);
+                x_t = read(x + (BFLOAT16 ? 2 : 4) * c, left, BFLOAT16);
+                raw = read(delta + (BFLOAT16 ? 2 : 4) * c, left, BFLOAT16) + load(w.bias + c);
                 step = through_softplus ? softplus(raw) : raw;
             }
             if (for_gradient) {
@@ -276,7 +292,7 @@ INLINE void touch(const Task &task, const Sequence &array, int64_t position, int
     const Scan &s = *task.scan;
     if (!array.data || position < 0 || position >= s.l) return;
     const char *line = at(s, array, task.row, position, first), *end = line + channels * (s.bfloat16 ? 2 : 4);
-    for (line -= (uintptr_t)line % 64; line < end; line += 64) __builtin_prefetch(line, 1, 2);
+    for (line -= (uintptr_t)line % 64; line < end; line += 64) __builtin_prefetch(line);
 }
 
 template <int COUNT>
@@ -309,21 +325,22 @@ INLINE void advance(const Scan &s, Work &w, int64_t k, int64_t c, int64_t steps)
     store_states<COUNT>(w.h + k * BLOCK + c, h);
 }
 
+template <bool BFLOAT16, bool WHOLE>
 static void write_outputs(const Task &task, Work &w, int64_t start, int64_t steps, int64_t first, int64_t channels) {
     const Scan &s = *task.scan;
-    const bool bfloat16 = s.bfloat16, gated = s.z.data;
-    const int64_t size = bfloat16 ? 2 : 4;
+    const bool gated = s.z.data;
     for (int64_t t = 0; t < steps; t++) {
         char *y = at(s, s.y, task.row, start + t, first);
         const char *z = at(s, s.z, task.row, start + t, first);
         const bool masked = w.masked[t];
         for (int64_t c = 0; c < channels; c += WIDTH) {
+            const int64_t left = WHOLE ? WIDTH : channels - c;
             V value = load(w.linear[t] + c);
             if (gated) {
-                V gate = read(z + size * c, channels - c, bfloat16);
+                V gate = read(z + (BFLOAT16 ? 2 : 4) * c, left, BFLOAT16);
                 value *= gate * sigmoid(gate);
             }
-            write(y + size * c, masked ? V{} : value, channels - c, bfloat16);
+            write(y + (BFLOAT16 ? 2 : 4) * c, masked ? V{} : value, left, BFLOAT16);
         }
     }
 }
@@ -344,7 +361,7 @@ static void forward(const Task &task, Work &w) {
         int64_t steps = s.l - start < CHUNK ? s.l - start : CHUNK;
         if (s.boundaries)
             memcpy(boundary(s, task.row, task.block, start / CHUNK), w.h, sizeof(float) * tile_of(s));
-        load_chunk(task, w, start, steps, first, channels, false);
+        OF_ROWS(load_chunk)(task, w, start, steps, first, channels, false);
         int64_t touched = 0;
         for (int64_t k = 0, states; k < s.n; k += states) {
             states = s.n - k > STATES ? MOST_STATES : STATES;
@@ -360,23 +377,24 @@ static void forward(const Task &task, Work &w) {
                 }
             }
         }
-        write_outputs(task, w, start, steps, first, channels);
+        OF_ROWS(write_outputs)(task, w, start, steps, first, channels);
     }
     if (s.final_state) from_tile(s.final_state + state, w.h, channels, s.n);
 }
 
 // What is particular to the gradient: dy, the gradient of the ungated output, and zeros to add to.
+template <bool BFLOAT16, bool WHOLE>
 static void load_gradients(const Task &task, Work &w, int64_t start, int64_t steps, int64_t first, int64_t channels) {
     const Scan &s = *task.scan;
-    const bool bfloat16 = s.bfloat16, gated = s.z.data;
-    const int64_t size = bfloat16 ? 2 : 4;
+    const bool gated = s.z.data;
     for (int64_t t = 0; t < steps; t++) {
         const char *dy_t = at(s, s.dy, task.row, start + t, first), *z_t = at(s, s.z, task.row, start + t, first);
         const bool masked = w.masked[t];
         for (int64_t c = 0; c < channels; c += WIDTH) {
-            V dy = masked ? V{} : read(dy_t + size * c, channels - c, bfloat16), dlinear = dy;
+            const int64_t left = WHOLE ? WIDTH : channels - c;
+            V dy = masked ? V{} : read(dy_t + (BFLOAT16 ? 2 : 4) * c, left, BFLOAT16), dlinear = dy;
             if (gated) {
-                V z = masked ? V{} : read(z_t + size * c, channels - c, bfloat16);
+                V z = masked ? V{} : read(z_t + (BFLOAT16 ? 2 : 4) * c, left, BFLOAT16);
                 store(w.z[t] + c, z);
                 dlinear = dy * z * sigmoid(z);
             }
@@ -455,15 +473,16 @@ static void sum_lanes(float *sums, const float (*rows)[WIDEST]) {
     }
 }
 
+template <bool BFLOAT16, bool WHOLE>
 static void write_gradients(const Task &task, Work &w, int64_t start, int64_t steps, int64_t first, int64_t channels) {
     const Scan &s = *task.scan;
-    const bool bfloat16 = s.bfloat16, gated = s.z.data, through_softplus = s.delta_softplus;
-    const int64_t size = bfloat16 ? 2 : 4;
+    const bool gated = s.z.data, through_softplus = s.delta_softplus;
     for (int64_t t = 0; t < steps; t++) {
         char *dx_t = at(s, s.dx, task.row, start + t, first), *ddelta_t = at(s, s.ddelta, task.row, start + t, first);
         char *dz_t = at(s, s.dz, task.row, start + t, first);
         const bool masked = w.masked[t];
         for (int64_t c = 0; c < channels; c += WIDTH) {
+            const int64_t left = WHOLE ? WIDTH : channels - c;
             V x = load(w.x[t] + c), dlinear = load(w.dlinear[t] + c), du = load(w.du[t] + c);
             V dx = du * load(w.step[t] + c) + dlinear * load(w.D + c);
             // As A is in units of log 2, so is this.
@@ -472,12 +491,12 @@ static void write_gradients(const Task &task, Work &w, int64_t start, int64_t st
             if (masked) dx = ddelta = V{};
             store(w.dD + c, load(w.dD + c) + dlinear * x);
             store(w.dbias + c, load(w.dbias + c) + ddelta);
-            write(dx_t + size * c, dx, channels - c, bfloat16);
-            write(ddelta_t + size * c, ddelta, channels - c, bfloat16);
+            write(dx_t + (BFLOAT16 ? 2 : 4) * c, dx, left, BFLOAT16);
+            write(ddelta_t + (BFLOAT16 ? 2 : 4) * c, ddelta, left, BFLOAT16);
             if (!gated) continue;
             V z = load(w.z[t] + c), gate = sigmoid(z), dz = load(w.dy[t] + c) * load(w.linear[t] + c);
             dz *= gate * (1.0f + z * (1.0f - gate));
-            write(dz_t + size * c, masked ? V{} : dz, channels - c, bfloat16);
+            write(dz_t + (BFLOAT16 ? 2 : 4) * c, masked ? V{} : dz, left, BFLOAT16);
         }
     }
 }
@@ -497,8 +516,8 @@ static void backward(const Task &task, Work &w) {
     for (int64_t chunk = chunks_of(s) - 1; chunk >= 0; chunk--) {
         int64_t start = chunk * CHUNK, steps = s.l - start < CHUNK ? s.l - start : CHUNK;
         memcpy(w.h, boundary(s, task.row, task.block, chunk), sizeof(float) * tile_of(s));
-        load_chunk(task, w, start, steps, first, channels, true);
-        load_gradients(task, w, start, steps, first, channels);
+        OF_ROWS(load_chunk)(task, w, start, steps, first, channels, true);
+        OF_ROWS(load_gradients)(task, w, start, steps, first, channels);
         float *dB = partial_of(s, task.partial->dB, task.row, chunk, task.block);
         float *dC = partial_of(s, task.partial->dC, task.row, chunk, task.block);
         int64_t touched = 0;
@@ -521,7 +540,7 @@ static void backward(const Task &task, Work &w) {
                 sum_lanes(dC + (k + j) * CHUNK, w.dC_lanes[j]);
             }
         }
-        write_gradients(task, w, start, steps, first, channels);
+        OF_ROWS(write_gradients)(task, w, start, steps, first, channels);
         if (chunk % SUMMED == 0) {
             add_to(w.dA_total, w.dA, tile_of(s), chunk == 0);
             add_to(w.dD_total, w.dD, BLOCK, chunk == 0);
