@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import mamba_core as mc
+from mamba_core.backends import native
 from mamba_core.spec.tolerances import relative_l2
 from tests.unit.transforms import CONFIG, MASK, SEGMENTS, plain, scan_arguments
 
@@ -239,3 +240,31 @@ def test_remat_keeps_less_for_the_gradient():
         return sum(sizes)
 
     assert kept(True) < kept(False) / 2
+
+
+class Seen(torch.utils._python_dispatch.TorchDispatchMode):
+    """The names of the operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.names.add(operator.name())
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(native.missing() is not None, reason="needs the native library")
+def test_without_a_gradient_whoever_watches_sees_the_operators():
+    """Nobody else does: then they are called as functions."""
+    model = mc.build(CONFIG, backend="torch", kernels="native")
+    ids = torch.arange(6)[None] % CONFIG.vocab_size
+    with torch.no_grad():
+        expected = model(ids).logits
+        with Seen() as seen:
+            assert torch.equal(model(ids).logits, expected)
+    assert {"mamba_core::native_conv", "mamba_core::native_scan"} <= seen.names
+    x, *others = map(torch.rand, ((2, 5, 3), (2, 5, 3), (3, 4), (2, 5, 4), (2, 5, 4)))
+    with torch.no_grad():
+        traced = torch.jit.trace(lambda x: mc.selective_scan(x, *others, kernel="native"), (x,))
+        assert torch.equal(traced(2 * x), 2 * traced(x))

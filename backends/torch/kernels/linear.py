@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from mamba_core.backends.torch.kernels.operator import transformed
-from mamba_core.backends.torch.kernels.step import KINDS, as_built
+from mamba_core.backends.torch.kernels.operator import KINDS, transformed
+from mamba_core.backends.torch.kernels.step import as_built
 
 # Multiply-adds: of fewer the copies to oneDNN's tensors and back take as long as is saved.
 LEAST = 2**23

@@ -18,8 +18,7 @@ def native(x, weight, bias, activation, state, mask, restart):
     return y.to(dtype), state.to(dtype)
 
 
-@torch.library.custom_op("mamba_core::native_conv", mutates_args=(), device_types="cpu")
-def _conv(
+def _forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -34,6 +33,9 @@ def _conv(
     given = _named(x, weight, bias, state, mask, restart)
     library.conv(_arguments(x, weight, silu, given | {"y": y, "final_state": final_state}))
     return y, final_state, nothing
+
+
+_conv = torch.library.custom_op("mamba_core::native_conv", mutates_args=(), device_types="cpu")(_forward)
 
 
 @torch.library.custom_op("mamba_core::native_conv_backward", mutates_args=(), device_types="cpu")
@@ -66,7 +68,7 @@ def _(dy, dfinal_state, nothing, *inputs):
     return [value.new_empty(value.shape) for value in inputs if is_float(value)]
 
 
-_native = differentiable(_conv, _conv_backward)
+_native = differentiable(_conv, _conv_backward, function=_forward)
 
 
 def _empty_results(x, weight):

@@ -20,8 +20,7 @@ def native(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, delta_softplu
     return y.to(dtype), h
 
 
-@torch.library.custom_op("mamba_core::native_scan", mutates_args=(), device_types="cpu")
-def _scan(
+def _forward(
     x: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -43,6 +42,9 @@ def _scan(
     results = {"y": y, "final_state": final_state, "boundaries": boundaries if keep else None}
     library.scan(_arguments(x, A, delta_softplus, given | results))
     return y, final_state, boundaries
+
+
+_scan = torch.library.custom_op("mamba_core::native_scan", mutates_args=(), device_types="cpu")(_forward)
 
 
 @torch.library.custom_op("mamba_core::native_scan_backward", mutates_args=(), device_types="cpu")
@@ -85,7 +87,7 @@ def _(dy, dfinal_state, boundaries, *inputs):
     return [value.new_empty(value.shape) for value in inputs if is_float(value)]
 
 
-_native = differentiable(_scan, _scan_backward)
+_native = differentiable(_scan, _scan_backward, function=_forward)
 
 
 def _empty_results(x, A, keep):

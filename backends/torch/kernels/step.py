@@ -11,11 +11,10 @@ from torch.nn.modules import module as everywhere
 from mamba_core.backend import LayerState
 from mamba_core.backends import native as library
 from mamba_core.backends.torch.kernels.memory import reason
-from mamba_core.backends.torch.kernels.operator import one_at_a_time
+from mamba_core.backends.torch.kernels.operator import KINDS, one_at_a_time
 
 # More rows take longer to compute than their weights to be read.
 MOST_ROWS = 8
-KINDS = (nn.Parameter, Tensor)
 # Tensors of a block, and which of them is its ssm state; the first is its conv state.
 OPERANDS, SSM_STATE = 14, 10
 
