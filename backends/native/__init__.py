@@ -11,7 +11,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 # Of the structs and functions below; the library tells its own.
-ABI = 4
+ABI = 5
 
 DTYPES = ("float32", "bfloat16")
 
@@ -91,6 +91,17 @@ class LinearStep(ctypes.Structure):
         *_fields(_pointer, "x"),
         *_fields(Matrix, "matrix"),
         *_fields(_pointer, "y"),
+    )
+
+
+class AddNorm(ctypes.Structure):
+    """The arguments of a sum and its norm, as `add_norm.cpp` documents them."""
+
+    _fields_ = (
+        *_fields(_int64, "rows d"),
+        *_fields(_int32, "bfloat16 residual_bfloat16 threads width"),
+        *_fields(ctypes.c_float, "eps"),
+        *_fields(_pointer, "residual hidden weight normed total"),
     )
 
 
@@ -211,6 +222,15 @@ def linear_step(arguments: LinearStep) -> None:
     _check(library().mamba_linear_step(ctypes.byref(arguments)))
 
 
+def add_norm(arguments: AddNorm) -> None:
+    """Fills normed, and total where there is something to add.
+
+    Raises:
+        MemoryError: there is not the memory for its workspace.
+    """
+    _check(library().mamba_add_norm(ctypes.byref(arguments)))
+
+
 def _check(failed: int) -> None:
     if failed:
         raise MemoryError("no memory for the workspace of a native kernel")
@@ -251,4 +271,5 @@ def _load(path: Path) -> ctypes.CDLL:
         getattr(found, name).argtypes = [ctypes.POINTER(Conv)]
     found.mamba_block_steps.argtypes = [ctypes.POINTER(BlockStep), _int64]
     found.mamba_linear_step.argtypes = [ctypes.POINTER(LinearStep)]
+    found.mamba_add_norm.argtypes = [ctypes.POINTER(AddNorm)]
     return found

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from mamba_core.backend import LayerState
 from mamba_core.backends.torch.conv import causal_conv, causal_conv_step
-from mamba_core.backends.torch.kernels import fused_conv, fused_mixer, fused_norm, linear
+from mamba_core.backends.torch.kernels import fused_conv, fused_mixer, fused_norm, linear, native_norm
 from mamba_core.backends.torch.kernels.fused import linear_dtype
 from mamba_core.backends.torch.kernels.step import as_built
 from mamba_core.backends.torch.positions import restarts
@@ -31,14 +31,17 @@ class RMSNorm(nn.Module):
 
     def fuses(self, residual: Tensor, kernels: str) -> bool:
         """Whether `add` computes here what the norm does of such a residual stream."""
-        return (
-            as_built(RMSNorm, self)
-            and fused_norm.reason(residual.device, residual.dtype, len(self.weight)) is None
+        if not as_built(RMSNorm, self):
+            return False
+        return native_norm.runs(kernels, residual, self.weight) or (
+            fused_norm.reason(residual.device, residual.dtype, len(self.weight)) is None
             and kernel_for(kernels, residual.device, self.weight.dtype) in FUSING
         )
 
-    def add(self, residual: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+    def add(self, residual: Tensor, hidden: Tensor | None, kernels: str) -> tuple[Tensor, Tensor]:
         """The norm of residual + hidden, in the dtype in which a linear is computed, and that sum."""
+        if native_norm.runs(kernels, residual, self.weight):
+            return native_norm.add_norm(residual, hidden, self.weight, self.eps)
         return fused_norm.add_norm(residual, hidden, self.weight, self.eps, linear_dtype(self.weight))
 
 
@@ -180,7 +183,7 @@ class Block(nn.Module):
 
     def add(self, residual: Tensor, hidden: Tensor | None, state: LayerState, mask, segment_ids):
         """The block after residual + hidden: that sum, what is to be added to it next, and the state."""
-        normed, residual = self.norm.add(residual, hidden)
+        normed, residual = self.norm.add(residual, hidden, self.mixer.kernels)
         hidden, state = self.mixer(normed, state, mask, segment_ids, unobserved)
         return residual, hidden, state
 

@@ -61,7 +61,7 @@ class Backbone(nn.Module):
             piece = piece if mask is None and segment_ids is None else None
             residual, hidden, layers = self._blocks(residual, state, mask, segment_ids, observe, piece)
         if self.norm_f is not None and observe is unobserved and self.norm_f.fuses(residual, self.kernels):
-            hidden, _ = self.norm_f.add(residual, hidden)
+            hidden, _ = self.norm_f.add(residual, hidden, self.kernels)
         else:
             residual = _sum(residual, hidden)
             if self.norm_f is None:
