@@ -61,7 +61,7 @@ def begin(prefilled: Output, context: Context | None, uniform: jax.Array | None,
 
 def advance(model, carry: Carry, uniform: jax.Array | None, sampling: Sampling) -> Carry:
     """One token more in each row."""
-    hidden, state = _forward(model, carry.choice.tokens[:, None], None, carry.state)
+    hidden, state = model.backbone(carry.choice.tokens[:, None], carry.state, None, None, unobserved)
     logits = model.head(hidden[:, 0])[:, : model.config.vocab_size]
     return begin(Output(logits, state), carry.context, uniform, sampling)
 
@@ -138,14 +138,10 @@ def _with(context: Context | None, tokens: jax.Array) -> Context | None:
     return context._replace(last=tokens, counts=counts, step=context.step + 1)
 
 
-def _forward(model, tokens, mask, state):
-    return model.backbone(tokens, state, mask, None, unobserved)
-
-
 @functools.partial(jax.jit, static_argnames=("graph",))
 def _prefill(graph, parameters, tokens, mask, state) -> Output:
     model = nnx.merge(graph, parameters)
-    hidden, state = _forward(model, tokens, mask, state)
+    hidden, state = model.backbone(tokens, state, mask, None, unobserved, last=True)
     return Output(model.head(hidden[:, -1])[:, : model.config.vocab_size], state)
 
 

@@ -58,19 +58,42 @@ class MambaMixer(nnx.Module):
         xz = observe("in_proj", self.in_proj(hidden))
         x, z = jnp.split(xz, 2, axis=-1)
         x, z = observe("x", x), observe("z", z)
-        one = hidden.shape[1] == 1 and mask is None
+        y, state = self._mix(x, None if self.minimamba else z, state, mask, segment_ids, observe)
+        if self.minimamba:
+            y = observe("gate", y * z)
+        return observe("out_proj", self.out_proj(y)), state
+
+    def last(self, hidden: jax.Array, state: LayerState, mask, segment_ids):
+        """What a call gives at the last position, (b, 1, d), and the state: of the gates no others are computed."""
+        x, z = map(self._project_in, (hidden, hidden[:, -1:]), range(2))
+        y, state = self._mix(x, None, state, mask, segment_ids, unobserved)
+        return self.out_proj(y[:, -1:] * (z if self.minimamba else jax.nn.silu(z))), state
+
+    def gives_last(self, hidden: jax.Array) -> bool:
+        """Whether `last` computes what a call would; in bfloat16 it would round before the gate."""
+        layer = self.in_proj
+        ours = type(self) is MambaMixer and type(layer) is nnx.Linear and layer.dot_general is lax.dot_general
+        # An exported program may be for any length.
+        return ours and isinstance(hidden.shape[1], int) and hidden.shape[1] > 1 and hidden.dtype == jnp.float32
+
+    def _project_in(self, hidden, half):
+        """x or z, the first or the second half of in_proj's outputs."""
+        layer, e = self.in_proj, self.in_proj.out_features // 2
+        y = jnp.matmul(hidden, layer.kernel[...][:, half * e : (half + 1) * e], precision=layer.precision)
+        return y if layer.bias is None else y + layer.bias[...][half * e : (half + 1) * e]
+
+    def _mix(self, x, z, state, mask, segment_ids, observe):
+        """What is between in_proj and out_proj, but the gate where z is None; (b, l, e) and the state."""
+        one = x.shape[1] == 1 and mask is None
         x, conv = self._conv_one(x, state) if one else self._conv(x, state, mask, segment_ids)
         dtbc = observe("x_proj", self.x_proj(observe("conv", x)))
         dt, B, C = jnp.split(dtbc, self.splits, axis=-1)
         dt, B, C = observe("dt", dt), observe("B", B), observe("C", C)
         # The bias of dt_proj enters in float32 inside the scan, before the softplus.
         delta = observe("dt_proj", jnp.matmul(dt, self.dt_proj.kernel[...], precision=self.dt_proj.precision))
-        scan = (x, delta, B, C, None if self.minimamba else z)
+        scan = (x, delta, B, C, z)
         y, ssm = self._scan_one(*scan, state) if one else self._scan(*scan, state, mask, segment_ids)
-        y = observe("scan", y)
-        if self.minimamba:
-            y = observe("gate", y * z)
-        return observe("out_proj", self.out_proj(y)), LayerState(conv, ssm)
+        return observe("scan", y), LayerState(conv, ssm)
 
     def _conv(self, x, state, mask, segment_ids):
         return causal_conv(
@@ -141,13 +164,25 @@ class Block(nnx.Module):
         hidden, state = self.mixer(observe("norm", self.norm(residual)), state, mask, segment_ids, observe)
         return observe("residual", residual + hidden), state
 
+    def last(self, residual: jax.Array, state: LayerState, mask, segment_ids, observe):
+        """As a call, but where that is less to compute the residual stream of the last position only, (b, 1, d)."""
+        normed = self.norm(residual)
+        if not (observe is unobserved and self.mixer.gives_last(normed)):
+            return self(residual, state, mask, segment_ids, observe)
+        hidden, state = self.mixer.last(normed, state, mask, segment_ids)
+        return residual[:, -1:] + hidden, state
 
-def through(blocks, residual: jax.Array, states, mask, segment_ids, observe, remat=False) -> tuple[jax.Array, tuple]:
-    """The residual stream and the states after all blocks."""
+
+def through(
+    blocks, residual: jax.Array, states, mask, segment_ids, observe, remat=False, last=False
+) -> tuple[jax.Array, tuple]:
+    """The residual stream and the states after all blocks; last: of the stream the last position is enough."""
     run, after = _recomputed if remat and observe is unobserved else _called, []
     if observe is unobserved and mask is None and segment_ids is None and (piece := _piece(blocks, residual)):
         run = functools.partial(_piecewise, run, piece=piece)
     for index, (block, state) in enumerate(zip(blocks, states, strict=True)):
+        if last and index + 1 == len(blocks) and run is _called and type(block) is Block:
+            run = Block.last
         residual, state = run(block, residual, state, mask, segment_ids, within(f"layers.{index}.", observe))
         after.append(state)
     return residual, tuple(after)

@@ -27,14 +27,17 @@ class Backbone(nnx.Module):
         self.layers = nnx.List([Block(config, dtype, kernels, rngs) for _ in range(config.n_layer)])
         self.norm_f = RMSNorm(config.d_model, config.norm_eps, dtype) if whole else None
 
-    def __call__(self, inputs: jax.Array, state: State, mask, segment_ids, observe) -> tuple[jax.Array, State]:
+    def __call__(
+        self, inputs: jax.Array, state: State, mask, segment_ids, observe, last: bool = False
+    ) -> tuple[jax.Array, State]:
+        """last: only the last position's hidden state is asked for, and (b, 1, d) will do."""
         residual = inputs if self.embeddings is None else observe("embedding", self._embed(inputs))
         residual = residual.astype(jnp.float32 if self.residual_in_fp32 else self.dtype)
         one = residual.shape[1] == 1 and mask is None and segment_ids is None and observe is unobserved
         stepped = step.blocks(self.layers, residual, state.layers) if one else None
         if stepped is None:
             entering = states.entering(state, mask, segment_ids)
-            stepped = through(self.layers, residual, entering, mask, segment_ids, observe, self.remat)
+            stepped = through(self.layers, residual, entering, mask, segment_ids, observe, self.remat, last)
         residual, layers = stepped
         hidden = residual.astype(self.dtype) if self.norm_f is None else observe("norm_f", self.norm_f(residual))
         return hidden, states.leaving(layers, state, mask, segment_ids)

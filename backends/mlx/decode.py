@@ -21,7 +21,8 @@ def prefill(model, tokens, mask, state: State | None = None) -> Output:
     """Not compiled, for the native kernels are not to be had there."""
     state = model.init_state(len(tokens)) if state is None else state
     with model.on_device():
-        hidden, state = _forward(model, from_numpy(tokens), None if mask.all() else from_numpy(mask), state)
+        own_mask = None if mask.all() else from_numpy(mask)
+        hidden, state = model.backbone(from_numpy(tokens), state, own_mask, None, unobserved, last=True)
         prefilled = Output(model.head(hidden[:, -1])[:, : model.config.vocab_size], state)
         # Else the graph of all tokens, and what it holds, would live until the state is looked at.
         mx.eval(prefilled)
@@ -63,7 +64,7 @@ def begin(prefilled: Output, context: Context | None, uniform: mx.array | None, 
 
 def advance(model, carry: Carry, uniform: mx.array | None, sampling: Sampling) -> Carry:
     """One token more in each row."""
-    hidden, state = _forward(model, carry.choice.tokens[:, None], None, carry.state)
+    hidden, state = model.backbone(carry.choice.tokens[:, None], carry.state, None, None, unobserved)
     logits = model.head(hidden[:, 0])[:, : model.config.vocab_size]
     return begin(Output(logits, state), carry.context, uniform, sampling)
 
@@ -139,10 +140,6 @@ def _with(context: Context | None, tokens: mx.array) -> Context | None:
         return None
     counts = context.counts.at[mx.arange(len(tokens)), tokens].add(1)
     return context._replace(last=tokens, counts=counts, step=context.step + 1)
-
-
-def _forward(model, tokens, mask, state):
-    return model.backbone(tokens, state, mask, None, unobserved)
 
 
 def _uniforms(draw) -> Iterator[mx.array | None]:

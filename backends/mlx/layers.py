@@ -7,6 +7,7 @@ from mamba_core.backend import LayerState
 from mamba_core.backends.mlx.conv import causal_conv, causal_conv_step
 from mamba_core.backends.mlx.kernels import linear
 from mamba_core.backends.mlx.scan import selective_scan, selective_step
+from mamba_core.observe import unobserved
 
 
 class RMSNorm(nn.RMSNorm):
@@ -56,19 +57,40 @@ class MambaMixer(nn.Module):
         xz = observe("in_proj", linear.call(self.in_proj, hidden, self.kernels))
         x, z = mx.split(xz, 2, axis=-1)
         x, z = observe("x", x), observe("z", z)
-        one = hidden.shape[1] == 1 and mask is None
+        y, state = self._mix(x, None if self.minimamba else z, state, mask, segment_ids, observe)
+        if self.minimamba:
+            y = observe("gate", y * z)
+        return observe("out_proj", linear.call(self.out_proj, y, self.kernels)), state
+
+    def last(self, hidden: mx.array, state: LayerState, mask, segment_ids) -> tuple[mx.array, LayerState]:
+        """What a call gives at the last position, (b, 1, d), and the state: of the gates no others are computed."""
+        (to_x, to_z), bias = mx.split(self.in_proj.weight, 2), self.in_proj.get("bias")
+        x = linear.linear(hidden, to_x, self.kernels)
+        z = linear.linear(hidden[:, -1:], to_z, self.kernels)
+        if bias is not None:
+            for_x, for_z = mx.split(bias, 2)
+            x, z = x + for_x, z + for_z
+        y, state = self._mix(x, None, state, mask, segment_ids, unobserved)
+        y = y[:, -1:] * (z if self.minimamba else nn.silu(z))
+        return linear.call(self.out_proj, y, self.kernels), state
+
+    def gives_last(self, hidden: mx.array) -> bool:
+        """Whether `last` computes what a call would; in bfloat16 it would round before the gate."""
+        ours = type(self) is MambaMixer and type(self.in_proj) is nn.Linear
+        return ours and hidden.shape[1] > 1 and hidden.dtype == mx.float32
+
+    def _mix(self, x, z, state, mask, segment_ids, observe):
+        """What is between in_proj and out_proj, but the gate where z is None; (b, l, e) and the state."""
+        one = x.shape[1] == 1 and mask is None
         x, conv = self._conv_one(x, state) if one else self._conv(x, state, mask, segment_ids)
         dtbc = observe("x_proj", linear.call(self.x_proj, observe("conv", x), self.kernels))
         dt, B, C = mx.split(dtbc, [self.dt_rank, self.dt_rank + self.d_state], axis=-1)
         dt, B, C = observe("dt", dt), observe("B", B), observe("C", C)
         # The bias of dt_proj enters in float32 inside the scan, before the softplus.
         delta = observe("dt_proj", self.dt_proj(dt))
-        scan = (x, delta, B, C, None if self.minimamba else z)
+        scan = (x, delta, B, C, z)
         y, ssm = self._scan_one(*scan, state) if one else self._scan(*scan, state, mask, segment_ids)
-        y = observe("scan", y)
-        if self.minimamba:
-            y = observe("gate", y * z)
-        return observe("out_proj", linear.call(self.out_proj, y, self.kernels)), LayerState(conv, ssm)
+        return observe("scan", y), LayerState(conv, ssm)
 
     def _conv(self, x, state, mask, segment_ids):
         return causal_conv(
@@ -139,6 +161,14 @@ class Block(nn.Module):
     ) -> tuple[mx.array, LayerState]:
         hidden, state = self.mixer(observe("norm", self.norm(residual)), state, mask, segment_ids, observe)
         return observe("residual", residual + hidden), state
+
+    def last(self, residual: mx.array, state: LayerState, mask, segment_ids, observe) -> tuple[mx.array, LayerState]:
+        """As a call, but where that is less to compute the residual stream of the last position only, (b, 1, d)."""
+        normed = self.norm(residual)
+        if not (observe is unobserved and self.mixer.gives_last(normed)):
+            return self(residual, state, mask, segment_ids, observe)
+        hidden, state = self.mixer.last(normed, state, mask, segment_ids)
+        return residual[:, -1:] + hidden, state
 
 
 MIXERS = {"mamba": MambaMixer}

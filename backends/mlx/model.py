@@ -42,7 +42,10 @@ class Backbone(nn.Module):
         # Of a norm: a quantised embedding is of packed integers.
         return self.layers[0].norm.weight.dtype
 
-    def __call__(self, inputs: mx.array, state: State, mask, segment_ids, observe) -> tuple[mx.array, State]:
+    def __call__(
+        self, inputs: mx.array, state: State, mask, segment_ids, observe, last: bool = False
+    ) -> tuple[mx.array, State]:
+        """last: only the last position's hidden state is asked for, and (b, 1, d) will do."""
         residual = inputs if self.embeddings is None else observe("embedding", self._embed(inputs))
         residual = residual.astype(mx.float32 if self.residual_in_fp32 else self.dtype)
         run, layers = _recomputed if self.remat and observe is unobserved else _called, []
@@ -51,6 +54,8 @@ class Backbone(nn.Module):
         for index, (block, carried) in enumerate(
             zip(self.layers, states.entering(state, mask, segment_ids), strict=True)
         ):
+            if last and index + 1 == len(self.layers) and run is _called and type(block) is Block:
+                run = Block.last
             residual, carried = run(block, residual, carried, mask, segment_ids, within(f"layers.{index}.", observe))
             layers.append(carried)
         hidden = residual.astype(self.dtype) if self.norm_f is None else observe("norm_f", self._normalise(residual))

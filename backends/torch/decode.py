@@ -27,7 +27,8 @@ def prefill(model, tokens, mask, state: State | None = None) -> Output:
     """Not in inference mode: autograd would refuse its state."""
     state = model.init_state(len(tokens)) if state is None else state
     own_mask = None if mask.all() else from_numpy(mask, device=model.device)
-    hidden, state = _forward(model, from_numpy(tokens, device=model.device), own_mask, state)
+    tokens = from_numpy(tokens, device=model.device)
+    hidden, state = model.backbone(tokens, state, own_mask, None, unobserved, last=True)
     return Output(model.head(hidden[:, -1])[:, : model.config.vocab_size], state)
 
 
@@ -65,7 +66,7 @@ def begin(prefilled: Output, context: Context | None, uniform: Tensor | None, sa
 
 def advance(model, carry: Carry, uniform: Tensor | None, sampling: Sampling) -> Carry:
     """One token more in each row."""
-    hidden, state = _forward(model, carry.choice.tokens[:, None], None, carry.state)
+    hidden, state = model.backbone(carry.choice.tokens[:, None], carry.state, None, None, unobserved)
     logits = model.head(hidden[:, 0])[:, : model.config.vocab_size]
     return begin(Output(logits, state), carry.context, uniform, sampling)
 
@@ -164,10 +165,6 @@ def _with(context: Context | None, tokens: Tensor) -> Context | None:
         return None
     counts = context.counts.scatter_add(1, tokens[:, None], torch.ones_like(context.counts[:, :1]))
     return context._replace(last=tokens, counts=counts, step=context.step + 1)
-
-
-def _forward(model, tokens, mask, state):
-    return model.backbone(tokens, state, mask, None, unobserved)
 
 
 def _uniforms(model, draw) -> Iterator[Tensor | None]:

@@ -1,12 +1,14 @@
 """The norm, the Mamba-1 mixer and the residual block, as `torch.nn` modules with the canonical parameter names."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamba_core.backend import LayerState
 from mamba_core.backends.torch.conv import causal_conv, causal_conv_step
 from mamba_core.backends.torch.kernels import fused_conv, fused_mixer, fused_norm, linear, native_norm
 from mamba_core.backends.torch.kernels.fused import linear_dtype
+from mamba_core.backends.torch.kernels.operator import KINDS
 from mamba_core.backends.torch.kernels.step import as_built
 from mamba_core.backends.torch.positions import restarts
 from mamba_core.backends.torch.scan import kernel_for, selective_scan, selective_step
@@ -70,19 +72,44 @@ class MambaMixer(nn.Module):
             return self.out_proj(y), LayerState(conv, ssm)
         x, z = xz.chunk(2, dim=-1)
         x, z = observe("x", x), observe("z", z)
-        one = hidden.shape[1] == 1 and mask is None
+        y, state = self._mix(x, None if self.minimamba else z, state, mask, segment_ids, observe)
+        if self.minimamba:
+            y = observe("gate", y * z)
+        return observe("out_proj", linear.call(self.out_proj, y, self.kernels)), state
+
+    def last(self, hidden: Tensor, state: LayerState, mask, segment_ids) -> tuple[Tensor, LayerState]:
+        """What `forward` gives at the last position, (b, 1, d), and the state: of the gates no others are computed."""
+        (to_x, to_z), bias = self.in_proj.weight.chunk(2), self.in_proj.bias
+        for_x, for_z = (None, None) if bias is None else bias.chunk(2)
+        x = linear.linear(hidden, to_x, for_x, kernels=self.kernels)
+        z = linear.linear(hidden[:, -1:], to_z, for_z, kernels=self.kernels)
+        y, state = self._mix(x, None, state, mask, segment_ids, unobserved)
+        y = y[:, -1:] * (z if self.minimamba else F.silu(z))
+        return linear.call(self.out_proj, y, self.kernels), state
+
+    def gives_last(self, hidden: Tensor) -> bool:
+        """Whether `last` computes here what `forward` would; in bfloat16 it would round before the gate."""
+        return (
+            hidden.shape[1] > 1
+            and hidden.is_cpu
+            and hidden.dtype is torch.float32
+            and as_built(MambaMixer, self)
+            and as_built(nn.Linear, self.in_proj, self.out_proj)
+            and type(self.in_proj.weight) in KINDS
+        )
+
+    def _mix(self, x, z, state, mask, segment_ids, observe):
+        """What is between in_proj and out_proj, but the gate where z is None; (b, l, e) and the state."""
+        one = x.shape[1] == 1 and mask is None
         x, conv = self._conv_one(x, state) if one else self._conv(x, state, mask, segment_ids)
         dtbc = observe("x_proj", linear.call(self.x_proj, observe("conv", x), self.kernels))
         dt, B, C = dtbc.split(self.sizes, dim=-1)
         dt, B, C = observe("dt", dt), observe("B", B), observe("C", C)
         # The bias of dt_proj enters in float32 inside the scan, before the softplus.
         delta = observe("dt_proj", linear.linear(dt, self.dt_proj.weight, kernels=self.kernels))
-        scan = (x, delta, B, C, None if self.minimamba else z)
+        scan = (x, delta, B, C, z)
         y, ssm = self._scan_one(*scan, state) if one else self._scan(*scan, state, mask, segment_ids)
-        y = observe("scan", y)
-        if self.minimamba:
-            y = observe("gate", y * z)
-        return observe("out_proj", linear.call(self.out_proj, y, self.kernels)), LayerState(conv, ssm)
+        return observe("scan", y), LayerState(conv, ssm)
 
     def _fuses(self, xz) -> bool:
         """Whether one operator computes here what is between in_proj and out_proj."""
@@ -181,9 +208,15 @@ class Block(nn.Module):
         """Whether `add` computes here what the block does, beginning with such a residual stream."""
         return as_built(Block, self) and self.norm.fuses(residual, self.mixer.kernels)
 
-    def add(self, residual: Tensor, hidden: Tensor | None, state: LayerState, mask, segment_ids):
-        """The block after residual + hidden: that sum, what is to be added to it next, and the state."""
+    def add(self, residual: Tensor, hidden: Tensor | None, state: LayerState, mask, segment_ids, last: bool = False):
+        """The block after residual + hidden: that sum, what is to be added to it next, and the state.
+
+        last: where that is less to compute, the first two are of the last position only, (b, 1, d).
+        """
         normed, residual = self.norm.add(residual, hidden, self.mixer.kernels)
+        if last and self.mixer.gives_last(normed):
+            hidden, state = self.mixer.last(normed, state, mask, segment_ids)
+            return residual[:, -1:], hidden, state
         hidden, state = self.mixer(normed, state, mask, segment_ids, unobserved)
         return residual, hidden, state
 

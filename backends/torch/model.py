@@ -40,17 +40,20 @@ class Backbone(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.layers[0].norm.weight.dtype
 
-    def forward(self, inputs: Tensor, state: State, mask, segment_ids, observe) -> tuple[Tensor, State]:
+    def forward(
+        self, inputs: Tensor, state: State, mask, segment_ids, observe, last: bool = False
+    ) -> tuple[Tensor, State]:
+        """last: only the last position's hidden state is asked for, and (b, 1, d) will do."""
         piece = self._piece(inputs) if observe is unobserved else None
         if piece is None or torch.is_grad_enabled():
-            return self._whole(inputs, state, mask, segment_ids, observe, piece)
+            return self._whole(inputs, state, mask, segment_ids, observe, piece, last)
         hidden, given = [], (_split(value, piece, inputs) for value in (inputs, mask, segment_ids))
         for part, *positions in zip(*given, strict=True):
-            part, state = self._whole(part, state, *positions, observe)
+            part, state = self._whole(part, state, *positions, observe, last=last)
             hidden.append(part)
         return torch.cat(hidden, dim=1), state
 
-    def _whole(self, inputs, state, mask, segment_ids, observe, piece=None):
+    def _whole(self, inputs, state, mask, segment_ids, observe, piece=None, last=False):
         """piece: how many positions a block that is computed again in a gradient is given at once; None for all."""
         residual = inputs if self.embeddings is None else observe("embedding", self._embed(inputs))
         residual = residual.to(torch.float32 if self.residual_in_fp32 else self.dtype)
@@ -59,7 +62,7 @@ class Backbone(nn.Module):
             (residual, layers), hidden = stepped, None
         else:
             piece = piece if mask is None and segment_ids is None else None
-            residual, hidden, layers = self._blocks(residual, state, mask, segment_ids, observe, piece)
+            residual, hidden, layers = self._blocks(residual, state, mask, segment_ids, observe, piece, last)
         if self.norm_f is not None and observe is unobserved and self.norm_f.fuses(residual, self.kernels):
             hidden, _ = self.norm_f.add(residual, hidden, self.kernels)
         else:
@@ -86,7 +89,7 @@ class Backbone(nn.Module):
             and step.as_built(MambaMixer, *(block.mixer for block in blocks))
         )
 
-    def _blocks(self, residual, state, mask, segment_ids, observe, piece):
+    def _blocks(self, residual, state, mask, segment_ids, observe, piece, last):
         """The residual stream, what is still to be added to it or None, and the states."""
         run, layers = _recomputed if self.remat and observe is unobserved else _called, []
         if piece is not None:
@@ -97,7 +100,8 @@ class Backbone(nn.Module):
             zip(self.layers, states.entering(state, mask, segment_ids), strict=True)
         ):
             if observe is unobserved and block.fuses(residual):
-                residual, hidden, carried = run(block.add, residual, hidden, carried, mask, segment_ids)
+                its_last = last and index + 1 == len(self.layers)
+                residual, hidden, carried = run(block.add, residual, hidden, carried, mask, segment_ids, its_last)
             else:
                 residual, hidden = _sum(residual, hidden), None
                 observed = within(f"layers.{index}.", observe)

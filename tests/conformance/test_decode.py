@@ -1,18 +1,22 @@
 """Decoding on a backend: greedy and sampled tokens, filters, ragged batches, and what is never produced."""
 
 import dataclasses
+import importlib
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 
 import mamba_core as mc
 from mamba_core import registry
+from mamba_core.observe import unobserved
 from mamba_core.parity import installed
 from mamba_core.sampling import Sampling, Uniforms
 from mamba_core.spec import sampling as spec
 from mamba_core.spec.init import initial_values
 from mamba_core.spec.reference import ReferenceModel
 
+from .assertions import assert_close
 from .strategies import CONFIGS, tokens
 
 # Tied, a model that has learnt nothing repeats its last token for ever, whatever its state is.
@@ -28,6 +32,10 @@ def model(backend):
 @pytest.fixture(scope="module")
 def reference():
     return ReferenceModel(CONFIG, dict(initial_values(CONFIG, 2)))
+
+
+def without_gradients(backend):
+    return importlib.import_module("torch").no_grad() if backend.name == "torch" else nullcontext()
 
 
 def assert_same(result, wanted, rows=slice(None)):
@@ -237,6 +245,36 @@ def test_several_continuations_of_each_prompt(model):
     greedy, once = mc.generate(model, PROMPTS, n=2, max_new_tokens=5), mc.generate(model, PROMPTS, max_new_tokens=5)
     for sample in range(2):
         assert_same(once, greedy, slice(sample, None, 2))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("compat", [None, "minimamba"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_prefill_gives_the_last_logits_and_the_state(backend, name, compat, dtype):
+    """In float32 without the last block's gates at the positions before."""
+    config = dataclasses.replace(CONFIGS[name], compat=compat)
+    ids, mask = tokens(config, 3, 9), np.arange(9) >= np.array([[0], [4], [8]])
+    values, noise = dict(initial_values(config)), np.random.default_rng(0)
+    values |= {key: value + noise.normal(0, 0.3, value.shape) for key, value in values.items() if key.endswith("bias")}
+    model = backend.build(config, values.items(), dtype=dtype)
+    reference = ReferenceModel(config, {key: np.asarray(value) for key, value in backend.parameters(model).items()})
+    state = reference_state = None
+    # From the state of a first prompt, and without a mask.
+    for columns, its_mask in ((slice(0, 9), mask), (slice(5, 9), mask[:, 8:].repeat(4, 1))):
+        found = backend.prefill(model, ids[:, columns], its_mask, state)
+        wanted = reference(ids[:, columns], reference_state, mask=its_mask)
+        last = wanted.logits[:, -1, : config.vocab_size]
+        assert_close(backend.to_numpy(found.logits), last, dtype, "value", f"{name} logits")
+        for layer, its_layer in zip(found.state.layers, wanted.state.layers, strict=True):
+            for field in layer._fields:
+                value = backend.to_numpy(getattr(layer, field))
+                assert_close(value, getattr(its_layer, field), dtype, "value", f"{name} {field}")
+        state, reference_state = found.state, wanted.state
+    ids, state = backend.from_numpy(ids, device=model.device), model.init_state(3)
+    with without_gradients(backend):
+        hidden, _ = model.backbone(ids, state, None, None, unobserved, last=True)
+    spares = dtype == "float32" and (backend.name != "torch" or model.kernels == "native")
+    assert hidden.shape[1] == (1 if spares else 9)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 5, 12, 100])

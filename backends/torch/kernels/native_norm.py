@@ -22,7 +22,7 @@ def runs(kernels: str, residual: Tensor, weight: Tensor) -> bool:
 
 
 def add_norm(residual: Tensor, hidden: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(norm(residual + hidden) in the dtype of the weight, residual + hidden); residual (..., d), hidden may be None."""
+    """(norm(residual + hidden) in the dtype of the weight, that sum); residual (..., d), hidden may be None."""
     if hidden is not None and hidden.dtype != weight.dtype:
         residual, hidden = residual + hidden, None
     residual, weight = residual.contiguous(), weight.contiguous()
