@@ -95,7 +95,7 @@ class LinearStep(ctypes.Structure):
 
 
 class AddNorm(ctypes.Structure):
-    """The arguments of a sum and its norm, as `add_norm.cpp` documents them."""
+    """The arguments of a sum and its norm, as `scan.h` documents them."""
 
     _fields_ = (
         *_fields(_int64, "rows d"),

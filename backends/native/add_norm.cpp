@@ -1,5 +1,5 @@
-// The sum of a residual block and the root mean square norm of the next, one pass over the residual stream on CPUs: what
-// `RMSNorm` of the backends computes. A plain C ABI; the file includes itself once a vector width.
+// The sum of a residual block and the root mean square norm of the next on CPUs, in one pass over the residual stream: what
+// `RMSNorm` computes. A plain C ABI; the file includes itself once a vector width.
 
 #ifndef WIDTH
 
@@ -8,16 +8,6 @@
 #include "scan.h"
 #include "tasks.h"
 #include "vectors.h"
-
-// Rows (rows, d), contiguous: hidden, weight (d,) and normed of the compute dtype, the residual stream of its own, to which
-// the sum is rounded before it is normed. Without hidden, null, the sum is the residual stream, and total is not written.
-struct AddNorm {
-    int64_t rows, d;
-    int32_t bfloat16, residual_bfloat16, threads, width;
-    float eps;
-    const char *residual, *hidden, *weight;
-    char *normed, *total;
-};
 
 // Rows of a task.
 constexpr int64_t NORM_ROWS = 16;
@@ -31,9 +21,8 @@ constexpr int64_t NORM_ROWS = 16;
 #include "add_norm.cpp"
 #endif
 
-// Returns 0, or 1 where there is not the memory.
-EXPORT int32_t mamba_add_norm(const AddNorm *arguments) {
-    const AddNorm &s = *arguments;
+EXPORT int32_t mamba_add_norm(const AddNorm *add_norm) {
+    const AddNorm &s = *add_norm;
     const int32_t width = s.width ? s.width : mamba_scan_width();
     auto function = width4::add_norm;
 #ifdef __x86_64__
@@ -58,9 +47,7 @@ static void add_norm_row(const AddNorm &s, int64_t row, float *sums) {
     const bool adds = s.hidden;
     const char *residual = s.residual + RESIDUAL_SIZE * row * s.d, *hidden = adds ? s.hidden + SIZE * row * s.d : nullptr;
     char *total = adds ? s.total + RESIDUAL_SIZE * row * s.d : nullptr, *normed = s.normed + SIZE * row * s.d;
-    // Squares in as many sums as the widest vector has lanes, so that no width changes a bit.
-    constexpr int64_t PARTS = WIDEST / WIDTH;
-    V squares[PARTS] = {};
+    V squares = {};
     for (int64_t i = 0; i < s.d; i += WIDTH) {
         int64_t left = s.d - i;
         V sum = read(residual + RESIDUAL_SIZE * i, left, RESIDUAL_BFLOAT16);
@@ -70,10 +57,10 @@ static void add_norm_row(const AddNorm &s, int64_t row, float *sums) {
             if (RESIDUAL_BFLOAT16) sum = read(total + RESIDUAL_SIZE * i, left, true);
         }
         store(sums + i, sum);
-        squares[i / WIDTH % PARTS] += sum * sum;
+        squares += sum * sum;
     }
     float square = 0;
-    for (int64_t lane = 0; lane < WIDEST; lane++) square += squares[lane / WIDTH][lane % WIDTH];
+    for (int lane = 0; lane < WIDTH; lane++) square += squares[lane];
     const float scale = 1.0f / sqrtf(square / s.d + s.eps);
     for (int64_t i = 0; i < s.d; i += WIDTH) {
         int64_t left = s.d - i;

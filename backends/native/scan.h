@@ -1,4 +1,4 @@
-// The arguments of the scan and what is called with them: a plain C ABI.
+// The arguments of the operations on sequences and what is called with them: a plain C ABI.
 
 #ifndef SCAN_H
 #define SCAN_H
@@ -63,5 +63,18 @@ struct Conv {
 
 EXPORT int32_t mamba_conv_forward(const Conv *conv);
 EXPORT int32_t mamba_conv_backward(const Conv *conv);
+
+// The arguments of a sum and its root mean square norm, rows (rows, d), all contiguous: hidden, weight (d,) and normed in
+// the compute dtype, the residual stream in its own, to which the sum is rounded before it is normed. hidden may be null:
+// then the residual stream is normed, and total not written.
+struct AddNorm {
+    int64_t rows, d;
+    int32_t bfloat16, residual_bfloat16, threads, width;
+    float eps;
+    const char *residual, *hidden, *weight;
+    char *normed, *total;
+};
+
+EXPORT int32_t mamba_add_norm(const AddNorm *add_norm);
 
 #endif

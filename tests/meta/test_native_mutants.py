@@ -30,9 +30,9 @@ class Mutant(NamedTuple):
     new: str
 
 
-SCAN, CONV, VECTORS = "selective_scan.cpp", "causal_conv.cpp", "vectors.h"
+SCAN, CONV, NORM, VECTORS = "selective_scan.cpp", "causal_conv.cpp", "add_norm.cpp", "vectors.h"
 MUTANTS = {
-    "restart ignored": Mutant(SCAN, "            if (w.restart[t]) h[j] = V{};\n            h[j] = decay_of", "            h[j] = decay_of"),
+    "restart ignored": Mutant(SCAN, "        if (w.restart[t])\n            for (int j = 0; j < COUNT; j++) h[j] = V{};\n", ""),
     "restart ignored where the gradient recomputes": Mutant(SCAN, "h[j]);\n            if (w.restart[t]) h[j] = V{};", "h[j]);"),
     "restart ignored in the gradient": Mutant(SCAN, "if (w.restart[t]) g[j] = dlog = V{};", ""),
     "y of masked positions": Mutant(SCAN, "masked ? V{} : value", "value"),
@@ -64,7 +64,14 @@ MUTANTS = {
     "conv: no derivative of SiLU": Mutant(CONV, "gate * (1.0f + linear * (1.0f - gate))", "gate"),
     "conv: sums of the halo too": Mutant(CONV, "if (number >= from + own) continue;", ""),
     "conv: one task's sums": Mutant(CONV, "task < tasks; task++", "task < 1; task++"),
-    "conv: masked positions not zeroed": Mutant(CONV, "            memset(y, 0, row_bytes(s));\n", ""),
+    "conv: masked positions not zeroed": Mutant(CONV, "            memset(*y, 0, row_bytes(s));\n", ""),
+    "conv: together across a restart": Mutant(CONV, "    if (of.first[last] != of.first[number]) return false;\n", ""),
+    "conv: together with one that is masked": Mutant(CONV, " || of.number[t + TOGETHER - 1] != last", ""),
+    "conv: together where taps are missing": Mutant(CONV, "taps.count < s.k || ", ""),
+    "scan: twice as many states as there are": Mutant(SCAN, "s.n - k > STATES ?", "true ?"),
+    "norm: of what was not rounded": Mutant(NORM, "if (RESIDUAL_BFLOAT16) sum =", "if (false) sum ="),
+    "norm: no eps": Mutant(NORM, "square / s.d + s.eps", "square / s.d"),
+    "norm: last rows": Mutant(NORM, "k < s.rows && k < (index + 1) * NORM_ROWS", "k < s.rows && k + 1 < (index + 1) * NORM_ROWS"),
 }  # fmt: skip
 
 

@@ -75,9 +75,27 @@ static int conv(int width, int threads, uint8_t *mask, uint8_t *restart) {
     return 0;
 }
 
+// Of both dtypes, d no multiple of a vector's lanes.
+static int norm(int width, int threads) {
+    const int64_t rows = 37, d = 201;
+    for (int bfloat16 : {0, 1})
+        for (int residual_bfloat16 : {0, 1}) {
+            // As many bytes as an array has, so that a sanitizer sees what lies beyond.
+            auto array = [&](int64_t count, int half) { return (char *)floats(half ? (count + 1) / 2 : count, 1, 0); };
+            AddNorm s = {rows, d, bfloat16, residual_bfloat16, threads, width, 1e-5f,
+                         array(rows * d, residual_bfloat16), array(rows * d, bfloat16), array(d, bfloat16),
+                         array(rows * d, bfloat16), array(rows * d, residual_bfloat16)};
+            if (mamba_add_norm(&s)) return 1;
+            print(s.normed, rows * d * (bfloat16 ? 2 : 4) / 4);
+            s.hidden = nullptr, s.total = nullptr;
+            if (mamba_add_norm(&s)) return 1;
+        }
+    return 0;
+}
+
 int main(int, char **argv) {
     int width = atoi(argv[1]), threads = atoi(argv[2]);
     uint8_t *mask = flags(b * l, -0.3f), *restart = flags(b * l, 0.8f);
     for (int64_t t = 0; t < b * l; t++) restart[t] &= mask[t];
-    return scan(width, threads, mask, restart) || conv(width, threads, mask, restart);
+    return scan(width, threads, mask, restart) || conv(width, threads, mask, restart) || norm(width, threads);
 }

@@ -51,6 +51,16 @@ def conv_backward(dy, dfinal_state, threads=1, width=0, silu=False, **arrays):
     return {name.removeprefix("d"): value for name, value in gradients.items()}
 
 
+def add_norm(residual, hidden, weight, eps, threads=1, width=0):
+    """(normed, total), total None without a hidden."""
+    normed = np.empty(residual.shape, weight.dtype)
+    total = None if hidden is None else np.empty_like(residual)
+    bfloat16 = [value.dtype == ml_dtypes.bfloat16 for value in (weight, residual)]
+    arrays = {"residual": residual, "hidden": hidden, "weight": weight, "normed": normed, "total": total}
+    native.add_norm(_point(native.AddNorm(*residual.shape, *bfloat16, threads, width, eps), arrays))
+    return normed, total
+
+
 def _scan(threads, width, delta_softplus, arrays):
     x, A = arrays["x"], arrays["A"]
     bfloat16 = x.dtype == ml_dtypes.bfloat16

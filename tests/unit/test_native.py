@@ -19,7 +19,7 @@ from mamba_core.spec import recurrence
 from tests.conformance.assertions import assert_close
 from tests.conformance.strategies import conv_cases, scan_cases
 from tests.conformance.subjects import least_norm
-from tests.unit.native_arrays import SEQUENCES, conv, conv_backward, scan, scan_backward, widths
+from tests.unit.native_arrays import SEQUENCES, add_norm, conv, conv_backward, scan, scan_backward, widths
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason=f"native library: {native.missing()}")
 SOURCES = Path(native.__file__).parent
@@ -69,6 +69,30 @@ def test_the_convolution_is_the_reference(width, case, threads):
         if name in gradients:
             least = least_norm(case, case.arrays, name, value)
         assert_close(gradients[name], value, "float32", "gradient", f"gradient of {name}", least)
+
+
+@every_width
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("stream", ["float32", "bfloat16"])
+@pytest.mark.parametrize("d", [1, 15, 16, 768, 1001])
+def test_the_sum_and_its_norm(width, dtype, stream, d):
+    rng, eps = np.random.default_rng(d), 0.01
+    residual, hidden = rng.normal(size=(2, 37, d)).astype("float32")
+    residual, hidden, weight = residual.astype(stream), hidden.astype(dtype), rng.normal(size=d).astype(dtype)
+    normed, total = add_norm(residual, hidden, weight, eps, 3, width)
+    # Rounded to the dtype of the stream before it is normed.
+    wanted = (residual.astype("float32") + hidden.astype("float32")).astype(stream)
+    np.testing.assert_array_equal(total, wanted)
+
+    def norm(x):
+        x = x.astype(float)
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight.astype(float)
+
+    assert_close(normed, norm(wanted), dtype, "value", "normed")
+    alone, nothing = add_norm(residual, None, weight, eps, 1, width)
+    assert_close(alone, norm(residual), dtype, "value", "normed alone")
+    assert nothing is None
+    np.testing.assert_array_equal(add_norm(residual, hidden, weight, eps, 1, width)[0], normed)
 
 
 def drawn(b, l, e, n, names=("D", "z", "delta_bias", "initial_state")):
