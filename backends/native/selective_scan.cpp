@@ -243,6 +243,7 @@ template <bool BFLOAT16, bool WHOLE>
 static void load_chunk(const Task &task, Work &w, int64_t start, int64_t steps, int64_t first, int64_t channels,
                        bool for_gradient) {
     const Scan &s = *task.scan;
+    constexpr int64_t SIZE = BFLOAT16 ? 2 : 4;
     // A local, because a store of vectors might have changed anything else.
     const bool through_softplus = s.delta_softplus;
     load_B_and_C(task, w, start, steps);
@@ -256,8 +257,8 @@ static void load_chunk(const Task &task, Work &w, int64_t start, int64_t steps, 
             const int64_t left = WHOLE ? WIDTH : channels - c;
             V x_t = V{}, raw = V{}, step = V{};
             if (!masked) {
-                x_t = read(x + (BFLOAT16 ? 2 : 4) * c, left, BFLOAT16);
-                raw = read(delta + (BFLOAT16 ? 2 : 4) * c, left, BFLOAT16) + load(w.bias + c);
+                x_t = read(x + SIZE * c, left, BFLOAT16);
+                raw = read(delta + SIZE * c, left, BFLOAT16) + load(w.bias + c);
                 step = through_softplus ? softplus(raw) : raw;
             }
             if (for_gradient) {
@@ -328,6 +329,7 @@ INLINE void advance(const Scan &s, Work &w, int64_t k, int64_t c, int64_t steps)
 template <bool BFLOAT16, bool WHOLE>
 static void write_outputs(const Task &task, Work &w, int64_t start, int64_t steps, int64_t first, int64_t channels) {
     const Scan &s = *task.scan;
+    constexpr int64_t SIZE = BFLOAT16 ? 2 : 4;
     const bool gated = s.z.data;
     for (int64_t t = 0; t < steps; t++) {
         char *y = at(s, s.y, task.row, start + t, first);
@@ -337,10 +339,10 @@ static void write_outputs(const Task &task, Work &w, int64_t start, int64_t step
             const int64_t left = WHOLE ? WIDTH : channels - c;
             V value = load(w.linear[t] + c);
             if (gated) {
-                V gate = read(z + (BFLOAT16 ? 2 : 4) * c, left, BFLOAT16);
+                V gate = read(z + SIZE * c, left, BFLOAT16);
                 value *= gate * sigmoid(gate);
             }
-            write(y + (BFLOAT16 ? 2 : 4) * c, masked ? V{} : value, left, BFLOAT16);
+            write(y + SIZE * c, masked ? V{} : value, left, BFLOAT16);
         }
     }
 }
@@ -386,15 +388,16 @@ static void forward(const Task &task, Work &w) {
 template <bool BFLOAT16, bool WHOLE>
 static void load_gradients(const Task &task, Work &w, int64_t start, int64_t steps, int64_t first, int64_t channels) {
     const Scan &s = *task.scan;
+    constexpr int64_t SIZE = BFLOAT16 ? 2 : 4;
     const bool gated = s.z.data;
     for (int64_t t = 0; t < steps; t++) {
         const char *dy_t = at(s, s.dy, task.row, start + t, first), *z_t = at(s, s.z, task.row, start + t, first);
         const bool masked = w.masked[t];
         for (int64_t c = 0; c < channels; c += WIDTH) {
             const int64_t left = WHOLE ? WIDTH : channels - c;
-            V dy = masked ? V{} : read(dy_t + (BFLOAT16 ? 2 : 4) * c, left, BFLOAT16), dlinear = dy;
+            V dy = masked ? V{} : read(dy_t + SIZE * c, left, BFLOAT16), dlinear = dy;
             if (gated) {
-                V z = masked ? V{} : read(z_t + (BFLOAT16 ? 2 : 4) * c, left, BFLOAT16);
+                V z = masked ? V{} : read(z_t + SIZE * c, left, BFLOAT16);
                 store(w.z[t] + c, z);
                 dlinear = dy * z * sigmoid(z);
             }
@@ -476,6 +479,7 @@ static void sum_lanes(float *sums, const float (*rows)[WIDEST]) {
 template <bool BFLOAT16, bool WHOLE>
 static void write_gradients(const Task &task, Work &w, int64_t start, int64_t steps, int64_t first, int64_t channels) {
     const Scan &s = *task.scan;
+    constexpr int64_t SIZE = BFLOAT16 ? 2 : 4;
     const bool gated = s.z.data, through_softplus = s.delta_softplus;
     for (int64_t t = 0; t < steps; t++) {
         char *dx_t = at(s, s.dx, task.row, start + t, first), *ddelta_t = at(s, s.ddelta, task.row, start + t, first);
@@ -491,12 +495,12 @@ static void write_gradients(const Task &task, Work &w, int64_t start, int64_t st
             if (masked) dx = ddelta = V{};
             store(w.dD + c, load(w.dD + c) + dlinear * x);
             store(w.dbias + c, load(w.dbias + c) + ddelta);
-            write(dx_t + (BFLOAT16 ? 2 : 4) * c, dx, left, BFLOAT16);
-            write(ddelta_t + (BFLOAT16 ? 2 : 4) * c, ddelta, left, BFLOAT16);
+            write(dx_t + SIZE * c, dx, left, BFLOAT16);
+            write(ddelta_t + SIZE * c, ddelta, left, BFLOAT16);
             if (!gated) continue;
             V z = load(w.z[t] + c), gate = sigmoid(z), dz = load(w.dy[t] + c) * load(w.linear[t] + c);
             dz *= gate * (1.0f + z * (1.0f - gate));
-            write(dz_t + (BFLOAT16 ? 2 : 4) * c, masked ? V{} : dz, left, BFLOAT16);
+            write(dz_t + SIZE * c, masked ? V{} : dz, left, BFLOAT16);
         }
     }
 }
