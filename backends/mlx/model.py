@@ -121,11 +121,12 @@ def _recomputed(block, residual, carried, *positions):
         residual, after = block(residual, LayerState(*carried), *positions)
         return residual, *after
 
-    residual, *after = _recomputed_of(block, run, block.mixer.kernels, block.norm.weight.dtype, residual, *carried)
+    values, kernels = (residual, *carried), block.mixer.kernels
+    residual, *after = _recomputed_of(block, run, kernels, block.norm.weight.dtype, *values, apart=len(values))
     return residual, LayerState(*after)
 
 
-def _recomputed_of(module, run, kernels, dtype, *values):
+def _recomputed_of(module, run, kernels, dtype, *values, apart=0):
     """`recomputed`, with the gradients of the module's parameters."""
     trained = dict(tree_flatten(module.trainable_parameters()))
 
@@ -133,7 +134,7 @@ def _recomputed_of(module, run, kernels, dtype, *values):
         module.update(tree_unflatten(list(zip(trained, arguments[len(values) :], strict=True))))
         return run(*arguments[: len(values)])
 
-    return recomputed(run_with, kernels, dtype, (*values, *trained.values()))
+    return recomputed(run_with, kernels, dtype, (*values, *trained.values()), apart)
 
 
 def _fails_on_nothing() -> bool:
