@@ -91,7 +91,7 @@ def test_decoding(calls, dtype):
     model = mc.build(CONFIG, backend="mlx", device="cpu", dtype=dtype)
     result = mc.generate(model, [[1, 2, 3]], max_new_tokens=4, temperature=0.0)
     native_here = dtype == "bfloat16" and native.missing() is None
-    # Of the prompt, whose rows are few too and which in float32 has x and z apart in the last block, and of three steps.
+    # Of the prompt, of few rows too and in float32 with x and z apart in the last block, and of three steps.
     assert calls == ["_few" if native_here else "_product"] * (4 * (LINEARS + 1) + (dtype == "float32"))
     plain = mc.build(CONFIG, backend="mlx", device="cpu", dtype=dtype, kernels="sequential")
     assert result.tokens == mc.generate(plain, [[1, 2, 3]], max_new_tokens=4, temperature=0.0).tokens
