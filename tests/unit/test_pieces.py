@@ -235,3 +235,31 @@ def test_many_pieces_of_mlx_take_no_more_memory_in_a_gradient(place, monkeypatch
 
     peak(2048)
     assert peak(256) < 1.5 * peak(2048)
+
+
+def test_mlx_computes_a_piece_from_copies():
+    """Of what has been computed before; with it MLX would go over all the pieces before at every step."""
+    mx = pytest.importorskip("mlx.core")
+    recompute = pytest.importorskip("mamba_core.backends.mlx.recompute")
+    if why := native.missing():
+        pytest.skip(f"needs the native library: {why}")
+    own = []
+
+    def run(x, weight):
+        own.append([np.array(value, copy=False).ctypes.data for value in (x, weight)])
+        return (x * weight,)
+
+    def total(x, weight):
+        return recompute.recomputed(run, "native", mx.float32, (x, weight), apart=1)[0].sum()
+
+    with mx.stream(mx.cpu):
+        x, weight = mx.arange(4.0), mx.full((4,), 3.0)
+        mx.eval(x, weight)
+        given = [np.array(value, copy=False).ctypes.data for value in (x, weight)]
+        gradients = mx.grad(total, argnums=(0, 1))(x, weight)
+        assert [value.tolist() for value in gradients] == [[3.0] * 4, [0.0, 1.0, 2.0, 3.0]]
+    # Forward and again in the gradient.
+    assert len(own) == 2
+    for x_of_run, weight_of_run in own:
+        assert x_of_run != given[0]
+        assert weight_of_run == given[1]
