@@ -1,0 +1,94 @@
+"""Which kernel computes each op: a policy, the same on every backend."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+# The op that a bare kernel's name is of, and the op that such a name leaves alone.
+NAMED, APART = "selective_scan", "linear"
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """A kernel's name for each op, "auto" for the fastest that runs, "plain" for the framework's own operations.
+
+    "plain" kernels are differentiable any number of times and in forward mode.
+    """
+
+    by_op: tuple[tuple[str, str], ...] = ()
+    rest: str = "auto"
+
+    @classmethod
+    def read(cls, given: "str | Mapping[str, str] | Kernels", ops: Mapping[str, Mapping[str, str | None]]) -> "Kernels":
+        """The policy that a user's `kernels` means.
+
+        Args:
+            given: "auto", "plain", or a mapping from ops to kernels, where ops that it does not name are "auto". Or the
+                name of a scan kernel: every op that has a kernel of this name uses it, linear layers stay "auto", and
+                the other ops are "plain". "sequential", the plain scan, is "plain".
+            ops: op -> its kernels by name -> None where it runs, or why it does not: `Backend.kernels`.
+
+        Raises:
+            TypeError: it is neither a text nor a mapping from texts to texts.
+            ValueError: an op or a kernel that there is not, or a kernel that cannot run.
+        """
+        if isinstance(given, Kernels):
+            return given
+        if isinstance(given, Mapping):
+            policy = cls(tuple((str(op), name) for op, name in given.items()))
+        elif not isinstance(given, str):
+            raise TypeError(f"kernels is {given!r}; expected 'auto', 'plain', a kernel's name, or a mapping by op")
+        elif given in ("auto", "plain", "sequential"):
+            policy = cls(rest="auto" if given == "auto" else "plain")
+        else:
+            policy = cls(tuple(_named(given, ops)), "plain")
+        for op, name in policy.by_op:
+            if op not in ops:
+                raise ValueError(f"kernels has op {op!r}; expected some of {', '.join(ops)}")
+            choose(name, ops[op], op)
+        return policy
+
+    def of(self, op: str) -> str:
+        """The kernel that is asked for: a name, "auto" or "plain"."""
+        for name, kernel in self.by_op:
+            if name == op:
+                return kernel
+        return self.rest
+
+    def __str__(self) -> str:
+        named = ", ".join(f"{op}: {name}" for op, name in self.by_op)
+        return f"{named}, others: {self.rest}" if named else self.rest
+
+
+def choose(kernel: str, available: Mapping[str, str | None], op: str = NAMED) -> str:
+    """The kernel of that name, or for "auto" the first that runs; "plain" is the last, which always runs.
+
+    Args:
+        available: the op's kernels, the fastest first and the plain one last: None for one that runs, else why not.
+
+    Raises:
+        ValueError: no such kernel, or it cannot run here.
+    """
+    running = [name for name, reason in available.items() if reason is None]
+    if kernel == "auto":
+        return running[0]
+    if kernel == "plain":
+        return running[-1]
+    if kernel not in available:
+        raise ValueError(f"{op} has no kernel {kernel!r}; expected 'auto', 'plain' or one of {', '.join(available)}")
+    if kernel not in running:
+        raise ValueError(f"kernel {kernel!r} cannot run here: {available[kernel]}; these can: {', '.join(running)}")
+    return kernel
+
+
+def _named(kernel: str, ops: Mapping[str, Mapping[str, str | None]]):
+    """Op -> kernel where one name was given for all."""
+    if kernel not in ops[NAMED]:
+        raise ValueError(
+            f"no kernel {kernel!r}; expected 'auto', 'plain', one of {', '.join(ops[NAMED])}, or a mapping by op"
+        )
+    yield NAMED, kernel
+    for op, names in ops.items():
+        if op == APART:
+            yield op, "auto"
+        elif op != NAMED and kernel in names:
+            yield op, kernel
