@@ -5,7 +5,6 @@ under the node's name, and conformance compares.
 """
 
 from collections.abc import Mapping
-from importlib import import_module
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -16,11 +15,11 @@ class Node(NamedTuple):
     """One array of the model.
 
     name: unique, such as "layers.0.in_proj".
-    op: a key of `spec.reference.OPS`.
-    inputs: names of earlier nodes; "input_ids", or "inputs_embeds" for task "layers", is given.
+    op: a key of `spec.ops.nodes()`.
+    inputs: names of earlier nodes, or of what the task's model is called with.
     parameters: argument of the op -> canonical parameter name.
     settings: argument of the op -> constant.
-    state: (layer, field) of the `LayerState` that the op carries, None for ops without memory.
+    state: (layer, fields of its state) that the op carries, None for ops without memory.
     """
 
     name: str
@@ -28,9 +27,14 @@ class Node(NamedTuple):
     inputs: tuple[str, ...]
     parameters: Mapping[str, str] = NOTHING
     settings: Mapping[str, Any] = NOTHING
-    state: tuple[int, str] | None = None
+    state: tuple[int, tuple[str, ...]] | None = None
 
 
-def block_graph(config) -> tuple[Node, ...]:
-    """The nodes of a model in an order in which they can be computed; the last is "logits" or "hidden"."""
-    return tuple(import_module(f"mamba_core.spec.{config.architecture}").graph(config))
+def block_graph(config: Any) -> tuple[Node, ...]:
+    """The nodes of a model in an order in which they can be computed; the last is the output."""
+    from mamba_core import architectures, tasks
+
+    task = tasks.of(config)
+    nodes = list(task.opening(config))
+    nodes += architectures.of(config).graph(config, nodes[-1].name if nodes else task.inputs)
+    return (*nodes, *task.closing(config, nodes[-1].name))

@@ -5,7 +5,7 @@ Names are canonical (those of Hugging Face's MambaForCausalLM). The table's orde
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib import import_module
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +22,7 @@ class Parameter:
         float32: stored in float32 whatever the compute dtype.
         decay: weight decay applies.
         mup_role: "input", "hidden", "output" or "vector", what muP scales by.
+        parts: the named parts that the first axis is joined of, with their sizes; () for one that is whole.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Parameter:
     float32: bool = False
     decay: bool = True
     mup_role: str = "vector"
+    parts: tuple[tuple[str, int], ...] = ()
 
     @property
     def size(self) -> int:
@@ -41,13 +43,16 @@ class Parameter:
         return "float32" if self.float32 else compute
 
 
-def parameter_table(config) -> dict[str, Parameter]:
+def parameter_table(config: Any) -> dict[str, Parameter]:
     """Every parameter of a model by canonical name, in order."""
-    architecture = import_module(f"mamba_core.spec.{config.architecture}")
-    return {parameter.name: parameter for parameter in architecture.parameters(config)}
+    from mamba_core import architectures, tasks
+
+    task = tasks.of(config)
+    blocks = architectures.of(config).parameters(config)
+    return {parameter.name: parameter for parameter in (*task.before(config), *blocks, *task.after(config))}
 
 
-def parameter_count(config) -> int:
+def parameter_count(config: Any) -> int:
     return sum(parameter.size for parameter in parameter_table(config).values())
 
 

@@ -1,0 +1,161 @@
+"""The decode state as a table: what each layer carries, as data that every backend, the reference and the files read.
+
+A field that grows is an array with a capacity: it has room for more positions than are filled. A layer with such a
+field has the field "filled", (b,) int32, which counts the positions of each row that are there. The capacity is doubled
+where the room runs out, so that shapes change seldom.
+"""
+
+import functools
+from collections import namedtuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from mamba_core.backend import LayerState, State
+
+FILLED = "filled"
+# The least capacity that is made.
+LEAST_CAPACITY = 16
+
+
+class Field(NamedTuple):
+    """One array of a layer's state.
+
+    name: of the field.
+    axes: the letter of each axis after the batch (`spec.dims`).
+    shape: their sizes; that of a growing axis is 0.
+    dtype: "compute" for the model's, else a dtype's name.
+    grows: which axis of the stored array, the batch being axis 0, has a capacity; None where the shape is fixed.
+    """
+
+    name: str
+    axes: str
+    shape: tuple[int, ...]
+    dtype: str = "compute"
+    grows: int | None = None
+
+    def stored_shape(self, batch: int, capacity: int = 0) -> tuple[int, ...]:
+        """With the batch, and the capacity in the place of the growing axis."""
+        shape = (batch, *self.shape)
+        return shape if self.grows is None else (*shape[: self.grows], capacity, *shape[self.grows + 1 :])
+
+
+def fields(config, layer: int) -> tuple[Field, ...]:
+    """What a layer carries: () for one that carries nothing."""
+    from mamba_core import architectures
+
+    return architectures.of(config).state(config, layer)
+
+
+def table(config) -> Iterator[tuple[int, Field]]:
+    """(layer, field) for every array of the state but the segment."""
+    for layer in range(config.n_layer):
+        for field in fields(config, layer):
+            yield layer, field
+
+
+@functools.lru_cache(maxsize=64)
+def grows(config) -> bool:
+    """Whether any field has a capacity."""
+    return any(field.grows is not None for _, field in table(config))
+
+
+@functools.lru_cache(maxsize=1024)
+def expected_type(config, layer: int) -> type:
+    """The NamedTuple of what a layer carries."""
+    return layer_type(tuple(field.name for field in fields(config, layer)))
+
+
+@functools.cache
+def layer_type(names: tuple[str, ...]) -> type:
+    """The NamedTuple of a layer with these fields."""
+    if names == LayerState._fields:
+        return LayerState
+    kind = namedtuple("_".join(("LayerState", *names)), names)
+    # Pickle finds a class by its module's attribute; `__getattr__` below makes it anew in another process.
+    kind.__module__ = __name__
+    return kind
+
+
+def __getattr__(name: str) -> type:
+    prefix, *names = name.split("_")
+    if prefix != "LayerState" or not all(part.isidentifier() for part in names):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return layer_type(tuple(names))
+
+
+def initial(config, batch: int, zeros: Callable[[tuple[int, ...], str], Any], room: int = 0) -> State:
+    """The state before the first position: zeros.
+
+    Args:
+        zeros: (shape, dtype) -> an array of zeros; the dtype is "compute" or a name.
+        room: positions that growing fields have room for.
+    """
+    capacity = capacity_for(room)
+    layers = tuple(
+        expected_type(config, layer)(
+            *(zeros(field.stored_shape(batch, capacity), field.dtype) for field in fields(config, layer))
+        )
+        for layer in range(config.n_layer)
+    )
+    return State(layers, zeros((batch,), "int32"))
+
+
+def capacity_for(positions: int) -> int:
+    """The capacity that is made for so many positions: a power of two, so that few shapes are compiled."""
+    return max(LEAST_CAPACITY, 1 << max(0, positions - 1).bit_length())
+
+
+def named(state: State) -> dict[str, Any]:
+    """Every array by name: "segment", and "layers.0.conv" and so on."""
+    found = {"segment": state.segment}
+    for index, layer in enumerate(state.layers):
+        found |= {f"layers.{index}.{field}": value for field, value in zip(layer._fields, layer, strict=True)}
+    return found
+
+
+def capacity(config, state: State) -> int | None:
+    """Positions that the growing fields have memory for, the least of them; None where nothing grows."""
+    found = [getattr(state.layers[layer], field.name).shape[field.grows] for layer, field in _growing(config)]
+    return min(found, default=None)
+
+
+def room(config, state: State, to_numpy: Callable[[Any], Any]) -> int | None:
+    """Positions that can be added before the capacity must grow; None where nothing grows."""
+    if not grows(config):
+        return None
+    filled = (to_numpy(getattr(state.layers[layer], FILLED)).max() for layer in dict(_growing(config)))
+    return capacity(config, state) - int(max(filled))
+
+
+def grown(config, state: State, capacity: int, pad: Callable[[Any, int, int], Any]) -> State:
+    """The same state with at least that capacity.
+
+    Args:
+        pad: (array, axis, count) -> the array with so many zeros behind the axis.
+    """
+    layers = list(state.layers)
+    for layer, field in _growing(config):
+        value = getattr(layers[layer], field.name)
+        if (missing := capacity - value.shape[field.grows]) > 0:
+            layers[layer] = layers[layer]._replace(**{field.name: pad(value, field.grows, missing)})
+    return state._replace(layers=tuple(layers))
+
+
+def faults(config, shapes: dict[str, tuple[int, ...]]) -> Iterator[str]:
+    """What keeps arrays of these shapes, by the names of `named`, from being a state of the config; lazily."""
+    expected = {"segment": None} | {f"layers.{layer}.{field.name}": field for layer, field in table(config)}
+    if names := sorted(set(expected) ^ set(shapes)):
+        yield f"missing or unexpected: {', '.join(names[:8])}"
+        return
+    batch = shapes["segment"][:1] or (1,)
+    for name, field in expected.items():
+        wanted = batch if field is None else field.stored_shape(batch[0])
+        found = shapes[name]
+        if field is not None and field.grows is not None and len(found) == len(wanted):
+            wanted = field.stored_shape(batch[0], found[field.grows])
+        if tuple(found) != tuple(wanted):
+            yield f"{name} has shape {tuple(found)}; expected {tuple(wanted)}"
+
+
+def _growing(config) -> Iterator[tuple[int, Field]]:
+    return ((layer, field) for layer, field in table(config) if field.grows is not None)

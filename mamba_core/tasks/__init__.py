@@ -1,0 +1,50 @@
+"""The tasks, a file each, found by file name: what stands around the blocks, and what a model is trained for."""
+
+import functools
+from types import ModuleType
+from typing import Any
+
+from mamba_core import discovery
+from mamba_core.tasks.base import Task
+
+FOLDER = "tasks"
+
+
+def names() -> tuple[str, ...]:
+    return discovery.names(FOLDER)
+
+
+def find(name: str) -> ModuleType:
+    """The file of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    return discovery.find(FOLDER, name)
+
+
+def of(config: Any) -> Task:
+    """The task of a config, with the options that the config has for it.
+
+    Raises:
+        ValueError: the options are not the task's.
+    """
+    return _made(config.task, tuple(sorted(config.task_options.items())))
+
+
+def check_generates(config: Any, use: str) -> None:
+    """Check that a model gives logits of the next token, for a use that needs them.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if not of(config).generates:
+        raise ValueError(f"the model is of task {config.task!r}, without a head; {use} needs one of task 'lm'")
+
+
+@functools.lru_cache(maxsize=64)
+def _made(name: str, options: tuple[tuple[str, Any], ...]) -> Task:
+    try:
+        return find(name).Task(**dict(options))
+    except TypeError as fault:
+        raise ValueError(f"task_options do not fit task {name!r}: {fault}") from None
