@@ -20,8 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
+from mamba_core import architectures
 from mamba_core.benchmarks.machine import cores, processor
-from mamba_core.config import COMPUTE_DTYPES, PRESETS, preset
+from mamba_core.config import COMPUTE_DTYPES, preset
 from mamba_core.spec.params import parameter_table
 from mamba_core.weights.convert import convert
 from mamba_core.weights.formats import DTYPES, TensorSource, count_bytes
@@ -34,7 +35,7 @@ CASES = {"hf": {"to": "hf"}, "mamba_ssm": {"to": "mamba_ssm"}, "hf, cast": {"to"
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--preset", choices=PRESETS, default="mamba-370m")
+    parser.add_argument("--preset", choices=architectures.presets(), default="mamba-370m")
     parser.add_argument("--dtype", choices=COMPUTE_DTYPES, default="float32")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(

@@ -19,8 +19,8 @@ from time import perf_counter
 import numpy as np
 
 import mamba_core as mc
+from mamba_core import architectures
 from mamba_core.benchmarks.machine import cores, machine
-from mamba_core.config import PRESETS
 from mamba_core.generation import PREFILL_CHUNK, Run
 from mamba_core.parity import installed
 from mamba_core.sampling import Sampling
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("what", choices=("decode", "prompt"))
     parser.add_argument("--backend", action="append", help="repeatable; all that are installed")
     parser.add_argument("--tokens", type=int, help="100,000 to decode, 1,000,000 of a prompt")
-    parser.add_argument("--preset", choices=PRESETS, default="mamba-130m", help="of the prompt")
+    parser.add_argument("--preset", choices=architectures.presets(), default="mamba-130m", help="of the prompt")
     arguments = parser.parse_args()
     for name in arguments.backend or installed():
         if arguments.what == "decode":

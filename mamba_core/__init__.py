@@ -1,29 +1,44 @@
 """One Mamba for PyTorch, MLX and JAX: build, load, train, generate, convert and compare.
 
-Importing this package imports no framework; a backend is imported when it is first asked for.
+Importing this package imports no framework; a backend is imported when it is first asked for. The config of every
+architecture is here under its name, such as `MambaConfig`.
 """
 
-from mamba_core import backends
+from typing import Any
+
+from mamba_core import architectures, backends
 from mamba_core.backend import Hidden, LayerState, Output, State
-from mamba_core.config import PRESETS, MambaConfig
+from mamba_core.config import MambaConfig
 from mamba_core.factory import build, load, load_state, save, save_state
-from mamba_core.generation import generate, stream
-from mamba_core.ops import selective_scan, selective_step
-from mamba_core.parity import parity
+from mamba_core.generation import Result, Stream, generate, stream
+from mamba_core.kernels import Kernels
+from mamba_core.ops import causal_conv, causal_conv_step, selective_scan, selective_step
+from mamba_core.parity import Parity, parity
+from mamba_core.sampling import Sampling
 from mamba_core.training import TrainSettings, train
 from mamba_core.version import VERSION
-from mamba_core.weights.convert import convert, inspect
+from mamba_core.weights.convert import Conversion, Inspection, convert, inspect
+from mamba_core.weights.formats import CheckpointError
 
 __all__ = [
-    "PRESETS",
+    "CheckpointError",
+    "Conversion",
     "Hidden",
+    "Inspection",
+    "Kernels",
     "LayerState",
     "MambaConfig",
     "Output",
+    "Parity",
+    "Result",
+    "Sampling",
     "State",
+    "Stream",
     "TrainSettings",
     "backends",
     "build",
+    "causal_conv",
+    "causal_conv_step",
     "convert",
     "generate",
     "inspect",
@@ -38,3 +53,13 @@ __all__ = [
     "train",
 ]
 __version__ = VERSION
+
+
+def __getattr__(name: str) -> Any:
+    """`PRESETS`, and the config class of an architecture by its name."""
+    if name == "PRESETS":
+        return architectures.presets()
+    for config in architectures.configs() if name.endswith("Config") else ():
+        if config.__name__ == name:
+            return config
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,28 +1,31 @@
 """Models by name, by config and from checkpoints: `build`, `load`, `save`, and the decode state's file."""
 
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
 
-from mamba_core import registry
+from mamba_core import architectures, registry
 from mamba_core.backend import State
-from mamba_core.config import COMPUTE_DTYPES, CONFIGS, MambaConfig, preset
+from mamba_core.config import COMPUTE_DTYPES, BaseConfig, preset
+from mamba_core.spec import state as states
 from mamba_core.spec.init import initial_values
 from mamba_core.weights.io import CheckpointError, atomic_file, atomic_folder, open_checkpoint
 from mamba_core.weights.layouts import FLOATS, copy_tokenizer, open_model, write_model
 
 
 def build(
-    config: str | MambaConfig = "mamba-130m",
+    config: str | BaseConfig = "mamba-130m",
     *,
     backend: str | None = None,
     dtype: str = "float32",
     device: str | None = None,
-    kernels: str = "auto",
+    kernels: str | Mapping[str, str] = "auto",
     seed: int = 0,
-):
+) -> Any:
     """A model with seeded initial values, the same bits on every backend.
 
     Args:
@@ -30,18 +33,20 @@ def build(
         backend: "torch", "mlx", "jax" or another registered one; by default the first that is installed.
         dtype: the compute dtype, "float32", "bfloat16" or "float16".
         device: one of the backend's `devices()`; its first by default.
-        kernels: "auto" for the fastest scan that runs here, or one by name.
+        kernels: "auto" for the fastest kernels that run here, "plain" for the framework's own operations, or a mapping
+            from ops to kernels, such as {"selective_scan": "chunked"}; see `mamba_core.kernels.Kernels`.
         seed: of the initial values.
 
     Returns:
         The framework's own module; see `mamba_core.backend.Backend.build` for how to call it.
 
     Raises:
-        ValueError: an unknown preset, backend, dtype, device or kernel.
+        TypeError: config is neither a preset's name nor a config of a known architecture.
+        ValueError: an unknown preset, backend, dtype, device, op or kernel.
         ImportError: the backend's framework is not installed.
     """
     config = preset(config) if isinstance(config, str) else config
-    if type(config) not in CONFIGS.values():
+    if type(config) not in architectures.configs():
         raise TypeError(f"config is {type(config).__name__}; expected a preset's name or a config such as MambaConfig")
     _check_dtype(dtype)
     values = initial_values(config, seed)
@@ -54,11 +59,11 @@ def load(
     backend: str | None = None,
     dtype: str | None = None,
     device: str | None = None,
-    kernels: str = "auto",
+    kernels: str | Mapping[str, str] = "auto",
     layout: str | None = None,
     revision: str | None = None,
     compat: str | None = None,
-):
+) -> Any:
     """A model from a checkpoint in any readable layout.
 
     Args:
@@ -82,7 +87,7 @@ def load(
     return model
 
 
-def save(model, path: str | Path, *, layout: str = "hf", overwrite: bool = False) -> None:
+def save(model: Any, path: str | Path, *, layout: str = "hf", overwrite: bool = False) -> None:
     """Write a model as a folder of safetensors and config.json, which appears only when complete.
 
     Args:
@@ -93,7 +98,7 @@ def save(model, path: str | Path, *, layout: str = "hf", overwrite: bool = False
         save_into(folder, model, layout)
 
 
-def save_into(folder: Path, model, layout: str = "hf") -> None:
+def save_into(folder: Path, model: Any, layout: str = "hf") -> None:
     """Write a model's files into a folder that exists."""
     parameters = registry.get(model.backend).parameters(model)
     write_model(folder, model.config, parameters, layout=layout, dtype=model.dtype)
@@ -101,7 +106,7 @@ def save_into(folder: Path, model, layout: str = "hf") -> None:
         copy_tokenizer(source, folder)
 
 
-def save_state(state: State, path: str | Path, model) -> None:
+def save_state(state: State, path: str | Path, model: Any) -> None:
     """Write a decode state as one safetensors file, which any backend reads.
 
     Raises:
@@ -111,67 +116,59 @@ def save_state(state: State, path: str | Path, model) -> None:
     """
     if Path(path).suffix != ".safetensors":
         raise ValueError(f"{path}: a state is written as safetensors; give a name that ends in .safetensors")
-    backend, empty = registry.get(model.backend), model.init_state(1)
-    _check_kind(state, empty, model.backend)
-    arrays = {name: backend.to_numpy(value) for name, value in _named(state).items()}
-    if faults := _state_faults({name: (array.shape, array.dtype.name) for name, array in arrays.items()}, empty):
+    backend = registry.get(model.backend)
+    _check_kind(state, model)
+    arrays = {name: backend.to_numpy(value) for name, value in states.named(state).items()}
+    if faults := _state_faults({name: (array.shape, array.dtype.name) for name, array in arrays.items()}, model.config):
         raise ValueError(f"state is not one of a model with this config: {faults}")
     with atomic_file(path, overwrite=True) as target:
         save_file(arrays, target, metadata={"mamba_core_state": model.config.fingerprint})
 
 
-def load_state(path: str | Path, model) -> State:
+def load_state(path: str | Path, model: Any) -> State:
     """A decode state for this model, whichever backend wrote it.
 
     Raises:
         CheckpointError: the file is broken, or is the state of a model with another config.
     """
-    backend, empty = registry.get(model.backend), model.init_state(1)
+    backend = registry.get(model.backend)
     stored = open_checkpoint(path)
     if stored.metadata.get("mamba_core_state") != model.config.fingerprint:
         raise CheckpointError(f"{path}: not the state of a model with this config")
-    if faults := _state_faults({name: stored.header(name)[:2] for name in stored}, empty):
+    if faults := _state_faults({name: stored.header(name)[:2] for name in stored}, model.config):
         raise CheckpointError(f"{path}: {faults}")
 
     def array(name, dtype=None):
         return backend.from_numpy(np.asarray(stored[name]), dtype=dtype, device=model.device)
 
-    layers = [
-        type(layer)(*(array(f"layers.{i}.{key}", "float32" if key == "ssm" else model.dtype) for key in layer._fields))
-        for i, layer in enumerate(empty.layers)
-    ]
-    return State(tuple(layers), array("segment"))
+    def layer(index):
+        own = states.fields(model.config, index)
+        kind = states.expected_type(model.config, index)
+        return kind(*(array(f"layers.{index}.{f.name}", model.dtype if f.dtype == "compute" else f.dtype) for f in own))
+
+    return State(tuple(map(layer, range(model.config.n_layer))), array("segment"))
 
 
-def _named(state: State) -> dict:
-    named = {"segment": state.segment}
-    for index, layer in enumerate(state.layers):
-        named |= {f"layers.{index}.{field}": value for field, value in layer._asdict().items()}
-    return named
-
-
-def _check_kind(state, empty: State, backend: str) -> None:
+def _check_kind(state: Any, model: Any) -> None:
     if not isinstance(state, State):
         raise TypeError(f"state is {type(state).__name__}; expected a State, such as that of model(input_ids)")
-    own = type(empty.segment)
-    for name, value in _named(state).items():
+    own = type(model.init_state(1).segment)
+    for name, value in states.named(state).items():
         if not isinstance(value, own):
             given = f"{type(value).__module__}.{type(value).__qualname__}"
-            raise TypeError(f"state has {given} for {name}; expected arrays of the model's backend, {backend!r}")
+            raise TypeError(f"state has {given} for {name}; expected arrays of the model's backend, {model.backend!r}")
 
 
-def _state_faults(found: Mapping[str, tuple[tuple[int, ...], str]], empty: State) -> str:
-    """What keeps arrays of these shapes and dtypes from being a state of the model whose empty one is given."""
-    likes = _named(empty)
-    if names := sorted(set(likes) ^ set(found)):
-        return f"missing or unexpected: {', '.join(names[:8])}"
-    batch = found["segment"][0][:1] or (1,)
-    faults = []
-    for name, like in likes.items():
-        shape = (*batch, *like.shape[1:])
-        kind, dtypes = ("int32", ("int32",)) if name == "segment" else ("float", FLOATS)
-        if found[name][0] != shape or found[name][1] not in dtypes:
-            faults.append(f"{name} is {found[name][1]} {found[name][0]}; expected {kind} {shape}")
+def _state_faults(found: Mapping[str, tuple[tuple[int, ...], str]], config: BaseConfig) -> str:
+    """What keeps arrays of these shapes and dtypes from being a state of a model with this config."""
+    faults = list(islice(states.faults(config, {name: shape for name, (shape, _) in found.items()}), 8))
+    if faults:
+        return "; ".join(faults)
+    whole = {f"layers.{layer}.{field.name}" for layer, field in states.table(config) if field.dtype == "int32"}
+    for name, (_, dtype) in found.items():
+        kind, dtypes = ("int32", ("int32",)) if name == "segment" or name in whole else ("float", FLOATS)
+        if dtype not in dtypes:
+            faults.append(f"{name} is {dtype}; expected {kind}")
     return "; ".join(faults[:8])
 
 

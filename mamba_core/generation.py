@@ -10,10 +10,10 @@ from time import perf_counter
 
 import numpy as np
 
-from mamba_core import registry
+from mamba_core import registry, tasks
 from mamba_core.backend import Choice, Output, State
 from mamba_core.sampling import Sampling, Uniforms, first_context, integer
-from mamba_core.spec.checks import check_state, check_task
+from mamba_core.spec.checks import check_state
 from mamba_core.tokenizer import tokenizer_of
 
 # Positions of a prompt that are computed at once: enough to be fast, and few enough to need little memory.
@@ -188,7 +188,7 @@ class Run:
         prefill_chunk: int = PREFILL_CHUNK,
         tokenizer=None,
     ):
-        check_task(model.config, "generating")
+        tasks.check_generates(model.config, "generating")
         tokenizer = tokenizer or tokenizer_of(model)
         self._model, self._backend, self._sampling = model, registry.get(model.backend), sampling
         self._chunk, n = integer("prefill_chunk", prefill_chunk, least=1), integer("n", n, least=1)

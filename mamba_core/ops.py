@@ -1,36 +1,167 @@
-"""The recurrence as a function of any framework's arrays: the arrays choose the backend, NumPy's the reference."""
+"""The ops as functions of any framework's arrays: the arrays choose the backend, NumPy's the float64 reference.
+
+Letters are those of `mamba_core.spec.dims`.
+"""
 
 import functools
+from typing import Any
 
 import numpy as np
 
-from mamba_core import registry
-from mamba_core.spec import recurrence
+from mamba_core import discovery, registry
+
+Array = Any
 
 
-def selective_scan(x, *args, **kwargs):
-    """The S6 recurrence over a sequence; see `mamba_core.backend.Backend.selective_scan` for the arguments.
+def selective_scan(
+    x: Array,
+    delta: Array,
+    A: Array,
+    B: Array,
+    C: Array,
+    D: Array | None = None,
+    *,
+    z: Array | None = None,
+    delta_bias: Array | None = None,
+    delta_softplus: bool = False,
+    initial_state: Array | None = None,
+    return_final_state: bool = False,
+    mask: Array | None = None,
+    segment_ids: Array | None = None,
+    kernel: str = "auto",
+) -> Any:
+    """The S6 recurrence over a sequence (Gu and Dao 2023, equations 2 and 4).
 
-    x (b, l, e) may be a torch, MLX or JAX array, and is computed by that backend, or a NumPy array, and is computed in
-    float64 by the sequential reference.
+        step_t = softplus(delta_t + delta_bias)                      softplus only if delta_softplus
+        h_t    = exp(step_t * A) * h_{t-1} + step_t * B_t * x_t
+        y_t    = (sum_n C_t h_t + D * x_t) * silu(z_t)               D and z only if given
+
+    x, delta, z, B and C have the compute dtype (float32, bfloat16, float16); A, D, delta_bias and the state float32.
+    All arithmetic is float32, or float64 for a float64 x where the framework has it.
+
+    Args:
+        x, delta, z: (b, l, e).
+        A: (e, n), negative.
+        B, C: (b, l, n).
+        D, delta_bias: (e,).
+        initial_state: (b, e, n), h before the first position; zeros if None.
+        return_final_state: return h after the last position too.
+        mask: (b, l) bool. A False position leaves h as it was and yields zero, wherever it stands.
+        segment_ids: (b, l) int. h restarts from zero at a position that counts whose id differs from that of the last
+            position that counted. The first position goes on from initial_state.
+        kernel: a kernel's name, see `mamba_core.backends()`; "auto" for the fastest that runs on x's device; "plain"
+            for the framework's own operations.
+
+    Returns:
+        y (b, l, e) in x's dtype, and if return_final_state also h (b, e, n) float32 after the last position (the
+        initial state where l is 0). Differentiable in every real argument, through y and the final state.
+
+    Raises:
+        TypeError: an argument is not an array, or not of real floating-point numbers, or `mask` is not boolean.
+        ValueError: a shape does not fit, the batch is empty, or the kernel cannot run here.
     """
-    owner = _owner(x)
-    if owner is recurrence and (kernel := kwargs.pop("kernel", "auto")) not in ("auto", "sequential"):
-        raise ValueError(f"no kernel {kernel!r} for NumPy arrays; expected 'auto' or 'sequential'")
-    return owner.selective_scan(x, *args, **kwargs)
+    options = {"z": z, "delta_bias": delta_bias, "delta_softplus": delta_softplus, "initial_state": initial_state}
+    positions = {"return_final_state": return_final_state, "mask": mask, "segment_ids": segment_ids}
+    return _function("selective_scan", x, kernel)(x, delta, A, B, C, D, **options, **positions)
 
 
-def selective_step(x, *args, **kwargs):
-    """One position of `selective_scan`: x (b, e) and state (b, e, n) -> y (b, e) and the new state."""
-    return _owner(x).selective_step(x, *args, **kwargs)
+def selective_step(
+    x: Array,
+    delta: Array,
+    A: Array,
+    B: Array,
+    C: Array,
+    D: Array | None = None,
+    *,
+    z: Array | None = None,
+    delta_bias: Array | None = None,
+    delta_softplus: bool = False,
+    state: Array,
+) -> tuple[Array, Array]:
+    """One position of `selective_scan`.
+
+    Args:
+        x, delta, z: (b, e). B, C: (b, n). state: (b, e, n). The others are as in `selective_scan`.
+
+    Returns:
+        y (b, e) in x's dtype, and the new state.
+
+    Raises:
+        TypeError, ValueError: as `selective_scan`.
+    """
+    options = {"z": z, "delta_bias": delta_bias, "delta_softplus": delta_softplus, "state": state}
+    return _module("selective_scan", x).selective_step(x, delta, A, B, C, D, **options)
 
 
-def _owner(x):
-    return recurrence if isinstance(x, np.ndarray) else _backend_of(type(x))
+def causal_conv(
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    *,
+    activation: str | None = None,
+    initial_state: Array | None = None,
+    return_final_state: bool = False,
+    mask: Array | None = None,
+    segment_ids: Array | None = None,
+    kernel: str = "auto",
+) -> Any:
+    """A causal filter of width k for each channel: y_t = activation(bias + sum_j weight[:, j] * x_{t-k+1+j}).
+
+    Args:
+        x: (b, l, e). weight: (e, k), the newest input's tap last. bias: (e,).
+        activation: None or "silu".
+        initial_state: (b, k-1, e), the inputs before the first position, oldest first; zeros if None.
+        return_final_state: return the last k-1 inputs that counted too.
+        mask, segment_ids: as in `selective_scan`. A position that does not count is absent from every window and yields
+            zero; a restart begins from a window of zeros.
+        kernel: as in `selective_scan`.
+
+    Returns:
+        y (b, l, e) in x's dtype, and if return_final_state also the last k-1 inputs that counted (b, k-1, e) in x's
+        dtype. Differentiable in x, weight, bias and initial_state, through both results.
+
+    Raises:
+        TypeError, ValueError: as `selective_scan`.
+    """
+    options = {"activation": activation, "initial_state": initial_state, "return_final_state": return_final_state}
+    positions = {"mask": mask, "segment_ids": segment_ids}
+    return _function("causal_conv", x, kernel)(x, weight, bias, **options, **positions)
+
+
+def causal_conv_step(
+    x: Array, weight: Array, bias: Array | None = None, *, activation: str | None = None, state: Array
+) -> tuple[Array, Array]:
+    """One position of `causal_conv`.
+
+    Args:
+        x: (b, e). state: (b, k-1, e), the inputs before it, oldest first. The others are as in `causal_conv`.
+
+    Returns:
+        y (b, e) in x's dtype, and the new state.
+
+    Raises:
+        TypeError, ValueError: as `selective_scan`.
+    """
+    return _module("causal_conv", x).causal_conv_step(x, weight, bias, activation=activation, state=state)
+
+
+def _function(op: str, x: Array, kernel: str):
+    """The op for arrays such as x, by that kernel."""
+    module = _module(op, x)
+    if not isinstance(x, np.ndarray):
+        return functools.partial(getattr(module, op), kernel=kernel)
+    if kernel not in ("auto", "plain", "sequential"):
+        raise ValueError(f"no kernel {kernel!r} for NumPy arrays; expected 'auto', 'plain' or 'sequential'")
+    return getattr(module, op)
+
+
+def _module(op: str, x: Array) -> Any:
+    """The file of the op for arrays such as x."""
+    return discovery.find("spec.ops", op) if isinstance(x, np.ndarray) else _backend_of(type(x)).op(op)
 
 
 @functools.cache  # to look for what is installed takes longer than a small scan
-def _backend_of(kind: type):
+def _backend_of(kind: type) -> Any:
     package = kind.__module__.partition(".")[0]
     name = {"jaxlib": "jax"}.get(package, package)
     if name not in registry.names():

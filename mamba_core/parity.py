@@ -19,20 +19,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mamba_core import registry
+from mamba_core import architectures, registry, tasks
 from mamba_core.config import COMPUTE_DTYPES
-from mamba_core.spec.checks import check_task
 from mamba_core.spec.graph import block_graph
 from mamba_core.spec.init import random_stream
 from mamba_core.spec.params import parameter_count
-from mamba_core.spec.reference import ReferenceModel, cross_entropy
+from mamba_core.spec.reference import ReferenceModel
 from mamba_core.spec.tolerances import relative_l2, tolerance
+from mamba_core.tasks.base import IDS
 from mamba_core.tokenizer import tokenizer_of
 from mamba_core.weights.layouts import open_model
 
 STEPS = 8
-# The last node of a graph, which has the tolerance of a result.
-RESULTS = ("logits", "hidden")
 # Parameters times tokens by default: 66 tokens of mamba-130m, which keeps --grad on three backends below two minutes on
 # two cores.
 WORK = 2**33
@@ -98,9 +96,9 @@ class BackendParity:
 class Parity:
     """What `parity` found.
 
-    layers: how deep the model is. length: how many positions were run. tokens: what was run; empty for a model of task
-    "layers", which takes embeddings. chunks: the lengths of the calls of "chunked". steps: how many of the first
-    positions "stepped" ran.
+    layers: how deep the model is. length: how many positions were run. tokens: the tokens that were run; empty for a
+    model that takes embeddings. chunks: the lengths of the calls of "chunked". steps: how many of the first positions
+    "stepped" ran. Both are empty or 0 for an architecture that has no steps.
     """
 
     dtype: str
@@ -160,29 +158,28 @@ def parity(
         raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(COMPUTE_DTYPES)}")
     if steps < 1:
         raise ValueError(f"steps is {steps}; expected at least 1")
-    chosen = [registry.get(name) for name in (installed() if backends is None else backends)]
+    chosen = [registry.get(name) for name in (registry.installed() if backends is None else backends)]
     if not chosen:
         raise ValueError("no backend to compare; name one, or install a framework")
     opened = open_model(source, layout=layout, revision=revision, compat=compat)
     if grad:
-        check_task(opened.config, "grad")
+        tasks.check_generates(opened.config, "grad")
     inputs = _inputs(opened, length, tokens, text, seed, least=2 if grad else 1)
     log = log or (lambda line: None)
     log("reference")
     reference = _reference(opened, inputs, grad)
     whole, steps = inputs.shape[1], min(steps, inputs.shape[1])
-    # One call in the middle, and a last one shorter than the window of the convolution.
-    splits = {"forward": [0, whole], "chunked": sorted({0, whole // 2, max(whole - 2, 0), whole})}
-    splits["stepped"] = list(range(steps + 1))
+    splits, chunks = {"forward": [0, whole]}, []
+    if architectures.traits(opened.config).steps:
+        # One call in the middle, and a last one shorter than the window of a convolution.
+        splits["chunked"] = sorted({0, whole // 2, max(whole - 2, 0), whole})
+        splits["stepped"] = list(range(steps + 1))
+        chunks = [stop - start for start, stop in pairwise(splits["chunked"])]
+    else:
+        steps = 0
     found = tuple(_compare(opened, backend, dtype, inputs, splits, reference, log) for backend in chosen)
-    chunks = [stop - start for start, stop in pairwise(splits["chunked"])]
-    ran = [] if opened.config.task == "layers" else inputs[0].tolist()
+    ran = inputs[0].tolist() if inputs.ndim == 2 else []
     return Parity(dtype, opened.config.n_layer, whole, ran, chunks, steps, found)
-
-
-def installed() -> list[str]:
-    """The backends whose framework is installed."""
-    return [name for name in registry.names() if not registry.missing_packages(name)]
 
 
 def default_length(config) -> int:
@@ -207,14 +204,14 @@ class _Reference(NamedTuple):
 
 
 def _inputs(opened, length, tokens, text, seed, least: int) -> np.ndarray:
-    """(1, l) tokens to run, or (1, l, d) float32 embeddings for task "layers"."""
+    """(1, l) tokens to run, or what else the task's model takes."""
     if length is not None and length < least:
         raise ValueError(f"length is {length}; expected at least {least}")
-    if opened.config.task == "layers":
-        if tokens is not None or text is not None:
-            raise ValueError(f"{opened.folder}: a model of task 'layers' takes embeddings; give no tokens and no text")
-        shape = (1, default_length(opened.config) if length is None else length, opened.config.d_model)
-        return random_stream(seed, "parity").standard_normal(shape, dtype=np.float32)
+    task = tasks.of(opened.config)
+    if task.inputs != IDS and (tokens is not None or text is not None):
+        raise ValueError(
+            f"{opened.folder}: a model of task {opened.config.task!r} takes {task.inputs}; give no tokens and no text"
+        )
     if text is not None:
         tokenizer = tokenizer_of(SimpleNamespace(source=opened.folder, config=opened.config))
         if tokenizer is None:
@@ -222,7 +219,7 @@ def _inputs(opened, length, tokens, text, seed, least: int) -> np.ndarray:
         tokens = tokenizer.encode(text)
     if tokens is None:
         length = default_length(opened.config) if length is None else length
-        tokens = random_stream(seed, "parity").integers(0, opened.config.vocab_size, length)
+        return task.draw(opened.config, random_stream(seed, "parity"), 1, length)
     ids = np.array([tokens[:length]], np.int32)
     if ids.shape[1] < least:
         raise ValueError(f"{ids.shape[1]} tokens to run; expected at least {least}")
@@ -238,7 +235,7 @@ def _reference(opened, inputs, grad: bool) -> _Reference:
         raise ValueError(f"{opened.folder}: the reference's output is not finite, so there is nothing to compare with")
     if not grad:
         return _Reference(nodes, None, {})
-    loss, dlogits = cross_entropy(output[:, :-1], inputs[:, 1:])
+    loss, dlogits = model.task.loss(opened.config, output[:, :-1], inputs[:, 1:])
     gradients, _ = model.vjp(dlogits, inputs[:, :-1])
     # A gradient is complete at the first use of its parameter, which the way back reaches last.
     used = dict.fromkeys(name for node in block_graph(opened.config) for name in node.parameters.values())
@@ -271,7 +268,8 @@ def _forward(backend, model, inputs, bounds: list[int], nodes: dict) -> Comparis
         state = out.state
     seconds = time.perf_counter() - started
     errors = {node: _error(pieces.pop(node, []), value[:, : bounds[-1]]) for node, value in nodes.items()}
-    limits = {node: _node_limit(node, model) for node in errors}
+    *_, result = nodes  # the last node has the tolerance of a result
+    limits = {node: _node_limit(node, result, model) for node in errors}
     return Comparison(errors, limits, seconds)
 
 
@@ -282,9 +280,9 @@ def _error(pieces: list[np.ndarray], expected: np.ndarray) -> float:
     return relative_l2(np.concatenate(pieces, axis=1), expected)
 
 
-def _node_limit(node: str, model) -> float:
+def _node_limit(node: str, result: str, model) -> float:
     layers = min(depth(node, model.config.n_layer), model.config.n_layer)
-    return tolerance(model.dtype, "value" if node in RESULTS else "node", layers)
+    return tolerance(model.dtype, "value" if node == result else "node", layers)
 
 
 def _backward(backend, model, ids, reference: _Reference) -> Comparison:

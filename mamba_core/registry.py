@@ -48,6 +48,11 @@ def get(name: str | None = None):
     return points[name].load()
 
 
+def installed() -> list[str]:
+    """The backends whose framework is installed."""
+    return [name for name in names() if not missing_packages(name)]
+
+
 def default_name() -> str:
     """$MAMBA_CORE_BACKEND if set, else the first one installed: MLX on a Mac with Apple silicon, torch, JAX, MLX."""
     if chosen := os.environ.get("MAMBA_CORE_BACKEND"):

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from mamba_core.config import MambaConfig, pop_plain
+from mamba_core.config import MambaConfig
 from mamba_core.weights.names import EMBEDDING, LAYERS
 from mamba_core.weights.transforms import Shape
 
@@ -74,6 +74,13 @@ LIBRARIES = {
 
 # Read with another one, the config counts: the weights were trained with it, before mlx-lm had them.
 MLX_LM_REQUIRED = {"norm_eps": 1e-5}
+
+
+def pop_plain(fields: dict[str, Any], plain: Mapping[str, Any]) -> None:
+    """Drop fields that have the one value of this architecture. Raises ValueError for another."""
+    for name, only in plain.items():
+        if (value := fields.pop(name, only)) not in (only, None):
+            raise ValueError(f"config has {name}={value!r}; this version reads {name}={only!r} only")
 
 
 def infer_sizes(shapes: Mapping[str, Shape]) -> dict[str, Any]:

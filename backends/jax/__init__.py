@@ -12,6 +12,17 @@ class JaxBackend:
     """`mamba_core.backend.Backend` for JAX."""
 
     name = "jax"
+
+    def op(self, name):  # TODO(merge)
+        import types
+
+        return types.SimpleNamespace(
+            selective_scan=selective_scan,
+            selective_step=selective_step,
+            causal_conv=causal_conv,
+            causal_conv_step=causal_conv_step,
+        )
+
     selective_scan = staticmethod(selective_scan)
     selective_step = staticmethod(selective_step)
     causal_conv = staticmethod(causal_conv)

@@ -252,4 +252,4 @@ def _recomputed(block, residual, state, mask, segment_ids, observe):
     return recomputed(parameters, residual, state)
 
 
-MIXERS = {"mamba": MambaMixer}
+MIXERS = {"mamba": MambaMixer, "minimamba": MambaMixer}

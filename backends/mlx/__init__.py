@@ -18,6 +18,17 @@ class MlxBackend:
     """`mamba_core.backend.Backend` for MLX."""
 
     name = "mlx"
+
+    def op(self, name):  # TODO(merge)
+        import types
+
+        return types.SimpleNamespace(
+            selective_scan=selective_scan,
+            selective_step=selective_step,
+            causal_conv=causal_conv,
+            causal_conv_step=causal_conv_step,
+        )
+
     selective_scan = staticmethod(selective_scan)
     selective_step = staticmethod(selective_step)
     causal_conv = staticmethod(causal_conv)

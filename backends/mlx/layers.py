@@ -171,4 +171,4 @@ class Block(nn.Module):
         return residual[:, -1:] + hidden, state
 
 
-MIXERS = {"mamba": MambaMixer}
+MIXERS = {"mamba": MambaMixer, "minimamba": MambaMixer}

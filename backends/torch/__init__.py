@@ -15,6 +15,17 @@ class TorchBackend:
     """`mamba_core.backend.Backend` for PyTorch."""
 
     name = "torch"
+
+    def op(self, name):  # TODO(merge)
+        import types
+
+        return types.SimpleNamespace(
+            selective_scan=selective_scan,
+            selective_step=selective_step,
+            causal_conv=causal_conv,
+            causal_conv_step=causal_conv_step,
+        )
+
     selective_scan = staticmethod(selective_scan)
     selective_step = staticmethod(selective_step)
     causal_conv = staticmethod(causal_conv)

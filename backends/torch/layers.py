@@ -221,4 +221,4 @@ class Block(nn.Module):
         return residual, hidden, state
 
 
-MIXERS = {"mamba": MambaMixer}
+MIXERS = {"mamba": MambaMixer, "minimamba": MambaMixer}

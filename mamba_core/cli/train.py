@@ -4,9 +4,9 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from mamba_core import factory
+from mamba_core import architectures, factory
 from mamba_core.cli.output import add_backend, add_json, console, print_json, progress_bar
-from mamba_core.config import PRESETS, from_dict, preset
+from mamba_core.config import from_dict, preset
 from mamba_core.text import read_tokens
 from mamba_core.tokenizer import SubwordTokenizer
 from mamba_core.training import TOKENIZER_FILE, TrainSettings, load_settings, train
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", required=True, type=Path, metavar="DIR", help="the checkpoint; written as training goes"
     )
     model = parser.add_mutually_exclusive_group()
-    model.add_argument("--preset", choices=sorted(PRESETS), help="a published size")
+    model.add_argument("--preset", choices=sorted(architectures.presets()), help="a published size")
     model.add_argument("--config", type=Path, metavar="FILE", help="a config as JSON, in any of the known forms")
     model.add_argument("--init", metavar="CHECKPOINT", help="go on training these weights")
     model.add_argument("--resume", action="store_true", help="go on with the run in --out exactly where it stopped")

@@ -50,7 +50,7 @@ class ReferenceModel:
 
         Returns:
             (canonical name -> gradient, gradients of the layers of the given state). The first holds also that of
-            "inputs_embeds" where these are given. The second has zeros for an array without a gradient, such as a count.
+            "inputs_embeds" where these are given. The second has zeros for a count, which has no gradient.
         """
         positions = Positions(mask, segment_ids)
         values, _ = self._run(inputs, state, positions)

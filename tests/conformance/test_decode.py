@@ -10,7 +10,7 @@ import pytest
 import mamba_core as mc
 from mamba_core import registry
 from mamba_core.observe import unobserved
-from mamba_core.parity import installed
+from mamba_core.registry import installed
 from mamba_core.sampling import Sampling, Uniforms
 from mamba_core.spec import sampling as spec
 from mamba_core.spec.init import initial_values

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 import mamba_core as mc
 from mamba_core import registry
 from mamba_core.backend import State
-from mamba_core.parity import installed
+from mamba_core.registry import installed
 from mamba_core.spec.init import initial_values
 from mamba_core.spec.reference import ReferenceModel
 from mamba_core.weights.io import CheckpointError

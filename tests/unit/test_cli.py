@@ -13,7 +13,7 @@ import pytest
 
 import mamba_core as mc
 from mamba_core.cli import COMMANDS, main
-from mamba_core.parity import installed
+from mamba_core.registry import installed
 
 pytest.importorskip("rich")
 

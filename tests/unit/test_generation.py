@@ -9,7 +9,7 @@ import pytest
 
 import mamba_core as mc
 from mamba_core.generation import _Row
-from mamba_core.parity import installed
+from mamba_core.registry import installed
 from mamba_core.sampling import Sampling, Uniforms, philox
 from mamba_core.tokenizer import ByteTokenizer, SubwordTokenizer
 

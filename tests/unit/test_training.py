@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import mamba_core as mc
-from mamba_core.parity import installed
+from mamba_core.registry import installed
 from mamba_core.weights.io import CheckpointError
 
 CONFIG = mc.MambaConfig(d_model=8, n_layer=1, vocab_size=16, d_state=2)
