@@ -1,11 +1,13 @@
 """What a backend exports, documented once. A backend's own docstrings say only what is particular to it.
 
-A backend is a module-level object named `backend` in the package that the entry-point group
-"mamba_core.backends" names. Array means that framework's array type. Letters as in `mamba_core.spec.dims`.
+A backend is the module or object that the entry-point group "mamba_core.backends" names. Array means that framework's
+array type. Letters are those of `mamba_core.spec.dims`.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
+
+from mamba_core.call import Call
 
 Array = Any
 Model = Any
@@ -26,7 +28,8 @@ class LayerState(NamedTuple):
 class State(NamedTuple):
     """What a model carries: a value, never changed in place, the same type for prefill, chunk and step.
 
-    layers: one entry a layer, a NamedTuple of arrays whose first axis is the batch.
+    layers: one entry a layer, a NamedTuple of arrays whose first axis is the batch, as `mamba_core.spec.state` has them;
+        one without fields for a layer that carries nothing.
     segment: (b,) int32, the segment id of each row's last position that counted.
     """
 
@@ -80,7 +83,7 @@ class Choice(NamedTuple):
 
 
 class Carry(NamedTuple):
-    """What decoding carries from token to token: arrays of fixed shapes on the model's device.
+    """What decoding carries from token to token: arrays on the model's device, of fixed shapes between two growths.
 
     choice: the last tokens. state: before them. context: with them, or None where no choice depends on it.
     """
@@ -90,8 +93,59 @@ class Carry(NamedTuple):
     context: Context | None
 
 
+class Mixer(Protocol):
+    """What mixes positions in a block: `Mixer` in `backends/<backend>/mixers/<kind>.py`, the framework's own module.
+
+    A mixer says in its own class body for which fast ways it was written; a subclass does not inherit that.
+    """
+
+    def __init__(self, config: Any, layer: int, options: Any) -> None:
+        """options: the backend's, such as the policy of kernels and the dtype."""
+
+    def __call__(self, hidden: Array, state: Any, call: Call) -> tuple[Array, Any]:
+        """hidden (b, l, d) and the layer's state to (b, l, d) and the state after the last position."""
+
+
+class Taken(NamedTuple):
+    """Blocks that a way computes.
+
+    count: how many of the first blocks.
+    run: (residual, pending, states) -> (residual, pending, states). residual is the residual stream (b, l, d), pending
+        what is still to be added to it or None, states those of the blocks.
+    """
+
+    count: int
+    run: Callable
+
+
+class Way(Protocol):
+    """One way to compute consecutive blocks: a module in `backends/<backend>/ways`. The plain way takes every block.
+
+    A model names no way. The ways are asked in the order of their ranks, and each decides wholly: it takes mixers of
+    the exact types that it was written for, norms and projections that nobody has replaced or hooked, and calls that it
+    computes as the plain way would.
+    """
+
+    RANK: int
+
+    def take(self, blocks: Sequence, residual: Array, states: Sequence, call: Call) -> Taken | str:
+        """What it computes of the first of these blocks here and now, or why not even the first."""
+
+
+class Explained(NamedTuple):
+    """Which way computes some consecutive layers.
+
+    first, last: the layers. way: its name. passed_over: a faster way's name -> why it does not compute the first of them.
+    """
+
+    first: int
+    last: int
+    way: str
+    passed_over: Mapping[str, str]
+
+
 class Backend(Protocol):
-    """The functions of a backend.
+    """The functions of a backend: a module, or any object that has them.
 
     Dtypes: x, delta, z, B, C in the compute dtype (float32, bfloat16, float16); A, D, delta_bias and the state
     of the recurrence in float32. All arithmetic of the recurrence is float32; y returns in the dtype of x.
@@ -102,92 +156,26 @@ class Backend(Protocol):
 
     # --- the ops -----------------------------------------------------------------------------------
 
-    def selective_scan(
-        self,
-        x: Array,
-        delta: Array,
-        A: Array,
-        B: Array,
-        C: Array,
-        D: Array | None = None,
-        *,
-        z: Array | None = None,
-        delta_bias: Array | None = None,
-        delta_softplus: bool = False,
-        initial_state: Array | None = None,
-        return_final_state: bool = False,
-        mask: Array | None = None,
-        segment_ids: Array | None = None,
-        kernel: str = "auto",
-    ) -> Array | tuple[Array, Array]:
-        """The S6 recurrence over a sequence (Gu and Dao 2023, equations 2 and 4).
+    def op(self, name: str) -> Any:
+        """What has the functions of an op, such as `selective_scan` and `selective_step` for "selective_scan".
 
-            step_t = softplus(delta_t + delta_bias)                      softplus only if delta_softplus
-            h_t    = exp(step_t * A) * h_{t-1} + step_t * B_t * x_t
-            y_t    = (sum_n C_t h_t + D * x_t) * silu(z_t)               D and z only if given
-
-        Args:
-            x, delta, z: (b, l, e).
-            A: (e, n), negative.
-            B, C: (b, l, n).
-            D, delta_bias: (e,).
-            initial_state: (b, e, n), h before the first position; zeros if None.
-            mask: (b, l) bool. A False position leaves h as it was and yields zero, wherever it stands.
-            segment_ids: (b, l) int. h restarts from zero at a position that counts whose id differs from that
-                of the last position that counted. The first position goes on from initial_state.
-            kernel: a name from `kernels()`, or "auto" for the fastest that runs on x's device.
-
-        Returns:
-            y (b, l, e) in x's dtype, and if return_final_state also h (b, e, n) float32 after the last position
-            (the initial state where l is 0). Differentiable in every real argument, through y and the final state.
+        Their signatures are those of the same functions in `mamba_core.ops`; what they compute is `mamba_core.spec.ops`.
+        In our own backends it is the module `ops/<name>.py`.
 
         Raises:
-            ValueError, TypeError: as `mamba_core.spec.checks.check_scan`; a kernel that cannot run here.
+            ValueError: there is no such op.
         """
 
-    def selective_step(
-        self, x, delta, A, B, C, D=None, *, z=None, delta_bias=None, delta_softplus=False, state
-    ) -> tuple[Array, Array]:
-        """One position of `selective_scan`: x, delta, z (b, e); B, C (b, n); state (b, e, n) -> y (b, e), new state."""
+    def kernels(self, device: str | None = None) -> dict[str, dict[str, str | None]]:
+        """Op -> its kernels, the fastest for that device first and the plain one last.
 
-    def causal_conv(
-        self,
-        x: Array,
-        weight: Array,
-        bias: Array | None = None,
-        *,
-        activation: str | None = None,
-        initial_state: Array | None = None,
-        return_final_state: bool = False,
-        mask: Array | None = None,
-        segment_ids: Array | None = None,
-        kernel: str = "auto",
-    ) -> Array | tuple[Array, Array]:
-        """A causal filter of width k for each channel: y_t = activation(bias + sum_j weight[:, j] * x_{t-k+1+j}).
-
-        Args:
-            x: (b, l, e). weight: (e, k), the newest input's tap last. bias: (e,).
-            activation: None or "silu".
-            initial_state: (b, k-1, e), the inputs before the first position, oldest first; zeros if None.
-            mask, segment_ids: as in `selective_scan`. A position that does not count is absent from every window
-                and yields zero; a restart begins from a window of zeros.
-            kernel: as in `selective_scan`; all but "native" and "cuda" mean the framework's own operations.
-
-        Returns:
-            y (b, l, e) in x's dtype, and if return_final_state also the last k-1 inputs that counted (b, k-1, e)
-            in x's dtype. Differentiable in x, weight, bias and initial_state, through both results.
+        A kernel's value is None if it runs there, else why it does not.
         """
-
-    def causal_conv_step(self, x, weight, bias=None, *, activation=None, state) -> tuple[Array, Array]:
-        """One position of `causal_conv`: x (b, e), state (b, k-1, e) -> y (b, e), new state."""
 
     # --- arrays ------------------------------------------------------------------------------------
 
     def devices(self) -> list[str]:
         """What can be computed on here, the default first: "cpu", "cuda", "mps", "gpu", "tpu"."""
-
-    def kernels(self, device: str | None = None) -> dict[str, str | None]:
-        """Scan kernels, fastest first for that device: name -> None if it runs there, else why it does not."""
 
     def from_numpy(self, value, dtype: str | None = None, device: str | None = None) -> Array:
         """A NumPy array (ml_dtypes for bfloat16) as an array of this framework, copied."""
@@ -214,7 +202,7 @@ class Backend(Protocol):
         *,
         dtype: str = "float32",
         device: str | None = None,
-        kernels: str = "auto",
+        kernels: Any = "auto",
     ) -> Model:
         """The framework's own module with these values.
 
@@ -222,10 +210,10 @@ class Backend(Protocol):
             config: such as `MambaConfig`.
             parameters: (canonical name, NumPy array) for every parameter, taken one at a time and not kept.
             dtype: the compute dtype; parameters that the table keeps in float32 stay so.
-            kernels: a scan kernel by name, or "auto".
+            kernels: what `mamba_core.kernels.Kernels.read` takes: "auto", "plain", or kernels by op.
 
-        The model has `backend` (the backend's name), `config`, `dtype`, `device` and `kernels` (strings),
-        `init_state(batch) -> State`, and
+        The model has `backend` (the backend's name), `config`, `dtype` and `device` (strings), `policy` (the `Kernels`
+        that was asked for), `kernels` (op -> the kernel that is chosen now), `init_state(batch) -> State`, and
 
             model(input_ids, state=None, *, mask=None, segment_ids=None, observe=None) -> Output
 
@@ -237,10 +225,13 @@ class Backend(Protocol):
         `model.remat`, False at first, may be set to True: a gradient then keeps no more of a block than its inputs, and
         computes the block again.
 
-        A model without a head is called the same way, model(inputs, state=None, ...) -> Hidden, with hidden zero at
-        masked positions: inputs are input_ids for task "features", and for task "layers" inputs_embeds (b, l, d) in
-        any float dtype, in which it is differentiable.
+        The inputs and the output are the task's (`mamba_core.tasks`). A model without a head is called the same way,
+        model(inputs, state=None, ...) -> Hidden, with hidden zero at masked positions: inputs are input_ids for task
+        "features", and for task "layers" inputs_embeds (b, l, d) in any float dtype, in which it is differentiable.
         """
+
+    def explain(self, model: Model, batch: int = 1, length: int = 1) -> list[Explained]:
+        """Which way computes which layers, and why not a faster one; for a call without gradients. Nothing is run."""
 
     def parameters(self, model: Model) -> Mapping[str, Any]:
         """Canonical name -> NumPy array in the stored dtype, in the table's order; copied when it is asked for."""
@@ -270,7 +261,7 @@ class Backend(Protocol):
     ) -> Iterable[Choice]:
         """The continuations of what was prefilled, one `Choice` of NumPy arrays after another.
 
-        Each backend's `decode.py` has `begin(prefilled, context, uniform, sampling) -> Carry`, the first token, and
+        Each backend's `decoding.py` has `begin(prefilled, context, uniform, sampling) -> Carry`, the first token, and
         `advance(model, carry, uniform, sampling) -> Carry`, one more: operations on the device, of fixed shapes, that
         branch on settings alone, so that any number of tokens may be computed before the host looks at one.
 

@@ -14,14 +14,14 @@ PACKAGES = {"torch": ("torch",), "mlx": ("mlx",), "jax": ("jax", "flax", "optax"
 class BackendInfo(NamedTuple):
     """What `backends` says of one backend.
 
-    devices: the default first. kernels: of the default device, None for one that runs, else why it does not.
+    devices: the default first. kernels: op -> its kernels on the default device, None for one that runs, else why not.
     missing: why the backend cannot be used at all, None if it can.
     """
 
     name: str
     version: str | None
     devices: tuple[str, ...]
-    kernels: dict[str, str | None]
+    kernels: dict[str, dict[str, str | None]]
     missing: str | None
 
 

@@ -1,4 +1,4 @@
-"""What the conformance suite draws: arguments of the ops, masks, segments, configs and small models, all as NumPy."""
+"""What the conformance suite draws: arguments of the ops, masks, segments and how arrays lie, all as NumPy."""
 
 import functools
 import inspect
@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mamba_core.config import MambaConfig
+from mamba_core.spec import ops
 
 # Where off-by-one faults live: nothing, shorter than the convolution's window, and on either side of a kernel's chunk.
 EDGES = (0, 1, 2, 3, 15, 16, 17, 63, 64, 65, 255, 256, 257)
@@ -59,39 +59,18 @@ def lengths(longest: int = 300) -> st.SearchStrategy[int]:
 
 
 @st.composite
-def scan_cases(draw, lengths=lengths()) -> Case:  # noqa: B008 (a strategy is a value)
-    """Arguments of `selective_scan`, each optional one present or not; step sizes from 1e-6 to 20."""
+def op_cases(draw, op: str, lengths=lengths()) -> Case:  # noqa: B008 (a strategy is a value)
+    """Arguments of an op, as its file draws them."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     b, l = draw(st.sampled_from((1, 2, 3))), draw(lengths)
-    e, n = draw(st.sampled_from((1, 5, 8, 67))), draw(st.sampled_from((1, 2, 3, 7, 16, 33, 64)))
-    softplus = draw(st.booleans())
-    arrays = {"x": rng.normal(size=(b, l, e)), "delta": _steps(rng, (b, l, e), softplus)}
-    arrays |= {"A": -np.exp(rng.normal(size=(e, n))), "B": rng.normal(size=(b, l, n)), "C": rng.normal(size=(b, l, n))}
-    optional = {"D": (e,), "z": (b, l, e), "delta_bias": (e,), "initial_state": (b, e, n)}
-    for name in sorted(draw(st.sets(st.sampled_from(sorted(optional))))):
-        if name == "delta_bias":  # without the softplus the sum must stay a positive step
-            arrays[name] = rng.normal(size=e) if softplus else rng.uniform(0, 1, e)
-        else:
-            arrays[name] = rng.normal(size=optional[name])
-    return _case(draw, arrays, (b, l), {"delta_softplus": softplus})
-
-
-@st.composite
-def conv_cases(draw, lengths=lengths()) -> Case:  # noqa: B008
-    """Arguments of `causal_conv`."""
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    b, l = draw(st.sampled_from((1, 2, 3))), draw(lengths)
-    e, k = draw(st.sampled_from((1, 5, 8, 67))), draw(st.sampled_from((1, 2, 3, 4)))
-    arrays = {"x": rng.normal(size=(b, l, e)), "weight": rng.normal(size=(e, k))}
-    optional = {"bias": (e,), "initial_state": (b, k - 1, e)}
-    for name in sorted(draw(st.sets(st.sampled_from(sorted(optional))))):
-        arrays[name] = rng.normal(size=optional[name])
-    return _case(draw, arrays, (b, l), {"activation": draw(st.sampled_from((None, "silu")))})
-
-
-def _case(draw, arrays, shape, options) -> Case:
+    arrays, options = ops.public()[op].draw(rng, chooser(draw), b, l)
     arrays = {name: value.astype(np.float32) for name, value in arrays.items()}
-    return Case(arrays, draw(positions(*shape)), options, draw(strides(arrays)))
+    return Case(arrays, draw(positions(b, l)), options, draw(strides(arrays)))
+
+
+def chooser(draw):
+    """A function that picks one of some values, as the files of ops and of cases want it."""
+    return lambda values: draw(st.sampled_from(values))
 
 
 def strides(arrays) -> st.SearchStrategy[dict[str, str]]:
@@ -110,32 +89,7 @@ def positions(draw, b: int, l: int) -> dict[str, np.ndarray]:
     return drawn
 
 
-@st.composite
-def configs(draw, **fixed) -> MambaConfig:
-    """Small configs with every size and switch drawn, those of `fixed` apart."""
-    sizes = {"d_model": (8, 12, 16), "n_layer": (1, 2), "vocab_size": (17, 32, 41), "d_state": (1, 3, 4, 16, 64)}
-    sizes |= {"d_conv": (2, 3, 4), "expand": (1, 2, 3), "dt_rank": ("auto", 1, 5), "norm_eps": (1e-5, 1e-3)}
-    sizes |= {"pad_vocab_size_multiple": (1, 8, 16), "compat": (None, None, "minimamba")}
-    switches = ("bias", "conv_bias", "tie_embeddings", "residual_in_fp32")
-    drawn = {name: draw(st.sampled_from(values)) for name, values in sizes.items() if name not in fixed}
-    drawn |= {name: draw(st.booleans()) for name in switches}
-    return MambaConfig(**drawn, initializer_range=0.3, **fixed)
-
-
-CONFIGS = {
-    "base": MambaConfig(d_model=16, n_layer=2, vocab_size=29, d_state=4, initializer_range=0.3),
-    "odd": MambaConfig(
-        d_model=12, n_layer=2, vocab_size=31, d_state=3, d_conv=3, expand=3, dt_rank=5, bias=True, conv_bias=False,
-        tie_embeddings=False, pad_vocab_size_multiple=16, residual_in_fp32=False, initializer_range=0.3, norm_eps=1e-3,
-    ),
-    "narrow": MambaConfig(
-        d_model=8, n_layer=1, vocab_size=17, d_state=1, d_conv=2, expand=1, dt_rank=1, pad_vocab_size_multiple=1,
-        initializer_range=0.3,
-    ),
-}  # fmt: skip
-
-
-def tokens(config: MambaConfig, b: int, l: int, seed: int = 0) -> np.ndarray:
+def tokens(config, b: int, l: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, config.vocab_size, (b, l)).astype(np.int32)
 
 
@@ -146,11 +100,6 @@ def laid_out(backend, value: np.ndarray, strides: str, dtype: str | None = None)
     if strides == "swapped" and value.ndim > 1:
         return backend.from_numpy(np.ascontiguousarray(value.swapaxes(0, 1)), dtype=dtype).swapaxes(0, 1)
     return backend.from_numpy(value, dtype=dtype)
-
-
-def _steps(rng, shape, softplus):
-    step = np.exp(rng.uniform(np.log(1e-6), np.log(20.0), shape))
-    return step + np.log(-np.expm1(-step)) if softplus else step
 
 
 def _padding(rng, b, l):

@@ -1,4 +1,4 @@
-"""What the laws are about: the two ops, a residual block and a whole model, each called in one way."""
+"""What the laws are about: every op, and a block and a whole model of every architecture, called in one way."""
 
 import functools
 from collections.abc import Callable
@@ -7,12 +7,17 @@ from typing import NamedTuple
 import numpy as np
 from hypothesis import strategies as st
 
-import mamba_core as mc
-from mamba_core.backend import LayerState, State
-from mamba_core.spec import recurrence
-from mamba_core.spec.reference import ReferenceModel
+from mamba_core import architectures
+from mamba_core.backend import State
+from mamba_core.spec import ops
+from mamba_core.spec import state as states
 
-from .strategies import Case, configs, conv_cases, positions, scan_cases, strides, tokens
+from .cases import cases
+from .models import built, inputs, reference_of
+from .strategies import Case, chooser, lengths, op_cases, positions, strides
+
+# Longest sequences of a block and of a model; kernels' chunks are the ops' laws' business.
+BLOCK, SHORT = lengths(65), st.sampled_from((0, 1, 2, 3, 15, 16, 17, 33))
 
 
 class Piece(NamedTuple):
@@ -33,34 +38,39 @@ class Piece(NamedTuple):
 
 
 class Subject(NamedTuple):
-    """per_position: the arguments with an axis of positions. carries_segments: so does its state the segment id.
+    """traits: which laws hold. per_position: the arguments with an axis of positions.
 
-    cases(lengths) -> strategy of Case
+    carries_segments: its state knows the segment that it belongs to.
+    lengths: a strategy. cases(lengths) -> strategy of Case
     dtypes(case, dtype) -> (those of the arrays by name, those of the outputs)
     given(backend, case, arrays, rows) -> the state of the case, or None
     call(backend, case, arrays, piece, state, positions) -> outputs: y and the leaves of the final state; the state
     reference(backend, case, arrays, dtype) -> outputs in float64; a function of their gradients that gives those of
         the arrays by name
+    least_norm(case, arrays, what, reference) -> the norm that y or an array's gradient would have if its terms did not
+        happen to cancel
     """
 
+    traits: architectures.Traits
     per_position: tuple[str, ...]
     carries_segments: bool
+    lengths: st.SearchStrategy
     cases: Callable
     dtypes: Callable
     given: Callable
     call: Callable
     reference: Callable
+    least_norm: Callable
 
 
 # --- the ops ---------------------------------------------------------------------------------------
 
-PER_POSITION = ("x", "delta", "B", "C", "z")
-KEPT_IN_FLOAT32 = ("A", "D", "delta_bias", "initial_state")
-
 
 def _op_dtypes(op, case, dtype):
-    kept = KEPT_IN_FLOAT32 if op == "selective_scan" else ()
-    return {name: "float32" if name in kept else dtype for name in case.arrays}, [dtype, "float32" if kept else dtype]
+    def stored(name):
+        return "float32" if name in op.float32 else dtype
+
+    return {name: stored(name) for name in case.arrays}, [dtype, stored("final_state")]
 
 
 def _op_given(backend, case, arrays, rows):
@@ -69,147 +79,182 @@ def _op_given(backend, case, arrays, rows):
 
 
 def _op_call(op, backend, case, arrays, piece, state, positions):
+    functions = backend.op(op.name)
     named = {name: value for name, value in arrays.items() if name != "initial_state"}
     where = piece.where.start if piece.step else piece.where
-    named |= {name: named[name][piece.rows, where] for name in PER_POSITION if name in named}
+    named |= {name: named[name][piece.rows, where] for name in op.per_position if name in named}
     if not piece.step:
         named |= {"initial_state": state, "return_final_state": True}
-        y, h = getattr(backend, op)(**named, **case.options, **positions)
+        y, h = getattr(functions, op.name)(**named, **case.options, **positions)
         return (y, h), h
     if state is None:
-        state = backend.from_numpy(np.zeros(_state_shape(case.arrays), np.float32))
-    y, h = getattr(backend, STEPS[op])(**named, **case.options, state=state)
+        state = backend.from_numpy(np.zeros(op.state_shape(case.arrays), np.float32))
+    y, h = getattr(functions, op.step.__name__)(**named, **case.options, state=state)
     return (y[:, None], h), h
-
-
-def least_norm(case, arrays, what: str, reference) -> float:
-    """The norm that y or an array's gradient would have if its terms did not happen to cancel.
-
-    A sum of terms of random signs is of the size of their absolute sum over the square root of their number. Among
-    100,000 examples were a gradient of 464 terms of unit scale that cancelled to 0.35 and kept an error of 1.1e-5, and
-    sums over 64 states, after steps of 20, that kept a fiftieth of their terms.
-    """
-    if what in ("A", "D", "delta_bias", "weight", "bias"):
-        return np.sqrt(reference.size * case.shape[0] * case.shape[1])
-    if what != "y" or "A" not in arrays:
-        return 0.0
-    signed = ("A", "delta", "delta_bias")
-    absolute = {name: value if name in signed else np.abs(value) for name, value in arrays.items()}
-    y = recurrence.selective_scan(**absolute, **case.positions, **_mathematical(case.options))
-    return np.linalg.norm(y) / np.sqrt(arrays["A"].shape[1])
-
-
-STEPS = {"selective_scan": "selective_step", "causal_conv": "causal_conv_step"}
-
-
-def _state_shape(arrays) -> tuple[int, ...]:
-    batch, _, channels = arrays["x"].shape
-    return (batch, *arrays["A"].shape) if "A" in arrays else (batch, arrays["weight"].shape[1] - 1, channels)
 
 
 def _op_reference(op, backend, case, arrays, dtype):
     given = arrays | case.positions | _mathematical(case.options)
-    vjp = getattr(recurrence, f"{op}_vjp")
-    return getattr(recurrence, op)(**given, return_final_state=True), lambda cotangents: vjp(*cotangents, **given)
+    return op.forward(**given, return_final_state=True), lambda cotangents: op.vjp(*cotangents, **given)
+
+
+def _op_least_norm(op, case, arrays, what: str, reference) -> float:
+    """A sum of terms of random signs is of the size of their absolute sum over the square root of their number.
+
+    Among 100,000 examples were a gradient of 464 terms of unit scale that cancelled to 0.35 and kept an error of
+    1.1e-5, and sums over 64 states, after steps of 20, that kept a fiftieth of their terms.
+    """
+    if what in arrays and what not in (*op.per_position, "initial_state"):
+        return np.sqrt(reference.size * case.shape[0] * case.shape[1])
+    if what != "y" or op.magnitude is None:
+        return 0.0
+    return op.magnitude(arrays, case.positions, _mathematical(case.options))
 
 
 def _mathematical(options: dict) -> dict:
     return {name: value for name, value in options.items() if name != "kernel"}
 
 
-def _op(name, cases) -> Subject:
-    bound = (functools.partial(function, name) for function in (_op_dtypes, _op_call, _op_reference))
-    dtypes, call, reference = bound
-    return Subject(PER_POSITION, False, cases, dtypes, _op_given, call, reference)
+def _op(op: ops.Op) -> Subject:
+    call, reference = functools.partial(_op_call, op), functools.partial(_op_reference, op)
+    dtypes, least_norm = functools.partial(_op_dtypes, op), functools.partial(_op_least_norm, op)
+    drawn = functools.partial(op_cases, op.name)
+    traits = architectures.Traits()
+    return Subject(traits, op.per_position, False, lengths(), drawn, dtypes, _op_given, call, reference, least_norm)
 
 
 # --- models ----------------------------------------------------------------------------------------
 
 
 @st.composite
-def model_cases(draw, lengths, tasks, **fixed) -> Case:
+def model_cases(draw, lengths, file, tasks, **fixed) -> Case:
     """A model of any config and its inputs; with or without a state given, whose rows are of segments of their own."""
-    config = draw(configs(task=draw(st.sampled_from(tasks)), **fixed))
+    config = file.draw(chooser(draw), task=draw(st.sampled_from(tasks)), **fixed)
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     b, l = draw(st.sampled_from((1, 2, 3))), draw(lengths)
-    options, arrays = {"config": config, "input_ids": tokens(config, b, l)}, {}
-    if config.task == "layers":
-        arrays["inputs_embeds"] = rng.normal(size=(b, l, config.d_model))
-    if draw(st.booleans()):
+    given, options, arrays = inputs(config, b, l), {"config": config}, {}
+    if given.dtype.kind == "f":
+        arrays["inputs_embeds"] = rng.normal(size=given.shape)
+    else:
+        options["input_ids"] = given
+    if architectures.traits(config).steps and draw(st.booleans()):
         options["segment"] = rng.integers(0, 2, b).astype(np.int32)
-        for layer in range(config.n_layer):
-            arrays[f"layers.{layer}.conv"] = rng.normal(size=(b, config.d_conv - 1, config.d_inner))
-            arrays[f"layers.{layer}.ssm"] = rng.normal(size=(b, config.d_inner, config.d_state))
+        filled = rng.integers(0, 5, b).astype(np.int32)
+        options["filled"] = filled
+        for layer, field in states.table(config):
+            name = f"layers.{layer}.{field.name}"
+            if field.name == states.FILLED:
+                continue
+            value = rng.normal(size=field.stored_shape(b, states.capacity_for(int(filled.max(initial=0)))))
+            if field.grows is not None:  # what is not filled is zero
+                at = np.arange(value.shape[field.grows]) < filled[:, None]
+                value *= at.reshape(b, *(1,) * (field.grows - 1), -1, *(1,) * (value.ndim - field.grows - 1))
+            arrays[name] = value
     arrays = {name: value.astype(np.float32) for name, value in arrays.items()}
     return Case(arrays, draw(positions(b, l)), options, draw(strides(arrays)))
 
 
+def _float_fields(config):
+    """The fields that have gradients, by name."""
+    return {f"layers.{i}.{field.name}": field for i, field in states.table(config) if field.dtype != "int32"}
+
+
 def _model_dtypes(case, dtype):
     config = case.options["config"]
-    outputs = ["float32" if config.task == "lm" else dtype, *(dtype, "float32") * config.n_layer]
-    return {name: "float32" if name.endswith("ssm") else dtype for name in case.arrays}, outputs
+    fields = _float_fields(config)
+    stored = {name: dtype if field.dtype == "compute" else field.dtype for name, field in fields.items()}
+    outputs = ["float32" if config.task == "lm" else dtype, *stored.values()]
+    return {name: stored.get(name, dtype) for name in case.arrays}, outputs
 
 
 def _model_given(backend, case, arrays, rows):
     if "segment" not in case.options:
         return None
-    layers = [
-        LayerState(*(arrays[f"layers.{layer}.{field}"][rows] for field in LayerState._fields))
-        for layer in range(case.options["config"].n_layer)
-    ]
-    segment = case.options["segment"][rows]
-    return State(tuple(layers), segment if backend is None else backend.from_numpy(segment))
+    config = case.options["config"]
+
+    def own(value):
+        return value[rows] if backend is None else backend.from_numpy(value[rows])
+
+    def layer(index):
+        named = {
+            field.name: own(case.options["filled"])
+            if field.name == states.FILLED
+            else arrays[f"layers.{index}.{field.name}"][rows]
+            for field in states.fields(config, index)
+        }
+        return states.expected_type(config, index)(**named)
+
+    return State(tuple(map(layer, range(config.n_layer))), own(case.options["segment"]))
 
 
 def _model_call(backend, case, arrays, piece, state, positions):
-    model = built(backend, case.options["config"], case.dtype)
-    given = arrays.get("inputs_embeds", case.options["input_ids"])[piece.rows, piece.where]
+    config = case.options["config"]
+    model = built(backend, config, case.dtype)
+    given = arrays.get("inputs_embeds", case.options.get("input_ids"))[piece.rows, piece.where]
     given = given if "inputs_embeds" in arrays else backend.from_numpy(given, device=model.device)
     y, state = model(given, state, **positions)
-    return (y, *_leaves(state.layers)), state
+    return (y, *_outputs(case, state)), state
 
 
 def _model_reference(backend, case, arrays, dtype):
     config = case.options["config"]
     model = reference_of(backend, config, dtype)
-    given = (arrays.get("inputs_embeds", case.options["input_ids"]), _model_given(None, case, arrays, slice(None)))
+    given = (arrays.get("inputs_embeds", case.options.get("input_ids")), _model_given(None, case, arrays, slice(None)))
     y, after = model(*given, **case.positions)
 
     def vjp(cotangents):
-        layers = zip(cotangents[1::2], cotangents[2::2], strict=True)
-        dstate = State(tuple(LayerState(*layer) for layer in layers), after.segment)
-        gradients, before = model.vjp(cotangents[0], *given, **case.positions, dstate=dstate)
+        gradients, before = model.vjp(
+            cotangents[0], *given, **case.positions, dstate=_cotangents(case, after, cotangents)
+        )
         for layer, entry in enumerate(before):
             gradients |= {f"layers.{layer}.{field}": value for field, value in entry._asdict().items()}
         return gradients
 
-    return (y, *_leaves(after.layers)), vjp
+    return (y, *_outputs(case, after)), vjp
 
 
-def _leaves(layers):
-    return [value for layer in layers for value in layer]
+def _outputs(case, state) -> list:
+    """The state's arrays that have gradients; of what grows as many positions as may be filled, however it was run."""
+    config, found = case.options["config"], []
+    most = int(case.options.get("filled", np.zeros(1, int)).max(initial=0)) + case.shape[1]
+    for layer, field in states.table(config):
+        if field.dtype == "int32":
+            continue
+        value = getattr(state.layers[layer], field.name)
+        found.append(value if field.grows is None else value[(slice(None),) * field.grows + (slice(most),)])
+    return found
 
 
-@functools.lru_cache(maxsize=32)
-def built(backend, config, dtype):
-    return mc.build(config, backend=backend.name, dtype=dtype, seed=1)
+def _cotangents(case, after, cotangents) -> State:
+    """The gradients of the final state, in its shapes."""
+    config, rest = case.options["config"], iter(cotangents[1:])
+    layers = []
+    for index, layer in enumerate(after.layers):
+        named = {}
+        for field in states.fields(config, index):
+            value = getattr(layer, field.name)
+            named[field.name] = np.zeros(np.shape(value))
+            if field.dtype != "int32":
+                given = np.asarray(next(rest), np.float64)
+                named[field.name][tuple(slice(size) for size in given.shape)] = given
+        layers.append(type(layer)(**named))
+    return State(tuple(layers), after.segment)
 
 
-@functools.lru_cache(maxsize=32)
-def reference_of(backend, config, dtype):
-    """Of the values as that backend rounded them."""
-    return ReferenceModel(config, dict(backend.parameters(built(backend, config, dtype))))
-
-
-def _model(*tasks, **fixed) -> Subject:
-    cases = functools.partial(model_cases, tasks=tasks, **fixed)
+def _model(file, traits, longest, *tasks, **fixed) -> Subject:
+    drawn = functools.partial(model_cases, file=file, tasks=tasks, **fixed)
     per_position = ("inputs_embeds",) if "layers" in tasks else ()
-    return Subject(per_position, True, cases, _model_dtypes, _model_given, _model_call, _model_reference)
+    functions = (drawn, _model_dtypes, _model_given, _model_call, _model_reference, lambda *_: 0.0)
+    return Subject(traits, per_position, True, longest, *functions)
 
 
-SUBJECTS = {
-    "selective_scan": _op("selective_scan", scan_cases),
-    "causal_conv": _op("causal_conv", conv_cases),
-    "block": _model("layers", n_layer=1),
-    "model": _model("lm", "features"),
-}
+def _subjects():
+    found = {name: _op(op) for name, op in ops.public().items()}
+    for name, file in cases().items():
+        traits = architectures.find(name).TRAITS
+        found[f"{name} block"] = _model(file, traits, BLOCK, "layers", n_layer=1)
+        found[f"{name} model"] = _model(file, traits, SHORT, "lm", "features")
+    return found
+
+
+SUBJECTS = _subjects()

@@ -7,8 +7,9 @@ import pytest
 
 import mamba_core as mc
 from mamba_core.spec.init import initial_values
-from mamba_core.spec.reference import ReferenceModel, cross_entropy
+from mamba_core.spec.reference import ReferenceModel
 from mamba_core.spec.tolerances import relative_l2
+from mamba_core.tasks.lm import cross_entropy
 
 CONFIG = mc.MambaConfig(d_model=256, n_layer=4, vocab_size=1000)
 TOKENS = np.random.default_rng(0).integers(0, 1000, (1, 513)).astype(np.int32)

@@ -17,7 +17,10 @@ from mamba_core.spec.init import initial_values
 from mamba_core.spec.reference import ReferenceModel
 
 from .assertions import assert_close
-from .strategies import CONFIGS, tokens
+from .cases import configs
+from .cases.mamba import CONFIGS
+from .models import assert_states
+from .strategies import tokens
 
 # Tied, a model that has learnt nothing repeats its last token for ever, whatever its state is.
 CONFIG = dataclasses.replace(CONFIGS["base"], initializer_range=0.5, tie_embeddings=False)
@@ -248,11 +251,10 @@ def test_several_continuations_of_each_prompt(model):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("compat", [None, "minimamba"])
-@pytest.mark.parametrize("name", CONFIGS)
-def test_a_prefill_gives_the_last_logits_and_the_state(backend, name, compat, dtype):
+@pytest.mark.parametrize("name", configs())
+def test_a_prefill_gives_the_last_logits_and_the_state(backend, name, dtype):
     """In float32 without the last block's gates at the positions before."""
-    config = dataclasses.replace(CONFIGS[name], compat=compat)
+    config = configs()[name]
     ids, mask = tokens(config, 3, 9), np.arange(9) >= np.array([[0], [4], [8]])
     values, noise = dict(initial_values(config)), np.random.default_rng(0)
     values |= {key: value + noise.normal(0, 0.3, value.shape) for key, value in values.items() if key.endswith("bias")}
@@ -265,10 +267,7 @@ def test_a_prefill_gives_the_last_logits_and_the_state(backend, name, compat, dt
         wanted = reference(ids[:, columns], reference_state, mask=its_mask)
         last = wanted.logits[:, -1, : config.vocab_size]
         assert_close(backend.to_numpy(found.logits), last, dtype, "value", f"{name} logits")
-        for layer, its_layer in zip(found.state.layers, wanted.state.layers, strict=True):
-            for field in layer._fields:
-                value = backend.to_numpy(getattr(layer, field))
-                assert_close(value, getattr(its_layer, field), dtype, "value", f"{name} {field}")
+        assert_states(backend, config, found.state, wanted.state, name, dtype)
         state, reference_state = found.state, wanted.state
     ids, state = backend.from_numpy(ids, device=model.device), model.init_state(3)
     with without_gradients(backend):

@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 from mamba_core.weights.formats import DTYPES as DTYPE_OF
 
 from .assertions import assert_close, assert_zero
-from .strategies import SHORT, Case, laid_out, law, lengths
-from .subjects import SUBJECTS, Piece, least_norm
+from .strategies import Case, laid_out, law, lengths
+from .subjects import SUBJECTS, Piece
 
 DTYPES = ("float32", "float32", "bfloat16", "float16")
-LENGTHS = {"selective_scan": lengths(), "causal_conv": lengths(), "block": lengths(65), "model": st.sampled_from(SHORT)}
 
 
 @pytest.fixture(params=SUBJECTS, scope="session")
@@ -33,6 +32,7 @@ def test_the_whole(backend, name, data):
 @law
 def test_split_with_the_carried_state(backend, name, data):
     """In up to four calls, of any lengths, none too."""
+    needs(name, "steps")
     case = draw_case(data, name)
     if not SUBJECTS[name].carries_segments:  # the first position of an op's call goes on from the state it is given
         case.positions.pop("segment_ids", None)
@@ -44,6 +44,7 @@ def test_split_with_the_carried_state(backend, name, data):
 @law
 def test_steps(backend, name, data):
     """A part as one call, the rest position by position."""
+    needs(name, "steps")
     case = draw_case(data, name, st.integers(1, 17))
     case = case._replace(positions={})
     first = data.draw(st.integers(0, case.shape[1] - 1))
@@ -60,6 +61,7 @@ def test_each_row_alone(backend, name, data):
 
 @law
 def test_packed_sequences_apart(backend, name, data):
+    needs(name, "packs")
     case = draw_case(data, name, lengths(33))
     case = case._replace(positions={"segment_ids": data.draw(_segments(*case.shape))})
     pieces = [piece for row in range(case.shape[0]) for piece in _sequences(name, case, row)]
@@ -69,6 +71,7 @@ def test_packed_sequences_apart(backend, name, data):
 @law
 def test_causal(backend, name, data):
     """What comes later changes no value, bit for bit, and gets no gradient."""
+    needs(name, "causal")
     case = draw_case(data, name, st.integers(1, 33))
     t = data.draw(st.integers(0, case.shape[1] - 1))
     later = np.arange(case.shape[1]) > t
@@ -91,8 +94,17 @@ def test_causal(backend, name, data):
         assert_zero(gradients[key][:, later], f"{name}: gradient of y up to {t} in later {key}")
 
 
+def needs(name, trait) -> None:
+    """Skips a law that is none of the subject's."""
+    if not getattr(SUBJECTS[name].traits, trait):
+        pytest.skip(f"{name} has not the trait {trait!r}")
+
+
 def draw_case(data, name, drawn_lengths=None) -> Case:
-    case = data.draw(SUBJECTS[name].cases(LENGTHS[name] if drawn_lengths is None else drawn_lengths))
+    subject = SUBJECTS[name]
+    case = data.draw(subject.cases(subject.lengths if drawn_lengths is None else drawn_lengths))
+    if not subject.traits.packs:
+        case.positions.pop("segment_ids", None)
     return case._replace(dtype=data.draw(st.sampled_from(DTYPES)))
 
 
@@ -115,12 +127,12 @@ def check(backend, name, case, route, what):
     told = {"dtype": case.dtype, "shape": case.shape}
     for index, (value, reference, stored) in enumerate(zip(outputs, expected, dtypes, strict=True)):
         output = f"state {index}" if index else "y"
-        least = least_norm(case, seen, output, reference)
+        least = subject.least_norm(case, seen, output, reference)
         assert_close(value, reference, limit(stored), "value", f"{name}, {what}: {output}", least, **told)
     wanted = vjp(cotangents)
     for key, gradient in gradients.items():
         stored = gradient.dtype.name
-        output, least = f"{name}, {what}: gradient of {key}", least_norm(case, seen, key, wanted[key])
+        output, least = f"{name}, {what}: gradient of {key}", subject.least_norm(case, seen, key, wanted[key])
         assert_close(gradient, wanted[key], limit(stored), "gradient", output, least, **told)
 
 

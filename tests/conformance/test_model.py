@@ -1,63 +1,43 @@
 """The model of a backend against the float64 reference, and the laws that it obeys."""
 
-import functools
-
 import numpy as np
 import pytest
 
 import mamba_core as mc
+from mamba_core import architectures, tasks
+from mamba_core.spec import ops
+from mamba_core.spec import state as states
 from mamba_core.spec.graph import block_graph
 from mamba_core.spec.init import initial_values
+from mamba_core.spec.ops.base import Positions
 from mamba_core.spec.params import parameter_table
-from mamba_core.spec.reference import OPS, Positions, ReferenceModel, cross_entropy
 
 from .assertions import assert_close
-from .strategies import CONFIGS, tokens
+from .cases import configs
+from .models import assert_states, built, call, leaves, reference
+from .strategies import tokens
 
 BATCH, LENGTH = 3, 20
-
-
-@functools.cache
-def built(backend, name: str, dtype: str = "float32"):
-    return mc.build(CONFIGS[name], backend=backend.name, dtype=dtype, seed=1)
-
-
-@functools.cache
-def reference(name: str):
-    return ReferenceModel(CONFIGS[name], dict(initial_values(CONFIGS[name], 1)))
-
-
-def call(backend, model, ids, state=None, **positions):
-    """(logits, state) as NumPy. The state given and returned is the backend's own."""
-    native = {name: backend.from_numpy(value, device=model.device) for name, value in positions.items()}
-    out = model(backend.from_numpy(ids, device=model.device), state, **native)
-    return backend.to_numpy(out.logits), out.state
-
-
-def flat(backend, state):
-    """Name -> NumPy array of a state's layers."""
-    to_numpy = backend.to_numpy if backend else np.asarray
-    named = {}
-    for index, layer in enumerate(state.layers):
-        named |= {f"layers.{index}.{field}": to_numpy(value) for field, value in layer._asdict().items()}
-    return named
-
-
-def assert_states(value: dict, expected: dict, what: str, dtype="float32"):
-    for name, reference_value in expected.items():
-        assert_close(value[name], reference_value, dtype, "value", f"{what}: state {name}")
+# Ops that compute in float32 from what they are given and round their result once.
+ONE_ROUNDING = ("rms_norm", "unit_rms_norm", "add", *ops.public())
+CONFIGS = configs()
 
 
 @pytest.fixture(params=CONFIGS, scope="session")
-def name(request):
-    return request.param
+def config(request):
+    return CONFIGS[request.param]
 
 
-def test_every_node_equals_the_reference(backend, name):
-    ids = tokens(CONFIGS[name], BATCH, LENGTH)
+def needs(config, trait) -> None:
+    if not getattr(architectures.traits(config), trait):
+        pytest.skip(f"{config.architecture} has not the trait {trait!r}")
+
+
+def test_every_node_equals_the_reference(backend, config):
+    ids = tokens(config, BATCH, LENGTH)
     expected, observed = {}, {}
-    wanted = reference(name)(ids, observe=expected.__setitem__)
-    model = built(backend, name)
+    wanted = reference(config)(ids, observe=expected.__setitem__)
+    model = built(backend, config)
     out = model(
         backend.from_numpy(ids, device=model.device),
         observe=lambda node, value: observed.__setitem__(node, backend.to_numpy(value)),
@@ -65,24 +45,26 @@ def test_every_node_equals_the_reference(backend, name):
     assert list(observed) == list(expected)
     for node, value in expected.items():
         kind = "value" if node == "logits" else "node"
-        assert_close(observed[node], value, "float32", kind, node, config=name)
-    assert_states(flat(backend, out.state), flat(None, wanted.state), "after the last position")
+        assert_close(observed[node], value, "float32", kind, node, config=config.architecture)
+    assert_states(backend, config, out.state, wanted.state, "after the last position")
     assert backend.to_numpy(out.logits).dtype == np.float32
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_equals_the_reference(backend, name, dtype):
-    ids = tokens(CONFIGS[name], BATCH, LENGTH)
-    logits, state = call(backend, built(backend, name, dtype), ids)
-    assert_close(logits, reference(name)(ids).logits, dtype, "value", "logits", config=name)
+def test_half_precision_equals_the_reference(backend, config, dtype):
+    ids = tokens(config, BATCH, LENGTH)
+    logits, state = call(backend, built(backend, config, dtype), ids)
+    assert_close(logits, reference(config)(ids).logits, dtype, "value", "logits", config=config.architecture)
     assert logits.dtype == np.float32
-    for layer in state.layers:
-        assert backend.to_numpy(layer.ssm).dtype == np.float32
+    assert {key: value.dtype.name for key, value in leaves(config, state, backend.to_numpy).items()} == {
+        f"layers.{layer}.{field.name}": dtype if field.dtype == "compute" else field.dtype
+        for layer, field in states.table(config)
+    }
 
 
-def test_half_precision_rounds_once(backend, name):
+def test_half_precision_rounds_once(backend, config):
     """Norms, convolution, scan and residual compute in float32 from what they are given and round the result once."""
-    config, model = CONFIGS[name], built(backend, name, "bfloat16")
+    model = built(backend, config, "bfloat16")
     ids = tokens(config, BATCH, LENGTH)
     given, dtypes = {}, {}
 
@@ -92,14 +74,15 @@ def test_half_precision_rounds_once(backend, name):
 
     model(backend.from_numpy(ids, device=model.device), observe=observe)
     parameters = {key: value.astype(np.float64) for key, value in backend.parameters(model).items()}
-    zeros = reference(name).init_state(BATCH).layers
+    zeros = reference(config).init_state(BATCH, LENGTH).layers
     for node in block_graph(config):
-        if node.op not in ("rms_norm", "causal_conv", "selective_scan", "add"):
+        if node.op not in ONE_ROUNDING:
             continue
         inputs = [given[key] for key in node.inputs]
         named = {key: parameters[canonical] for key, canonical in node.parameters.items()}
-        carried = getattr(zeros[node.state[0]], node.state[1]) if node.state else None
-        wanted, _ = OPS[node.op][0](inputs, named, node.settings, carried, Positions(None, None))
+        layer, fields = node.state or (0, ())
+        carried = tuple(getattr(zeros[layer], field) for field in fields)
+        wanted, _ = ops.nodes()[node.op].forward(inputs, named, node.settings, carried, Positions())
         kept = "float32" if node.op == "add" and config.residual_in_fp32 else "bfloat16"
         assert dtypes[node.name].name == kept, node.name
         different = given[node.name] != wanted.astype(dtypes[node.name]).astype(np.float64)
@@ -107,51 +90,50 @@ def test_half_precision_rounds_once(backend, name):
         assert different.mean() <= 0.02, f"{node.name}: {different.mean():.1%} not the nearest {kept}"
 
 
-def test_initial_state(backend, name):
+def test_initial_state(backend, config):
     """Zeros, in the dtypes of the contract."""
-    config = CONFIGS[name]
     for dtype in ("float32", "bfloat16"):
-        state = built(backend, name, dtype).init_state(2)
+        state = built(backend, config, dtype).init_state(2)
         assert len(state.layers) == config.n_layer
-        for layer in state.layers:
-            conv, ssm = backend.to_numpy(layer.conv), backend.to_numpy(layer.ssm)
-            assert (conv.shape, conv.dtype.name) == ((2, config.d_conv - 1, config.d_inner), dtype)
-            assert (ssm.shape, ssm.dtype.name) == ((2, config.d_inner, config.d_state), "float32")
-            assert not conv.any()
-            assert not ssm.any()
+        for layer, field in states.table(config):
+            value = backend.to_numpy(getattr(state.layers[layer], field.name))
+            shape = field.stored_shape(2, states.capacity_for(0))
+            wanted = dtype if field.dtype == "compute" else field.dtype
+            assert (value.shape, value.dtype.name) == (shape, wanted), field
+            assert not value.any()
         assert backend.to_numpy(state.segment).dtype == np.int32
 
 
-def test_parameters_are_the_table(backend, name):
-    table = parameter_table(CONFIGS[name])
+def test_parameters_are_the_table(backend, config):
+    table = parameter_table(config)
     for dtype in ("float32", "bfloat16"):
-        found = dict(backend.parameters(built(backend, name, dtype)))
+        found = dict(backend.parameters(built(backend, config, dtype)))
         assert list(found) == list(table)
         for key, value in found.items():
             assert value.shape == table[key].shape
             assert value.dtype.name == table[key].dtype(dtype), key
 
 
-def test_initial_values_are_the_streams_bit_for_bit(backend, name):
+def test_initial_values_are_the_streams_bit_for_bit(backend, config):
     for (key, value), (wanted_key, wanted) in zip(
-        backend.parameters(built(backend, name)).items(), initial_values(CONFIGS[name], 1), strict=True
+        backend.parameters(built(backend, config)).items(), initial_values(config, 1), strict=True
     ):
         assert key == wanted_key
         np.testing.assert_array_equal(value, wanted)
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_gradients_equal_the_reference(backend, name, masked):
-    ids = tokens(CONFIGS[name], BATCH, LENGTH + 1)
+def test_gradients_equal_the_reference(backend, config, masked):
+    ids = tokens(config, BATCH, LENGTH + 1)
     mask = None
     if masked:
         mask = np.arange(LENGTH + 1) < np.array([LENGTH + 1, 9, 4])[:, None]
-    loss, gradients = backend.loss_and_gradients(built(backend, name), ids, mask)
+    loss, gradients = backend.loss_and_gradients(built(backend, config), ids, mask)
     inside = None if mask is None else mask[:, :-1]
-    wanted, dlogits = cross_entropy(
-        reference(name)(ids[:, :-1], mask=inside).logits, ids[:, 1:], None if mask is None else mask[:, 1:]
-    )
-    expected, _ = reference(name).vjp(dlogits, ids[:, :-1], mask=inside)
+    logits = reference(config)(ids[:, :-1], mask=inside).logits
+    targets = None if mask is None else mask[:, 1:]
+    wanted, dlogits = tasks.of(config).loss(config, logits, ids[:, 1:], targets)
+    expected, _ = reference(config).vjp(dlogits, ids[:, :-1], mask=inside)
     assert loss == pytest.approx(wanted, rel=1e-6)
     assert list(gradients) == list(expected)
     for key, value in expected.items():
@@ -160,51 +142,53 @@ def test_gradients_equal_the_reference(backend, name, masked):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_masks_and_segments_together_equal_the_reference(backend, name, seed):
+def test_masks_and_segments_together_equal_the_reference(backend, config, seed):
     rng = np.random.default_rng(seed)
-    ids = tokens(CONFIGS[name], BATCH, LENGTH)
+    ids = tokens(config, BATCH, LENGTH)
     positions = {"mask": rng.random(ids.shape) < 0.7, "segment_ids": np.cumsum(rng.random(ids.shape) < 0.2, 1)}
     positions["segment_ids"] = positions["segment_ids"].astype(np.int32)
+    needs(config, "packs")
     # The first and the last position of a row do not count, and are of segments of their own.
     positions["mask"][0, -1] = positions["mask"][1, 0] = False
     positions["segment_ids"][0, -1] += 1
     positions["segment_ids"][1, 1:] += 1
-    logits, state = call(backend, built(backend, name), ids, **positions)
-    wanted = reference(name)(ids, **positions)
+    logits, state = call(backend, built(backend, config), ids, **positions)
+    wanted = reference(config)(ids, **positions)
     assert_close(logits, wanted.logits, "float32", "value", "logits")
-    assert_states(flat(backend, state), flat(None, wanted.state), "mask and segments")
+    assert_states(backend, config, state, wanted.state, "mask and segments")
     np.testing.assert_array_equal(backend.to_numpy(state.segment), wanted.state.segment)
 
 
 @pytest.mark.parametrize("length", [0, 1, 2])
-def test_short_sequences(backend, name, length):
-    ids = tokens(CONFIGS[name], BATCH, length)
-    logits, state = call(backend, built(backend, name), ids)
-    wanted = reference(name)(ids)
+def test_short_sequences(backend, config, length):
+    ids = tokens(config, BATCH, length)
+    logits, state = call(backend, built(backend, config), ids)
+    wanted = reference(config)(ids)
     assert_close(logits, wanted.logits, "float32", "value", "logits")
-    assert_states(flat(backend, state), flat(None, wanted.state), "short")
+    assert_states(backend, config, state, wanted.state, "short")
 
 
-def test_the_given_state_is_not_changed(backend, name):
-    model = built(backend, name)
-    _, state = call(backend, model, tokens(CONFIGS[name], BATCH, 5))
-    before = {key: value.copy() for key, value in flat(backend, state).items()}
+def test_the_given_state_is_not_changed(backend, config):
+    needs(config, "steps")
+    model = built(backend, config)
+    _, state = call(backend, model, tokens(config, BATCH, 5))
+    before = {key: value.copy() for key, value in states.named(state).items() for value in [backend.to_numpy(value)]}
     for length in (1, 4):
-        call(backend, model, tokens(CONFIGS[name], BATCH, length, seed=2), state)
-    for key, value in flat(backend, state).items():
-        np.testing.assert_array_equal(value, before[key])
+        call(backend, model, tokens(config, BATCH, length, seed=2), state)
+    for key, value in states.named(state).items():
+        np.testing.assert_array_equal(backend.to_numpy(value), before[key])
 
 
-def test_bad_input_is_refused_or_gives_no_number(backend, name):
-    model = built(backend, name)
+def test_bad_input_is_refused_or_gives_no_number(backend, config):
+    model = built(backend, config)
     with pytest.raises(ValueError, match="batch 0"):
         call(backend, model, np.zeros((0, 4), np.int32))
     with pytest.raises(ValueError, match="expected"):
         call(backend, model, np.zeros(4, np.int32))
     with pytest.raises(TypeError, match="integers"):
         call(backend, model, np.zeros((1, 4), np.float32))
-    ids = tokens(CONFIGS[name], 1, 6)
-    for outside in (-1, CONFIGS[name].padded_vocab_size):
+    ids = tokens(config, 1, 6)
+    for outside in (-1, config.padded_vocab_size):
         ids[0, 3] = outside
         try:
             logits, _ = call(backend, model, ids)
@@ -214,18 +198,12 @@ def test_bad_input_is_refused_or_gives_no_number(backend, name):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("layout", ["hf", "mamba_ssm"])
-def test_saved_and_loaded_bit_for_bit(backend, name, dtype, layout, tmp_path):
-    config = CONFIGS[name]
-    if layout == "mamba_ssm" and config.norm_eps != 1e-5:
-        with pytest.raises(ValueError, match="norm_eps"):
-            mc.save(built(backend, name, dtype), tmp_path / "one", layout=layout)
-        assert not list(tmp_path.iterdir())
-        return
-    mc.save(built(backend, name, dtype), tmp_path / "one", layout=layout)
+def test_saved_and_loaded_bit_for_bit(backend, config, dtype, tmp_path):
+    mc.save(built(backend, config, dtype), tmp_path / "one")
     loaded = mc.load(tmp_path / "one", backend=backend.name)
     assert loaded.dtype == dtype
-    mc.save(loaded, tmp_path / "two", layout=layout)
+    assert loaded.config == config
+    mc.save(loaded, tmp_path / "two")
     names = {path.name for path in (tmp_path / "one").iterdir()}
     assert names == {path.name for path in (tmp_path / "two").iterdir()}
     for file in names:

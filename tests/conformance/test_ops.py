@@ -5,10 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mamba_core.spec import recurrence
+from mamba_core.spec import ops
+from mamba_core.spec.ops import selective_scan
 
 from .assertions import assert_close
-from .strategies import EDGES, conv_cases, law, lengths, scan_cases
+from .strategies import EDGES, law, lengths, op_cases
 from .subjects import Piece
 from .test_laws import check
 
@@ -27,21 +28,21 @@ def test_every_kernel_equals_the_recurrence(backend, data):
 
 
 def check_kernel(backend, data, drawn_lengths):
-    runnable = [name for name, reason in backend.kernels().items() if reason is None]
-    kernel = data.draw(st.sampled_from(runnable))
-    for op, cases in (("selective_scan", scan_cases), ("causal_conv", conv_cases)):
-        case = data.draw(cases(drawn_lengths))
+    for op in ops.public():
+        runnable = [name for name, reason in backend.kernels()[op].items() if reason is None]
+        kernel = data.draw(st.sampled_from([*runnable, "plain"]))
+        case = data.draw(op_cases(op, drawn_lengths))
         check(backend, op, case._replace(options=case.options | {"kernel": kernel}), [Piece()], kernel)
 
 
 def call(backend, op, arrays, options):
     """(y, final state) as NumPy, from NumPy."""
     native = {name: backend.from_numpy(value) for name, value in arrays.items()}
-    y, h = getattr(backend, op)(**native, **options, return_final_state=True)
+    y, h = getattr(backend.op(op), op)(**native, **options, return_final_state=True)
     return backend.to_numpy(y), backend.to_numpy(h)
 
 
-@given(case=scan_cases(st.sampled_from((17, 33))))
+@given(case=op_cases("selective_scan", st.sampled_from((17, 33))))
 def test_scan_is_linear_in_x(backend, case):
     arrays = case.arrays | case.positions
     arrays.pop("initial_state", None)
@@ -72,12 +73,12 @@ def test_faults_of_the_arguments_are_named(backend):
     for name, shape in bad.items():
         arrays = {key: backend.from_numpy(np.ones(size, np.float32)) for key, size in (good | {name: shape}).items()}
         with pytest.raises(ValueError, match=r"has shape .*expected"):
-            backend.selective_scan(**arrays)
+            backend.op("selective_scan").selective_scan(**arrays)
     arrays = {key: backend.from_numpy(np.ones(size, np.float32)) for key, size in good.items()}
     with pytest.raises(TypeError, match="expected bool"):
-        backend.selective_scan(**arrays, mask=backend.from_numpy(np.ones((2, 5), np.int32)))
+        backend.op("selective_scan").selective_scan(**arrays, mask=backend.from_numpy(np.ones((2, 5), np.int32)))
     with pytest.raises(ValueError, match=r"no kernel 'nonsense'|kernel"):
-        backend.selective_scan(**arrays, kernel="nonsense")
+        backend.op("selective_scan").selective_scan(**arrays, kernel="nonsense")
 
 
 def test_masked_positions_do_not_leak_what_is_not_finite(backend):
@@ -135,12 +136,12 @@ def test_a_million_positions(backend):
     arrays |= {"A": -np.exp(normal(channels, states)), "B": normal(1, length, states), "C": normal(1, length, states)}
     arrays |= {"D": normal(channels), "z": normal(1, length, channels), "delta_bias": normal(channels)}
     dy, dh = normal(1, length, channels), normal(1, channels, states)
-    expected = recurrence.selective_scan(**arrays, delta_softplus=True, return_final_state=True)
-    wanted = recurrence.selective_scan_vjp(dy, dh, **arrays, delta_softplus=True)
+    expected = selective_scan.selective_scan(**arrays, delta_softplus=True, return_final_state=True)
+    wanted = selective_scan.selective_scan_vjp(dy, dh, **arrays, delta_softplus=True)
 
     def scan(*given):
         named = dict(zip(arrays, given, strict=True))
-        return backend.selective_scan(**named, delta_softplus=True, return_final_state=True)
+        return backend.op("selective_scan").selective_scan(**named, delta_softplus=True, return_final_state=True)
 
     native = [backend.from_numpy(value) for value in arrays.values()]
     values, gradients = backend.vjp(scan, native, [backend.from_numpy(value) for value in (dy, dh)])

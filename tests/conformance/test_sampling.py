@@ -10,7 +10,7 @@ from mamba_core.backend import Context
 from mamba_core.sampling import Sampling, Uniforms
 from mamba_core.spec import sampling as spec
 
-from .strategies import CONFIGS
+from .cases.mamba import CONFIGS
 
 
 @pytest.fixture(scope="module")

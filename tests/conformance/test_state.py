@@ -15,7 +15,8 @@ from mamba_core.spec.reference import ReferenceModel
 from mamba_core.weights.io import CheckpointError
 
 from .assertions import assert_close
-from .strategies import CONFIGS, tokens
+from .cases.mamba import CONFIGS
+from .strategies import tokens
 
 CONFIG = CONFIGS["odd"]
 
@@ -91,10 +92,10 @@ def test_what_is_no_state_of_the_model_is_not_written(backend, tmp_path):
     [
         ("segment", lambda array: array.astype(np.uint32), "segment is uint32"),
         ("segment", lambda array: array.astype(np.int64), "segment is int64"),
-        ("segment", lambda array: array[0], "segment is int32"),
-        ("segment", lambda array: array[:1], "layers.0.conv is float32"),
+        ("segment", lambda array: array[0], "segment has shape"),
+        ("segment", lambda array: array[:1], "layers.0.conv has shape"),
         ("layers.0.ssm", lambda array: array.astype(np.int32), "layers.0.ssm is int32"),
-        ("layers.0.ssm", lambda array: array[..., :-1], "layers.0.ssm is float32"),
+        ("layers.0.ssm", lambda array: array[..., :-1], "layers.0.ssm has shape"),
     ],
 )
 def test_a_file_that_does_not_fit_is_not_read(backend, name, change, message, tmp_path):

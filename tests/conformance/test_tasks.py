@@ -1,4 +1,4 @@
-"""Models of every task, and those of `compat`: what is theirs alone. The laws of `test_laws.py` draw them too."""
+"""Models of every task: what is theirs alone. The laws of `test_laws.py` draw them too."""
 
 import dataclasses
 import functools
@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 
 import mamba_core as mc
-from mamba_core.backend import Hidden, LayerState, Output, State
+from mamba_core import tasks
+from mamba_core.backend import State
 from mamba_core.parity import parity
 from mamba_core.spec.init import initial_values
-from mamba_core.spec.reference import ReferenceModel, cross_entropy
+from mamba_core.spec.reference import ReferenceModel
 from mamba_core.spec.tolerances import tolerance
 from mamba_core.training import TrainSettings
 
+from . import models
 from .assertions import assert_close, assert_zero
+from .models import assert_states, call
 
 BATCH, LENGTH = 2, 13
 SMALL = mc.MambaConfig(d_model=12, n_layer=2, vocab_size=29, d_state=3, initializer_range=0.3)
@@ -25,8 +28,8 @@ CONFIGS = {
     "features": dataclasses.replace(SMALL, task="features"),
     "layers": dataclasses.replace(SMALL, task="layers"),
     "layers in the compute dtype": dataclasses.replace(SMALL, task="layers", **HALF),
-    "minimamba": dataclasses.replace(SMALL, compat="minimamba"),
-    "minimamba layers": dataclasses.replace(SMALL, task="layers", compat="minimamba", **HALF),
+    "minimamba": mc.MiniMambaConfig(d_model=12, n_layer=2, vocab_size=29, d_state=3, initializer_range=0.3),
+    "minimamba layers": mc.MiniMambaConfig(d_model=12, n_layer=2, d_state=3, task="layers", **HALF),
 }
 HEADLESS = [name for name, config in CONFIGS.items() if config.task != "lm"]
 MASK = np.array([[True] * LENGTH, [False] * 2 + [True] * 8 + [False] * (LENGTH - 10)])
@@ -50,26 +53,7 @@ def reference(name):
 
 
 def inputs(name, length=LENGTH, seed=0):
-    """Token ids, or embeddings for task "layers"."""
-    rng, config = np.random.default_rng(seed), CONFIGS[name]
-    if config.task == "layers":
-        return rng.normal(size=(BATCH, length, config.d_model)).astype(np.float32)
-    return rng.integers(0, config.vocab_size, (BATCH, length)).astype(np.int32)
-
-
-def call(backend, model, given, state=None, observe=None, **positions):
-    native = {key: backend.from_numpy(value, device=model.device) for key, value in positions.items()}
-    out = model(backend.from_numpy(given, device=model.device), state, observe=observe, **native)
-    return backend.to_numpy(out[0]), out.state
-
-
-def assert_states(backend, state, expected, what):
-    for index, (layer, wanted) in enumerate(zip(state.layers, expected.layers, strict=True)):
-        for field in LayerState._fields:
-            value, reference_value = getattr(layer, field), getattr(wanted, field)
-            if not isinstance(reference_value, np.ndarray):
-                reference_value = backend.to_numpy(reference_value)
-            assert_close(backend.to_numpy(value), reference_value, "float32", "value", f"{what}: layer {index} {field}")
+    return models.inputs(CONFIGS[name], BATCH, length, seed)
 
 
 @pytest.fixture(params=CONFIGS, scope="session")
@@ -95,7 +79,7 @@ def test_every_node_equals_the_reference(backend, name, masked):
     for node, value in expected.items():
         assert_close(observed[node], value, "float32", "value" if node == last else "node", node, config=name)
     np.testing.assert_array_equal(found, observed[last])
-    assert_states(backend, state, wanted.state, "after the last position")
+    assert_states(backend, CONFIGS[name], state, wanted.state, "after the last position")
     if masked:
         assert_zero(found[~MASK], "what is masked")
 
@@ -103,8 +87,7 @@ def test_every_node_equals_the_reference(backend, name, masked):
 def test_the_kind_of_result(backend, name):
     model = built(backend, name)
     out = model(backend.from_numpy(inputs(name), device=model.device))
-    kind = Output if CONFIGS[name].task == "lm" else Hidden
-    assert type(out) is kind is type(reference(name)(inputs(name)))
+    assert type(out) is tasks.of(CONFIGS[name]).output is type(reference(name)(inputs(name)))
     assert isinstance(out.state, State)
 
 
@@ -126,18 +109,6 @@ def test_the_residual_stream_has_its_dtype_whatever_is_given(backend, name):
         model(native, observe=lambda node, value: dtypes.update({node: backend.to_numpy(value).dtype.name}))
         assert dtypes["layers.0.residual"] == ("float32" if config.residual_in_fp32 else "bfloat16")
         assert dtypes["layers.0.norm"] == dtypes["layers.0.scan"] == dtypes["layers.1.out_proj"] == "bfloat16"
-
-
-def test_gradients_of_the_parameters_of_minimamba(backend):
-    ids = inputs("minimamba", LENGTH + 1)
-    loss, gradients = backend.loss_and_gradients(built(backend, "minimamba"), ids)
-    model = reference("minimamba")
-    wanted, dlogits = cross_entropy(model(ids[:, :-1]).logits, ids[:, 1:])
-    expected, _ = model.vjp(dlogits, ids[:, :-1])
-    assert loss == pytest.approx(wanted, rel=1e-6)
-    for key, value in expected.items():
-        error = np.linalg.norm(gradients[key].astype(np.float64) - value)
-        assert error <= 1e-5 * max(np.linalg.norm(value), 1e-3), key
 
 
 @pytest.mark.parametrize("name", HEADLESS)

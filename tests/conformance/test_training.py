@@ -9,11 +9,12 @@ import mamba_core as mc
 from mamba_core import registry
 from mamba_core.spec.init import initial_values
 from mamba_core.spec.params import parameter_table
-from mamba_core.spec.reference import ReferenceModel, cross_entropy
+from mamba_core.spec.reference import ReferenceModel
 from mamba_core.spec.tolerances import relative_l2
+from mamba_core.tasks.lm import cross_entropy
 from mamba_core.training import TrainSettings, batch
 
-from .strategies import CONFIGS
+from .cases.mamba import CONFIGS
 
 CONFIG = CONFIGS["base"]
 SETTINGS = TrainSettings(steps=20, batch_size=2, length=16, learning_rate=1e-2, warmup_steps=4, clip_norm=0.5)
