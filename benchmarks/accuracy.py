@@ -13,7 +13,7 @@ import numpy as np
 import mamba_core as mc
 from mamba_core import registry
 from mamba_core.benchmarks.machine import machine
-from mamba_core.parity import installed
+from mamba_core.registry import installed
 from mamba_core.spec.init import initial_values
 from mamba_core.spec.reference import ReferenceModel, cross_entropy
 from mamba_core.spec.tolerances import relative_l2

@@ -22,7 +22,7 @@ import mamba_core as mc
 from mamba_core import architectures
 from mamba_core.benchmarks.machine import cores, machine
 from mamba_core.generation import PREFILL_CHUNK, Run
-from mamba_core.parity import installed
+from mamba_core.registry import installed
 from mamba_core.sampling import Sampling
 
 RESULTS = Path(__file__).parent / "results" / "generation.json"

@@ -9,6 +9,7 @@ from typing import Any
 from mamba_core import architectures, backends
 from mamba_core.backend import Hidden, LayerState, Output, State
 from mamba_core.config import MambaConfig
+from mamba_core.explanation import Explanation, explain
 from mamba_core.factory import build, load, load_state, save, save_state
 from mamba_core.generation import Result, Stream, generate, stream
 from mamba_core.kernels import Kernels
@@ -23,6 +24,7 @@ from mamba_core.weights.formats import CheckpointError
 __all__ = [
     "CheckpointError",
     "Conversion",
+    "Explanation",
     "Hidden",
     "Inspection",
     "Kernels",
@@ -40,6 +42,7 @@ __all__ = [
     "causal_conv",
     "causal_conv_step",
     "convert",
+    "explain",
     "generate",
     "inspect",
     "load",

@@ -28,8 +28,8 @@ class LayerState(NamedTuple):
 class State(NamedTuple):
     """What a model carries: a value, never changed in place, the same type for prefill, chunk and step.
 
-    layers: one entry a layer, a NamedTuple of arrays whose first axis is the batch, as `mamba_core.spec.state` has them;
-        one without fields for a layer that carries nothing.
+    layers: one entry a layer, a NamedTuple of arrays whose first axis is the batch, as `mamba_core.spec.state` has
+        them; one without fields for a layer that carries nothing.
     segment: (b,) int32, the segment id of each row's last position that counted.
     """
 
@@ -114,7 +114,7 @@ class Taken(NamedTuple):
         what is still to be added to it or None, states those of the blocks.
     """
 
-    count: int
+    count: int  # type: ignore[assignment]  # tuples have a method of that name
     run: Callable
 
 
@@ -135,7 +135,7 @@ class Way(Protocol):
 class Explained(NamedTuple):
     """Which way computes some consecutive layers.
 
-    first, last: the layers. way: its name. passed_over: a faster way's name -> why it does not compute the first of them.
+    first, last: the layers. way: its name. passed_over: a faster way's name -> why it does not compute the first.
     """
 
     first: int
@@ -159,8 +159,8 @@ class Backend(Protocol):
     def op(self, name: str) -> Any:
         """What has the functions of an op, such as `selective_scan` and `selective_step` for "selective_scan".
 
-        Their signatures are those of the same functions in `mamba_core.ops`; what they compute is `mamba_core.spec.ops`.
-        In our own backends it is the module `ops/<name>.py`.
+        Their signatures are those of the functions in `mamba_core.ops`, and `mamba_core.spec.ops` is what they
+        compute. In our own backends it is the module `ops/<name>.py`.
 
         Raises:
             ValueError: there is no such op.

@@ -55,7 +55,7 @@ def modules(folder: str) -> dict[str, ModuleType]:
 @functools.cache
 def _places(folder: str) -> dict[str, list[str]]:
     """Name -> the packages that have a part of it."""
-    found = {}
+    found: dict[str, list[str]] = {}
     for root in roots():
         package = _package(root, folder)
         for module in pkgutil.iter_modules([] if package is None else package.__path__):

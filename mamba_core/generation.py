@@ -4,9 +4,10 @@ How a token is chosen is `mamba_core.sampling`'s, the arithmetic each backend's 
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 
@@ -45,8 +46,8 @@ class Result:
 
 
 def generate(
-    model,
-    prompts,
+    model: Any,
+    prompts: Any,
     *,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
@@ -65,7 +66,7 @@ def generate(
     state: State | None = None,
     return_state: bool = False,
     prefill_chunk: int = PREFILL_CHUNK,
-    tokenizer=None,
+    tokenizer: Any = None,
 ) -> Result:
     """Continue a batch of prompts of any lengths; a row does not depend on its neighbours.
 
@@ -95,7 +96,7 @@ def generate(
     """
     sampling = Sampling(
         *(temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty),
-        processors=processors,
+        processors=processors,  # type: ignore[arg-type]  # Sampling makes a tuple of it
         top_logprobs=top_logprobs,
     )
     run = Run(
@@ -131,7 +132,7 @@ class Stream(Iterator[str]):
         """What has been generated so far, as `generate` would return it."""
         return self._run.result(return_state)
 
-    def _generate(self) -> Iterator[str]:
+    def _generate(self) -> Generator[str, None, None]:
         row, sent = self._run.rows[0], 0
         for _ in self._run.steps():
             text, sent = row.since(sent)
@@ -140,8 +141,8 @@ class Stream(Iterator[str]):
 
 
 def stream(
-    model,
-    prompt,
+    model: Any,
+    prompt: Any,
     *,
     max_new_tokens: int = 64,
     logit_bias: Mapping[int, float] | None = None,
@@ -149,8 +150,8 @@ def stream(
     seed: int = 0,
     state: State | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
-    tokenizer=None,
-    **sampling,
+    tokenizer: Any = None,
+    **sampling: Any,
 ) -> Stream:
     """Continue one prompt, yielding text as it comes; arguments as in `generate`."""
     run = Run(
@@ -176,13 +177,13 @@ class Run:
     def __init__(
         self,
         model,
-        prompts,
+        prompts: Any,
         sampling: Sampling,
         *,
         max_new_tokens: int = 64,
-        logit_bias=None,
-        stop=(),
-        seed=0,
+        logit_bias: Mapping[int, float] | None = None,
+        stop: str | int | Sequence[str | int] = (),
+        seed: int | Sequence[int] = 0,
         n: int = 1,
         state: State | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
@@ -271,8 +272,8 @@ class Run:
 
 def _by_row(choice: Choice) -> Iterator[tuple]:
     """(token, log-probability, the likeliest as pairs or None) of each row."""
-    tops = [None] * len(choice.tokens)
-    if choice.top_tokens is not None:
+    tops: list = [None] * len(choice.tokens)
+    if choice.top_tokens is not None and choice.top_logprobs is not None:
         likeliest = zip(choice.top_tokens.tolist(), choice.top_logprobs.tolist(), strict=True)
         tops = [list(zip(tokens, logprobs, strict=True)) for tokens, logprobs in likeliest]
     return zip(choice.tokens.tolist(), choice.logprobs.tolist(), tops, strict=True)
@@ -294,8 +295,11 @@ class _Row:
         self._decode = tokenizer.decoder() if tokenizer else (lambda token: "")
         self._limit = limit
         # Text that is surely there, and what may yet be the beginning of a stop text.
-        self._pieces, self._held = [], ""
-        self.tokens, self.logprobs, self.top_logprobs = [], [], []
+        self._pieces: list[str] = []
+        self._held = ""
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self.top_logprobs: list = []
         self.finished = "length" if limit == 0 else None
 
     @property
@@ -358,7 +362,7 @@ def _encode(config, prompts, tokenizer, goes_on: bool, limit: int) -> list[list[
         raise ValueError("prompts is empty; expected at least one")
     if any(isinstance(prompt, str) for prompt in prompts) and tokenizer is None:
         raise ValueError("the prompts are text and the model has no tokenizer; pass tokenizer= or token ids")
-    encode = getattr(tokenizer, "encode_more" if goes_on else "encode", getattr(tokenizer, "encode", None))
+    encode: Any = getattr(tokenizer, "encode_more" if goes_on else "encode", getattr(tokenizer, "encode", None))
     encoded = [
         encode(item) if isinstance(item, str) else [integer("a token", token) for token in item] for item in prompts
     ]

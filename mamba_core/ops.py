@@ -157,7 +157,7 @@ def _function(op: str, x: Array, kernel: str):
 
 def _module(op: str, x: Array) -> Any:
     """The file of the op for arrays such as x."""
-    return discovery.find("spec.ops", op) if isinstance(x, np.ndarray) else _backend_of(type(x)).op(op)
+    return discovery.find("spec.ops", op) if isinstance(x, np.ndarray) else _backend_of(type(x)).op(op)  # type: ignore[arg-type]
 
 
 @functools.cache  # to look for what is installed takes longer than a small scan

@@ -228,7 +228,7 @@ def _inputs(opened, length, tokens, text, seed, least: int) -> np.ndarray:
 
 def _reference(opened, inputs, grad: bool) -> _Reference:
     """The model in float64; its own copy of the parameters is gone when this returns."""
-    nodes = {}
+    nodes: dict[str, np.ndarray] = {}
     model = ReferenceModel(opened.config, dict(opened.tensors()))
     output, _ = model(inputs, observe=nodes.__setitem__)
     if not np.isfinite(output).all():

@@ -24,6 +24,7 @@ import numbers
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -78,7 +79,7 @@ class Sampling:
         penalties = self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
         return penalties or bool(self.processors)
 
-    def processed(self, logits, context: Context):
+    def processed(self, logits: Any, context: Context) -> Any:
         """The logits after the processors.
 
         Raises:
@@ -141,9 +142,12 @@ class Uniforms:
 
     def __init__(self, seed: int | Sequence[int], prompts: int, samples: int = 1):
         each = isinstance(seed, (Sequence, np.ndarray)) and not isinstance(seed, str)
-        if each and len(seed) != prompts:
-            raise ValueError(f"seed has {len(seed)} entries; expected an integer, or one for each of {prompts} prompts")
-        seeds = [integer("seed", one, least=0) for one in (seed if each else [seed] * prompts)]
+        given: list = list(seed) if each else [seed] * prompts  # type: ignore[arg-type]
+        if len(given) != prompts:
+            raise ValueError(
+                f"seed has {len(given)} entries; expected an integer, or one for each of {prompts} prompts"
+            )
+        seeds = [integer("seed", one, least=0) for one in given]
         if wrong := [one for one in seeds if one >= 1 << 64]:
             raise ValueError(f"seed is {wrong[0]}; expected at most 2^64 - 1")
         rows = [0] * prompts if each else range(prompts)

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -88,7 +89,7 @@ def batch(data: np.ndarray, settings: TrainSettings, step: int) -> np.ndarray:
 
 
 def train(
-    model,
+    model: Any,
     data: np.ndarray,
     settings: TrainSettings,
     *,
@@ -178,7 +179,7 @@ def _check_target(checkpoint, resume) -> None:
 
 
 def _digest(data: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(data, dtype=np.int64)).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(data, dtype=np.int64).data).hexdigest()
 
 
 def _restore(trainer, model, path: Path, run: dict) -> list[dict]:

@@ -28,6 +28,7 @@ class JaxBackend:
     causal_conv = staticmethod(causal_conv)
     causal_conv_step = staticmethod(causal_conv_step)
     devices = staticmethod(devices)
+
     def kernels(self, device=None):  # TODO(merge)
         found = kernels(device)
         return {"selective_scan": found, "causal_conv": found}

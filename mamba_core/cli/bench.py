@@ -9,7 +9,7 @@ from pathlib import Path
 from mamba_core.benchmarks import cases, ours, runner, store
 from mamba_core.benchmarks.machine import cores, machine
 from mamba_core.cli.output import add_json, print_json, print_table, progress_bar
-from mamba_core.parity import installed
+from mamba_core.registry import installed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +51,7 @@ def _settings(arguments: argparse.Namespace) -> runner.Settings:
         raise ValueError(f"--threads is {arguments.threads}; expected 1 to {cores()}, the cores there are")
     if arguments.budget is not None and not arguments.budget > 0:
         raise ValueError(f"--budget is {arguments.budget}; expected seconds, more than 0")
-    sizes = {"rounds": 3, "budget": 2.0, "limit": 60.0} if arguments.quick else {}
+    sizes: dict = {"rounds": 3, "budget": 2.0, "limit": 60.0} if arguments.quick else {}
     sizes |= {} if arguments.budget is None else {"budget": arguments.budget}
     return runner.Settings(threads=arguments.threads, **sizes)
 

@@ -20,7 +20,8 @@ from mamba_core import factory, registry
 from mamba_core.cli.output import add_json, console, print_json, print_table, progress_bar
 from mamba_core.config import MambaConfig
 from mamba_core.generation import generate
-from mamba_core.parity import Parity, installed, parity
+from mamba_core.parity import Parity, parity
+from mamba_core.registry import installed
 from mamba_core.spec.params import parameter_count
 from mamba_core.text import read_tokens, standard_library
 from mamba_core.training import TrainSettings, train
@@ -120,9 +121,10 @@ def _continue(name: str, checkpoint: Path, prompt: str, count: int) -> dict:
     started = time.perf_counter()
     result = generate(model, prompt, max_new_tokens=count)
     seconds = time.perf_counter() - started
-    sampled = generate(model, prompt, max_new_tokens=count, temperature=0.7, top_p=0.95).text[0]
+    sampled = generate(model, prompt, max_new_tokens=count, temperature=0.7, top_p=0.95)
     speed = count / seconds
-    return {"tokens": result.tokens[0], "text": result.text[0], "sampled": sampled, "tokens_per_second": speed}
+    texts = {"text": (result.text or [""])[0], "sampled": (sampled.text or [""])[0]}
+    return texts | {"tokens": result.tokens[0], "tokens_per_second": speed}
 
 
 def _divergent(compared: Parity) -> list[str]:

@@ -12,7 +12,7 @@ from mamba_core.sampling import Sampling
 try:
     import resource
 except ModuleNotFoundError:  # on Windows
-    resource = None
+    resource = None  # type: ignore[assignment]
 
 INTERRUPTED = 130  # as shells have it for a program that SIGINT ends
 SAMPLING = (
@@ -74,15 +74,16 @@ def run(arguments: argparse.Namespace) -> int:
     sampling = {name: getattr(arguments, name) for name in SAMPLING}
     if arguments.interactive:
         return _converse(model, prompt, state, settings | sampling, arguments.save_state)
+    taken: Run | Stream
     if arguments.json or arguments.n != 1:
-        taken = Run(model, prompt, Sampling(**sampling), n=arguments.n, state=state, **settings)
-        interrupted = _interrupted(taken.steps())
-        _show_all(model, prompt, taken, arguments)
+        run = taken = Run(model, prompt, Sampling(**sampling), n=arguments.n, state=state, **settings)
+        interrupted = _interrupted(run.steps())
+        _show_all(model, prompt, run, arguments)
     else:
-        taken = stream(model, prompt, state=state, **settings, **sampling)
+        shown = taken = stream(model, prompt, state=state, **settings, **sampling)
         print(prompt, end="", flush=True)
-        interrupted = _shown(taken)
-        _report(model, taken.result())
+        interrupted = _shown(shown)
+        _report(model, shown.result())
     if arguments.save_state is not None and (state := taken.result(return_state=True).state) is not None:
         factory.save_state(state, arguments.save_state, model)
     return INTERRUPTED if interrupted else 0
@@ -143,7 +144,7 @@ def _show_all(model, prompt: str, taken: Run, arguments: argparse.Namespace) -> 
         shown = {"prompt": prompt} | dataclasses.asdict(result) | {"peak_memory": _peak_memory(model)}
         print_json({name: value for name, value in shown.items() if name != "state"})
         return
-    for index, text in enumerate(result.text):
+    for index, text in enumerate(result.text or []):
         print(f"--- {index}\n{prompt}{text}")
     _report(model, result)
 

@@ -110,9 +110,9 @@ def _plot(found: Parity, path: Path) -> None:
 
 def _by_depth(values: dict[str, float], layers: int) -> tuple[list[int], list[float]]:
     """Depths, and the largest of the values at each; without zeros, which a logarithmic axis cannot show."""
-    largest = {}
+    largest: dict[int, float] = {}
     for name, value in values.items():
         at = depth(name, layers)
         largest[at] = max(largest.get(at, 0.0), min(value, HIGHEST))
-    at = sorted(place for place, value in largest.items() if value > 0)
-    return at, [largest[place] for place in at]
+    places = sorted(place for place, value in largest.items() if value > 0)
+    return places, [largest[place] for place in places]

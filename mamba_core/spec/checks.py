@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from mamba_core import architectures
 from mamba_core.spec import state as states
 
 
@@ -26,6 +27,8 @@ def check_state(config: Any, batch: int, state: Any) -> None:
         TypeError: it is not a `State` of as many layers as the config has.
         ValueError: it is of another batch, or a layer carries other arrays than the config says.
     """
+    if not architectures.traits(config).steps:
+        raise ValueError(f"{config.architecture} carries no state; give none")
     layers, segment = getattr(state, "layers", None), getattr(state, "segment", None)
     if segment is None or not isinstance(layers, tuple) or len(layers) != config.n_layer:
         raise TypeError(f"state is {type(state).__name__}; expected a State of {config.n_layer} layers")

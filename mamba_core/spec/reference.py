@@ -41,8 +41,9 @@ class ReferenceModel:
 
     def __call__(self, inputs, state=None, *, mask=None, segment_ids=None, observe: Observe | None = None):
         values, after = self._run(inputs, state, Positions(mask, segment_ids))
-        for node in self.graph if observe else ():
-            observe(node.name, values[node.name])
+        if observe is not None:
+            for node in self.graph:
+                observe(node.name, values[node.name])
         return self.task.output(values[self.graph[-1].name], after)
 
     def vjp(self, doutput, inputs, state=None, *, mask=None, segment_ids=None, dstate: State | None = None):

@@ -22,12 +22,13 @@ def adjusted(logits: np.ndarray, sampling, prompt=(), generated=(), bias=None) -
 def distribution(logits: np.ndarray, sampling) -> np.ndarray:
     """Probabilities (v,) of adjusted logits after temperature and filters; their sum is 1."""
     if sampling.temperature == 0:
-        return np.float64(np.arange(len(logits)) == logits.argmax())
+        return (np.arange(len(logits)) == logits.argmax()).astype(np.float64)
     p = np.exp((logits - logits.max()) / sampling.temperature)
     p /= p.sum()
     order = sorted(range(len(p)), key=lambda token: (-p[token], token))
     order = order[: sampling.top_k or len(order)]
-    total, running, nucleus = sum(p[token] for token in order), 0.0, []
+    total, running = sum(p[token] for token in order), 0.0
+    nucleus: list[int] = []
     for token in order:
         if nucleus and running >= sampling.top_p * total:
             break

@@ -60,17 +60,17 @@ def grows(config) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def expected_type(config, layer: int) -> type:
+def expected_type(config, layer: int) -> Any:
     """The NamedTuple of what a layer carries."""
     return layer_type(tuple(field.name for field in fields(config, layer)))
 
 
 @functools.cache
-def layer_type(names: tuple[str, ...]) -> type:
+def layer_type(names: tuple[str, ...]) -> Any:
     """The NamedTuple of a layer with these fields."""
     if names == LayerState._fields:
         return LayerState
-    kind = namedtuple("_".join(("LayerState", *names)), names)
+    kind = namedtuple("_".join(("LayerState", *names)), names)  # type: ignore[misc]
     # Pickle finds a class by its module's attribute; `__getattr__` below makes it anew in another process.
     kind.__module__ = __name__
     return kind
@@ -113,17 +113,17 @@ def named(state: State) -> dict[str, Any]:
     return found
 
 
-def capacity(config, state: State) -> int | None:
-    """Positions that the growing fields have memory for, the least of them; None where nothing grows."""
-    found = [getattr(state.layers[layer], field.name).shape[field.grows] for layer, field in _growing(config)]
-    return min(found, default=None)
+def capacity(config, state: State) -> int:
+    """Positions that the growing fields have memory for, the least of them; 0 where nothing grows."""
+    found = (getattr(state.layers[layer], field.name).shape[axis] for layer, field, axis in _growing(config))
+    return min(found, default=0)
 
 
 def room(config, state: State, to_numpy: Callable[[Any], Any]) -> int | None:
     """Positions that can be added before the capacity must grow; None where nothing grows."""
     if not grows(config):
         return None
-    filled = (to_numpy(getattr(state.layers[layer], FILLED)).max() for layer in dict(_growing(config)))
+    filled = (to_numpy(getattr(state.layers[layer], FILLED)).max() for layer, *_ in _growing(config))
     return capacity(config, state) - int(max(filled))
 
 
@@ -134,10 +134,10 @@ def grown(config, state: State, capacity: int, pad: Callable[[Any, int, int], An
         pad: (array, axis, count) -> the array with so many zeros behind the axis.
     """
     layers = list(state.layers)
-    for layer, field in _growing(config):
+    for layer, field, axis in _growing(config):
         value = getattr(layers[layer], field.name)
-        if (missing := capacity - value.shape[field.grows]) > 0:
-            layers[layer] = layers[layer]._replace(**{field.name: pad(value, field.grows, missing)})
+        if (missing := capacity - value.shape[axis]) > 0:
+            layers[layer] = layers[layer]._replace(**{field.name: pad(value, axis, missing)})
     return state._replace(layers=tuple(layers))
 
 
@@ -157,5 +157,8 @@ def faults(config, shapes: dict[str, tuple[int, ...]]) -> Iterator[str]:
             yield f"{name} has shape {tuple(found)}; expected {tuple(wanted)}"
 
 
-def _growing(config) -> Iterator[tuple[int, Field]]:
-    return ((layer, field) for layer, field in table(config) if field.grows is not None)
+def _growing(config) -> Iterator[tuple[int, Field, int]]:
+    """(layer, field, its growing axis)."""
+    for layer, field in table(config):
+        if field.grows is not None:
+            yield layer, field, field.grows

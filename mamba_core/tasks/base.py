@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from mamba_core import architectures
 from mamba_core.backend import Hidden
 from mamba_core.spec.graph import Node
 from mamba_core.spec.init import normal, ones
@@ -72,6 +73,8 @@ class Task:
                 raise TypeError(f"{IDS} is {inputs.dtype}; expected integers")
         expect_rows("the input", batch)
         check_positions(batch, length, mask, segment_ids)
+        if segment_ids is not None and not architectures.traits(config).packs:
+            raise ValueError(f"{config.architecture} cannot separate packed sequences; give no segment_ids")
 
     def given(self, config: Any, inputs: Any) -> np.ndarray:
         """The value that the graph begins with, for the reference."""

@@ -179,5 +179,5 @@ def test_parity(backend, name, monkeypatch):
         with pytest.raises(ValueError, match="grad needs one of task 'lm'"):
             parity("there", backends=[backend.name], grad=True)
     if CONFIGS[name].task == "layers":
-        with pytest.raises(ValueError, match="takes embeddings; give no tokens and no text"):
+        with pytest.raises(ValueError, match="takes inputs_embeds; give no tokens and no text"):
             parity("there", backends=[backend.name], tokens=[1, 2])

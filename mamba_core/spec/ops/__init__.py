@@ -15,7 +15,8 @@ def nodes() -> dict[str, NodeOp]:
     Raises:
         ValueError: two files have an op of the same name.
     """
-    found, places = {}, {}
+    found: dict[str, NodeOp] = {}
+    places: dict[str, str] = {}
     for file, module in discovery.modules(FOLDER).items():
         for name, op in getattr(module, "NODES", {}).items():
             if name in found:
