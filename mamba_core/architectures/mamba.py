@@ -1,7 +1,7 @@
 """Mamba-1 (Gu and Dao 2023, section 3.4 and figure 3)."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -109,10 +109,12 @@ def state(config: MambaConfig, layer: int) -> tuple[Field, ...]:
 def parameters(config: MambaConfig) -> Iterator[Parameter]:
     """Initial values as mamba_ssm's (modules/mamba_simple.py and models/mixer_seq_simple.py)."""
     for layer in range(config.n_layer):
-        yield from _layer_parameters(f"backbone.layers.{layer}.", config)
+        yield from layer_parameters(layer, config)
 
 
-def _layer_parameters(prefix: str, config: MambaConfig) -> Iterator[Parameter]:
+def layer_parameters(layer: int, config: MambaConfig) -> Iterator[Parameter]:
+    """Those of one block."""
+    prefix = f"backbone.layers.{layer}."
     d, e, n, k, r = config.d_model, config.d_inner, config.d_state, config.d_conv, config.dt_rank_size
     mixer = prefix + "mixer."
     step_scale = config.dt_scale * r**-0.5
@@ -141,12 +143,37 @@ def _layer_parameters(prefix: str, config: MambaConfig) -> Iterator[Parameter]:
 
 def graph(config: MambaConfig, residual: str) -> Iterator[Node]:
     for layer in range(config.n_layer):
-        yield from layer_graph(layer, residual, config, _scan)
+        yield from layer_graph(layer, residual, config)
         residual = f"layers.{layer}.residual"
 
 
-def layer_graph(layer: int, residual: str, config: MambaConfig, scan) -> Iterator[Node]:
-    """The nodes of one block, with those of the scan and its gate from `scan(layer, config)`."""
+def linear(layer: int, name: str, source: str, bias: bool = False) -> Node:
+    """A projection of a mixer."""
+    weights = f"backbone.layers.{layer}.mixer.{name}."
+    names = {"weight": weights + "weight"} | ({"bias": weights + "bias"} if bias else {})
+    return Node(f"layers.{layer}.{name}", "linear", (f"layers.{layer}.{source}",), names)
+
+
+def scan_node(layer: int, inputs: tuple[str, ...], settings: dict | None = None) -> Node:
+    """The recurrence. The bias of dt_proj enters in float32 inside it, before the softplus."""
+    here, mixer = f"layers.{layer}.", f"backbone.layers.{layer}.mixer."
+    names = {"A_log": mixer + "A_log", "D": mixer + "D", "delta_bias": mixer + "dt_proj.bias"}
+    given = tuple(here + name for name in inputs)
+    return Node(here + "scan", "selective_scan", given, names, settings or {}, (layer, ("ssm",)))
+
+
+def scan(layer: int, config: MambaConfig) -> Iterator[Node]:
+    """The nodes from dt, B and C to out_proj."""
+    yield linear(layer, "dt_proj", "dt")
+    yield scan_node(layer, ("conv", "dt_proj", "B", "C", "z"))
+    yield linear(layer, "out_proj", "scan", config.bias)
+
+
+Scan = Callable[[int, Any], Iterator[Node]]
+
+
+def layer_graph(layer: int, residual: str, config: MambaConfig, scan: Scan = scan) -> Iterator[Node]:
+    """The nodes of one block. A variant gives another `scan`."""
     e, n, r = config.d_inner, config.d_state, config.dt_rank_size
     here, weights = f"layers.{layer}.", f"backbone.layers.{layer}."
     mixer = weights + "mixer."
@@ -167,24 +194,3 @@ def layer_graph(layer: int, residual: str, config: MambaConfig, scan) -> Iterato
     yield columns("C", "x_proj", r + n, r + 2 * n)
     yield from scan(layer, config)
     yield Node(here + "residual", "add", (residual, here + "out_proj"))
-
-
-def linear(layer: int, name: str, source: str, bias: bool = False) -> Node:
-    """A projection of a mixer."""
-    weights = f"backbone.layers.{layer}.mixer.{name}."
-    names = {"weight": weights + "weight"} | ({"bias": weights + "bias"} if bias else {})
-    return Node(f"layers.{layer}.{name}", "linear", (f"layers.{layer}.{source}",), names)
-
-
-def scan_node(layer: int, inputs: tuple[str, ...], settings: dict | None = None) -> Node:
-    """The recurrence. The bias of dt_proj enters in float32 inside it, before the softplus."""
-    here, mixer = f"layers.{layer}.", f"backbone.layers.{layer}.mixer."
-    names = {"A_log": mixer + "A_log", "D": mixer + "D", "delta_bias": mixer + "dt_proj.bias"}
-    given = tuple(here + name for name in inputs)
-    return Node(here + "scan", "selective_scan", given, names, settings or {}, (layer, ("ssm",)))
-
-
-def _scan(layer: int, config: MambaConfig) -> Iterator[Node]:
-    yield linear(layer, "dt_proj", "dt")
-    yield scan_node(layer, ("conv", "dt_proj", "B", "C", "z"))
-    yield linear(layer, "out_proj", "scan", config.bias)

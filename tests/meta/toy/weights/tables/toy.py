@@ -1,0 +1,3 @@
+"""The toy in the layout of transformers."""
+
+TABLES = {}
