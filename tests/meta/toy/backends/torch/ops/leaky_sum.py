@@ -7,9 +7,7 @@ from mamba_core.spec import ops
 check_sum = ops.public()["leaky_sum"].forward.__globals__["check_sum"]
 
 
-def leaky_sum(
-    x, decay, *, initial_state=None, return_final_state=False, mask=None, segment_ids=None, kernel="auto"
-):
+def leaky_sum(x, decay, *, initial_state=None, return_final_state=False, mask=None, segment_ids=None, kernel="auto"):
     check_sum(x, decay, initial_state, mask, segment_ids)
     choose(kernel, KERNELS, "leaky_sum")
     call = call_of(mask, segment_ids, length=x.shape[1])
