@@ -1,4 +1,4 @@
-"""The backends, one package each, imported when asked for. The package is also the function `mamba_core.backends()`."""
+"""The backends, one package each, imported when asked for. The package can be called as `mamba_core.available_backends`."""
 
 import sys
 from types import ModuleType

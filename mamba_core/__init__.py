@@ -8,13 +8,15 @@ from typing import Any
 
 from mamba_core import architectures, backends
 from mamba_core.backend import Hidden, LayerState, Output, State
+from mamba_core.comparison import Parity, parity
 from mamba_core.config import MambaConfig
 from mamba_core.explanation import Explanation, explain
 from mamba_core.factory import build, load, load_state, save, save_state
 from mamba_core.generation import Result, Stream, generate, stream
 from mamba_core.kernels import Kernels
 from mamba_core.ops import causal_conv, causal_conv_step, selective_scan, selective_step
-from mamba_core.parity import Parity, parity
+from mamba_core.registry import BackendInfo
+from mamba_core.registry import backends as available_backends
 from mamba_core.sampling import Sampling
 from mamba_core.training import TrainSettings, train
 from mamba_core.version import VERSION
@@ -22,6 +24,7 @@ from mamba_core.weights.convert import Conversion, Inspection, convert, inspect
 from mamba_core.weights.formats import CheckpointError
 
 __all__ = [
+    "BackendInfo",
     "CheckpointError",
     "Conversion",
     "Explanation",
@@ -37,6 +40,7 @@ __all__ = [
     "State",
     "Stream",
     "TrainSettings",
+    "available_backends",
     "backends",
     "build",
     "causal_conv",

@@ -49,7 +49,7 @@ def selective_scan(
         mask: (b, l) bool. A False position leaves h as it was and yields zero, wherever it stands.
         segment_ids: (b, l) int. h restarts from zero at a position that counts whose id differs from that of the last
             position that counted. The first position goes on from initial_state.
-        kernel: a kernel's name, see `mamba_core.backends()`; "auto" for the fastest that runs on x's device; "plain"
+        kernel: a kernel's name, see `available_backends`; "auto" for the fastest that runs on x's device; "plain"
             for the framework's own operations.
 
     Returns:

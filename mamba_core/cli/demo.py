@@ -18,12 +18,12 @@ import numpy as np
 
 from mamba_core import factory, registry
 from mamba_core.cli.output import add_json, console, print_json, print_table, progress_bar
+from mamba_core.comparison import Parity, parity
 from mamba_core.config import MambaConfig
+from mamba_core.data import read_tokens, standard_library
 from mamba_core.generation import generate
-from mamba_core.parity import Parity, parity
 from mamba_core.registry import installed
 from mamba_core.spec.params import parameter_count
-from mamba_core.text import read_tokens, standard_library
 from mamba_core.training import TrainSettings, train
 from mamba_core.version import VERSION
 from mamba_core.weights.convert import convert

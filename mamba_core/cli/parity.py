@@ -9,8 +9,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from mamba_core.cli.output import add_json, add_source, console, print_json, print_table, progress_bar
+from mamba_core.comparison import STEPS, Comparison, Parity, depth, parity
 from mamba_core.config import COMPUTE_DTYPES
-from mamba_core.parity import STEPS, Comparison, Parity, depth, parity
 
 # An error of 1 has nothing in common with the reference, and the picture cannot show infinity.
 HIGHEST = 10.0

@@ -7,7 +7,7 @@ from pathlib import Path
 from mamba_core import architectures, factory
 from mamba_core.cli.output import add_backend, add_json, console, print_json, progress_bar
 from mamba_core.config import from_dict, preset
-from mamba_core.text import read_tokens
+from mamba_core.data import read_tokens
 from mamba_core.tokenizer import SubwordTokenizer
 from mamba_core.training import TOKENIZER_FILE, TrainSettings, load_settings, train
 from mamba_core.weights.formats import parse_json

@@ -11,7 +11,7 @@ import pytest
 import mamba_core as mc
 from mamba_core import tasks
 from mamba_core.backend import State
-from mamba_core.parity import parity
+from mamba_core.comparison import parity
 from mamba_core.spec.init import initial_values
 from mamba_core.spec.reference import ReferenceModel
 from mamba_core.spec.tolerances import tolerance
@@ -169,7 +169,7 @@ def test_a_prefill_without_the_head_serves_the_language_model(backend):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_parity(backend, name, monkeypatch):
     opened = SimpleNamespace(config=CONFIGS[name], folder="there", tensors=lambda: values(name).items())
-    monkeypatch.setattr(import_module("mamba_core.parity"), "open_model", lambda source, **_: opened)
+    monkeypatch.setattr(import_module("mamba_core.comparison"), "open_model", lambda source, **_: opened)
     found = parity("there", backends=[backend.name], length=9, steps=3)
     assert found.passed
     assert (found.length, len(found.tokens)) == (9, 0 if CONFIGS[name].task == "layers" else 9)

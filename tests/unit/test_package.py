@@ -50,7 +50,7 @@ def test_a_missing_framework_names_its_extra_and_leaves_the_others(name):
         config = mc.MambaConfig(d_model=8, n_layer=1, vocab_size=16)
         for other in {others}:
             print(mc.build(config, backend=other).backend)
-        print(mc.backends()[{name!r}].missing)
+        print(mc.available_backends()[{name!r}].missing)
         try:
             mc.build(config, backend={name!r})
         except ImportError as error:
@@ -87,7 +87,7 @@ def test_an_unknown_backend_lists_the_known():
 def test_backends_says_what_there_is(backend, attribute):
     import mamba_core as mc
 
-    info = mc.backends()[backend.name]
+    info = mc.available_backends()[backend.name]
     assert info.missing is None
     assert info.version
     assert getattr(info, attribute)
@@ -141,7 +141,7 @@ def test_the_wheel_works_on_each_backend(backend, compiler, wheel, tmp_path):
         model = mc.build(mc.MambaConfig(d_model=8, n_layer=1, vocab_size=256), backend={backend.name!r})
         mc.save(model, "model")
         result = mc.generate(mc.load("model", backend={backend.name!r}), "x", max_new_tokens=3)
-        print(len(result.tokens[0]), mc.backends()[{backend.name!r}].kernels["native"])
+        print(len(result.tokens[0]), mc.available_backends()[{backend.name!r}].kernels["selective_scan"]["native"])
     """,
         cwd=tmp_path,
     )

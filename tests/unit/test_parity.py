@@ -10,7 +10,8 @@ import pytest
 import mamba_core as mc
 from mamba_core import registry
 from mamba_core.cli import main
-from mamba_core.parity import default_length, depth, installed, parity
+from mamba_core.comparison import default_length, depth, parity
+from mamba_core.registry import installed
 from mamba_core.spec.params import parameter_table
 from mamba_core.spec.tolerances import tolerance
 

@@ -15,7 +15,7 @@ class History(nnx.Module):
 
     def __call__(self, hidden, state, call):
         history, filled = state
-        batch, length, width = hidden.shape
+        batch, length = hidden.shape[:2]
         capacity = history.shape[1]
         valid = jnp.ones((batch, length), bool) if call.mask is None else call.mask
         count = filled[:, None] + jnp.cumsum(valid, axis=1)

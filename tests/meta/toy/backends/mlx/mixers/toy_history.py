@@ -13,7 +13,7 @@ class History(nn.Module):
 
     def __call__(self, hidden, state, call):
         history, filled = state
-        batch, length, width = hidden.shape
+        batch, length = hidden.shape[:2]
         capacity = history.shape[1]
         valid = mx.ones((batch, length), mx.bool_) if call.mask is None else call.mask
         count = filled[:, None] + mx.cumsum(valid.astype(mx.int32), axis=1)
