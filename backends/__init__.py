@@ -1,4 +1,4 @@
-"""The backends, one package each, imported when asked for. The package can be called as `mamba_core.available_backends`."""
+"""The backends, one package each, imported when asked for. The package can be called as `available_backends` is."""
 
 import sys
 from types import ModuleType

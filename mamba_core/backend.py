@@ -230,8 +230,8 @@ class Backend(Protocol):
         "features", and for task "layers" inputs_embeds (b, l, d) in any float dtype, in which it is differentiable.
         """
 
-    def explain(self, model: Model, batch: int = 1, length: int = 1) -> list[Explained]:
-        """Which way computes which layers, and why not a faster one; for a call without gradients. Nothing is run."""
+    def explain(self, model: Model, batch: int = 1, length: int = 1) -> Sequence[tuple[int, int, str, Mapping[str, str]]]:
+        """The fields of an `Explained` for each run of layers, for a call without gradients. Nothing is run."""
 
     def parameters(self, model: Model) -> Mapping[str, Any]:
         """Canonical name -> NumPy array in the stored dtype, in the table's order; copied when it is asked for."""

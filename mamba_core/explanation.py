@@ -53,5 +53,5 @@ def explain(model: Any, batch: int = 1, length: int = 1) -> Explanation:
     """
     if batch < 1 or length < 1:
         raise ValueError(f"batch is {batch} and length {length}; expected at least 1 of each")
-    layers = tuple(registry.get(model.backend).explain(model, batch, length))
+    layers = tuple(Explained(*part) for part in registry.get(model.backend).explain(model, batch, length))
     return Explanation(model.backend, model.device, model.dtype, batch, length, dict(model.kernels), layers)

@@ -1,0 +1,107 @@
+"""Where things live: no architecture's name outside its own files, and the same files and functions in each backend."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from mamba_core import architectures
+
+ROOT = Path(__file__).parents[2]
+# Where an architecture's own files are, and where the name of a library's checkpoints may be one of an architecture too.
+OWN = (
+    "mamba_core/architectures/",
+    "weights/tables/",
+    "weights/layouts/",
+    *(f"backends/{name}/mixers/" for name in ("torch", "mlx", "jax")),
+)
+BACKENDS = ("torch", "mlx", "jax")
+# file: why a backend has it and another has not.
+ALONE = {
+    "torch/private.py": "PyTorch's private API; the others need none",
+    "torch/quantization.py": "MLX has `nn.quantize`, and JAX has qwix",
+    "torch/ops/fused_mixer.py": "a kernel in Triton for everything between two projections; XLA and MLX fuse by themselves",
+    "torch/ways/fused.py": "a block's sum and the next norm are one kernel; XLA and MLX fuse them by themselves",
+    "torch/ways/cuda_step.py": "kernels in Triton for one position",
+}
+# Folders whose files are a machine's, and may differ.
+OF_THE_MACHINE = ("kernels",)
+
+
+def sources(*folders):
+    for folder in folders:
+        yield from sorted((ROOT / folder).rglob("*.py"))
+
+
+def names_of_others() -> list[str]:
+    """The architectures whose names are no everyday word of this project."""
+    return [name for name in architectures.names() if name != "mamba"]
+
+
+@pytest.mark.parametrize("name", names_of_others())
+def test_an_architecture_is_named_in_its_own_files_only(name):
+    spelled = re.compile(rf"\b{name}\b|\b{name.replace('_', '')}config\b", re.IGNORECASE)
+    found = {
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in sources("mamba_core", "backends", "weights")
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if spelled.search(line) and not str(path.relative_to(ROOT)).startswith(OWN)
+    }
+    assert not found, f"{name} stands in {', '.join(sorted(found))}"
+
+
+def test_no_engine_knows_a_config_class():
+    """What reads any architecture names no class of one."""
+    configs = {config.__name__ for config in architectures.configs()}
+    engines = [
+        path
+        for path in sources("mamba_core/spec", "mamba_core/tasks", "backends", "weights")
+        if not str(path.relative_to(ROOT)).startswith(OWN)
+    ]
+    for path in engines:
+        words = set(re.findall(r"\w+", path.read_text()))
+        assert not words & configs, f"{path.relative_to(ROOT)} names {words & configs}"
+
+
+def files(backend: str) -> set[str]:
+    folder = ROOT / "backends" / backend
+    found = (str(path.relative_to(folder)) for path in folder.rglob("*.py"))
+    return {name for name in found if not name.startswith(OF_THE_MACHINE)}
+
+
+def test_the_backends_have_the_same_files():
+    every = set().union(*map(files, BACKENDS))
+    for name in sorted(every):
+        having = [backend for backend in BACKENDS if name in files(backend)]
+        if having != list(BACKENDS):
+            explained = [f"{backend}/{name}" in ALONE for backend in having]
+            assert all(explained), f"{name} is in {', '.join(having)} alone; give a reason in ALONE, or its twins"
+    missing = [name for name in ALONE if not (ROOT / "backends" / name).is_file()]
+    assert not missing, f"ALONE explains files that are not there: {missing}"
+
+
+# file: the public functions that one backend has and another has not, with the reason.
+DIFFERENT = {
+    "arrays.py": "devices, dtypes and layouts are each framework's own",
+    "stack.py": "what is recomputed and cut is said in each framework's terms",
+    "model.py": "modules have each framework's own life",
+    "weights.py": "only JAX and MLX keep weights in another layout than the canonical one",
+    "state.py": "a pytree is registered with torch only",
+    "training.py": "each framework's own optimizers",
+    "__init__.py": "torch quantises",
+}
+
+
+def public(path: Path) -> list[str]:
+    """The functions and classes that a file defines, in their order."""
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    found = (node.name for node in ast.parse(path.read_text()).body if isinstance(node, kinds))
+    return [name for name in found if not name.startswith("_")]
+
+
+def test_the_backends_have_the_same_public_functions():
+    shared = set.intersection(*map(files, BACKENDS))
+    for name in sorted(shared - set(DIFFERENT)):
+        functions = {backend: public(ROOT / "backends" / backend / name) for backend in BACKENDS}
+        assert functions["torch"] == functions["mlx"] == functions["jax"], f"{name}: {functions}"
