@@ -1,7 +1,8 @@
 """An architecture is added by adding files: one that lives in another package, with a part of every kind.
 
-`tests/meta/toy` holds blocks of three kinds, one of them Mamba-1's, a feed-forward, an op, a state of rank 4, a state that
-grows, mixers for each backend, a table of weights and a case file. A test installs it in a temporary folder as pip would.
+`tests/meta/toy` holds blocks of three kinds, one of them Mamba-1's, a feed-forward, an op, a state of rank 4, a state
+that grows, mixers for each backend, a table of weights and a case file. The tests install it in a temporary folder as
+pip would.
 """
 
 import json

@@ -9,7 +9,7 @@ import pytest
 from mamba_core import architectures
 
 ROOT = Path(__file__).parents[2]
-# Where an architecture's own files are, and where the name of a library's checkpoints may be one of an architecture too.
+# Where an architecture's own files are. The name of a library's layout may be one of an architecture too.
 OWN = (
     "mamba_core/architectures/",
     "weights/tables/",
@@ -21,7 +21,7 @@ BACKENDS = ("torch", "mlx", "jax")
 ALONE = {
     "torch/private.py": "PyTorch's private API; the others need none",
     "torch/quantization.py": "MLX has `nn.quantize`, and JAX has qwix",
-    "torch/ops/fused_mixer.py": "a kernel in Triton for everything between two projections; XLA and MLX fuse by themselves",
+    "torch/ops/fused_mixer.py": "one kernel for what stands between two projections; XLA and MLX fuse",
     "torch/ways/fused.py": "a block's sum and the next norm are one kernel; XLA and MLX fuse them by themselves",
     "torch/ways/cuda_step.py": "kernels in Triton for one position",
 }
