@@ -230,7 +230,9 @@ class Backend(Protocol):
         "features", and for task "layers" inputs_embeds (b, l, d) in any float dtype, in which it is differentiable.
         """
 
-    def explain(self, model: Model, batch: int = 1, length: int = 1) -> Sequence[tuple[int, int, str, Mapping[str, str]]]:
+    def explain(
+        self, model: Model, batch: int = 1, length: int = 1
+    ) -> Sequence[tuple[int, int, str, Mapping[str, str]]]:
         """The fields of an `Explained` for each run of layers, for a call without gradients. Nothing is run."""
 
     def parameters(self, model: Model) -> Mapping[str, Any]:

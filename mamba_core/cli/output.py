@@ -52,7 +52,17 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", metavar="NAME", help=f"{', '.join(registry.names())}; the first installed")
     parser.add_argument("--device", metavar="NAME", help="one of the backend's devices; its first")
     parser.add_argument("--dtype", choices=COMPUTE_DTYPES, help="the compute dtype")
-    parser.add_argument("--kernels", default="auto", metavar="NAME", help="a scan kernel by name; the fastest")
+    parser.add_argument(
+        "--kernels", type=_kernels, default="auto", metavar="POLICY", help='"auto", "plain", or OP=KERNEL,OP=KERNEL'
+    )
+
+
+def _kernels(text: str) -> str | dict[str, str]:
+    """A policy as `build` takes it."""
+    if "=" not in text:
+        return text
+    pairs = [part.partition("=") for part in text.split(",")]
+    return {op.strip(): kernel.strip() for op, _, kernel in pairs}
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
