@@ -1,8 +1,9 @@
-"""The decode state: `mamba_core.backend.State` of MLX arrays, a tree for `mx.eval`, `mx.compile` and `mlx.utils`."""
+"""The decode state: `mamba_core.backend.State` of MLX arrays, which MLX's functions take as a tree."""
 
 import mlx.core as mx
 
 from mamba_core.backend import LayerState, State
+from mamba_core.call import Call
 
 
 def init_state(config, batch: int, dtype: mx.Dtype) -> State:
@@ -13,8 +14,9 @@ def init_state(config, batch: int, dtype: mx.Dtype) -> State:
     return State((LayerState(conv, ssm),) * config.n_layer, segment)
 
 
-def entering(state: State, mask: mx.array | None, segment_ids: mx.array | None) -> tuple:
-    """The layers' states that the first position sees: zero in the rows that begin another segment."""
+def entering(state: State, call: Call) -> tuple:
+    """The states of the layers that the first position sees: zero in rows that begin another segment."""
+    mask, segment_ids = call.mask, call.segment_ids
     if segment_ids is None or segment_ids.shape[1] == 0:
         return state.layers
     first, counts = _first_counting(mask, segment_ids)
@@ -22,8 +24,9 @@ def entering(state: State, mask: mx.array | None, segment_ids: mx.array | None) 
     return tuple(type(layer)(*(_rows(keep, value) for value in layer)) for layer in state.layers)
 
 
-def leaving(layers: tuple, state: State, mask: mx.array | None, segment_ids: mx.array | None) -> State:
-    """The state after the last position, with the segment that it is in."""
+def leaving(layers: tuple, state: State, call: Call) -> State:
+    """The state after the last position, with that position's segment."""
+    mask, segment_ids = call.mask, call.segment_ids
     if segment_ids is None or segment_ids.shape[1] == 0:
         return State(layers, state.segment)
     flipped = None if mask is None else mask[:, ::-1]

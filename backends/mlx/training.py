@@ -9,7 +9,8 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from mamba_core.backends.mlx.arrays import from_numpy
-from mamba_core.backends.mlx.recompute import recomputed
+from mamba_core.backends.mlx.ops.cross_entropy import cross_entropy
+from mamba_core.backends.mlx.stack import recomputed
 from mamba_core.backends.mlx.weights import canonical, convolution_weights, swap_axes
 from mamba_core.spec.checks import check_targets, check_task
 from mamba_core.spec.params import parameter_table
@@ -27,14 +28,14 @@ def loss(model, tokens, mask=None) -> mx.array:
 
 
 def _cross_entropy(model, logits, targets):
-    """(b, l). Its gradient takes several arrays as large as the logits."""
+    """(b, l). Its gradient takes several arrays as large as the logits, unless the model computes again."""
 
     def run(logits):
-        return (nn.losses.cross_entropy(logits, targets),)
+        return (cross_entropy(logits, targets, kernel=model.policy.of("cross_entropy")),)
 
     if not model.remat:
         return run(logits)[0]
-    return recomputed(run, model.chosen_kernels, model.backbone.dtype, (logits,))[0]
+    return recomputed(run, model.policy, model.backbone.dtype, (logits,))[0]
 
 
 def loss_and_gradients(model, tokens, mask=None) -> tuple[float, dict[str, np.ndarray]]:
@@ -55,7 +56,7 @@ class Trainer:
         self.count = 0
         self.optimizer = self._optimizer()
         self.optimizer.init(tree_map(lambda value: mx.zeros(value.shape), model.parameters()))
-        # Not on a CPU: there a C++ compiler takes as long over the fused operations as hundreds of steps.
+        # Not on a CPU: there the C++ compiler takes as long for the fused operations as hundreds of steps.
         if model.device == "gpu":
             state = [model.state, self.optimizer.state]
             self._update = mx.compile(self._update, inputs=state, outputs=state)
@@ -100,7 +101,7 @@ class Trainer:
         return value, norm
 
     def _slots(self) -> list[tuple[str, mx.array]]:
-        """(path, array) of all that the optimizers keep: each moment is at its parameter's name, then "m" or "v"."""
+        """(path, array) of all that the optimizers keep. A moment's path is its parameter's name, then "m" or "v"."""
         return [slot for optimizer in self.optimizer.optimizers for slot in tree_flatten(optimizer.state)]
 
     def _optimizer(self) -> optim.MultiOptimizer:
@@ -116,7 +117,7 @@ _MOMENTS = ("m", "v")
 
 
 def _checked(model, tokens) -> mx.array:
-    """MLX does not check the index of a target, it reads whatever memory is there."""
+    """The tokens as MLX's, in range: MLX does not check the index of a target and reads whatever memory is there."""
     rows = model.config.padded_vocab_size
     if tokens.size and (tokens.min() < 0 or tokens.max() >= rows):
         raise ValueError(f"tokens are from {tokens.min()} to {tokens.max()}; expected 0 to {rows - 1}")

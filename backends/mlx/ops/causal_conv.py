@@ -3,9 +3,12 @@
 import mlx.core as mx
 import mlx.nn as nn
 
+from mamba_core.backends.mlx.arrays import default_device, keep_float32
+from mamba_core.backends.mlx.kernels import native_tensors
 from mamba_core.backends.mlx.kernels.native_conv import native
-from mamba_core.backends.mlx.positions import compaction, restarts
-from mamba_core.backends.mlx.scan import kernel_for
+from mamba_core.backends.mlx.positions import call_of
+from mamba_core.call import Call
+from mamba_core.kernels import choose
 from mamba_core.spec.checks import check_conv, check_conv_step
 
 
@@ -22,14 +25,49 @@ def causal_conv(
     kernel="auto",
 ):
     check_conv(x, weight, bias, activation, initial_state, mask, segment_ids)
-    arrays = (x, weight, bias, activation, initial_state, mask, restarts(mask, segment_ids))
-    native_here = kernel_for(kernel, x.dtype, arrays) == "native"
-    y, state = (native if native_here else shifted)(*arrays)
+    call = call_of(mask, segment_ids, length=x.shape[1])
+    y, state = _conv(call, x, weight, bias, activation, initial_state, kernel)
     return (y, state) if return_final_state else y
 
 
-def shifted(x, weight, bias, activation, state, mask, restart):
+def conv(call: Call, x, weight, bias=None, *, activation=None, initial_state=None, kernel="auto"):
+    """`causal_conv` within a call whose positions are known; (y, final state)."""
+    check_conv(x, weight, bias, activation, initial_state, call.mask, call.segment_ids)
+    return _conv(call, x, weight, bias, activation, initial_state, kernel)
+
+
+def causal_conv_step(x, weight, bias=None, *, activation=None, state):
+    check_conv_step(x, weight, bias, activation, state)
+    keep_float32()
+    inputs = mx.concatenate([state.astype(x.dtype), x[:, None]], axis=1)
+    y = _filter([inputs[:, tap] for tap in range(weight.shape[1])], weight, bias, activation)
+    return y.astype(x.dtype), inputs[:, 1:]
+
+
+def kernels(device=None, dtype=None, arrays=()) -> dict[str, str | None]:
+    """For x of that dtype and these arrays, which are computed to see whether they can be."""
+    return {"native": native_tensors.reason(device or default_device(), dtype, arrays), "shifted": None}
+
+
+def chosen(kernel: str, dtype: mx.Dtype, arrays=()) -> str:
+    """The kernel of that name, or for "auto" the fastest, for x of that dtype and these arrays on MLX's default device.
+
+    Raises:
+        ValueError: there is no such kernel, or not for them.
+    """
+    arrays = arrays if kernel in ("auto", "native") else ()
+    return choose(kernel, kernels(None, dtype, arrays), "causal_conv")
+
+
+def _conv(call, x, weight, bias, activation, state, kernel):
+    keep_float32()
+    name = chosen(kernel, x.dtype, (x, weight, bias, state, call.mask, call.restart))
+    return KERNELS[name](call, x, weight, bias, activation, state)
+
+
+def shifted(call, x, weight, bias, activation, state):
     """A multiply-add of the whole length for each tap."""
+    mask, restart = call.mask, call.restart
     batch, length, channels = x.shape
     carried = weight.shape[1] - 1
     state = mx.zeros((batch, carried, channels), x.dtype) if state is None else state.astype(x.dtype)
@@ -38,11 +76,10 @@ def shifted(x, weight, bias, activation, state, mask, restart):
     # How many restarts there were up to each position.
     run = None if restart is None else mx.cumsum(restart.astype(mx.int32), axis=1)
     if mask is not None:
-        order, inverse = compaction(mask)
-        x = _permute(mx.where(mask[..., None], x, mx.array(0, x.dtype)), order)
-        run = None if run is None else mx.take_along_axis(run, order, axis=1)
+        x = _permute(mx.where(mask[..., None], x, mx.array(0, x.dtype)), call.order)
+        run = None if run is None else mx.take_along_axis(run, call.order, axis=1)
     inputs = mx.concatenate([state, x], axis=1)
-    # What the initial state holds belongs to the first run.
+    # The initial state's inputs belong to the first run.
     runs = None if run is None else mx.pad(run, ((0, 0), (carried, 0)))
     windows = [slice(tap, tap + length) for tap in range(carried + 1)]
     if runs is None:
@@ -51,15 +88,12 @@ def shifted(x, weight, bias, activation, state, mask, restart):
         taps = [_in_run(inputs[:, window], runs[:, window], runs[:, carried:]) for window in windows]
     y = _filter(taps, weight, bias, activation).astype(x.dtype)
     if mask is not None:
-        y = mx.where(mask[..., None], _permute(y, inverse), mx.array(0, y.dtype))
+        y = mx.where(mask[..., None], _permute(y, call.inverse), mx.array(0, y.dtype))
     return y, _last_inputs(inputs, runs, mask, carried)
 
 
-def causal_conv_step(x, weight, bias=None, *, activation=None, state):
-    check_conv_step(x, weight, bias, activation, state)
-    inputs = mx.concatenate([state.astype(x.dtype), x[:, None]], axis=1)
-    y = _filter([inputs[:, tap] for tap in range(weight.shape[1])], weight, bias, activation)
-    return y.astype(x.dtype), inputs[:, 1:]
+# Fastest first, the plain one last.
+KERNELS = {"native": native, "shifted": shifted}
 
 
 @mx.compile
@@ -72,7 +106,7 @@ def _filter(taps, weight, bias, activation):
 
 
 def _in_run(inputs, run, current):
-    """Zero where the input belongs to another run than the position (or state) that asks for it."""
+    """The inputs, but zero where an input belongs to another run than the position or state that it is for."""
     return inputs if run is None else mx.where((run == current)[..., None], inputs, mx.array(0, inputs.dtype))
 
 
