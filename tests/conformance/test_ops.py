@@ -37,7 +37,7 @@ def check_kernel(backend, data, drawn_lengths):
 def kernels_of(backend, op):
     """TODO(core): all backends answer by op, and this function goes."""
     found = backend.kernels()
-    return found[op] if op in found else found
+    return found.get(op, found)
 
 
 def call(backend, op, arrays, options):
