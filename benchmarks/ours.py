@@ -19,6 +19,8 @@ def candidates(case: Case, names: list[str]) -> dict:
     if not case.work.startswith("scan"):
         return {name: partial(WORKS[case.work], name) for name in names}
     kernels = {name: registry.get(name).kernels("cpu") for name in names}
+    # TODO(core): all backends answer by op.
+    kernels = {name: found.get("selective_scan", found) for name, found in kernels.items()}
     return {
         f"{name} {kernel}": partial(_scan, name, kernel)
         for name, reasons in kernels.items()

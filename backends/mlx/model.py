@@ -38,7 +38,7 @@ class Backbone(nn.Module):
     @property
     def dtype(self) -> mx.Dtype:
         """The compute dtype."""
-        for norm in (self.layers[0].get("norm"), self.norm_f):
+        for norm in (getattr(self.layers[0], "norm", None), self.norm_f):
             if untouched(RMSNorm, norm):
                 return norm.weight.dtype
         # Both norms were replaced. A quantised weight is of integers, but its scales are of the compute dtype.

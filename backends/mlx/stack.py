@@ -104,11 +104,11 @@ def _piece(block, residual, call) -> int | None:
 
     Only with the native kernels, which compute when they are called: MLX would order lazy operations by itself.
     """
-    if not call.plain or call.observed or not untouched(Block, block):
+    batch, length, _ = residual.shape
+    if length <= FEWEST or not call.plain or call.observed or not untouched(Block, block):
         return None
     width = own(block.mixer, "width")
-    batch, length, _ = residual.shape
-    if width is None or length <= FEWEST:
+    if width is None:
         return None
     dtype = _compute_dtype(block, residual)
     piece = max(FEWEST, PIECE_BYTES // (width(block.mixer) * dtype.size * max(1, batch)))

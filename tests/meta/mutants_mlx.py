@@ -55,7 +55,7 @@ CAUGHT_BY = {
     },
     "test_half_precision_rounds_once": {
         "norm in half precision": Mutant(NORM, "mx.fast.rms_norm(x.astype(mx.float32), factor", "mx.fast.rms_norm(x.astype(dtype), factor"),
-        "step rounded before the softplus": Mutant(SCAN, "delta = _float32(delta)\n", "delta = _float32(delta).astype(mx.bfloat16)\n"),
+        "step rounded after its bias": Mutant(SCAN, "else delta + _float32(delta_bias)", "else (delta + _float32(delta_bias)).astype(mx.bfloat16)"),
     },
     "test_parameters_are_the_table": {
         "A stored in half precision": Mutant("weights.py", "dtype=parameter.dtype(dtype)", "dtype=dtype"),

@@ -121,6 +121,16 @@ def test_where_mlx_computes_it(calls, monkeypatch):
     assert calls == []
 
 
+def test_by_name_where_it_cannot_compute():
+    made, x = layer(20, 5), mx.random.normal((3, 20))
+    with pytest.raises(ValueError, match=r"mx\.compile"):
+        mx.compile(lambda x: linear.call(made, x, "numpy"))(x)
+    with pytest.raises(ValueError, match="x is float16 and the weight float32"):
+        linear.call(made, x.astype(mx.float16), "numpy")
+    with pytest.raises(ValueError, match="linear has no kernel 'native'"):
+        linear.call(made, x, "native")
+
+
 def test_another_module_in_a_layer_s_place(calls):
     made = nn.QuantizedLinear.from_linear(layer(64, 5), group_size=32, bits=8)
     x = mx.random.normal((3, 64))
