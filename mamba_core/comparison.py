@@ -71,11 +71,14 @@ class Comparison:
 
 @dataclass(frozen=True)
 class BackendParity:
-    """One backend against the reference; modes: "forward", "chunked", "stepped" and, when asked for, "backward"."""
+    """One backend against the reference.
+
+    kernels: op -> the kernel that computed it. modes: "forward", "chunked", "stepped" and, when asked for, "backward".
+    """
 
     backend: str
     device: str
-    kernels: str
+    kernels: dict[str, str]
     modes: dict[str, Comparison]
 
     @property
@@ -251,7 +254,7 @@ def _compare(opened, backend, dtype: str, inputs, splits: dict, reference: _Refe
     if reference.gradients:
         log(f"{model.backend} backward")
         modes["backward"] = _backward(backend, model, inputs, reference)
-    found = BackendParity(model.backend, model.device, model.kernels, modes)
+    found = BackendParity(model.backend, model.device, dict(model.kernels), modes)
     # Modules hold references in circles, and the next backend needs the memory.
     del model
     gc.collect()

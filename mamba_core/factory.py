@@ -143,7 +143,7 @@ def load_state(path: str | Path, model: Any) -> State:
 
     def layer(index):
         own = states.fields(model.config, index)
-        kind = states.expected_type(model.config, index)
+        kind = states.layer_types(model.config)[index]
         return kind(*(array(f"layers.{index}.{f.name}", model.dtype if f.dtype == "compute" else f.dtype) for f in own))
 
     return State(tuple(map(layer, range(model.config.n_layer))), array("segment"))

@@ -1,4 +1,6 @@
-"""NumPy in and out, dtypes, devices and differentiation in MLX."""
+"""NumPy in and out, dtypes, devices, the settings of the process and differentiation in MLX."""
+
+import os
 
 import ml_dtypes
 import mlx.core as mx
@@ -19,11 +21,40 @@ DTYPES = {
     "bool": mx.bool_,
 }
 
+# Whether MLX may round the factors of float32 products to TF32, on a GPU that has it: "1" by MLX's default.
+TF32 = "MLX_ENABLE_TF32"
+_asked_for, _set_by_user = False, False
+
+
+def keep_float32() -> None:
+    """Have MLX compute products of float32 in float32, as the other backends do, unless the user set the variable.
+
+    The first model and the first op call this. MLX reads the variable once, at its first product: where the program
+    has multiplied in MLX before that, the user's or MLX's own setting stays.
+    """
+    global _asked_for, _set_by_user
+    if not _asked_for:
+        _asked_for, _set_by_user = True, TF32 in os.environ
+        os.environ.setdefault(TF32, "0")
+
+
+def in_force() -> dict[str, str]:
+    """The settings of the whole process that this backend depends on: name -> value, and who set it."""
+    if TF32 not in os.environ:
+        return {TF32: "not set; 0 from the first model or op of mamba_core"}
+    who = "mamba_core" if _asked_for and not _set_by_user else "the user"
+    return {TF32: f"{os.environ[TF32]}, set by {who}"}
+
 
 def devices() -> list[str]:
     """ "gpu" (Metal or CUDA) where there is one, and "cpu"."""
     gpu = mx.metal.is_available() or mx.cuda.is_available()
     return ["gpu", "cpu"] if gpu else ["cpu"]
+
+
+def default_device() -> str:
+    """MLX's own default at the time: "cpu" or "gpu"."""
+    return mx.default_device().type.name
 
 
 def check_device(device: str | None) -> None:

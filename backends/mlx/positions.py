@@ -1,10 +1,29 @@
-"""Which positions count and where a segment begins, resolved from `mask` and `segment_ids`."""
+"""Which positions count and where a segment begins: `Call`, from `mask` and `segment_ids`."""
 
 import mlx.core as mx
 
+from mamba_core.call import Call
+from mamba_core.observe import Report, unobserved
+
+
+def call_of(
+    mask: mx.array | None,
+    segment_ids: mx.array | None,
+    *,
+    length: int,
+    observe: Report = unobserved,
+    last: bool = False,
+    in_place: bool = False,
+) -> Call:
+    """The facts of a call of `length` positions, computed once for all layers."""
+    restart = restarts(mask, segment_ids)
+    order, inverse = (None, None) if mask is None else compaction(mask)
+    one = length == 1 and mask is None
+    return Call(mask, segment_ids, restart, order, inverse, one, last, observe, in_place)
+
 
 def restarts(mask: mx.array | None, segment_ids: mx.array | None) -> mx.array | None:
-    """(b, l) bool: the position counts and its segment is not that of the last position that counted."""
+    """(b, l) bool: the position counts, and its segment is another than that of the counting position before it."""
     if segment_ids is None:
         return None
     batch, length = segment_ids.shape
@@ -18,7 +37,7 @@ def restarts(mask: mx.array | None, segment_ids: mx.array | None) -> mx.array | 
 
 
 def compaction(mask: mx.array) -> tuple[mx.array, mx.array]:
-    """(order, inverse), both (b, l): row[order] has the positions that count first, row[order][inverse] is row."""
+    """(order, inverse), both (b, l): row[order] has the counting positions first, row[order][inverse] is row."""
     counting = mask.astype(mx.int32)
     rank = mx.cumsum(counting, axis=1) - 1
     rank_of_others = counting.sum(axis=1, keepdims=True) + mx.cumsum(1 - counting, axis=1) - 1

@@ -1,20 +1,39 @@
-"""The decode state: `mamba_core.backend.State` of MLX arrays, a tree for `mx.eval`, `mx.compile` and `mlx.utils`."""
+"""The decode state: `mamba_core.backend.State` of MLX arrays, which MLX's functions take as a tree."""
 
 import mlx.core as mx
 
-from mamba_core.backend import LayerState, State
+from mamba_core.backend import State
+from mamba_core.backends.mlx.arrays import dtype_named, to_numpy
+from mamba_core.backends.mlx.kernels.native_tensors import are_traced
+from mamba_core.call import Call
+from mamba_core.spec import state as states
 
 
-def init_state(config, batch: int, dtype: mx.Dtype) -> State:
-    """Before the first position: zeros."""
-    conv = mx.zeros((batch, config.d_conv - 1, config.d_inner), dtype)
-    ssm = mx.zeros((batch, config.d_inner, config.d_state), mx.float32)
-    segment = mx.zeros((batch,), mx.int32)
-    return State((LayerState(conv, ssm),) * config.n_layer, segment)
+def init_state(config, batch: int, dtype: mx.Dtype, room: int = 0) -> State:
+    """Before the first position: zeros. room: how many positions a growing state has memory for."""
+    return states.initial(
+        config, batch, lambda shape, kind: mx.zeros(shape, dtype if kind == "compute" else dtype_named(kind)), room
+    )
 
 
-def entering(state: State, mask: mx.array | None, segment_ids: mx.array | None) -> tuple:
-    """The layers' states that the first position sees: zero in the rows that begin another segment."""
+def room(config, state: State) -> int | None:
+    """How many positions can be added before the state must grow; None where nothing grows."""
+    return states.room(config, state, to_numpy)
+
+
+def with_room(config, state: State, positions: int) -> State:
+    """The state with room for so many more positions.
+
+    Inside a transformation of MLX nobody knows how many are filled: there the state is left as it is.
+    """
+    if not states.grows(config) or are_traced(states.named(state)):
+        return state
+    return states.with_room(config, state, positions, to_numpy, _padded)
+
+
+def entering(state: State, call: Call) -> tuple:
+    """The states of the layers that the first position sees: zero in rows that begin another segment."""
+    mask, segment_ids = call.mask, call.segment_ids
     if segment_ids is None or segment_ids.shape[1] == 0:
         return state.layers
     first, counts = _first_counting(mask, segment_ids)
@@ -22,8 +41,9 @@ def entering(state: State, mask: mx.array | None, segment_ids: mx.array | None) 
     return tuple(type(layer)(*(_rows(keep, value) for value in layer)) for layer in state.layers)
 
 
-def leaving(layers: tuple, state: State, mask: mx.array | None, segment_ids: mx.array | None) -> State:
-    """The state after the last position, with the segment that it is in."""
+def leaving(layers: tuple, state: State, call: Call) -> State:
+    """The state after the last position, with that position's segment."""
+    mask, segment_ids = call.mask, call.segment_ids
     if segment_ids is None or segment_ids.shape[1] == 0:
         return State(layers, state.segment)
     flipped = None if mask is None else mask[:, ::-1]
@@ -41,3 +61,7 @@ def _first_counting(mask, segment_ids) -> tuple[mx.array, mx.array]:
 
 def _rows(keep, value):
     return mx.where(keep.reshape(-1, *(1,) * (value.ndim - 1)), value, mx.zeros((), value.dtype))
+
+
+def _padded(value: mx.array, axis: int, count: int) -> mx.array:
+    return mx.pad(value, [(0, count if index == axis else 0) for index in range(value.ndim)])

@@ -7,25 +7,27 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mamba_core.backends.mlx.arrays import check_device, dtype_named, from_numpy, to_numpy
-from mamba_core.backends.mlx.model import MODELS, Model
-from mamba_core.backends.mlx.scan import kernel_for
+from mamba_core import discovery
+from mamba_core.backends.mlx.arrays import check_device, default_device, dtype_named, from_numpy, to_numpy
+from mamba_core.backends.mlx.model import Model
+from mamba_core.backends.mlx.ops import kernels_for
+from mamba_core.kernels import Kernels
 from mamba_core.spec.params import Values, checked
 
 
 def build(config, parameters: Iterable[tuple[str, np.ndarray]], *, dtype="float32", device=None, kernels="auto"):
-    """device: MLX's default device if None. The values the module is made with are lazy and never computed."""
+    """device: MLX's default device if None. The module's first values are lazy and never computed."""
     check_device(device)
-    device = device or mx.default_device().type.name
-    kernel_for(kernels, dtype_named(dtype), device=device)
-    # "auto" stays so: inside mx.compile another kernel is the fastest.
-    model = MODELS[config.task](config, kernels, device)
+    device = device or default_device()
+    # "auto" stays "auto": inside mx.compile another kernel is the fastest.
+    policy = Kernels.read(kernels, kernels_for(device, dtype_named(dtype)))
+    model = discovery.find("backends.mlx.heads", config.task).Model(config, policy, device)
     convolutions = convolution_weights(model)
     weights = []
     for parameter, value in checked(config, parameters):
         value = swap_axes(value) if parameter.name in convolutions else value
         array = from_numpy(value, dtype=parameter.dtype(dtype), device=device)
-        # A cast that waits would keep what it is cast from.
+        # A lazy cast would keep the array that it casts.
         mx.eval(array)
         weights.append((parameter.name, array))
     return model.load_weights(weights)
@@ -47,7 +49,7 @@ def canonical(model: Model, values: Mapping[str, mx.array]) -> Values:
 
 
 def convolution_weights(model: Model) -> set[str]:
-    """The names of the weights that MLX keeps as (out, k, in) where the canonical layout has (out, in, k)."""
+    """The names of the weights that MLX keeps as (out, k, in), and the canonical layout as (out, in, k)."""
     return {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Conv1d)}
 
 

@@ -35,10 +35,10 @@ def check_state(config: Any, batch: int, state: Any) -> None:
     # No set of shapes: torch.export's symbolic sizes have no hash.
     if any(shape != (batch,) for shape in (segment.shape, *(value.shape[:1] for layer in layers for value in layer))):
         raise ValueError(f"state is of another batch than input_ids, {batch}; its segment has shape {segment.shape}")
-    for layer, own in enumerate(layers):
-        if type(own) is not states.expected_type(config, layer):
-            wanted = ", ".join(states.expected_type(config, layer)._fields) or "nothing"
-            raise ValueError(f"layer {layer} of the state has {getattr(own, '_fields', own)!r}; expected {wanted}")
+    for layer, (own, kind) in enumerate(zip(layers, states.layer_types(config), strict=True)):
+        if type(own) is not kind:
+            found, wanted = (", ".join(fields) or "nothing" for fields in (getattr(own, "_fields", ()), kind._fields))
+            raise ValueError(f"layer {layer} of the state carries {found}; expected {wanted}")
 
 
 def choose_device(device: str | None, available: Sequence[str]) -> str:

@@ -106,11 +106,7 @@ class ReferenceModel:
         same = np.ones(batch, bool)
         if state is None:
             return self.init_state(batch, np.shape(inputs)[1]).layers, same
-        if states.grows(self.config):
-            needed = np.shape(inputs)[1] - states.room(self.config, state, np.asarray)
-            if needed > 0:
-                capacity = states.capacity_for(states.capacity(self.config, state) + needed)
-                state = states.grown(self.config, state, capacity, _padded)
+        state = states.with_room(self.config, state, np.shape(inputs)[1], np.asarray, _padded)
         if positions.segment_ids is not None:
             for row, (counts, segments) in enumerate(_rows_of(inputs, positions)):
                 if counts.any():

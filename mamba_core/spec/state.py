@@ -59,10 +59,10 @@ def grows(config) -> bool:
     return any(field.grows is not None for _, field in table(config))
 
 
-@functools.lru_cache(maxsize=1024)
-def expected_type(config, layer: int) -> Any:
-    """The NamedTuple of what a layer carries."""
-    return layer_type(tuple(field.name for field in fields(config, layer)))
+@functools.lru_cache(maxsize=64)
+def layer_types(config) -> tuple:
+    """The NamedTuple of what each layer carries."""
+    return tuple(layer_type(tuple(field.name for field in fields(config, layer))) for layer in range(config.n_layer))
 
 
 @functools.cache
@@ -92,10 +92,8 @@ def initial(config, batch: int, zeros: Callable[[tuple[int, ...], str], Any], ro
     """
     capacity = capacity_for(room)
     layers = tuple(
-        expected_type(config, layer)(
-            *(zeros(field.stored_shape(batch, capacity), field.dtype) for field in fields(config, layer))
-        )
-        for layer in range(config.n_layer)
+        kind(*(zeros(field.stored_shape(batch, capacity), field.dtype) for field in fields(config, layer)))
+        for layer, kind in enumerate(layer_types(config))
     )
     return State(layers, zeros((batch,), "int32"))
 
@@ -125,6 +123,14 @@ def room(config, state: State, to_numpy: Callable[[Any], Any]) -> int | None:
         return None
     filled = (to_numpy(getattr(state.layers[layer], FILLED)).max() for layer, *_ in _growing(config))
     return capacity(config, state) - int(max(filled))
+
+
+def with_room(config, state: State, positions: int, to_numpy: Callable[[Any], Any], pad: Callable) -> State:
+    """The state with room for so many more positions; the arguments are those of `room` and `grown`."""
+    left = room(config, state, to_numpy)
+    if left is None or left >= positions:
+        return state
+    return grown(config, state, capacity_for(capacity(config, state) + positions - left), pad)
 
 
 def grown(config, state: State, capacity: int, pad: Callable[[Any, int, int], Any]) -> State:

@@ -182,7 +182,7 @@ def _model_given(backend, case, arrays, rows):
             else arrays[f"layers.{index}.{field.name}"][rows]
             for field in states.fields(config, index)
         }
-        return states.expected_type(config, index)(**named)
+        return states.layer_types(config)[index](**named)
 
     return State(tuple(map(layer, range(config.n_layer))), own(case.options["segment"]))
 

@@ -7,22 +7,10 @@ They stand under the property of the conformance suite that must reject them.
 
 # ruff: noqa: E501 (a row is a mutant)
 
-import shutil
 from pathlib import Path
-from typing import NamedTuple
 
-import mamba_core.backends
-
-BACKENDS = Path(__file__).parents[2] / "backends"
-
-
-class Mutant(NamedTuple):
-    """file: of backends/torch. Every place where `old` stands becomes `new`."""
-
-    file: str
-    old: str
-    new: str
-
+from tests.meta import broken
+from tests.meta.broken import Mutant
 
 CAUGHT_BY = {
     "test_every_kernel_equals_the_recurrence": {
@@ -153,14 +141,8 @@ CAUGHT_BY = {
 }  # fmt: skip
 
 
-MUTANTS = {name: mutant for mutants in CAUGHT_BY.values() for name, mutant in mutants.items()}
+MUTANTS = broken.by_name(CAUGHT_BY)
 
 
 def use(name: str, folder: Path) -> None:
-    mutant = MUTANTS[name]
-    shutil.copytree(BACKENDS / "torch", folder / "torch", ignore=shutil.ignore_patterns("__pycache__"))
-    path = folder / "torch" / mutant.file
-    source = path.read_text()
-    assert mutant.old in source, f"{name}: {mutant.file} no longer holds {mutant.old!r}"
-    path.write_text(source.replace(mutant.old, mutant.new))
-    mamba_core.backends.__path__.insert(0, str(folder))
+    broken.use("torch", name, MUTANTS[name], folder)

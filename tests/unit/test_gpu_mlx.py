@@ -20,8 +20,8 @@ from mamba_core.spec.tolerances import relative_l2, tolerance
 
 mx = pytest.importorskip("mlx.core")
 
-from mamba_core.backends.mlx import scan as mlx_scan  # noqa: E402 (after the package that it needs)
-from mamba_core.backends.mlx.kernels import gpu_scan  # noqa: E402
+from mamba_core.backends.mlx.kernels import gpu_scan  # noqa: E402 (after the package that it needs)
+from mamba_core.backends.mlx.ops import selective_scan as op  # noqa: E402
 
 HERE = Path(__file__).parent
 TYPES = {"float32": "float", "bfloat16": "bfloat16_t", "float16": "float16_t", "bool": "bool"}
@@ -64,7 +64,7 @@ def kernel(request, folder, monkeypatch):
     monkeypatch.setattr(gpu_scan.driver, "multiprocessors", lambda: MULTIPROCESSORS)
     monkeypatch.setattr(mx.fast, f"{request.param}_kernel", functools.partial(compiled, folder, cuda))
     gpu_scan._kernel.cache_clear()
-    monkeypatch.setitem(mlx_scan.KERNELS, "on a CPU", gpu_scan.scan(gpu_scan.CUDA if cuda else gpu_scan.METAL))
+    monkeypatch.setitem(op.KERNELS, "on a CPU", gpu_scan.scan(gpu_scan.CUDA if cuda else gpu_scan.METAL))
     yield "on a CPU"
     gpu_scan._kernel.cache_clear()
 

@@ -10,7 +10,8 @@ from mamba_core.spec.tolerances import relative_l2
 mx = pytest.importorskip("mlx.core")
 nn = pytest.importorskip("mlx.nn")
 
-from mamba_core.backends.mlx.kernels import linear  # noqa: E402
+from mamba_core.backends.mlx.kernels import numpy_linear  # noqa: E402
+from mamba_core.backends.mlx.ops import linear  # noqa: E402
 
 CONFIG = mc.MambaConfig(d_model=20, n_layer=2, vocab_size=29, d_state=5, initializer_range=0.5)
 LINEARS = 4 * CONFIG.n_layer
@@ -20,8 +21,8 @@ TOLERANCE = {mx.float32: 1e-6, mx.bfloat16: 1e-2}
 @pytest.fixture(autouse=True)
 def everywhere(monkeypatch):
     """On every system, and for products of any size."""
-    monkeypatch.setattr(linear, "FASTER", True)
-    monkeypatch.setattr(linear, "LEAST", 0)
+    monkeypatch.setattr(numpy_linear, "NUMPY_IS_FASTER", True)
+    monkeypatch.setattr(numpy_linear, "LEAST", 0)
     with mx.stream(mx.cpu):
         yield
 
@@ -31,8 +32,8 @@ def calls(monkeypatch):
     """Which functions computed products."""
     called = []
     for name in ("_product", "_few"):
-        function = getattr(linear, name)
-        monkeypatch.setattr(linear, name, lambda *a, f=function, n=name: (called.append(n), f(*a))[1])
+        function = getattr(numpy_linear, name)
+        monkeypatch.setattr(numpy_linear, name, lambda *a, f=function, n=name: (called.append(n), f(*a))[1])
     return called
 
 
@@ -60,7 +61,7 @@ def test_values_and_gradients_are_the_product_s(calls, dtype, rows, bias, stride
         return linear.call(made, wide[..., 1:8] if strided else wide[..., :7], "auto")
 
     (y,), (dwide, dweight) = mx.vjp(run, (wide, made.weight), (dy,))
-    few = dtype == mx.bfloat16 and np.prod(rows) <= linear.FEW_ROWS and native.missing() is None
+    few = dtype == mx.bfloat16 and np.prod(rows) <= numpy_linear.FEW_ROWS and native.missing() is None
     assert calls == ["_few" if few else "_product", "_product", "_product"]
     assert (y.dtype, dwide.dtype, dweight.dtype) == (dtype,) * 3
     x = float64(wide)[..., 1:8] if strided else float64(wide)[..., :7]
@@ -98,7 +99,7 @@ def test_decoding(calls, dtype):
 
 
 def test_few_products_are_not_worth_it(calls, monkeypatch):
-    monkeypatch.setattr(linear, "LEAST", 3 * 20 * 5)
+    monkeypatch.setattr(numpy_linear, "LEAST", 3 * 20 * 5)
     made = layer(20, 5)
     linear.call(made, mx.ones((3, 20)), "auto")
     linear.call(made, mx.ones((2, 20)), "auto")
@@ -112,12 +113,22 @@ def test_where_mlx_computes_it(calls, monkeypatch):
     def check(y):
         assert relative_l2(np.array(y), wanted) < 1e-6
 
-    check(linear.call(made, x, "sequential"))
+    check(linear.call(made, x, "plain"))
     check(mx.compile(lambda x: linear.call(made, x, "auto"))(x))
     check(mx.vmap(lambda x: linear.call(made, x, "auto"))(x))
-    monkeypatch.setattr(linear, "FASTER", False)
+    monkeypatch.setattr(numpy_linear, "NUMPY_IS_FASTER", False)
     check(linear.call(made, x, "auto"))
     assert calls == []
+
+
+def test_by_name_where_it_cannot_compute():
+    made, x = layer(20, 5), mx.random.normal((3, 20))
+    with pytest.raises(ValueError, match=r"mx\.compile"):
+        mx.compile(lambda x: linear.call(made, x, "numpy"))(x)
+    with pytest.raises(ValueError, match="x is float16 and the weight float32"):
+        linear.call(made, x.astype(mx.float16), "numpy")
+    with pytest.raises(ValueError, match="linear has no kernel 'native'"):
+        linear.call(made, x, "native")
 
 
 def test_another_module_in_a_layer_s_place(calls):
@@ -129,9 +140,9 @@ def test_another_module_in_a_layer_s_place(calls):
 
 def test_other_derivatives_are_refused():
     made, x = layer(20, 5), mx.random.normal((3, 20))
-    with pytest.raises(NotImplementedError, match="sequential"):
+    with pytest.raises(NotImplementedError, match="plain"):
         mx.jvp(lambda x: linear.call(made, x, "auto"), (x,), (x,))
-    with pytest.raises(NotImplementedError, match="sequential"):
+    with pytest.raises(NotImplementedError, match="plain"):
         mx.grad(lambda x: mx.grad(lambda x: (linear.call(made, x, "auto") ** 2).sum())(x).sum())(x)
 
 

@@ -183,13 +183,3 @@ def test_readme_opening_runs(tmp_path):
 
 def test_every_python_block_of_the_readme_is_run():
     assert sum(code.count("import mamba_core as mc") for code in snippets().values()) == README.count("```python") == 7
-
-
-@pytest.mark.parametrize(("given", "wanted"), [(None, "0"), ("1", "1")])
-def test_mlx_multiplies_float32_in_float32_unless_told_otherwise(given, wanted):
-    pytest.importorskip("mlx.core")
-    environment = {name: value for name, value in os.environ.items() if name != "MLX_ENABLE_TF32"}
-    environment |= {} if given is None else {"MLX_ENABLE_TF32": given}
-    program = "import os, mamba_core.backends.mlx; print(os.environ['MLX_ENABLE_TF32'])"
-    found = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == wanted

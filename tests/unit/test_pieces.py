@@ -9,12 +9,13 @@ import pytest
 import mamba_core as mc
 from mamba_core import registry
 from mamba_core.backends import native
+from mamba_core.kernels import Kernels
 from mamba_core.spec.init import initial_values
 from mamba_core.spec.reference import ReferenceModel, cross_entropy
 from mamba_core.spec.tolerances import relative_l2, tolerance
 
 CONFIG = mc.MambaConfig(d_model=16, n_layer=2, vocab_size=29, initializer_range=0.1)
-PLACES = {"torch": "model", "jax": "layers", "mlx": "model"}
+PLACES = {"torch": "model", "jax": "layers", "mlx": "stack"}
 # Pieces have 64 positions here: two of them, and a rest.
 LENGTH = 150
 
@@ -30,14 +31,17 @@ def place(request, monkeypatch):
     monkeypatch.setattr(place, "PIECE_BYTES", 1)
     monkeypatch.setattr(place, "FEWEST", 64)
     place.pieces = []
-    for name in ("_called", "_recomputed"):
-        run = getattr(place, name)
+    owner, names = place, ("_called", "_recomputed")
+    if request.param == "mlx":
+        owner, names = importlib.import_module("mamba_core.backends.mlx.blocks").Block, ("__call__",)
+    for name in names:
+        run = getattr(owner, name)
 
         def watched(block, residual, *arguments, run=run):
             place.pieces.append(residual.shape[1])
             return run(block, residual, *arguments)
 
-        monkeypatch.setattr(place, name, watched)
+        monkeypatch.setattr(owner, name, watched)
     yield place
     del place.pieces
 
@@ -214,12 +218,18 @@ def test_what_mlx_computes_lazily_is_not_cut(place):
 
 
 @pytest.mark.parametrize("place", ["mlx"], indirect=True)
-def test_another_block_of_mlx_is_called_once(place):
-    model, _ = built(place)
+def test_another_block_or_mixer_of_mlx_is_called_once(place):
+    """The other blocks are computed in pieces."""
+    model, reference = built(place)
+    expected = reference(tokens())
     block = model.backbone.layers[1]
-    model.backbone.layers[1] = type("Watched", (type(block),), {})(model.config, "auto")
-    called(place, model, tokens())
-    assert set(place.pieces) == {LENGTH}
+    for changed in (block, block.mixer):
+        kept = changed.__class__
+        changed.__class__ = type("Another", (kept,), {})
+        place.pieces.clear()
+        assert_same(place, called(place, model, tokens()), expected)
+        assert place.pieces == [64, 64, LENGTH % 64, LENGTH]
+        changed.__class__ = kept
 
 
 @pytest.mark.parametrize("place", ["mlx"], indirect=True)
@@ -240,17 +250,18 @@ def test_many_pieces_of_mlx_take_no_more_memory_in_a_gradient(place, monkeypatch
 def test_mlx_computes_a_piece_from_copies():
     """Of what has been computed before; with it MLX would go over all the pieces before at every step."""
     mx = pytest.importorskip("mlx.core")
-    recompute = pytest.importorskip("mamba_core.backends.mlx.recompute")
+    stack = pytest.importorskip("mamba_core.backends.mlx.stack")
     if why := native.missing():
         pytest.skip(f"needs the native library: {why}")
-    own = []
+    seen = []
+    native_only = {"selective_scan": {"native": None}, "causal_conv": {"native": None}}
 
     def run(x, weight):
-        own.append([np.array(value, copy=False).ctypes.data for value in (x, weight)])
+        seen.append([np.array(value, copy=False).ctypes.data for value in (x, weight)])
         return (x * weight,)
 
     def total(x, weight):
-        return recompute.recomputed(run, "native", mx.float32, (x, weight), apart=1)[0].sum()
+        return stack.recomputed(run, Kernels.read("native", native_only), mx.float32, (x, weight), copied=1)[0].sum()
 
     with mx.stream(mx.cpu):
         x, weight = mx.arange(4.0), mx.full((4,), 3.0)
@@ -259,7 +270,7 @@ def test_mlx_computes_a_piece_from_copies():
         gradients = mx.grad(total, argnums=(0, 1))(x, weight)
         assert [value.tolist() for value in gradients] == [[3.0] * 4, [0.0, 1.0, 2.0, 3.0]]
     # Forward and again in the gradient.
-    assert len(own) == 2
-    for x_of_run, weight_of_run in own:
+    assert len(seen) == 2
+    for x_of_run, weight_of_run in seen:
         assert x_of_run != given[0]
         assert weight_of_run == given[1]

@@ -1,1 +1,1 @@
-"""Fused kernels, each beside the plain op that it must equal."""
+"""Fused kernels, `<where>_<op>`; the plain form of each, which it must equal, is in `ops/`."""

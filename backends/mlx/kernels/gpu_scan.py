@@ -1,4 +1,4 @@
-"""The scan on a GPU, NVIDIA's or Apple's: inputs as they come, all of the op fused, no (b, l, e, n) in memory.
+"""The scan on a GPU, NVIDIA's or Apple's: all of the op in one pass over its inputs, no (b, l, e, n) in memory.
 
 The algorithm is that of `mamba_core.backends.gpu`. MLX writes a kernel's signature, from the arrays' names and dtypes,
 and compiles it when it is first needed. The same inputs give the same bits.
@@ -68,7 +68,7 @@ def reason(
 
 
 def scan(language: Language):
-    """The kernel with the arguments as `selective_scan` is given them, but restart (b, l) bool for the segments."""
+    """The kernel in that language, as `ops.selective_scan.sequential`."""
 
     @mx.custom_function
     def fused(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, delta_softplus):
@@ -96,14 +96,14 @@ def scan(language: Language):
 
     reverse_only(fused)
 
-    def kernel(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, delta_softplus):
+    def kernel(call, x, delta, A, B, C, D, z, delta_bias, h0, delta_softplus):
         dtype = x.dtype
         if x.shape[1] == 0:
             return x, mx.zeros((x.shape[0], *A.shape)) if h0 is None else _float32(h0)
         if any(value is not None and value.dtype != dtype for value in (delta, B, C, z)):
             x, delta, B, C, z = (_float32(value) for value in (x, delta, B, C, z))
         A, D, delta_bias, h0 = (_float32(value) for value in (A, D, delta_bias, h0))
-        y, h, _ = fused(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, bool(delta_softplus))
+        y, h, _ = fused(x, delta, A, B, C, D, z, delta_bias, h0, call.mask, call.restart, bool(delta_softplus))
         return y.astype(dtype), h
 
     return kernel

@@ -1,17 +1,18 @@
-"""The causal convolution and its SiLU in C++ on a CPU: one pass over inputs as they come, now, as the native scan."""
+"""The causal convolution and its SiLU in C++ on a CPU, in one pass; computed when it is called, as the native scan."""
 
 import mlx.core as mx
 
 from mamba_core.backends import native as library
-from mamba_core.backends.mlx.kernels.memory import call, zeros, zeros_like
+from mamba_core.backends.mlx.kernels.native_tensors import call as run
+from mamba_core.backends.mlx.kernels.native_tensors import zeros, zeros_like
 from mamba_core.backends.mlx.kernels.reverse_only import first_derivative_only, reverse_only
 
 
-def native(x, weight, bias, activation, state, mask, restart):
-    """(y, final state); the arguments as `causal_conv` is given them, but restart (b, l) bool for the segments."""
+def native(call, x, weight, bias, activation, state):
+    """(y, final state), as `ops.causal_conv.shifted`."""
     state = None if state is None else state.astype(x.dtype)
     bias = None if bias is None else bias.astype(mx.float32)
-    return _native(x, weight.T.astype(mx.float32), bias, state, mask, restart, activation == "silu")
+    return _native(x, weight.T.astype(mx.float32), bias, state, call.mask, call.restart, activation == "silu")
 
 
 @mx.custom_function
@@ -20,7 +21,7 @@ def _native(x, weight, bias, state, mask, restart, silu):
     batch, _, channels = x.shape
     results = {"y": zeros(x.shape, x.dtype)}
     results["final_state"] = zeros((batch, weight.shape[0] - 1, channels), x.dtype)
-    call(library.conv, _arguments(x, weight, silu), _named(x, weight, bias, state, mask, restart), results)
+    run(library.conv, _arguments(x, weight, silu), _named(x, weight, bias, state, mask, restart), results)
     return tuple(results.values())
 
 
@@ -30,7 +31,7 @@ def _native_vjp(inputs, cotangents, outputs):
     given, arriving = _named(*arrays), dict(zip(("dy", "dfinal_state"), cotangents, strict=True))
     gradients = zeros_like(given)
     arguments = _arguments(given["x"], given["weight"], silu)
-    call(library.conv_backward, arguments, given | arriving, gradients)
+    run(library.conv_backward, arguments, given | arriving, gradients)
     gradients = first_derivative_only(gradients, arrays, cotangents)
     return *(gradients.get(f"d{name}") for name in given), None
 

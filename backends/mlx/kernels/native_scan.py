@@ -1,23 +1,24 @@
-"""The scan in C++ on a CPU: inputs as they come, all of the op fused, no (b, l, e, n) in memory.
+"""The scan in C++ on a CPU: all of the op in one pass over its inputs, no (b, l, e, n) in memory.
 
-MLX computes lazily, and this now: its inputs are evaluated when it is called. Inside `mx.compile` and `mx.vmap` that
-cannot be.
+MLX is lazy, but this kernel computes when it is called, and has its inputs computed. Inside `mx.compile` and `mx.vmap`
+it cannot.
 """
 
 import mlx.core as mx
 
 from mamba_core.backends import native as library
-from mamba_core.backends.mlx.kernels.memory import call, zeros, zeros_like
+from mamba_core.backends.mlx.kernels.native_tensors import call as run
+from mamba_core.backends.mlx.kernels.native_tensors import zeros, zeros_like
 from mamba_core.backends.mlx.kernels.reverse_only import first_derivative_only, reverse_only
 
 
-def native(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, delta_softplus):
-    """The arguments as `selective_scan` is given them, but restart (b, l) bool for the segments."""
+def native(call, x, delta, A, B, C, D, z, delta_bias, h0, delta_softplus):
+    """(y, final state), as `ops.selective_scan.sequential`."""
     dtype = x.dtype
     if any(value is not None and value.dtype != dtype for value in (delta, B, C, z)):
         x, delta, B, C, z = (_float32(value) for value in (x, delta, B, C, z))
     A, D, delta_bias, h0 = (_float32(value) for value in (A, D, delta_bias, h0))
-    y, h, _ = _native(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, bool(delta_softplus))
+    y, h, _ = _native(x, delta, A, B, C, D, z, delta_bias, h0, call.mask, call.restart, bool(delta_softplus))
     return y.astype(dtype), h
 
 
@@ -27,7 +28,7 @@ def _native(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, delta_softpl
     results = {"y": zeros(x.shape, x.dtype), "final_state": zeros((x.shape[0], *A.shape))}
     results["boundaries"] = zeros((library.count_boundaries(*x.shape, A.shape[1]),))
     given = _named(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart)
-    call(library.scan, _arguments(x, A, delta_softplus), given, results)
+    run(library.scan, _arguments(x, A, delta_softplus), given, results)
     return tuple(results.values())
 
 
@@ -39,7 +40,7 @@ def _native_vjp(inputs, cotangents, outputs):
     arriving = {"dy": dy, "dfinal_state": dfinal_state, "boundaries": outputs[2]}
     gradients = zeros_like(given)
     arguments = _arguments(given["x"], given["A"], delta_softplus)
-    call(library.scan_backward, arguments, given | arriving, gradients)
+    run(library.scan_backward, arguments, given | arriving, gradients)
     gradients = first_derivative_only(gradients, arrays, cotangents)
     return *(gradients.get(f"d{name}") for name in given), None
 

@@ -9,17 +9,18 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from mamba_core.backends.mlx.arrays import check_device
-from mamba_core.backends.mlx.kernels import gpu_scan
-from mamba_core.backends.mlx.kernels.memory import reason as why_not_native
+from mamba_core.backends.mlx.arrays import default_device, keep_float32
+from mamba_core.backends.mlx.kernels import gpu_scan, native_tensors
 from mamba_core.backends.mlx.kernels.native_scan import native
 from mamba_core.backends.mlx.kernels.reverse_only import first_derivative_only
-from mamba_core.backends.mlx.positions import restarts
-from mamba_core.spec.checks import check_scan, check_step, choose_kernel
+from mamba_core.backends.mlx.positions import call_of
+from mamba_core.call import Call
+from mamba_core.kernels import choose
+from mamba_core.spec.ops.selective_scan import check_scan, check_step
 
 # In positions. The state before each chunk is kept: with 16 of them and 16 states a channel, as much as x.
 CHUNK = 16
-# Elements that an operation works on: on a CPU those that its cache holds, on a GPU enough to fill it.
+# Elements that one operation works on: on a CPU as many as its cache holds, on a GPU enough to fill it.
 WIDTH = {"cpu": 2**17, "gpu": 2**20}
 
 
@@ -42,13 +43,34 @@ def selective_scan(
 ):
     """Computed in float32, a float64 x too: MLX has no float64 on a GPU."""
     check_scan(x, delta, A, B, C, D, z, delta_bias, initial_state, mask, segment_ids)
-    arrays = (x, delta, A, B, C, D, z, delta_bias, initial_state, mask, restarts(mask, segment_ids))
-    y, h = KERNELS[kernel_for(kernel, x.dtype, arrays, states=A.shape[1])](*arrays, delta_softplus)
+    call = call_of(mask, segment_ids, length=x.shape[1])
+    y, h = _scan(call, (x, delta, A, B, C, D, z, delta_bias, initial_state), delta_softplus, kernel)
     return (y, h) if return_final_state else y
+
+
+def scan(
+    call: Call,
+    x,
+    delta,
+    A,
+    B,
+    C,
+    D=None,
+    *,
+    z=None,
+    delta_bias=None,
+    delta_softplus=False,
+    initial_state=None,
+    kernel="auto",
+):
+    """`selective_scan` within a call whose positions are known; (y, final state)."""
+    check_scan(x, delta, A, B, C, D, z, delta_bias, initial_state, call.mask, call.segment_ids)
+    return _scan(call, (x, delta, A, B, C, D, z, delta_bias, initial_state), delta_softplus, kernel)
 
 
 def selective_step(x, delta, A, B, C, D=None, *, z=None, delta_bias=None, delta_softplus=False, state):
     check_step(x, delta, A, B, C, D, z, delta_bias, state)
+    keep_float32()
     dtype = x.dtype
     x, A, B, C, D, z, state = (_float32(value) for value in (x, A, B, C, D, z, state))
     step = _step_size(delta, delta_bias, delta_softplus)
@@ -56,48 +78,50 @@ def selective_step(x, delta, A, B, C, D=None, *, z=None, delta_bias=None, delta_
     return _output(_contract(h, C), x, D, z).astype(dtype), h
 
 
-def kernels(device: str | None = None) -> dict[str, str | None]:
-    """Those but "native", "cuda" and "metal" are made of MLX's own operations and run on every device."""
-    check_device(device)
-    device = device or _device()
-    return dict.fromkeys(KERNELS) | {"native": why_not_native(device)} | _why_not_gpu(device)
+def kernels(device=None, dtype=None, arrays=(), states=None, *, wanted="auto") -> dict[str, str | None]:
+    """For x of that dtype, these arrays and so many states.
+
+    The native kernel has the arrays computed to see whether they can be: only where it is wanted, by name or "auto".
+    """
+    device = device or default_device()
+    to_compute = arrays if wanted in ("auto", "native") else ()
+    languages = (gpu_scan.CUDA, gpu_scan.METAL)
+    on_a_gpu = {language.name: gpu_scan.reason(language, device, dtype, states, arrays) for language in languages}
+    return dict.fromkeys(KERNELS) | {"native": native_tensors.reason(device, dtype, to_compute)} | on_a_gpu
 
 
-def kernel_for(kernel: str, dtype: mx.Dtype, arrays=(), device: str | None = None, states: int | None = None) -> str:
-    """The kernel of that name, or for "auto" the fastest, for x of that dtype, these arrays and so many states there.
+def chosen(kernel: str, dtype: mx.Dtype, arrays=(), states: int | None = None) -> str:
+    """The kernel of that name, or for "auto" the fastest, for x of that dtype, these arrays and so many states.
 
-    device: MLX's default.
+    On MLX's default device.
 
     Raises:
         ValueError: there is no such kernel, or not for them.
     """
-    device = device or _device()
-    # The arrays are computed to see whether they can be: not where that does not matter.
-    native = why_not_native(device, dtype, arrays) if kernel in ("auto", "native") else None
-    return choose_kernel(
-        kernel, dict.fromkeys(KERNELS) | {"native": native} | _why_not_gpu(device, dtype, states, arrays)
-    )
+    return choose(kernel, kernels(None, dtype, arrays, states, wanted=kernel), "selective_scan")
 
 
-def _why_not_gpu(device, dtype=None, states=None, arrays=()):
-    languages = (gpu_scan.CUDA, gpu_scan.METAL)
-    return {language.name: gpu_scan.reason(language, device, dtype, states, arrays) for language in languages}
+def _scan(call, arrays, delta_softplus, kernel):
+    keep_float32()
+    x, A = arrays[0], arrays[2]
+    name = chosen(kernel, x.dtype, (*arrays, call.mask, call.restart), states=A.shape[1])
+    return KERNELS[name](call, *arrays, delta_softplus)
 
 
 def _prepared(scan):
-    """A kernel that takes the arguments as they come, from one of the step sizes, all in float32."""
+    """A kernel of the op's own arguments, from a `scan` of step sizes and of float32 only."""
 
     @functools.wraps(scan)
-    def kernel(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, delta_softplus):
-        dtype = x.dtype
+    def kernel(call, x, delta, A, B, C, D, z, delta_bias, h0, delta_softplus):
+        dtype, mask = x.dtype, call.mask
         if mask is not None:
-            # Not by a factor of zero: what stands at a masked position may be Inf or NaN.
+            # Not by a factor of zero: a masked position may hold Inf or NaN.
             x, delta, B, C, z = (_where_valid(mask, value) for value in (x, delta, B, C, z))
         x, A, B, C, D, z = (_float32(value) for value in (x, A, B, C, D, z))
         step = _where_valid(mask, _step_size(delta, delta_bias, delta_softplus))
         y, h = x, mx.zeros((x.shape[0], *A.shape)) if h0 is None else _float32(h0)
         if x.shape[1] > 0:
-            y, h = scan(x, step, A, B, C, D, z, h, restart)
+            y, h = scan(x, step, A, B, C, D, z, h, call.restart)
         return _where_valid(mask, y).astype(dtype), h
 
     return kernel
@@ -105,7 +129,7 @@ def _prepared(scan):
 
 @_prepared
 def sequential(x, step, A, B, C, D, z, h0, restart):
-    """A loop over time, differentiated by MLX, which keeps every state: for short sequences and as the plain twin."""
+    """A loop over time, the plain twin of the others. MLX differentiates it and keeps every state."""
     h, linear = h0, []
     for t in range(x.shape[1]):
         decay = mx.exp(step[:, t, :, None] * A)
@@ -118,14 +142,14 @@ def sequential(x, step, A, B, C, D, z, h0, restart):
 def chunked(x, step, A, B, C, D, z, h0, restart):
     """Chunks side by side: from a zero state, then from their true first states, which follow from one another.
 
-    Done in blocks of chunks, one after another, so that one block's states are held and no more. The gradient is by
-    hand; it keeps the state before each chunk only. No vmap, no forward mode and no second derivative: they raise.
+    Blocks of chunks are done one after another, so that the states of one block are held at a time. The gradient is
+    by hand; it keeps the state before each chunk only. vmap, forward mode and a second derivative raise.
     """
     linear, h, _ = _chunked_scan(x, step, A, B, C, h0, restart)
     return _output(linear, x, D, z), h
 
 
-# Fastest first.
+# Fastest first, the plain one last.
 KERNELS = {
     "native": native,
     "cuda": gpu_scan.cuda,
@@ -142,7 +166,7 @@ def _chunked_scan(x, step, A, B, C, h0, restart):
     plan = _plan(x, A)
     h, firsts, linear = h0, [], []
     for index in range(plan.blocks):
-        # MLX may run h through all blocks first and hold their states for the outputs: each waits for the one before.
+        # Each block waits for the one before: MLX might else run h through all blocks and hold their states.
         waiting = mx.depends([x, step, B, C], [h, *linear[-1:]])
         block = _block(plan, index, *waiting, restart)
         decay = _decays(block, A)
@@ -175,7 +199,7 @@ def _chunked_scan_vjp(arguments, cotangents, outputs):
 
 
 class _Plan(NamedTuple):
-    """The length as blocks of chunks of positions; what is missing at the end is filled with steps of size zero."""
+    """The length as blocks of chunks of positions; steps of size zero fill up the end."""
 
     batch: int
     length: int
@@ -198,7 +222,7 @@ def _plan(x, A) -> _Plan:
     batch, length, _ = x.shape
     positions = min(CHUNK, length)
     chunks = -(-length // positions)
-    side_by_side = min(chunks, max(1, WIDTH[_device()] // (batch * A.size)))
+    side_by_side = min(chunks, max(1, WIDTH[default_device()] // (batch * A.size)))
     blocks = -(-chunks // side_by_side)
     return _Plan(batch, length, blocks, -(-chunks // blocks), positions)
 
@@ -252,7 +276,7 @@ def _first_states(plan, block, decay, A, h):
 
 
 def _gradients_after_chunks(plan, block, decay, A, dy, g):
-    """The gradient of the state after each chunk, without what its own positions add, from that after the block."""
+    """The gradient of the state after each chunk from later chunks only, from that of the state after the block."""
     if plan.chunks == 1:
         return g
     starts = mx.zeros((len(block.x[0]), *A.shape))
@@ -307,7 +331,7 @@ def _retreat(g, decay, dy, C, restart):
 
 
 def _decayed(value, decay, restart):
-    """Where a restart stands nothing passes, Inf and NaN neither."""
+    """At a restart nothing passes, not even Inf or NaN."""
     return decay * (value if restart is None else mx.where(restart[..., None], 0.0, value))
 
 
@@ -317,13 +341,13 @@ def _contract(h, C):
 
 
 def _decay(step, A):
-    exponential = _exp if _device() == "cpu" else mx.exp
+    exponential = _exp if default_device() == "cpu" else mx.exp
     return exponential(step[..., None] * A)
 
 
 @mx.compile
 def _exp(value):
-    """exp in float32 to 1e-7 of its value; on a CPU MLX's own takes four times as long and errs up to 4e-6.
+    """exp in float32 to 1e-7 of its value. MLX's own takes four times as long on a CPU and errs up to 4e-6.
 
     exp(value) = 2^k exp(f), k a whole number, |f| <= ln(2) / 2. Zero below 2^-126, Inf from 2^127.5.
     """
@@ -338,10 +362,6 @@ def _exp(value):
     series = (q * f + 1.0) * f + 1.0
     power = ((shifted.view(mx.int32) - (0x4B400000 - 127)) << 23).view(mx.float32)
     return series * power
-
-
-def _device():
-    return mx.default_device().type.name
 
 
 def _output(linear, x, D, z):

@@ -1,4 +1,4 @@
-"""Decoding: prefill, then one token at a time by a step compiled where that pays, sampled on the device."""
+"""Decoding: a prefill, then one token at a time, sampled on the device. The step is compiled where that pays."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -8,23 +8,26 @@ import mlx.core as mx
 from mlx.utils import tree_map
 
 from mamba_core.backend import Carry, Choice, Context, Output, State
+from mamba_core.backends.mlx import state as states
 from mamba_core.backends.mlx.arrays import from_numpy, to_numpy
-from mamba_core.backends.mlx.kernels import linear
-from mamba_core.observe import unobserved
+from mamba_core.backends.mlx.kernels import numpy_linear
+from mamba_core.backends.mlx.positions import call_of
 from mamba_core.sampling import Sampling
 
-# Steps whose random numbers are brought to the device at once.
+# The random numbers of so many steps are brought to the device at once.
 BLOCK = 64
 
 
 def prefill(model, tokens, mask, state: State | None = None) -> Output:
-    """Not compiled, for the native kernels are not to be had there."""
-    state = model.init_state(len(tokens)) if state is None else state
+    """Not compiled: native kernels do not work inside mx.compile."""
+    rows, length = tokens.shape
     with model.on_device():
-        own_mask = None if mask.all() else from_numpy(mask)
-        hidden, state = model.backbone(from_numpy(tokens), state, own_mask, None, unobserved, last=True)
+        state = model.init_state(rows, length) if state is None else states.with_room(model.config, state, length)
+        needed_mask = None if mask.all() else from_numpy(mask)
+        call = call_of(needed_mask, None, length=length, last=True)
+        hidden, state = model.backbone(from_numpy(tokens), state, call)
         prefilled = Output(model.head(hidden[:, -1])[:, : model.config.vocab_size], state)
-        # Else the graph of all tokens, and what it holds, would live until the state is looked at.
+        # Computed now: the graph of all tokens, and what it holds, would live until somebody looks at the state.
         mx.eval(prefilled)
     return prefilled
 
@@ -36,18 +39,24 @@ def fork(values, rows):
 def decode(
     model, prefilled: Output, sampling: Sampling, *, context: Context | None = None, draw=None, limit: int | None = None
 ) -> Iterator[Choice]:
-    """A token is handed out while the next is under way: without a limit what follows the last taken is in vain."""
+    """Yields a token while the next is being computed; without a limit the last computation is wasted."""
     step = partial(advance, model, sampling=sampling)
-    # Compiled, it would not have what is computed at once.
-    if model.device != "cpu" or not linear.FASTER:
+    # Not on a CPU where NumPy multiplies: that does not work inside mx.compile.
+    if model.device != "cpu" or not numpy_linear.NUMPY_IS_FASTER:
         step = mx.compile(step, inputs=model.state)
     uniforms = _uniforms(draw)
     with model.on_device():
         context = tree_map(lambda value: None if value is None else from_numpy(value), context)
         carry = begin(prefilled, context, next(uniforms), sampling)
+        left = states.room(model.config, carry.state)
     for made in count(1):
         more = limit is None or made < limit
         with model.on_device():
+            if left is not None:
+                if left == 0:
+                    carry = carry._replace(state=states.with_room(model.config, carry.state, 1))
+                    left = states.room(model.config, carry.state)
+                left -= 1
             following = step(carry, next(uniforms)) if more else carry
             mx.async_eval(following)
         yield _on_host(carry.choice)
@@ -59,12 +68,12 @@ def decode(
 def begin(prefilled: Output, context: Context | None, uniform: mx.array | None, sampling: Sampling) -> Carry:
     """The first tokens."""
     choice = choose(prefilled.logits, context, uniform, sampling)
-    return Carry(choice, prefilled.state, _with(context, choice.tokens))
+    return Carry(choice, prefilled.state, _updated(context, choice.tokens))
 
 
 def advance(model, carry: Carry, uniform: mx.array | None, sampling: Sampling) -> Carry:
     """One token more in each row."""
-    hidden, state = model.backbone(carry.choice.tokens[:, None], carry.state, None, None, unobserved)
+    hidden, state = model.backbone(carry.choice.tokens[:, None], carry.state, call_of(None, None, length=1))
     logits = model.head(hidden[:, 0])[:, : model.config.vocab_size]
     return begin(Output(logits, state), carry.context, uniform, sampling)
 
@@ -78,7 +87,7 @@ def choose(logits: mx.array, context: Context | None, uniform: mx.array | None, 
     else:
         probabilities = _filtered(logits, sampling)
         running = mx.cumsum(probabilities, axis=-1)
-        # A sum in parallel may rise by rounding where nothing is added, or stay below u times the total at the end.
+        # By rounding a parallel sum may rise where nothing is added, or end below u times the total.
         kept = probabilities > 0
         reached = kept & (running > uniform[:, None] * running[:, -1:])
         last = kept.shape[-1] - 1 - mx.argmax(kept[:, ::-1], axis=-1)
@@ -117,11 +126,11 @@ def _adjusted(logits: mx.array, context: Context | None, sampling: Sampling) -> 
 
 
 def _filtered(logits: mx.array, sampling: Sampling) -> mx.array:
-    """Probabilities (b, v) with those that top_k, top_p and min_p reject at zero."""
+    """Probabilities (b, v); zero for the tokens that top_k, top_p and min_p reject."""
     probabilities = mx.softmax((logits - logits.max(axis=-1, keepdims=True)) / sampling.temperature, axis=-1)
     if not sampling.filters:
         return probabilities
-    # MLX sorts stably on every device: of equals the lower id comes first.
+    # MLX's sort is stable on every device: among equals the lower id comes first.
     order = mx.argsort(-probabilities, axis=-1)
     ranked = mx.take_along_axis(probabilities, order, axis=-1)
     rank = mx.arange(ranked.shape[-1])
@@ -134,7 +143,7 @@ def _filtered(logits: mx.array, sampling: Sampling) -> mx.array:
     return mx.put_along_axis(mx.zeros_like(probabilities), order, ranked, axis=-1)
 
 
-def _with(context: Context | None, tokens: mx.array) -> Context | None:
+def _updated(context: Context | None, tokens: mx.array) -> Context | None:
     """The context after these tokens."""
     if context is None:
         return None
@@ -143,7 +152,7 @@ def _with(context: Context | None, tokens: mx.array) -> Context | None:
 
 
 def _uniforms(draw) -> Iterator[mx.array | None]:
-    """(b,) for each step; None where nothing is drawn."""
+    """The numbers of each step, (b,); None where nothing is drawn."""
     for start in count(0, BLOCK):
         yield from [None] * BLOCK if draw is None else from_numpy(draw(start, BLOCK))
 

@@ -1,4 +1,4 @@
-"""An MLX model of no positions where MLX cannot compute without elements, as on CUDA: the same as where it can."""
+"""An MLX model called with no positions, where MLX fails at arrays without elements, as on CUDA."""
 
 import numpy as np
 import pytest
@@ -9,19 +9,19 @@ mx = pytest.importorskip("mlx.core")
 
 from mlx.utils import tree_flatten  # noqa: E402 (after the package that it needs)
 
-from mamba_core.backends.mlx import model as its  # noqa: E402
+from mamba_core.backends.mlx import model as models  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
 def _on_the_cpu():
-    """The arrays too: where MLX has a GPU, the one that it cannot make without elements would be made there."""
+    """Also the test's own arrays: an array without elements cannot be made on a GPU."""
     with mx.stream(mx.cpu):
         yield
 
 
 @pytest.mark.parametrize("task", ["lm", "features", "layers"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_model_of_no_positions(masked, task, monkeypatch):
+def test_the_same_as_where_mlx_can_compute_it(masked, task, monkeypatch):
     config = mc.MambaConfig(d_model=16, n_layer=2, vocab_size=11, task=task)
     model = mc.build(config, backend="mlx", dtype="bfloat16", device="cpu")
     some, none = ((2, 5, 16), (2, 0, 16)) if task == "layers" else ((2, 5), (2, 0))
@@ -33,8 +33,8 @@ def test_a_model_of_no_positions(masked, task, monkeypatch):
         return model(mx.zeros(none, kind), state, **positions)
 
     expected = tree_flatten(run())
-    monkeypatch.setattr(its, "_fails_on_nothing", lambda: True)
-    monkeypatch.setattr(its.Backbone, "__call__", None)
+    monkeypatch.setattr(models, "_fails_on_nothing", lambda: True)
+    monkeypatch.setattr(models.Backbone, "__call__", None)
     found = tree_flatten(run())
     assert len(found) == len(expected)
     for (name, value), (other_name, other) in zip(found, expected, strict=True):

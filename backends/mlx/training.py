@@ -9,10 +9,12 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from mamba_core.backends.mlx.arrays import from_numpy
-from mamba_core.backends.mlx.recompute import recomputed
+from mamba_core.backends.mlx.ops.cross_entropy import cross_entropy
+from mamba_core.backends.mlx.stack import recomputed
 from mamba_core.backends.mlx.weights import canonical, convolution_weights, swap_axes
-from mamba_core.spec.checks import check_targets, check_task
+from mamba_core.spec.checks import check_targets
 from mamba_core.spec.params import parameter_table
+from mamba_core.tasks import check_generates
 
 
 def loss(model, tokens, mask=None) -> mx.array:
@@ -27,18 +29,18 @@ def loss(model, tokens, mask=None) -> mx.array:
 
 
 def _cross_entropy(model, logits, targets):
-    """(b, l). Its gradient takes several arrays as large as the logits."""
+    """(b, l). Its gradient takes several arrays as large as the logits, unless the model computes again."""
 
     def run(logits):
-        return (nn.losses.cross_entropy(logits, targets),)
+        return (cross_entropy(logits, targets, kernel=model.policy.of("cross_entropy")),)
 
     if not model.remat:
         return run(logits)[0]
-    return recomputed(run, model.chosen_kernels, model.backbone.dtype, (logits,))[0]
+    return recomputed(run, model.policy, model.backbone.dtype, (logits,))[0]
 
 
 def loss_and_gradients(model, tokens, mask=None) -> tuple[float, dict[str, np.ndarray]]:
-    check_task(model.config, "its loss")
+    check_generates(model.config, "its loss")
     tokens, mask = _checked(model, tokens), None if mask is None else from_numpy(mask)
     with model.on_device():
         value, gradients = nn.value_and_grad(model, loss)(model, tokens, mask)
@@ -49,13 +51,13 @@ class Trainer:
     """AdamW with the decay of the parameter table, its moments and its arithmetic in float32."""
 
     def __init__(self, model, settings):
-        check_task(model.config, "training")
+        check_generates(model.config, "training")
         self.model = model
         self.settings = settings
         self.count = 0
         self.optimizer = self._optimizer()
         self.optimizer.init(tree_map(lambda value: mx.zeros(value.shape), model.parameters()))
-        # Not on a CPU: there a C++ compiler takes as long over the fused operations as hundreds of steps.
+        # Not on a CPU: there the C++ compiler takes as long for the fused operations as hundreds of steps.
         if model.device == "gpu":
             state = [model.state, self.optimizer.state]
             self._update = mx.compile(self._update, inputs=state, outputs=state)
@@ -100,7 +102,7 @@ class Trainer:
         return value, norm
 
     def _slots(self) -> list[tuple[str, mx.array]]:
-        """(path, array) of all that the optimizers keep: each moment is at its parameter's name, then "m" or "v"."""
+        """(path, array) of all that the optimizers keep. A moment's path is its parameter's name, then "m" or "v"."""
         return [slot for optimizer in self.optimizer.optimizers for slot in tree_flatten(optimizer.state)]
 
     def _optimizer(self) -> optim.MultiOptimizer:
@@ -116,7 +118,7 @@ _MOMENTS = ("m", "v")
 
 
 def _checked(model, tokens) -> mx.array:
-    """MLX does not check the index of a target, it reads whatever memory is there."""
+    """The tokens as MLX's, in range: MLX does not check the index of a target and reads whatever memory is there."""
     rows = model.config.padded_vocab_size
     if tokens.size and (tokens.min() < 0 or tokens.max() >= rows):
         raise ValueError(f"tokens are from {tokens.min()} to {tokens.max()}; expected 0 to {rows - 1}")

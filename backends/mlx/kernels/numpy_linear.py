@@ -1,47 +1,46 @@
-"""Linear layers on a CPU, now, where MLX's own product is slow: its wheels for Linux have no fast BLAS.
+"""Linear layers on a CPU by NumPy: MLX's own product is slow there, because its wheels for Linux have no fast BLAS.
 
-By NumPy, which has; but for few rows in bfloat16, whose weights it could not read as they are, by the native library.
+A few rows in bfloat16 are the native library's instead, since NumPy cannot read such weights as they are. The product
+is computed when it is asked for, and its inputs with it; its plain twin is `ops.linear.plain`.
 """
 
 import sys
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from mamba_core.backends import native as library
-from mamba_core.backends.mlx.kernels.memory import are_traced, view, zeros
+from mamba_core.backends.mlx.arrays import dtype_name
+from mamba_core.backends.mlx.kernels.native_tensors import are_traced, view, zeros
 from mamba_core.backends.mlx.kernels.reverse_only import first_derivative_only, reverse_only
 
-FASTER = sys.platform != "darwin"
-# Multiply-adds: fewer take no longer in MLX than the call does.
+NUMPY_IS_FASTER = sys.platform != "darwin"
+# Multiply-adds from which the call pays.
 LEAST = 2**16
 FEW_ROWS = 8
 
 
-def call(layer: nn.Module, x: mx.array, kernels: str) -> mx.array:
-    """layer(x). kernels: the model's."""
-    if type(layer) is not nn.Linear:
-        return layer(x)
-    y = linear(x, layer.weight, kernels)
-    return y + layer.bias if "bias" in layer else y
+def reason(device: str, x: mx.array | None = None, weight: mx.array | None = None) -> str | None:
+    """Why NumPy cannot compute this product on that device; None if it can."""
+    if not NUMPY_IS_FASTER:
+        return "MLX's own product is as fast on this system"
+    if device != "cpu":
+        return "it runs on a CPU only"
+    if x is not None and x.dtype != weight.dtype:
+        return f"x is {dtype_name(x.dtype)} and the weight {dtype_name(weight.dtype)}"
+    if x is not None and are_traced((x, weight)):
+        return "it computes at once, and inside mx.compile and mx.vmap there is nothing to compute with"
+    return None
 
 
-def linear(x: mx.array, weight: mx.array, kernels: str) -> mx.array:
-    """x (..., in) times the transpose of weight (out, in)."""
-    return _linear(x, weight) if _runs(x, weight, kernels) else x @ weight.T
+def pays(x: mx.array, weight: mx.array) -> bool:
+    """Whether there is more to multiply than the call costs."""
+    return x.size * len(weight) >= LEAST
 
 
-def _runs(x, weight, kernels) -> bool:
-    """Whether it is to be computed here: at once, and once differentiable, as all kernels but "sequential" are."""
-    return (
-        FASTER
-        and kernels != "sequential"
-        and mx.default_device().type.name == "cpu"
-        and x.dtype == weight.dtype
-        and x.size * len(weight) >= LEAST
-        and not are_traced((x, weight))
-    )
+def linear(x: mx.array, weight: mx.array) -> mx.array:
+    """x (..., in) times the transpose of weight (out, in). One derivative, in reverse mode."""
+    return _linear(x, weight)
 
 
 @mx.custom_function

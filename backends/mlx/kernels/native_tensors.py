@@ -1,4 +1,4 @@
-"""Arrays as the native library takes them: computed, and by pointer and strides."""
+"""Arrays as the native library takes them: computed, by pointer and strides."""
 
 import mlx.core as mx
 import numpy as np
@@ -21,7 +21,7 @@ def reason(device: str, dtype: mx.Dtype | None = None, arrays=()) -> str | None:
 
 
 def call(function, arguments, given: dict[str, mx.array | None], results: dict[str, mx.array]) -> None:
-    """The results, fresh arrays, are written in place; those that the arguments have no name for stay zero."""
+    """Run a function of the library. It writes the results, fresh arrays, in place, where it knows their names."""
     named = {name: _laid_out(name, value) for name, value in given.items() if value is not None} | results
     mx.eval(list(named.values()))
     for name in dict(arguments._fields_).keys() & named.keys():
@@ -33,23 +33,23 @@ def call(function, arguments, given: dict[str, mx.array | None], results: dict[s
 
 
 def zeros_like(given: dict[str, mx.array | None]) -> dict[str, mx.array]:
-    """Of what is given, under the names of its gradients."""
+    """An array for the gradient of each array, under the gradient's name."""
     return {f"d{name}": zeros(value.shape, value.dtype) for name, value in given.items() if value is not None}
 
 
 def zeros(shape, dtype: mx.Dtype = mx.float32) -> mx.array:
-    """As `mx.zeros`, by bytes, which on a CPU takes MLX half the time; it has no arrays that are not filled."""
+    """As `mx.zeros`, but filled by bytes: that takes half the time on a CPU. MLX has no arrays that are not filled."""
     return mx.zeros((*shape, dtype.size), mx.uint8).view(dtype).squeeze(-1)
 
 
-def alone(values) -> list[mx.array]:
-    """Copies of the arrays, computed, that do not hold on to what they were computed from."""
+def detached_copies(values) -> list[mx.array]:
+    """Computed copies of the arrays, which do not keep alive what the arrays were computed from."""
     mx.eval(values)
     return [mx.array(view(value)).view(value.dtype) for value in values]
 
 
 def _laid_out(name, value):
-    """A sequence with its channels side by side, as a slice of a wider array has them too; the rest contiguous."""
+    """A sequence needs its channels side by side, as in a slice of a wider array; all else must be contiguous."""
     if name in library.SEQUENCES:
         mx.eval(value)
         if value.shape[2] == 1 or view(value).strides[2] == value.itemsize:
@@ -63,7 +63,7 @@ def view(value) -> np.ndarray:
 
 
 def are_traced(arrays) -> bool:
-    """Whether they stand for arrays, and cannot be computed."""
+    """Whether the arrays only stand for arrays, inside a transformation, and cannot be computed."""
     try:
         mx.eval(arrays)
     except ValueError:

@@ -1,0 +1,16 @@
+"""Task "features": the normalised residual stream from token ids."""
+
+import mlx.core as mx
+
+from mamba_core.backend import Hidden, State
+from mamba_core.backends.mlx import model
+
+
+class FeatureModel(model.Model):
+    def __call__(
+        self, inputs: mx.array, state: State | None = None, *, mask=None, segment_ids=None, observe=None
+    ) -> Hidden:
+        return self._hidden(inputs, state, mask, segment_ids, observe)
+
+
+Model = FeatureModel

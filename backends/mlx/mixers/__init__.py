@@ -1,0 +1,34 @@
+"""The mixers and feed-forwards, a file each, named after the kind that an architecture's blocks name.
+
+A mixer file exports `Mixer`:
+
+    class Mixer(nn.Module):
+        def __init__(self, config, layer: int, options: Options)
+        def __call__(self, hidden, state, call) -> (hidden, state)     # a feed-forward: (hidden, call) -> hidden
+
+A class may say in its own body what else it was written for; a subclass does not inherit that:
+
+    last_position = True     where `call.last`, it may return the last position's output only, (b, 1, d)
+    width = s6.width         a function: elements of its widest array for each position. Long sequences are then
+                             computed in pieces, each from the state that the one before has left
+"""
+
+from typing import Any, NamedTuple
+
+from mamba_core.kernels import Kernels
+
+FOLDER = "backends.mlx.mixers"
+
+
+class Options(NamedTuple):
+    """What this backend tells every module when it makes it.
+
+    kernels: the model's policy.
+    """
+
+    kernels: Kernels
+
+
+def own(module, name: str) -> Any:
+    """What the module's very class says under this name; None where it says nothing."""
+    return vars(type(module)).get(name)

@@ -1,0 +1,124 @@
+"""The causal depthwise convolution before the scan, as shifted multiply-adds (Gu and Dao 2023, figure 3)."""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mamba_core.backends.mlx.arrays import default_device, keep_float32
+from mamba_core.backends.mlx.kernels import native_tensors
+from mamba_core.backends.mlx.kernels.native_conv import native
+from mamba_core.backends.mlx.positions import call_of
+from mamba_core.call import Call
+from mamba_core.kernels import choose
+from mamba_core.spec.ops.causal_conv import check_conv, check_conv_step
+
+
+def causal_conv(
+    x,
+    weight,
+    bias=None,
+    *,
+    activation=None,
+    initial_state=None,
+    return_final_state=False,
+    mask=None,
+    segment_ids=None,
+    kernel="auto",
+):
+    check_conv(x, weight, bias, activation, initial_state, mask, segment_ids)
+    call = call_of(mask, segment_ids, length=x.shape[1])
+    y, state = _conv(call, x, weight, bias, activation, initial_state, kernel)
+    return (y, state) if return_final_state else y
+
+
+def conv(call: Call, x, weight, bias=None, *, activation=None, initial_state=None, kernel="auto"):
+    """`causal_conv` within a call whose positions are known; (y, final state)."""
+    check_conv(x, weight, bias, activation, initial_state, call.mask, call.segment_ids)
+    return _conv(call, x, weight, bias, activation, initial_state, kernel)
+
+
+def causal_conv_step(x, weight, bias=None, *, activation=None, state):
+    check_conv_step(x, weight, bias, activation, state)
+    keep_float32()
+    inputs = mx.concatenate([state.astype(x.dtype), x[:, None]], axis=1)
+    y = _filter([inputs[:, tap] for tap in range(weight.shape[1])], weight, bias, activation)
+    return y.astype(x.dtype), inputs[:, 1:]
+
+
+def kernels(device=None, dtype=None, arrays=()) -> dict[str, str | None]:
+    """For x of that dtype and these arrays, which are computed to see whether they can be."""
+    return {"native": native_tensors.reason(device or default_device(), dtype, arrays), "shifted": None}
+
+
+def chosen(kernel: str, dtype: mx.Dtype, arrays=()) -> str:
+    """The kernel of that name, or for "auto" the fastest, for x of that dtype and these arrays on MLX's default device.
+
+    Raises:
+        ValueError: there is no such kernel, or not for them.
+    """
+    arrays = arrays if kernel in ("auto", "native") else ()
+    return choose(kernel, kernels(None, dtype, arrays), "causal_conv")
+
+
+def _conv(call, x, weight, bias, activation, state, kernel):
+    keep_float32()
+    name = chosen(kernel, x.dtype, (x, weight, bias, state, call.mask, call.restart))
+    return KERNELS[name](call, x, weight, bias, activation, state)
+
+
+def shifted(call, x, weight, bias, activation, state):
+    """A multiply-add of the whole length for each tap."""
+    mask, restart = call.mask, call.restart
+    batch, length, channels = x.shape
+    carried = weight.shape[1] - 1
+    state = mx.zeros((batch, carried, channels), x.dtype) if state is None else state.astype(x.dtype)
+    if length == 0:
+        return x, state
+    # How many restarts there were up to each position.
+    run = None if restart is None else mx.cumsum(restart.astype(mx.int32), axis=1)
+    if mask is not None:
+        x = _permute(mx.where(mask[..., None], x, mx.array(0, x.dtype)), call.order)
+        run = None if run is None else mx.take_along_axis(run, call.order, axis=1)
+    inputs = mx.concatenate([state, x], axis=1)
+    # The initial state's inputs belong to the first run.
+    runs = None if run is None else mx.pad(run, ((0, 0), (carried, 0)))
+    windows = [slice(tap, tap + length) for tap in range(carried + 1)]
+    if runs is None:
+        taps = [inputs[:, window] for window in windows]
+    else:
+        taps = [_in_run(inputs[:, window], runs[:, window], runs[:, carried:]) for window in windows]
+    y = _filter(taps, weight, bias, activation).astype(x.dtype)
+    if mask is not None:
+        y = mx.where(mask[..., None], _permute(y, call.inverse), mx.array(0, y.dtype))
+    return y, _last_inputs(inputs, runs, mask, carried)
+
+
+# Fastest first, the plain one last.
+KERNELS = {"native": native, "shifted": shifted}
+
+
+@mx.compile
+def _filter(taps, weight, bias, activation):
+    """In float32."""
+    weight = weight.astype(mx.float32)
+    total = sum(tap.astype(mx.float32) * weight[:, j] for j, tap in enumerate(taps))
+    total = total if bias is None else total + bias.astype(mx.float32)
+    return nn.silu(total) if activation == "silu" else total
+
+
+def _in_run(inputs, run, current):
+    """The inputs, but zero where an input belongs to another run than the position or state that it is for."""
+    return inputs if run is None else mx.where((run == current)[..., None], inputs, mx.array(0, inputs.dtype))
+
+
+def _last_inputs(inputs, runs, mask, carried):
+    """The last inputs that counted, zero where they belong to another run than the last of them."""
+    end = inputs.shape[1] if mask is None else carried + mask.sum(axis=1, keepdims=True)
+    index = mx.broadcast_to(end - carried + mx.arange(carried), (len(inputs), carried))
+    last = _permute(inputs, index)
+    if runs is None or carried == 0:
+        return last
+    return _in_run(last, mx.take_along_axis(runs, index, axis=1), runs.max(axis=1, keepdims=True))
+
+
+def _permute(value, order):
+    return mx.take_along_axis(value, order[..., None], axis=1)
