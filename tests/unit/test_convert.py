@@ -16,8 +16,10 @@ import mamba_core as mc
 from mamba_core.spec.init import initial_values
 from mamba_core.spec.params import parameter_table
 from mamba_core.weights import verify
-from mamba_core.weights.io import CheckpointError, TensorSource, open_checkpoint
-from mamba_core.weights.layouts import open_model, write_layout, write_model
+from mamba_core.weights.formats import CheckpointError, TensorSource
+from mamba_core.weights.io import open_checkpoint
+from mamba_core.weights.opening import open_model
+from mamba_core.weights.writing import write_layout, write_model
 
 CONFIG = mc.MambaConfig(d_model=16, n_layer=2, vocab_size=40, d_state=4)
 A_LOG = "backbone.layers.0.mixer.A_log"
