@@ -8,10 +8,10 @@ import numpy as np
 
 from mamba_core import registry, tasks
 from mamba_core.spec.init import random_stream
-from mamba_core.spec.params import parameter_count
+from mamba_core.spec.params import parameter_count, parameter_table
 from mamba_core.spec.reference import ReferenceModel
 from mamba_core.tasks.base import EMBEDS
-from mamba_core.weights.formats import CheckpointError, blocks
+from mamba_core.weights.formats import DTYPES, CheckpointError, blocks
 from mamba_core.weights.io import Checkpoint
 from mamba_core.weights.opening import OpenedModel
 
@@ -71,7 +71,10 @@ def _forward(opened: OpenedModel, backend: str, dtype: str) -> np.ndarray:
     task = tasks.of(opened.config)
     inputs = task.draw(opened.config, random_stream(0, "verify"), 1, LENGTH)
     if backend == "reference":
-        return ReferenceModel(opened.config, dict(opened.tensors()))(inputs)[0]
+        # The values that a framework would have: those of the compute dtype.
+        table = parameter_table(opened.config)
+        values = {name: value.astype(DTYPES[table[name].dtype(dtype)].numpy) for name, value in opened.tensors()}
+        return ReferenceModel(opened.config, values)(inputs)[0]
     framework = registry.get(backend)
     model = framework.build(opened.config, opened.tensors(), dtype=dtype)
     out = model(framework.from_numpy(inputs, dtype=dtype if task.inputs == EMBEDS else None, device=model.device))[0]

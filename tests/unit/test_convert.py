@@ -242,6 +242,9 @@ def test_verification_by_the_reference_where_there_is_no_framework(source, tmp_p
     monkeypatch.setattr(verify.registry, "default_name", none)
     done = mc.convert(source, tmp_path / "out", to="mamba_ssm", verify=True)
     assert done.verification.backend == "reference"
+    # A cast is no other function: both are run with the values of the dtype that is written.
+    cast = mc.convert(source, tmp_path / "cast", to="hf", dtype="bfloat16", lossy=True, verify=True)
+    assert (cast.verification.backend, cast.verification.dtype) == ("reference", "float64")
     monkeypatch.setattr(verify, "REFERENCE_PARAMETERS", 10)
     assert mc.convert(source, tmp_path / "other", to="hf", verify=True).verification.backend is None
 
