@@ -1,4 +1,4 @@
-"""Tables of names and fields: every tensor once, other packages' tables, joined tensors, and what is not plain Mamba."""
+"""Tables of names and fields: every tensor once, other packages' tables, joined tensors, and who claims to be Mamba."""
 
 import ast
 import dataclasses
