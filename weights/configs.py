@@ -147,8 +147,8 @@ def _pop_task(layout: str, architecture: str, rest: dict[str, Any]) -> str:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"config has {shape.classes} {names!r}; expected a list of names")
     if unknown := [name for name in names if name not in classes]:
-        owners = [other for other, held in tables.holding(layout).items() if unknown[0] in held.classes()]
-        owned = f", a class of architecture {owners[0]!r}" if owners else ""
+        owner = tables.owner_of(unknown[0])
+        owned = f", a class of architecture {owner!r}" if owner not in (None, architecture) else ""
         raise ValueError(
             f"config has {shape.classes} {unknown[0]!r}{owned}; those of architecture {architecture!r} are "
             f"{', '.join(classes)}"
@@ -203,6 +203,8 @@ def _written(row, value: Any) -> Any:
     """The value in the type of the library's default, which transformers checks, where that does not change it."""
     if row.writes is not ABSENT:
         return row.writes
+    if isinstance(value, tuple):
+        return list(value)  # as JSON has it
     numbers = (int, float)
     if type(row.default) in numbers and type(value) in numbers and (alike := type(row.default)(value)) == value:
         return alike

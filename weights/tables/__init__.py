@@ -13,7 +13,18 @@ from mamba_core.weights import layouts
 from mamba_core.weights.layouts import Layout
 from mamba_core.weights.tables.base import Field, Scheme, Table
 
-__all__ = ["architecture_of", "consents", "dialect", "find", "foreign", "holding", "of", "read_config", "write_config"]
+__all__ = [
+    "architecture_of",
+    "consents",
+    "dialect",
+    "find",
+    "foreign",
+    "holding",
+    "of",
+    "owner_of",
+    "read_config",
+    "write_config",
+]
 
 FOLDER = "weights.tables"
 OWN_LAYOUT = "hf"
@@ -87,6 +98,13 @@ def foreign(layout: str, architecture: str) -> dict[str, str]:
         for row in of(name)[layout].rows().values()
         if row.theirs not in own
     }
+
+
+def owner_of(name: str) -> str | None:
+    """The architecture that has a class of that name in some library."""
+    return next(
+        (each for each in architectures.names() if any(name in table.classes() for table in of(each).values())), None
+    )
 
 
 def consents() -> tuple[str, ...]:
