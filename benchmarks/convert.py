@@ -26,7 +26,7 @@ from mamba_core.config import COMPUTE_DTYPES, preset
 from mamba_core.spec.params import parameter_table
 from mamba_core.weights.convert import convert
 from mamba_core.weights.formats import DTYPES, TensorSource, count_bytes
-from mamba_core.weights.layouts import write_layout
+from mamba_core.weights.writing import write_layout
 
 RESULTS = Path(__file__).parent / "results" / "convert.json"
 # What is converted, and whether it keeps the bytes.

@@ -16,7 +16,7 @@ import numpy as np
 
 from mamba_core.benchmarks import accuracy, store
 from mamba_core.benchmarks.store import milliseconds
-from mamba_core.weights.io import atomic_file
+from mamba_core.weights.formats import atomic_file
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from mamba_core.weights.io import atomic_file
+from mamba_core.weights.formats import atomic_file
 
 # A case is measured under these; results of others do not stand in the same file.
 CONDITIONS = ("machine", "threads", "quick")

@@ -28,7 +28,7 @@ from mamba_core.spec.reference import ReferenceModel
 from mamba_core.spec.tolerances import relative_l2, tolerance
 from mamba_core.tasks.base import IDS
 from mamba_core.tokenizer import tokenizer_of
-from mamba_core.weights.layouts import open_model
+from mamba_core.weights.opening import open_model
 
 STEPS = 8
 # Parameters times tokens by default: 66 tokens of mamba-130m, which keeps --grad on three backends below two minutes on

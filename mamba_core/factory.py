@@ -13,8 +13,10 @@ from mamba_core.backend import State
 from mamba_core.config import COMPUTE_DTYPES, BaseConfig, preset
 from mamba_core.spec import state as states
 from mamba_core.spec.init import initial_values
-from mamba_core.weights.io import CheckpointError, atomic_file, atomic_folder, open_checkpoint
-from mamba_core.weights.layouts import FLOATS, copy_tokenizer, open_model, write_model
+from mamba_core.weights.formats import FLOATS, CheckpointError, atomic_file, atomic_folder
+from mamba_core.weights.io import open_checkpoint
+from mamba_core.weights.opening import open_model
+from mamba_core.weights.writing import copy_tokenizer, write_model
 
 
 def build(
@@ -69,7 +71,7 @@ def load(
     Args:
         source: a folder, a file, or the id of a repository on the Hugging Face hub.
         dtype: the compute dtype; by default that of the checkpoint's embedding.
-        layout: a key of `mamba_core.weights.layouts.LAYOUTS`; detected by default.
+        layout: one of `mamba_core.weights.layouts.names()`; detected by default.
         revision: of the hub repository.
         compat: "minimamba" to read MiniMamba's checkpoints, with their own arithmetic.
         backend, device, kernels: as in `build`.
@@ -91,7 +93,7 @@ def save(model: Any, path: str | Path, *, layout: str = "hf", overwrite: bool = 
     """Write a model as a folder of safetensors and config.json, which appears only when complete.
 
     Args:
-        layout: "hf" (transformers reads it) or another key of `mamba_core.weights.layouts.LAYOUTS`.
+        layout: "hf" (transformers reads it) or another one of `mamba_core.weights.layouts.names()`.
         overwrite: replace an existing folder.
     """
     with atomic_folder(path, overwrite=overwrite) as folder:

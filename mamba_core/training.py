@@ -20,9 +20,9 @@ from safetensors.numpy import save_file
 from mamba_core import factory, registry
 from mamba_core.spec.init import random_stream
 from mamba_core.spec.params import parameter_table
-from mamba_core.weights.formats import parse_json
-from mamba_core.weights.io import CheckpointError, atomic_folder, open_checkpoint
-from mamba_core.weights.layouts import open_model
+from mamba_core.weights.formats import CheckpointError, atomic_folder, parse_json
+from mamba_core.weights.io import open_checkpoint
+from mamba_core.weights.opening import open_model
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 PROGRESS_FILE = "training.json"

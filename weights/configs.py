@@ -1,211 +1,257 @@
-"""Configs of the libraries that save a state dict alone: mambapy, its MLX port and MiniMamba.
-
-The sizes come from the tensors, the rest from a config.json beside them in the library's own field names, where there
-is one. What neither says is this project's default, which is theirs too for all that changes the function.
-"""
+"""The config.json of a layout, read into our config and written from it, as the tables have it."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-from mamba_core.config import MambaConfig
-from mamba_core.weights.names import EMBEDDING, LAYERS
+from mamba_core import architectures, tasks
+from mamba_core.architectures.base import BaseConfig
+from mamba_core.tasks.lm import HEAD
+from mamba_core.weights import layouts, tables
+from mamba_core.weights.layouts import HIDDEN, Layout
+from mamba_core.weights.names import Scheme
+from mamba_core.weights.tables.base import ABSENT, Table
 from mamba_core.weights.transforms import Shape
 
-_OURS = "mamba_core"  # the field that holds what a library has no field for
-_READ_ELSEWHERE = ("task", "compat", "extra")
+_SHADOWED = "extra"  # in the hidden object
 
 
-class Library(NamedTuple):
-    """The fields of a library's config.
+def read_config(
+    layout: str,
+    fields: Mapping[str, Any],
+    *,
+    architecture: str | None = None,
+    shapes: Mapping[str, Shape] | None = None,
+    told: Mapping[str, Any] | None = None,
+) -> BaseConfig:
+    """A config from a library's fields, and where it saves none or not all, from the shapes of the tensors.
 
-    fields: ours -> theirs.
-    plain: theirs that would change the function -> the one value that this architecture has.
-    unused: theirs that follow from others, or concern speed only.
-    keeps_unknown: whether fields that it does not have may be written; where not, they are lost.
-    required: ours -> the one value that it can run; required_of_lm: that one with a head can.
-    """
-
-    fields: dict[str, str]
-    plain: dict[str, Any]
-    unused: tuple[str, ...]
-    keeps_unknown: bool
-    required: dict[str, Any]
-    required_of_lm: dict[str, Any]
-
-
-_SAME_NAMES = (
-    *("d_model", "dt_rank", "d_state", "d_conv", "dt_min", "dt_max", "dt_init", "dt_scale", "bias", "conv_bias"),
-    *("vocab_size", "pad_vocab_size_multiple"),
-)
-_MAMBAPY_MLX_FIELDS = {name: name for name in _SAME_NAMES} | {"n_layer": "n_layers", "expand": "expand_factor"}
-_MAMBAPY_PLAIN = {"inner_layernorms": False, "mup": False}
-_MAMBAPY_UNUSED = ("mup_base_width", "pscan", "use_cuda", "d_inner")
-
-LIBRARIES = {
-    "mambapy": Library(
-        fields=_MAMBAPY_MLX_FIELDS | {"norm_eps": "rms_norm_eps", "initializer_range": "base_std"},
-        plain=_MAMBAPY_PLAIN,
-        unused=_MAMBAPY_UNUSED,
-        keeps_unknown=True,
-        required={},
-        required_of_lm={},
-    ),
-    "mambapy_mlx": Library(
-        fields=_MAMBAPY_MLX_FIELDS,
-        plain=_MAMBAPY_PLAIN,
-        unused=_MAMBAPY_UNUSED,
-        keeps_unknown=True,
-        required={"norm_eps": 1e-5, "conv_bias": True},  # for which it has no choice
-        required_of_lm={},
-    ),
-    "minimamba": Library(
-        fields={name: name for name in (*_SAME_NAMES, "n_layer", "expand", "dt_init_floor", "tie_embeddings")}
-        | {"norm_eps": "norm_epsilon"},
-        plain={"rms_norm": True},
-        unused=("d_inner", "padded_vocab_size", "use_fast_path", "device", "dtype", "gradient_checkpointing"),
-        keeps_unknown=False,
-        required={},
-        required_of_lm={"bias": False},  # or its head has one too
-    ),
-}
-
-
-# Read with another one, the config counts: the weights were trained with it, before mlx-lm had them.
-MLX_LM_REQUIRED = {"norm_eps": 1e-5}
-
-
-def pop_plain(fields: dict[str, Any], plain: Mapping[str, Any]) -> None:
-    """Drop fields that have the one value of this architecture. Raises ValueError for another."""
-    for name, only in plain.items():
-        if (value := fields.pop(name, only)) not in (only, None):
-            raise ValueError(f"config has {name}={value!r}; this version reads {name}={only!r} only")
-
-
-def infer_sizes(shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    """The fields of `MambaConfig` that shapes by canonical name tell.
+    Args:
+        architecture: told by the fields unless given.
+        shapes: by canonical name, for layouts that are sized by their tensors.
+        told: fields of our config that the file tells otherwise. Where the fields have them too, those count.
 
     Raises:
-        ValueError: a tensor that tells a size is missing, or has another number of axes, or an empty one.
-    """
-    first = f"{LAYERS}.0."
-    mixer = first + "mixer."
-    if first + "norm.weight" not in shapes:
-        raise ValueError(f"{first}norm.weight is missing; mambapy's models of mup=True have none, and are not read")
-    (d,) = _shape(shapes, first + "norm.weight", "d")
-    e, n = _shape(shapes, mixer + "A_log", "en")
-    _, _, k = _shape(shapes, mixer + "conv1d.weight", "e1k")
-    _, r = _shape(shapes, mixer + "dt_proj.weight", "er")
-    sizes = {
-        "d_model": d,
-        # Counted, not the highest index: a name can claim any.
-        "n_layer": len({name.split(".")[2] for name in shapes if name.startswith(LAYERS)}),
-        "d_state": n,
-        "d_conv": k,
-        "expand": _ratio(e, d),
-        "dt_rank": r,
-        "bias": mixer + "in_proj.bias" in shapes,
-        "conv_bias": mixer + "conv1d.bias" in shapes,
-        "pad_vocab_size_multiple": 1,
-    }
-    if EMBEDDING in shapes:
-        sizes["vocab_size"], _ = _shape(shapes, EMBEDDING, "vd")
-    return sizes
-
-
-def read_library_config(layout: str, fields: Mapping[str, Any], shapes: Mapping[str, Shape], **told) -> MambaConfig:
-    """A config from a library's fields, where it has some, and from the shapes of the tensors by canonical name.
-
-    told: fields of `MambaConfig` that the file tells otherwise; where the fields have them too, those count.
-
-    Raises:
+        TypeError: what should be a JSON object is none.
         ValueError: a field has a value that this architecture does not, or a shape does not tell its sizes.
     """
-    library, fields = LIBRARIES[layout], dict(fields)
-    pop_plain(fields, library.plain)  # before a tensor is missing because of it
-    sizes = infer_sizes(shapes)
-    for name in library.unused:
-        fields.pop(name, None)
-    hidden = fields.pop(_OURS, {})
-    if not isinstance(hidden, Mapping) or not set(hidden) <= {"extra", *_hidden_names(library)}:
-        raise ValueError(f"config has {_OURS} fields {hidden!r}; expected some of {', '.join(_hidden_names(library))}")
-    hidden = dict(hidden)
-    if not isinstance(shadowed := hidden.pop("extra", {}), Mapping):
-        raise ValueError(f"config has {_OURS} fields with extra {shadowed!r}; expected a JSON object")
-    known = {ours: fields.pop(theirs) for ours, theirs in library.fields.items() if theirs in fields}
-    rows = sizes.get("vocab_size")
-    if rows is not None and known.get("vocab_size", rows) != rows:
-        known = {"pad_vocab_size_multiple": 8} | known  # the default of the classes that pad
-    if known.get("dt_rank") == "auto":  # of which each library has an idea of its own
-        del known["dt_rank"]
-    known = {**sizes, **told, **known, **hidden}
-    if known["dt_rank"] == math.ceil(sizes["d_model"] / 16):
-        known["dt_rank"] = "auto"
-    return MambaConfig(**known, extra=fields | shadowed)
+    shape = layouts.find(layout)
+    name = tables.architecture_of(layout, fields) if architecture is None else architecture
+    table, kind = tables.find(name, layout), architectures.find(name).Config
+    rest = shape.flat(fields)
+    _pop_fixed(rest, table)  # before a tensor is missing because of it
+    _refuse_foreign(layout, name, rest)
+    sizes = table.sizes(shapes or {}) if shape.sized_by_tensors else {}
+    values = {"task": _pop_task(layout, name, rest)}
+    for field in (*shape.kind_name, *shape.dtype, *table.unused):
+        rest.pop(field, None)
+    hidden, shadowed = _pop_hidden(shape, table, kind, rest)
+    values |= _defaults(shape, table, kind) | sizes | dict(told or {})
+    present = {ours: rest.pop(row.theirs) for ours, row in table.rows().items() if row.theirs in rest}
+    if sizes.get("vocab_size") not in (None, present.get("vocab_size", sizes.get("vocab_size"))):
+        values["pad_vocab_size_multiple"] = kind.pad_vocab_size_multiple  # of the classes that pad
+    rows = present.get("vocab_size", values.get("vocab_size"))
+    values = table.completed(values | present | hidden, rest, sizes)
+    if shape.nested is not None and (unknown := sorted(field for field in rest if field.startswith(shape.nested))):
+        names = (field.removeprefix(f"{shape.nested}.") for field in unknown)
+        raise ValueError(f"config has unknown fields in {shape.nested}: {', '.join(names)}")
+    config = kind(**_typed(kind, values), extra=rest | shadowed)
+    if shape.counts_rows and config.padded_vocab_size != rows:  # the library keeps our fields when it resizes
+        config = dataclasses.replace(config, vocab_size=rows, pad_vocab_size_multiple=1)
+    return config
 
 
-def write_library_config(layout: str, config: MambaConfig) -> dict[str, Any]:
-    """A config in a library's fields, and where it keeps them those that it does not have.
+def write_config(layout: str, config: BaseConfig) -> dict[str, Any]:
+    """A config in a library's fields, and where its loader allows that, those that it does not have.
 
-    Fields of `extra` that mean something to the library are kept where it does not look, under "mamba_core".
+    Fields of `extra` that would mean something to the library are not written as they are.
 
     Raises:
         ValueError: the library cannot run a model of this config.
     """
-    library = LIBRARIES[layout]
-    _require(layout, config, library.required | (library.required_of_lm if config.task == "lm" else {}))
-    known = {theirs: getattr(config, ours) for ours, theirs in library.fields.items()}
-    known["dt_rank"] = config.dt_rank_size
-    if library.fields["expand"] == "expand_factor":
-        if config.d_inner % config.d_model:
-            raise ValueError(f"expand={config.expand} cannot be written as {layout}, which has whole numbers only")
-        known["expand_factor"] = config.d_inner // config.d_model
-    if not library.keeps_unknown:
-        return known
-    defaults = MambaConfig()
-    hidden = {name: getattr(config, name) for name in _hidden_names(library)}
-    changed = {name: value for name, value in hidden.items() if value != getattr(defaults, name)}
-    taken = {*known, *library.plain, *library.unused, _OURS, "architecture"}
-    if shadowed := {name: value for name, value in config.extra.items() if name in taken}:
-        changed["extra"] = shadowed
+    shape, table = layouts.find(layout), tables.find(config.architecture, layout)
+    scheme = scheme_to_write(config, layout)
+    _require(layout, config, {**table.required, **table.required_of.get(config.task, {})})
+    rows = table.rows()
+    written = {row.theirs: _written(row, getattr(config, ours)) for ours, row in rows.items()}
+    if shape.counts_rows and "vocab_size" in rows:
+        written[rows["vocab_size"].theirs] = config.padded_vocab_size
+    written |= table.constants
+    written |= dict.fromkeys(shape.kind_name if table.kinds else (), *table.kinds[:1])
+    if shape.classes is not None and scheme.classes:
+        written[shape.classes] = [scheme.classes[0]]
+    written |= table.derived(config)
+    hidden = written.pop(HIDDEN, {})
+    if shape.nested is not None:
+        for name in _plain_nested(shape, table, type(config), written):
+            del written[name]
+    if not shape.keeps_unknown:
+        return shape.nest(written)
+    hidden = _hidden(shape, table, config) | hidden
+    taken = {*written, *_meaningful(layout, config.architecture)}
+    if shape.shadows and (shadowed := {name: value for name, value in config.extra.items() if name in taken}):
+        hidden[_SHADOWED] = shadowed
     extra = {name: value for name, value in config.extra.items() if name not in taken}
-    return extra | known | ({_OURS: changed} if changed else {})
+    return extra | shape.nest(written) | ({HIDDEN: hidden} if hidden else {})
 
 
-def write_mlx_lm_config(config: MambaConfig) -> dict[str, Any]:
-    """A config in the fields of transformers, as mlx-lm reads them.
+def scheme_for(config: BaseConfig, layout: str) -> Scheme | None:
+    """The names of a model of this config, None where the layout has no form for its task."""
+    shape, table = layouts.find(layout), tables.find(config.architecture, layout)
+    for scheme in table.schemes:
+        if scheme.task == config.task and not scheme.as_is:
+            return scheme
+    if shape.holds_every_task and _has_outer_tensors(config, table.schemes[0]):
+        return dataclasses.replace(table.schemes[0], task=config.task, classes=(), as_is=True)
+    return None
+
+
+def scheme_to_write(config: BaseConfig, layout: str) -> Scheme:
+    """The same. Raises ValueError where there is none."""
+    if (scheme := scheme_for(config, layout)) is not None:
+        return scheme
+    others = [name for name in tables.of(config.architecture) if scheme_for(config, name) is not None]
+    expected = f"expected layout {' or '.join(others)}" if others else "no layout has a form for it"
+    raise ValueError(f"a model of task {config.task!r} cannot be written as {layout}; {expected}")
+
+
+# --- reading ---------------------------------------------------------------------------------------
+
+
+def _pop_fixed(rest: dict[str, Any], table: Table) -> None:
+    for name, allowed in table.fixed.items():
+        if (value := rest.pop(name, None)) is not None and not any(value == only for only in allowed):
+            raise ValueError(f"config has {name}={value!r}; this version reads {name}={allowed[0]!r} only")
+
+
+def _refuse_foreign(layout: str, architecture: str, rest: Mapping[str, Any]) -> None:
+    for name, other in tables.foreign(layout, architecture).items():
+        if rest.get(name) is not None:
+            raise ValueError(
+                f"config has {name}={rest[name]!r}, a field of architecture {other!r}; as {architecture!r}, which it "
+                "claims to be, it would be another function"
+            )
+
+
+def _pop_task(layout: str, architecture: str, rest: dict[str, Any]) -> str:
+    """The task of the class that saved the model.
 
     Raises:
-        ValueError: another norm_eps than the one that mlx-lm has, whatever the fields say.
+        ValueError: the class is not one of this architecture.
     """
-    _require("mlx_lm", config, MLX_LM_REQUIRED)
-    return config.to_hf()
+    shape, table = layouts.find(layout), tables.find(architecture, layout)
+    classes = table.classes()
+    names = rest.pop(shape.classes, None) if shape.classes and classes else None
+    if names is None or names == []:
+        return table.schemes[0].task
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"config has {shape.classes} {names!r}; expected a list of names")
+    if unknown := [name for name in names if name not in classes]:
+        owner = tables.owner_of(unknown[0])
+        owned = f", a class of architecture {owner!r}" if owner not in (None, architecture) else ""
+        raise ValueError(
+            f"config has {shape.classes} {unknown[0]!r}{owned}; those of architecture {architecture!r} are "
+            f"{', '.join(classes)}"
+        )
+    return classes[names[0]]
 
 
-def _require(layout: str, config: MambaConfig, required: Mapping[str, Any]) -> None:
+def _pop_hidden(
+    shape: Layout, table: Table, kind: type[BaseConfig], rest: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(our fields, unknown fields) of the hidden object."""
+    if shape.hides == "never":
+        return {}, {}
+    hidden = rest.pop(HIDDEN, {})
+    known = [*_hidden_names(shape, table, kind), *table.hides, "task_options"]
+    known += ["task"] if shape.holds_every_task else []
+    if not isinstance(hidden, Mapping) or not set(hidden) <= {*known, *((_SHADOWED,) if shape.shadows else ())}:
+        raise ValueError(f"config has {HIDDEN} fields {hidden!r}; expected some of {', '.join(known)}")
+    hidden = dict(hidden)
+    if not isinstance(shadowed := hidden.pop(_SHADOWED, {}), Mapping):
+        raise ValueError(f"config has {HIDDEN} fields with extra {shadowed!r}; expected a JSON object")
+    if not isinstance(hidden.get("task_options", {}), Mapping):
+        raise ValueError(f"config has {HIDDEN} fields with task_options {hidden['task_options']!r}; expected an object")
+    return hidden, dict(shadowed)
+
+
+def _defaults(shape: Layout, table: Table, kind: type[BaseConfig]) -> dict[str, Any]:
+    defaults = {ours: row.default for ours, row in table.rows().items() if row.default is not ABSENT}
+    if shape.counts_rows:
+        defaults = {"vocab_size": kind.vocab_size, "pad_vocab_size_multiple": 1} | defaults
+    return defaults
+
+
+def _typed(kind: type[BaseConfig], values: dict[str, Any]) -> dict[str, Any]:
+    """The values, JSON's lists as tuples where the config has tuples."""
+    tuples = {item.name for item in dataclasses.fields(kind) if isinstance(item.default, tuple)}
+    return {
+        name: tuple(value) if name in tuples and isinstance(value, list) else value for name, value in values.items()
+    }
+
+
+# --- writing ---------------------------------------------------------------------------------------
+
+
+def _require(layout: str, config: BaseConfig, required: Mapping[str, Any]) -> None:
     for name, only in required.items():
         if (value := getattr(config, name)) != only:
             raise ValueError(f"{name}={value!r} cannot be written as {layout}, which has {only!r} only")
 
 
-def _hidden_names(library: Library) -> list[str]:
-    """The fields of `MambaConfig` that the library has none for."""
-    names = (field.name for field in dataclasses.fields(MambaConfig))
-    return [name for name in names if name not in (*library.fields, *_READ_ELSEWHERE)]
+def _written(row, value: Any) -> Any:
+    """The value in the type of the library's default, which transformers checks, where that does not change it."""
+    if row.writes is not ABSENT:
+        return row.writes
+    if isinstance(value, tuple):
+        return list(value)  # as JSON has it
+    numbers = (int, float)
+    if type(row.default) in numbers and type(value) in numbers and (alike := type(row.default)(value)) == value:
+        return alike
+    return value
 
 
-def _shape(shapes: Mapping[str, Shape], name: str, axes: str) -> Shape:
-    shape = shapes.get(name)
-    if shape is None or len(shape) != len(axes) or 0 in shape:
-        found = "is missing" if shape is None else f"has shape {shape}"
-        raise ValueError(f"the sizes cannot be told: {name} {found}, expected ({', '.join(axes)})")
-    return shape
+def _plain_nested(shape: Layout, table: Table, kind: type[BaseConfig], written: Mapping[str, Any]) -> list[str]:
+    """The names of nested fields that need not be written."""
+    defaults = kind()
+    plain = {row.theirs: getattr(defaults, ours) for ours, row in table.rows().items()}
+    if table.assumed:
+        plain |= dict.fromkeys(shape.kind_name, table.kinds[0])
+    prefix = f"{shape.nested}."
+    return [name for name, value in written.items() if name.startswith(prefix) and plain.get(name, ABSENT) == value]
 
 
-def _ratio(e: int, d: int) -> int | float:
-    """expand, such that int(expand * d) is e."""
-    if e % d == 0:
-        return e // d
-    ratio = e / d
-    return ratio if int(ratio * d) == e else math.nextafter(ratio, math.inf)
+def _hidden(shape: Layout, table: Table, config: BaseConfig) -> dict[str, Any]:
+    if shape.hides == "never":
+        return {}
+    hidden = {name: getattr(config, name) for name in _hidden_names(shape, table, type(config))}
+    if shape.hides == "changed":
+        defaults = type(config)()
+        hidden = {name: value for name, value in hidden.items() if value != getattr(defaults, name)}
+    if shape.holds_every_task and config.task not in {scheme.task for scheme in table.schemes}:
+        hidden["task"] = config.task
+    return hidden | ({"task_options": dict(config.task_options)} if config.task_options else {})
+
+
+def _hidden_names(shape: Layout, table: Table, kind: type[BaseConfig]) -> list[str]:
+    """Our fields that the library has none for, or has another meaning for."""
+    rows = table.rows()
+    otherwise = {ours for ours, row in rows.items() if row.writes is not ABSENT}
+    if shape.counts_rows:
+        otherwise.add("vocab_size")
+    names = (item.name for item in dataclasses.fields(kind) if item.name not in tables.NOT_OF_TABLES)
+    return [name for name in names if name not in rows or name in otherwise]
+
+
+def _meaningful(layout: str, architecture: str) -> set[str]:
+    """Names of fields that a reader of the layout, or of our own fields, would not take for unknown."""
+    shape, table = layouts.find(layout), tables.find(architecture, layout)
+    names = table.theirs() - set(table.ignored) | set(tables.foreign(layout, architecture))
+    return names | {*shape.dtype, *shape.kind_name, shape.classes, HIDDEN, "architecture"}
+
+
+def _has_outer_tensors(config: BaseConfig, scheme: Scheme) -> bool:
+    """Whether the model has the tensors outside its layers that the scheme names; the head may be missing."""
+    task = tasks.of(config)
+    own = {parameter.name for parameter in (*task.before(config), *task.after(config))}
+    return {row.canonical for row in scheme.rows if "{" not in row.canonical} - {HEAD} <= own

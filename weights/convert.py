@@ -11,26 +11,30 @@ import numpy as np
 
 from mamba_core.config import COMPUTE_DTYPES
 from mamba_core.spec.params import Parameter, parameter_count
-from mamba_core.weights.formats import DTYPES, Progress, TensorSource, blocks, count_bytes, count_nonfinite, list_names
-from mamba_core.weights.io import atomic_folder, early_sync
-from mamba_core.weights.layouts import (
-    LAYOUTS,
-    OpenedModel,
-    copy_tokenizer,
-    layout_key,
-    open_model,
-    stored_sources,
-    write_layout,
+from mamba_core.weights import layouts
+from mamba_core.weights.formats import (
+    DTYPES,
+    Progress,
+    TensorSource,
+    atomic_folder,
+    blocks,
+    count_bytes,
+    count_nonfinite,
+    early_sync,
+    list_names,
 )
-from mamba_core.weights.names import EMBEDDING
+from mamba_core.weights.names import EMBEDDING, Piece, Stored
+from mamba_core.weights.opening import OpenedModel, open_model
 from mamba_core.weights.verify import Verification, verify_bytes, verify_forward
+from mamba_core.weights.writing import copy_tokenizer, stored_sources, write_layout
 
 
 @dataclass(frozen=True)
 class ConvertedTensor:
     """One row of a conversion's report.
 
-    source, target: its names in the two checkpoints. shape, dtype: as written; source_dtype: as read.
+    source, target: its names in the two checkpoints; of several source tensors that it is joined of, the first.
+    shape, dtype: as written; source_dtype: as read.
     transform: what was done to its axes, None if nothing. checksum: CRC-32 of the bytes written, row-major.
     nonfinite: how many of the values written are NaN or infinite.
     """
@@ -113,17 +117,17 @@ def convert(
 
     Args:
         source: a folder, file or hub id. target: a folder, which appears only when complete and checked.
-        to: the layout to write, a key of `LAYOUTS`.
+        to: the layout to write, a file of `weights/layouts`.
         layout: that of the source; detected by default.
         file_format: such as "safetensors" or "bin"; by default what the layout's own library reads.
-        dtype: "float32", "bfloat16" or "float16", to which values are rounded to nearest; A_log, D and the bias of
-            dt_proj become float32 then, whatever it is.
+        dtype: "float32", "bfloat16" or "float16", to which values are rounded to nearest. Parameters that every model
+            keeps in float32, such as A_log, become float32 then, whatever it is.
         lossy: allow a dtype that cannot hold every value of the source's.
         shard_bytes: the most data in one file of safetensors; 5 GB by default.
         verify: read the target again, compare checksums, and compare the results of one forward bit for bit.
         overwrite: replace an existing folder.
         revision: of a hub repository.
-        compat: "minimamba" to read MiniMamba's checkpoints, as `open_model`.
+        compat: the architecture to read the source as, such as "minimamba"; see `open_model`.
         progress: called with the bytes written so far and those of all tensors.
 
     Raises:
@@ -132,12 +136,12 @@ def convert(
         ValueError: an unknown layout, format or dtype, a config that the target layout cannot express, or a cast that
             loses precision without `lossy`.
     """
-    to = layout_key(to)
+    to = layouts.key(to)
     if dtype not in (None, *COMPUTE_DTYPES):
         raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(COMPUTE_DTYPES)}, or nothing to keep bytes")
     if shard_bytes is not None and (type(shard_bytes) is not int or shard_bytes < 1):
         raise ValueError(f"shard_bytes is {shard_bytes!r}; expected a positive number of bytes")
-    if shard_bytes is not None and (file_format or LAYOUTS[to].file_format) != "safetensors":
+    if shard_bytes is not None and (file_format or layouts.find(to).file_format) != "safetensors":
         raise ValueError("shard_bytes is for safetensors alone; leave it out, or choose file_format='safetensors'")
     opened = open_model(source, layout=layout, revision=revision, compat=compat)
     if opened.folder.resolve().is_relative_to(Path(target).resolve()):
@@ -151,7 +155,7 @@ def convert(
         with _Recorder(total, progress) as written, early_sync(folder):
             write_layout(folder, opened.config, sources, to, file_format, shard_bytes=shard_bytes, progress=written)
         copy_tokenizer(opened.folder, folder)
-        result = open_model(folder, layout=to, compat=opened.config.compat)
+        result = open_model(folder, layout=to, compat=opened.config.architecture)
         rows = tuple(_rows(opened, result, written))
         verification = None
         if verify:
@@ -246,22 +250,35 @@ class _Recorder(Progress):
 
 def _rows(opened: OpenedModel, result: OpenedModel, written: _Recorder) -> Iterator[ConvertedTensor]:
     """The report's rows, in the order of the target."""
-    canonical = {stored.name: name for name, stored in result.stored.items()}
+    pieces = {piece.name: (name, piece) for name, stored in result.stored.items() for piece in stored.pieces}
     for target in result.checkpoint:
         # The one tensor that is in the file without being a parameter is a tied head.
-        name = canonical.get(target, EMBEDDING)
+        name, piece = pieces.get(target) or (EMBEDDING, result.stored[EMBEDDING].pieces[0])
         source = opened.stored[name]
         shape, dtype, _ = result.checkpoint.header(target)
-        transforms = source.transform, result.stored[name].transform
         yield ConvertedTensor(
-            source=source.name,
+            source=_counterpart(source, piece).name,
             target=target,
             shape=shape,
-            source_dtype=opened.checkpoint.header(source.name).dtype,
+            source_dtype=opened.checkpoint.header(source.pieces[0].name).dtype,
             dtype=dtype,
-            transform=None
-            if transforms[0] is transforms[1]
-            else " -> ".join(each.name or "as is" for each in transforms),
+            transform=_change(source, result.stored[name]),
             checksum=f"{written.checksum(target):08x}",
             nonfinite=written.nonfinite[target],
         )
+
+
+def _counterpart(source: Stored, piece: Piece) -> Piece:
+    """The source's tensor of the same part, or its first."""
+    return next((own for own in source.pieces if own.where == piece.where), source.pieces[0])
+
+
+def _change(source: Stored, target: Stored) -> str | None:
+    """What is done to the axes; None for nothing."""
+    ways = [_way(stored) for stored in (source, target)]
+    return None if ways[0] == ways[1] else " -> ".join(way or "as is" for way in ways)
+
+
+def _way(stored: Stored) -> str | None:
+    joined = f"{len(stored.pieces)} tensors" if len(stored.pieces) > 1 else None
+    return ", ".join(filter(None, (joined, stored.pieces[0].transform.name))) or None

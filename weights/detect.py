@@ -1,106 +1,155 @@
-"""Which layout a checkpoint has, told from the names of its tensors and the fields of its config together, and why."""
+"""What a checkpoint is: its layout and architecture, told from tensor names and config.json together, and why.
+
+The knowledge stands in `layouts` and `tables`; here it is only weighed.
+"""
 
 import os.path
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from mamba_core.config import MambaConfig
+from mamba_core import architectures
+from mamba_core.weights import layouts, tables
 from mamba_core.weights.formats import CheckpointError
 from mamba_core.weights.io import Checkpoint
-from mamba_core.weights.names import SCHEMES, Scheme, scheme_of
+from mamba_core.weights.names import Scheme, templates
+from mamba_core.weights.tables.base import Table
 
-# layout -> fields of config.json; one of them tells that it can be of this layout. Ordered, the plainest first.
-CONFIG_KEYS = {
-    "hf": ("model_type", "hidden_size"),
-    "mamba_ssm": ("ssm_cfg", "d_model"),
-    "mambapy": ("n_layers",),
-    "mambapy_mlx": ("n_layers",),
-    "minimamba": ("norm_epsilon", "d_model"),
-    "mlx_lm": ("model_type", "hidden_size"),
-}
-# What torch's compiler, its data parallelism and habit put before every name of a model that they wrap.
-_WRAPPERS = re.compile(r"(?:_orig_mod\.|module\.|model\.)*")
-# Ends of names -> why a file that has one is not read.
+# Ends of names that no layout reads -> why.
 _QUANTISED = "quantised checkpoints are not read; dequantise it first"
-_UNREAD = dict.fromkeys((".scales", ".qweight", ".absmax"), _QUANTISED) | {
-    ".mixer.dt_layernorm.weight": "the model has norms of dt, B and C, another function than Mamba, which is not read"
-}
+_UNREAD = dict.fromkeys((".scales", ".qweight", ".absmax"), _QUANTISED)
+MOST_WRAPPERS = 8
 
 
 class Detected(NamedTuple):
     """prefix: what a wrapper put before every name. evidence: a short sentence on how the layout was told."""
 
     layout: str
+    architecture: str
+    table: Table
     scheme: Scheme
     prefix: str
     evidence: str
 
 
-def detect(path: Path, fields: Mapping | None, checkpoint: Checkpoint, layout: str | None) -> Detected:
-    """The layout and the scheme of names of a checkpoint; of the layout that is named, if one is.
+def detect(
+    path: Path, fields: Mapping | None, checkpoint: Checkpoint, layout: str | None, compat: str | None = None
+) -> Detected:
+    """The layout, the architecture and the scheme of names of a checkpoint.
 
-    fields: of config.json, None where there is none.
+    Args:
+        fields: of config.json, None where there is none.
+        layout: the one that the user names, if one is named.
+        compat: the architecture that the user names.
 
     Raises:
         CheckpointError: none fits, or several.
     """
-    _refuse_unread(path, checkpoint)
-    prefix = _wrapper(checkpoint)
-    names = {name.removeprefix(prefix) for name in checkpoint}
-    fitting = {name: scheme for name in SCHEMES if (scheme := scheme_of(names, name)) is not None}
+    _refuse(path, checkpoint, _UNREAD)
+    prefix, fitting = _fitting(checkpoint, layout)
     evidence = []
     if layout is None:
-        layout = _choose(path, fields, fitting, checkpoint.metadata)
+        layout = _choose_layout(path, fields, fitting, checkpoint.metadata)
         evidence = [_config_evidence(fields, layout)]
-    scheme = fitting.get(layout, SCHEMES[layout][0])
-    if layout in fitting:
-        evidence.append(f"tensors have {' and '.join(scheme.marks())}")
+    schemes = fitting.get(layout, {})
+    try:
+        name = tables.architecture_of(layout, fields or {}, schemes, compat)
+    except ValueError as fault:
+        raise CheckpointError(f"{path}: {fault}") from None
+    table = tables.find(name, layout)
+    _refuse(path, checkpoint, table.unread)
+    scheme = schemes.get(name, table.schemes[0])
+    if name in schemes:
+        evidence.append(f"tensors have {' and '.join(scheme.marks)}")
     if prefix:
         evidence.append(f"every name begins with {prefix!r}")
-    if _is_of_mlx(checkpoint.metadata) and layout == "mlx_lm":
-        evidence.append("the file says that MLX wrote it")
-    return Detected(layout, scheme, prefix, "; ".join(evidence) or "the layout was named")
+    if layouts.find(layout).told_by_format and _is_marked(layout, checkpoint.metadata):
+        evidence.append(f"the file says that {layouts.find(layout).metadata_format.upper()} wrote it")
+    if fields is None and layouts.find(layout).sized_by_tensors:
+        norm_eps = architectures.find(name).Config.norm_eps
+        evidence.append(f"sizes are the tensors', the rest are defaults, norm_eps {norm_eps} among them")
+    return Detected(layout, name, table, scheme, prefix, "; ".join(evidence) or "the layout was named")
 
 
-def _choose(path: Path, fields: Mapping | None, fitting: Collection[str], metadata: Mapping[str, str]) -> str:
-    by_config = [name for name in SCHEMES if fields is None or _config_key(fields, name)]
-    both = [name for name in by_config if name in fitting]
-    if set(both) == {"hf", "mlx_lm"}:  # the same names and config: only who wrote the file tells them apart
-        return "mlx_lm" if _is_of_mlx(metadata) else "hf"
+def _fitting(names: Collection[str], layout: str | None) -> tuple[str, dict[str, dict[str, Scheme]]]:
+    """The shortest prefix behind which some scheme fits, and layout -> architecture -> its scheme.
+
+    Where none fits, the prefix is all that wrappers may have put there.
+    """
+    prefix = ""
+    for prefix in _prefixes(names, layout):
+        found = templates([name.removeprefix(prefix) for name in names])
+        fitting = {}
+        for each in layouts.names():
+            schemes = {name: _scheme_of(table, found) for name, table in tables.holding(each).items()}
+            fitting[each] = {name: scheme for name, scheme in schemes.items() if scheme is not None}
+        fitting = {each: schemes for each, schemes in fitting.items() if schemes}
+        if fitting if layout is None else layout in fitting:
+            return prefix, fitting
+    return prefix, {}
+
+
+def _scheme_of(table: Table, found: Collection[str]) -> Scheme | None:
+    """The scheme of a table that fits names of these templates. A head tells one with a head from one without."""
+    fitting = [scheme for scheme in table.schemes if scheme.fits(found)]
+    return next((scheme for scheme in fitting if scheme.has_head(found)), fitting[-1] if fitting else None)
+
+
+def _choose_layout(path: Path, fields: Mapping | None, fitting: Mapping, metadata: Mapping[str, str]) -> str:
+    by_config = [name for name in layouts.names() if fields is None or layouts.find(name).key(fields) is not None]
+    both = [name for name in by_config if name in fitting or _names_itself(name, fields)]
+    if len(both) > 1 and (marked := [name for name in both if _is_marked(name, metadata)]):
+        both = marked
+    elif len(both) > 1:
+        both = [name for name in both if not layouts.find(name).told_by_format]
     if len(both) == 1:
         return both[0]
     config = "there is no config.json" if fields is None else f"config.json fits {' and '.join(by_config) or 'none'}"
     raise CheckpointError(
         f"{path}: cannot tell the layout: {config}, the tensor names fit {' and '.join(fitting) or 'none'} of "
-        f"{', '.join(SCHEMES)}; if you know it, name it (--from)"
+        f"{', '.join(layouts.names())}{_unknown_kind(fields, by_config)}; if you know it, name it (--from)"
     )
 
 
-def _config_key(fields: Mapping, layout: str) -> str | None:
-    if "architecture" in fields:  # this project's own fields, which no layout has
-        return None
-    return next((key for key in CONFIG_KEYS[layout] if key in fields), None)
+def _names_itself(layout: str, fields: Mapping | None) -> bool:
+    """Whether a config.json names an architecture whose tensors have their canonical names in this layout."""
+    kind = layouts.find(layout).kind_of(fields or {})
+    return any(kind in table.kinds and table.schemes[0].as_is for table in tables.holding(layout).values())
+
+
+def _unknown_kind(fields: Mapping | None, by_config: Collection[str]) -> str:
+    """What a config.json says that it is of, if no table is of that."""
+    for layout in by_config if fields is not None else ():
+        try:
+            tables.architecture_of(layout, fields)
+        except ValueError as fault:
+            return f"; {fault}"
+    return ""
+
+
+def _is_marked(layout: str, metadata: Mapping[str, str]) -> bool:
+    shape = layouts.find(layout)
+    return shape.told_by_format and metadata.get("format") == shape.metadata_format
 
 
 def _config_evidence(fields: Mapping | None, layout: str) -> str:
-    if fields is None:
-        defaults = f"the rest are defaults, norm_eps {MambaConfig.norm_eps} among them"
-        return f"there is no config.json: sizes are the tensors', {defaults}"
-    return f"config.json has {_config_key(fields, layout)}"
+    return "there is no config.json" if fields is None else f"config.json has {layouts.find(layout).key(fields)}"
 
 
-def _is_of_mlx(metadata: Mapping[str, str]) -> bool:
-    return metadata.get("format") == "mlx"
-
-
-def _refuse_unread(path: Path, names: Collection[str]) -> None:
-    for end, reason in _UNREAD.items():
+def _refuse(path: Path, names: Collection[str], unread: Mapping[str, str]) -> None:
+    for end, reason in unread.items():
         if found := next((name for name in names if name.endswith(end)), None):
             raise CheckpointError(f"{path}: has a tensor {found!r}: {reason}")
 
 
-def _wrapper(names: Collection[str]) -> str:
-    shared = os.path.commonprefix([_WRAPPERS.match(name)[0] for name in names])  # noqa: RUF071  of characters
-    return _WRAPPERS.match(shared)[0]
+def _prefixes(names: Collection[str], layout: str | None) -> Iterator[str]:
+    """What wrappers may have put before every name, the shortest first: "", "module.", "module.model." and so on."""
+    wrappers = {word for name in layouts.names() if layout in (None, name) for word in layouts.find(name).wrappers}
+    one = re.compile("|".join(map(re.escape, sorted(wrappers))))
+    chain = re.compile(f"(?:{one.pattern})*")
+    # Of characters, then cut back to whole words.
+    shared = os.path.commonprefix([chain.match(name)[0] for name in names])  # noqa: RUF071
+    words = one.findall(chain.match(shared)[0])
+    for count in range(min(len(words), MOST_WRAPPERS) + 1):
+        yield "".join(words[:count])

@@ -1,7 +1,4 @@
-"""Checkpoint files: open one or a folder of them as a mapping of memory-mapped arrays; write them; replace them safely.
-
-No framework is imported, and nothing in a pickled file is executed.
-"""
+"""A file of weights, or a folder of them, as one mapping of tensor name to memory-mapped array."""
 
 import re
 from collections import defaultdict
@@ -10,44 +7,20 @@ from pathlib import Path
 
 import numpy as np
 
-from mamba_core.weights.atomic import atomic_file, atomic_folder, early_sync
 from mamba_core.weights.formats import (
-    DTYPES,
     MAX_JSON_BYTES,
+    READERS,
     CheckpointError,
-    DType,
     FileContents,
     Header,
     StoredTensor,
-    TensorSource,
     blocks,
     list_names,
     parse_json,
-    sources_of,
 )
-from mamba_core.weights.npz_file import read_npz, write_npz
-from mamba_core.weights.safetensors_file import read_safetensors, write_safetensors, write_safetensors_file
-from mamba_core.weights.torch_file import read_torch, write_torch
 
-__all__ = [
-    "DTYPES",
-    "Checkpoint",
-    "CheckpointError",
-    "DType",
-    "Header",
-    "TensorSource",
-    "atomic_file",
-    "atomic_folder",
-    "early_sync",
-    "open_checkpoint",
-    "sources_of",
-    "write_npz",
-    "write_safetensors",
-    "write_safetensors_file",
-    "write_torch",
-]
+__all__ = ["Checkpoint", "open_checkpoint"]
 
-_READERS = {".safetensors": read_safetensors, ".npz": read_npz} | dict.fromkeys((".bin", ".pt", ".pth"), read_torch)
 _INDEX_SUFFIX = ".index.json"
 # In the order in which transformers looks for them; then what libraries without a name of their own are written as.
 _FOLDER_FILES = (
@@ -143,9 +116,9 @@ def _find_in_folder(folder: Path) -> Path:
 
 
 def _read_file(path: Path) -> FileContents:
-    reader = _READERS.get(path.suffix)
+    reader = READERS.get(path.suffix)
     if reader is None:
-        raise CheckpointError(f"{path}: unknown kind of file; expected one of {', '.join(_READERS)}")
+        raise CheckpointError(f"{path}: unknown kind of file; expected one of {', '.join(READERS)}")
     return reader(path)
 
 

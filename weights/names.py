@@ -1,147 +1,233 @@
-"""Tensor names: tables per layout from canonical names to theirs and how they are stored, anchored and both ways.
+"""Tensor names as anchored tables, read in both directions: canonical names and those of a layout.
 
-Canonical names are those of transformers' MambaForCausalLM. A table translates the names of the parameter table of a
-config, so it names every tensor that a file of that config holds and no other.
+Canonical names are those of the parameter table. A scheme translates every name of it, so that it says of each tensor
+in a file whether it belongs there.
 """
 
 import re
-from collections.abc import Collection
-from functools import cache
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
-from mamba_core.spec.params import parameter_table
-from mamba_core.weights.transforms import CHANNELS_LAST, DENSE, SAME, Transform
+from mamba_core.spec.params import Parameter, parameter_table
+from mamba_core.tasks.base import EMBEDDING, FINAL_NORM
+from mamba_core.tasks.lm import HEAD
+from mamba_core.weights.transforms import SAME, Shape, Transform
 
-EMBEDDING = "backbone.embeddings.weight"
-FINAL_NORM = "backbone.norm_f.weight"
-HEAD = "lm_head.weight"
-LAYERS = "backbone.layers"
-_CONV = "mixer.conv1d.weight"
+__all__ = ["EMBEDDING", "FINAL_NORM", "HEAD", "Piece", "Row", "Scheme", "Stored", "stored_tensors", "templates"]
+
+_WILDCARD = re.compile(r"\{(\w+)\}")
+_INDEX = "#"
 
 
 class Row(NamedTuple):
-    """Canonical names and theirs, as patterns: {layer} is an index, {rest} is any text."""
+    """One canonical tensor, or one of every layer, and where it is stored.
+
+    canonical: its name, in which {layer} stands for an index.
+    stored: the name in the file, or several. A wildcard that the canonical name lacks, such as {expert}, counts along
+        the canonical tensor's first axis: the stored tensors are stacked. Several names lie side by side along `axis`
+        of each entry of the stack, or of the tensor where nothing is stacked. Their sizes are the parameter's `parts`,
+        or equal.
+    transform: the change of each stored tensor's axes.
+    mark: whether a file of the scheme is told by this name.
+    """
 
     canonical: str
-    stored: str
+    stored: str | tuple[str, ...]
     transform: Transform = SAME
+    axis: int = 0
+    mark: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.stored,) if isinstance(self.stored, str) else self.stored
+
+    @property
+    def stacks(self) -> str | None:
+        """The wildcard that counts along the first axis."""
+        wildcards = dict.fromkeys(name for stored in self.names for name in _WILDCARD.findall(stored))
+        return next((name for name in wildcards if name not in _WILDCARD.findall(self.canonical)), None)
+
+
+class Piece(NamedTuple):
+    """A tensor in the file that is a canonical tensor, or a part of one.
+
+    name: in the file. shape: in the file. transform: the change of its axes.
+    where: the index of the part in the canonical tensor, () for all of it.
+    """
+
+    name: str
+    shape: Shape
+    transform: Transform
+    where: tuple[int | slice, ...] = ()
 
 
 class Stored(NamedTuple):
-    """A tensor's name in the file, and how it is stored there."""
+    """The tensors in the file that a canonical tensor is made of; most often one."""
 
-    name: str
-    transform: Transform
+    pieces: tuple[Piece, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(piece.name for piece in self.pieces)
+
+    @property
+    def label(self) -> str:
+        """For reports: the name, or the first of many."""
+        more = f" and {len(self.pieces) - 1} more" if len(self.pieces) > 1 else ""
+        return self.pieces[0].name + more
 
 
-class Scheme(NamedTuple):
+@dataclass(frozen=True)
+class Scheme:
     """The names of one kind of model in one layout.
 
-    task: that of the config. left_out: tensors that such a file may hold too, which are not read.
+    task: that of the config. rows: a row a tensor.
+    classes: the names of the library's classes that save such files.
+    left_out: tensors that such a file may hold too, which are not read.
+    as_is: whether parameters without a row are stored under their canonical names.
     """
 
     task: str
     rows: tuple[Row, ...]
+    classes: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    as_is: bool = False
 
-    def stored(self, canonical: str) -> Stored | None:
-        for row in self.rows:
-            if match := _pattern(row.canonical).fullmatch(canonical):
-                return Stored(row.stored.format(**match.groupdict()), row.transform)
-        return None
+    def name(self, canonical: str) -> str | None:
+        """The stored name of a tensor that is stored whole; None for one that the scheme does not have."""
+        if (found := self._row(canonical)) is None:
+            return canonical if self.as_is else None
+        row, wildcards = found
+        return row.names[0].format(**wildcards)
+
+    def stored(self, parameter: Parameter) -> Stored:
+        """Where a parameter is stored.
+
+        Raises:
+            ValueError: no row names it, or its shape does not fit the row.
+        """
+        if (found := self._row(parameter.name)) is None:
+            if not self.as_is:
+                raise ValueError(f"the table of names has no row for the parameter {parameter.name!r}")
+            return Stored((Piece(parameter.name, parameter.shape, SAME),))
+        row, wildcards = found
+        if row.stacks is None and len(row.names) == 1:
+            shape = row.transform.stored_shape(parameter.shape)
+            return Stored((Piece(row.names[0].format(**wildcards), shape, row.transform),))
+        return Stored(tuple(_pieces(row, wildcards, parameter)))
 
     def canonical(self, name: str) -> tuple[str, Transform] | None:
-        for row in self.rows:
-            if match := _pattern(row.stored).fullmatch(name):
+        """The canonical name of a tensor that is stored whole, and its transform."""
+        for row in self._by_stored.get(template(name), ()):
+            if match := _pattern(row.names[0]).fullmatch(name):
                 return row.canonical.format(**match.groupdict()), row.transform
         return None
 
-    def marks(self) -> list[str]:
-        """The names that tell a file of this scheme from those of the others."""
-        marks = (self.stored(EMBEDDING), self.stored(f"{LAYERS}.0.{_CONV}"))
-        return [stored.name for stored in marks if stored is not None]
+    @cached_property
+    def marks(self) -> tuple[str, ...]:
+        """The names that tell a file of this scheme, those of the first layer for all."""
+        marked = [row for row in self.rows if row.mark] or self.rows[:1]
+        return tuple(_WILDCARD.sub("0", row.names[0]) for row in marked)
 
-    def fits(self, names: Collection[str]) -> bool:
-        """Whether a file of these names has this scheme. One without an embedding has no names but of layers."""
-        if not all(name in names for name in self.marks()):
+    def fits(self, found: Collection[str]) -> bool:
+        """Whether a file with names of these templates has this scheme.
+
+        A scheme of layers alone fits only a file that holds nothing else.
+        """
+        if not self.rows or not all(template(mark) in found for mark in self.marks):
             return False
-        return self.stored(EMBEDDING) is not None or all(self.canonical(name) for name in names)
+        known = {template(name) for row in self.rows for name in row.names}
+        return any(_WILDCARD.search(row.canonical) is None for row in self.rows) or set(found) <= known
+
+    def has_head(self, found: Collection[str]) -> bool:
+        """Whether names of these templates include that of the head."""
+        name = self.name(HEAD)
+        return name is not None and template(name) in found
+
+    @cached_property
+    def _by_canonical(self) -> Mapping[str, list[Row]]:
+        return _grouped((template(row.canonical), row) for row in self.rows)
+
+    @cached_property
+    def _by_stored(self) -> Mapping[str, list[Row]]:
+        whole = (row for row in self.rows if len(row.names) == 1 and row.stacks is None)
+        return _grouped((template(row.names[0]), row) for row in whole)
+
+    def _row(self, canonical: str) -> tuple[Row, dict[str, str]] | None:
+        for row in self._by_canonical.get(template(canonical), ()):
+            if match := _pattern(row.canonical).fullmatch(canonical):
+                return row, match.groupdict()
+        return None
 
 
-def _table(layers: str, embedding=None, final_norm=None, head=None, mixer: dict | None = None) -> tuple[Row, ...]:
-    """mixer: canonical name within a layer -> theirs and the transform, where they differ."""
-    rows = [
-        Row(f"{LAYERS}.{{layer}}.{ours}", f"{layers}.{{layer}}.{theirs}", transform)
-        for ours, (theirs, transform) in (mixer or {}).items()
-    ]
-    rows.append(Row(f"{LAYERS}.{{layer}}.{{rest}}", f"{layers}.{{layer}}.{{rest}}"))
-    outer = {EMBEDDING: embedding, FINAL_NORM: final_norm, HEAD: head}
-    return (*rows, *(Row(ours, theirs) for ours, theirs in outer.items() if theirs is not None))
+def template(name: str) -> str:
+    """The name with a sign in the place of every index and wildcard."""
+    parts = name.split(".")
+    return ".".join(_INDEX if (part.isascii() and part.isdigit()) or part[:1] == "{" else part for part in parts)
 
 
-_HF = (LAYERS, EMBEDDING, FINAL_NORM, HEAD)
-_MAMBAPY = ("mamba.layers", "embedding.weight", "norm_f.weight", "lm_head.weight")
-_MAMBAPY_MLX_MIXER = {
-    _CONV: ("mixer.conv1d.conv1d.weight", DENSE),
-    "mixer.conv1d.bias": ("mixer.conv1d.conv1d.bias", SAME),
-}
-_MINIMAMBA = ("backbone.layers", "embedding.token_embedding.weight", "backbone.norm.weight")
-
-# layout -> its schemes. Of those of one task the first is written.
-SCHEMES: dict[str, tuple[Scheme, ...]] = {
-    "hf": (
-        Scheme("lm", _table(*_HF)),
-        Scheme("features", _table("layers", "embeddings.weight", "norm_f.weight")),
-    ),
-    "mamba_ssm": (Scheme("lm", _table(LAYERS, "backbone.embedding.weight", FINAL_NORM, HEAD)),),
-    "mambapy": (
-        Scheme("lm", _table(*_MAMBAPY)),
-        Scheme("layers", _table("layers")),
-    ),
-    "mambapy_mlx": (
-        Scheme("lm", _table(*_MAMBAPY, mixer=_MAMBAPY_MLX_MIXER)),
-        Scheme("layers", _table("layers", mixer=_MAMBAPY_MLX_MIXER)),
-    ),
-    "minimamba": (
-        Scheme("lm", _table(*_MINIMAMBA, "lm_head.lm_head.weight")),
-        Scheme("features", _table(*_MINIMAMBA), ("classifier.classifier.weight", "classifier.classifier.bias")),
-        # Its releases before 1.0, and the class that 1.0 keeps for them.
-        Scheme("lm", _table("layers", "embedding.weight", "norm_f.weight", "lm_head.weight")),
-    ),
-    "mlx_lm": (Scheme("lm", _table(*_HF, mixer={_CONV: (_CONV, CHANNELS_LAST)})),),
-}
-
-# Layouts whose library wants a tied head in the file, as a copy of the embedding. Read, it may be there or not.
-WRITES_TIED_HEAD = ("mamba_ssm", "mambapy", "mambapy_mlx", "minimamba")
+def templates(names: Collection[str]) -> frozenset[str]:
+    return frozenset(map(template, names))
 
 
-def scheme_to_write(config, layout: str) -> Scheme:
-    """The scheme of the config's task. Raises ValueError where the layout has none."""
-    for scheme in SCHEMES[layout]:
-        if scheme.task == config.task:
-            return scheme
-    others = [name for name, schemes in SCHEMES.items() if any(scheme.task == config.task for scheme in schemes)]
-    raise ValueError(
-        f"layout {layout!r} cannot hold a model of task {config.task!r}; expected one of {', '.join(others)}"
-    )
+def stored_tensors(config, scheme: Scheme, most: int | None = None) -> dict[str, Stored]:
+    """Canonical name -> where it is stored, for every parameter of the config, in the order of its table.
+
+    most: tensors in the file.
+
+    Raises:
+        ValueError: a parameter is joined of more tensors than that, or no row names it.
+    """
+    stored = {}
+    for name, parameter in parameter_table(config).items():
+        row = scheme._row(name)
+        if most is not None and row is not None and row[0].stacks and parameter.shape[0] > most:
+            raise ValueError(f"{name} is joined of {parameter.shape[0]} tensors, but the file has {most} tensors")
+        stored[name] = scheme.stored(parameter)
+    return stored
 
 
-def scheme_of(names: Collection[str], layout: str) -> Scheme | None:
-    """The scheme of the layout that a file of these names has. A head tells one with a head from one without."""
-    fitting = [scheme for scheme in SCHEMES[layout] if scheme.fits(names)]
-    for scheme in fitting:
-        head = scheme.stored(HEAD)
-        if head is not None and head.name in names:
-            return scheme
-    return fitting[-1] if fitting else None
+def _pieces(row: Row, wildcards: Mapping[str, str], parameter: Parameter) -> Iterator[Piece]:
+    entry = parameter.shape if row.stacks is None else parameter.shape[1:]
+    if len(entry) <= row.axis:
+        raise ValueError(f"{parameter.name} has shape {parameter.shape}; its row joins along axis {row.axis}")
+    sizes = _sizes(row, entry[row.axis], parameter)
+    for index in (None,) if row.stacks is None else range(parameter.shape[0]):
+        known = wildcards if index is None else {**wildcards, row.stacks: index}
+        start = 0
+        for name, size in zip(row.names, sizes, strict=True):
+            where = (slice(None),) * row.axis + (slice(start, start + size),) if len(row.names) > 1 else ()
+            shape = (*entry[: row.axis], size, *entry[row.axis + 1 :])
+            start += size
+            at = where if index is None else (index, *where)
+            yield Piece(name.format(**known), row.transform.stored_shape(shape), row.transform, at)
 
 
-def stored_tensors(config, scheme: Scheme) -> dict[str, Stored]:
-    """Canonical name -> theirs and its transform, for every parameter of the config, in the order of its table."""
-    return {name: scheme.stored(name) for name in parameter_table(config)}
+def _sizes(row: Row, whole: int, parameter: Parameter) -> tuple[int, ...]:
+    """The sizes of the row's tensors along the axis on which they lie side by side."""
+    count = len(row.names)
+    if count > 1 and row.axis == 0 and row.stacks is None and len(parameter.parts) == count:
+        return tuple(size for _, size in parameter.parts)
+    if whole % count:
+        raise ValueError(f"{parameter.name} has shape {parameter.shape}, which is not {count} equal parts")
+    return (whole // count,) * count
 
 
-@cache
-def _pattern(template: str) -> re.Pattern:
-    text = re.escape(template).replace(r"\{layer\}", r"(?P<layer>\d+)").replace(r"\{rest\}", "(?P<rest>.+)")
-    return re.compile(text)
+def _grouped(pairs: Iterator[tuple[str, Row]]) -> dict[str, list[Row]]:
+    grouped = {}
+    for key, row in pairs:
+        grouped.setdefault(key, []).append(row)
+    return grouped
+
+
+_PATTERNS: dict[str, re.Pattern] = {}
+
+
+def _pattern(name: str) -> re.Pattern:
+    if name not in _PATTERNS:
+        parts = _WILDCARD.split(name)  # text and wildcards by turns
+        text = "".join(f"(?P<{part}>[0-9]+)" if i % 2 else re.escape(part) for i, part in enumerate(parts))
+        _PATTERNS[name] = re.compile(text)
+    return _PATTERNS[name]

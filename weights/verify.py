@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
-from mamba_core import registry
+from mamba_core import registry, tasks
 from mamba_core.spec.init import random_stream
-from mamba_core.spec.params import parameter_count
+from mamba_core.spec.params import parameter_count, parameter_table
 from mamba_core.spec.reference import ReferenceModel
-from mamba_core.weights.formats import blocks
-from mamba_core.weights.io import Checkpoint, CheckpointError
-from mamba_core.weights.layouts import OpenedModel
+from mamba_core.tasks.base import EMBEDS
+from mamba_core.weights.formats import DTYPES, CheckpointError, blocks
+from mamba_core.weights.io import Checkpoint
+from mamba_core.weights.opening import OpenedModel
 
 LENGTH = 16
 # Without a framework the float64 reference runs: a minute, and 400 MB, at most.
@@ -67,18 +68,14 @@ def _runner(config) -> str | None:
 
 
 def _forward(opened: OpenedModel, backend: str, dtype: str) -> np.ndarray:
-    inputs = _inputs(opened.config)
+    task = tasks.of(opened.config)
+    inputs = task.draw(opened.config, random_stream(0, "verify"), 1, LENGTH)
     if backend == "reference":
-        return ReferenceModel(opened.config, dict(opened.tensors()))(inputs)[0]
+        # The values that a framework would have: those of the compute dtype.
+        table = parameter_table(opened.config)
+        values = {name: value.astype(DTYPES[table[name].dtype(dtype)].numpy) for name, value in opened.tensors()}
+        return ReferenceModel(opened.config, values)(inputs)[0]
     framework = registry.get(backend)
     model = framework.build(opened.config, opened.tensors(), dtype=dtype)
-    out = model(framework.from_numpy(inputs, dtype=dtype if inputs.ndim == 3 else None, device=model.device))[0]
+    out = model(framework.from_numpy(inputs, dtype=dtype if task.inputs == EMBEDS else None, device=model.device))[0]
     return framework.to_numpy(out).astype(np.float32)
-
-
-def _inputs(config) -> np.ndarray:
-    """Token ids (1, l) int32, or for the residual blocks alone embeddings (1, l, d) float32."""
-    stream = random_stream(0, "verify")
-    if config.task == "layers":
-        return stream.standard_normal((1, LENGTH, config.d_model), np.float32)
-    return stream.integers(0, config.vocab_size, (1, LENGTH)).astype(np.int32)

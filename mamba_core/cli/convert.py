@@ -8,8 +8,7 @@ from pathlib import Path
 from mamba_core.cli.output import add_json, add_layout, add_source, byte_progress, console, print_nonfinite, print_table
 from mamba_core.config import COMPUTE_DTYPES
 from mamba_core.weights.convert import Conversion, convert
-from mamba_core.weights.io import atomic_file
-from mamba_core.weights.layouts import WRITERS
+from mamba_core.weights.formats import WRITERS, atomic_file
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 

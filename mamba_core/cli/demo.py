@@ -27,7 +27,7 @@ from mamba_core.spec.params import parameter_count
 from mamba_core.training import TrainSettings, train
 from mamba_core.version import VERSION
 from mamba_core.weights.convert import convert
-from mamba_core.weights.layouts import open_model
+from mamba_core.weights.opening import open_model
 
 CONFIG = MambaConfig(d_model=112, n_layer=3, vocab_size=256)
 SETTINGS = TrainSettings(steps=320, batch_size=8, length=192, learning_rate=6e-3, warmup_steps=20)

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 from mamba_core import registry
 from mamba_core.config import COMPUTE_DTYPES
-from mamba_core.weights.layouts import LAYOUTS, normalize_layout
+from mamba_core.weights import layouts, tables
 
 try:
     from rich.console import Console
@@ -40,11 +40,11 @@ def add_source(parser: argparse.ArgumentParser, metavar: str = "CHECKPOINT") -> 
     parser.add_argument("source", metavar=metavar, help="a folder, a file or a hub id")
     add_layout(parser, "--from", dest="layout", help="its layout; detected")
     parser.add_argument("--revision", help="of a hub repository")
-    parser.add_argument("--compat", choices=("minimamba",), help="read MiniMamba's checkpoints, arithmetic and all")
+    parser.add_argument("--compat", choices=tables.consents(), help="read it as this architecture, arithmetic and all")
 
 
 def add_layout(parser: argparse.ArgumentParser, option: str, **settings) -> None:
-    parser.add_argument(option, type=normalize_layout, choices=sorted(LAYOUTS), **settings)
+    parser.add_argument(option, type=layouts.normalize, choices=layouts.names(), **settings)
 
 
 def add_backend(parser: argparse.ArgumentParser) -> None:

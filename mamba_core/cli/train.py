@@ -10,8 +10,7 @@ from mamba_core.config import from_dict, preset
 from mamba_core.data import read_tokens
 from mamba_core.tokenizer import SubwordTokenizer
 from mamba_core.training import TOKENIZER_FILE, TrainSettings, load_settings, train
-from mamba_core.weights.formats import parse_json
-from mamba_core.weights.io import CheckpointError
+from mamba_core.weights.formats import CheckpointError, parse_json
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainSettings)}
 

@@ -12,7 +12,7 @@ from mamba_core.backend import State
 from mamba_core.registry import installed
 from mamba_core.spec.init import initial_values
 from mamba_core.spec.reference import ReferenceModel
-from mamba_core.weights.io import CheckpointError
+from mamba_core.weights.formats import CheckpointError
 
 from .assertions import assert_close
 from .cases.mamba import CONFIGS

@@ -9,12 +9,14 @@ import json
 import numpy as np
 import pytest
 
-from mamba_core.config import MambaConfig
+from mamba_core.architectures.mamba import MambaConfig
+from mamba_core.architectures.minimamba import MiniMambaConfig
 from mamba_core.spec.init import initial_values
 from mamba_core.spec.reference import ReferenceModel
 from mamba_core.spec.tolerances import relative_l2, tolerance
 from mamba_core.weights.io import open_checkpoint
-from mamba_core.weights.layouts import open_model, write_model
+from mamba_core.weights.opening import open_model
+from mamba_core.weights.writing import write_model
 
 torch = pytest.importorskip("torch")
 
@@ -103,7 +105,7 @@ def test_a_vocabulary_that_transformers_resized(transformers, tmp_path, ids):
 
 
 def test_transformers_refuses_the_arithmetic_of_minimamba(transformers, tmp_path):
-    folder = written(tmp_path / "ours", dataclasses.replace(BASE, compat="minimamba"), "hf")
+    folder = written(tmp_path / "ours", MiniMambaConfig(**vars(BASE)), "hf")
     with pytest.raises(ValueError, match="mamba_core_minimamba"):
         transformers.AutoModelForCausalLM.from_pretrained(folder)
 
@@ -197,7 +199,7 @@ def test_mlx_lm_both_ways(config, ids, tmp_path):
 def compat_config(request, config):
     task = "lm" if request.param == "MambaForCausalLM" else "features"
     bias = config.bias and task == "features"
-    return dataclasses.replace(config, compat="minimamba", task=task, bias=bias)
+    return MiniMambaConfig(**vars(config) | {"task": task, "bias": bias})
 
 
 def test_minimamba_both_ways(compat_config, ids, tmp_path):

@@ -17,7 +17,7 @@ from mamba_core.config import MambaConfig
 from mamba_core.spec.params import parameter_table
 from mamba_core.spec.reference import ReferenceModel
 from mamba_core.spec.tolerances import relative_l2, tolerance
-from mamba_core.weights.layouts import open_model
+from mamba_core.weights.opening import open_model
 from tests.oracles import test_causal_conv1d as conv1d
 from tests.oracles import test_mamba_ssm as mamba_ssm
 from tests.oracles.test_interop import written

@@ -1,4 +1,4 @@
-"""Against MiniMamba's own models, with our weights under their names: `compat="minimamba"` is their arithmetic."""
+"""Against MiniMamba's own models, with our weights under their names: architecture "minimamba" is their arithmetic."""
 
 import dataclasses
 from unittest import mock
@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import mamba_core as mc
-from mamba_core.config import MambaConfig
+from mamba_core.architectures.mamba import MambaConfig
+from mamba_core.architectures.minimamba import MiniMambaConfig
 from mamba_core.spec.init import initial_values
 from mamba_core.spec.reference import ReferenceModel
 from mamba_core.spec.tolerances import relative_l2, tolerance
@@ -15,7 +16,7 @@ from mamba_core.spec.tolerances import relative_l2, tolerance
 torch = pytest.importorskip("torch")
 minimamba = pytest.importorskip("minimamba")
 
-BASE = MambaConfig(d_model=24, n_layer=2, vocab_size=61, initializer_range=0.1, compat="minimamba")
+BASE = MiniMambaConfig(d_model=24, n_layer=2, vocab_size=61, initializer_range=0.1)
 VARIANTS = {
     "base": {},
     "untied": {"tie_embeddings": False, "conv_bias": False, "norm_eps": 1e-2},
@@ -87,8 +88,8 @@ def test_gradients_equal_their_model(config, values, ids):
 
 
 def test_it_is_not_mamba(config, values, ids):
-    """Why there is a field for it: with the same weights Mamba computes something else."""
-    mamba = ReferenceModel(dataclasses.replace(config, compat=None), values)(ids)[0]
+    """Why it is an architecture of its own: with the same weights Mamba computes something else."""
+    mamba = ReferenceModel(MambaConfig(**vars(config)), values)(ids)[0]
     assert relative_l2(mamba, run(their_model(config, values), ids).detach().numpy()) > 0.1
 
 

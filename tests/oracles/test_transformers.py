@@ -10,7 +10,7 @@ from mamba_core.config import MambaConfig
 from mamba_core.spec.params import parameter_table
 from mamba_core.spec.reference import ReferenceModel
 from mamba_core.spec.tolerances import relative_l2
-from mamba_core.weights.layouts import open_model
+from mamba_core.weights.opening import open_model
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -4,14 +4,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mamba_core.weights.io import (
-    DTYPES,
-    CheckpointError,
-    open_checkpoint,
-    sources_of,
-    write_safetensors_file,
-    write_torch,
-)
+from mamba_core.weights.formats import DTYPES, CheckpointError, sources_of, write_safetensors_file, write_torch
+from mamba_core.weights.io import open_checkpoint
 
 
 def example_arrays() -> dict[str, np.ndarray]:

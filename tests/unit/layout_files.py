@@ -6,13 +6,16 @@ from pathlib import Path
 
 import numpy as np
 
+from mamba_core import architectures
 from mamba_core.config import MambaConfig
 from mamba_core.spec.params import parameter_table
-from mamba_core.weights.io import DTYPES, TensorSource, open_checkpoint, sources_of, write_torch
-from mamba_core.weights.layouts import open_model, write_layout
+from mamba_core.weights import tables
+from mamba_core.weights.formats import DTYPES, TensorSource, sources_of, write_torch
+from mamba_core.weights.io import open_checkpoint
+from mamba_core.weights.opening import open_model
+from mamba_core.weights.writing import write_layout
 
 CONFIG = MambaConfig(d_model=6, n_layer=2, vocab_size=13, d_state=3, d_conv=4, dt_rank=2, tie_embeddings=False)
-COMPAT = dataclasses.replace(CONFIG, compat="minimamba")
 # What mamba_ssm and minimamba have no field for; none of it changes the function.
 LOST = ("rescale_prenorm_residual", "initializer_range", "dt_init_floor", "residual_in_fp32")
 LOST += ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -30,6 +33,21 @@ OUTER = {
     ("minimamba", "features"): ("embedding.token_embedding.weight", "backbone.layers.", "backbone.norm.weight"),
     ("mlx_lm", "lm"): ("backbone.embeddings.weight", "backbone.layers.", "backbone.norm_f.weight", "lm_head.weight"),
 }
+
+
+def of_architecture(config, name):
+    """The same fields in a config of another architecture."""
+    fields = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
+    return architectures.find(name).Config(**fields)
+
+
+def of_layout(config, layout):
+    """The same fields in a config of the architecture that a layout holds."""
+    held = tables.holding(layout)
+    return config if config.architecture in held else of_architecture(config, next(iter(held)))
+
+
+COMPAT = of_architecture(CONFIG, "minimamba")
 
 
 def write(folder, config, layout, dtype="float32", file_format=None, seed=0) -> Path:
@@ -53,7 +71,7 @@ def rewrite(source, folder, layout, **options) -> Path:
 
 
 def options_of(config) -> dict:
-    return {"compat": config.compat}
+    return {"compat": config.architecture if config.architecture in tables.consents() else None}
 
 
 def contents(folder) -> dict[str, tuple]:

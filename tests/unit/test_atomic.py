@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mamba_core.weights.io import (
+from mamba_core.weights.formats import (
     CheckpointError,
     atomic_file,
     atomic_folder,

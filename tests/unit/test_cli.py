@@ -1,6 +1,5 @@
 """The command line: every subcommand, its JSON, and its exit status."""
 
-import dataclasses
 import io
 import json
 import os
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 
 import mamba_core as mc
+from mamba_core.architectures.minimamba import MiniMambaConfig
 from mamba_core.cli import COMMANDS, main
 from mamba_core.registry import installed
 
@@ -214,7 +214,7 @@ def untold(tmp_path_factory):
     folders = {name: tmp_path_factory.mktemp("untold") / "out" for name in ("--from", "--compat")}
     mc.save(mc.build(config, backend=installed()[0]), folders["--from"], layout="mambapy")
     (folders["--from"] / "config.json").write_text("{}")
-    config = dataclasses.replace(config, compat="minimamba")
+    config = MiniMambaConfig(**vars(config))
     mc.save(mc.build(config, backend=installed()[0]), folders["--compat"], layout="minimamba")
     return folders
 

@@ -5,7 +5,9 @@ import json
 
 import pytest
 
-from mamba_core.config import PRESETS, TASKS, MambaConfig, from_dict, preset
+from mamba_core import architectures
+from mamba_core.architectures.minimamba import MiniMambaConfig
+from mamba_core.config import MambaConfig, from_dict, preset
 from mamba_core.spec.params import parameter_count, parameter_table
 
 CHANGED = MambaConfig(
@@ -14,7 +16,9 @@ CHANGED = MambaConfig(
     tie_embeddings=False, pad_vocab_size_multiple=16,
 )  # fmt: skip
 FEATURES = dataclasses.replace(CHANGED, task="features")
-MINIMAMBA = dataclasses.replace(CHANGED, compat="minimamba")
+MINIMAMBA = MiniMambaConfig(**vars(CHANGED))
+# Of Mamba-1: those that every library has.
+PRESETS = {name: config for name, config in architectures.presets().items() if type(config) is MambaConfig}
 
 
 @pytest.mark.parametrize(
@@ -36,7 +40,7 @@ def test_presets_have_the_published_sizes(name, count):
     "config",
     [
         *(*PRESETS.values(), CHANGED, FEATURES, MINIMAMBA),
-        *(dataclasses.replace(CHANGED, norm_eps=1e-3), dataclasses.replace(FEATURES, compat="minimamba")),
+        *(dataclasses.replace(CHANGED, norm_eps=1e-3), dataclasses.replace(MINIMAMBA, task="features")),
     ],
 )
 def test_hf_fields_and_back(config):
@@ -85,13 +89,20 @@ def test_published_mamba_ssm_config_is_read():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "falcon_mamba"}, "model_type 'falcon_mamba'"),
-        ({"model_type": "mamba", "hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"model_type": "mamba", "hidden_act": "minimamba"}, "hidden_act 'minimamba'; that of 'mamba' is 'silu'"),
-        ({"model_type": "mamba_core_minimamba", "hidden_act": "silu"}, "hidden_act 'silu'"),
-        ({"task": "classification"}, "task is 'classification'; expected one of lm, features, layers"),
-        ({"compat": "mambapy"}, "compat is 'mambapy'; expected 'minimamba' or nothing"),
-        ({"model_type": "mamba", "hidden_size": 64, "intermediate_size": 100}, "intermediate_size 100"),
+        ({"model_type": "rwkv"}, "model_type 'rwkv'; this version reads .*'mamba'"),
+        ({"model_type": ["mamba"]}, r"model_type \['mamba'\]"),
+        ({"model_type": "mamba", "hidden_act": "gelu"}, "hidden_act='gelu'; this version reads hidden_act='silu' only"),
+        ({"model_type": "mamba", "hidden_act": "minimamba"}, "hidden_act='minimamba'"),
+        (
+            {"model_type": "mamba_core_minimamba", "hidden_act": "silu"},
+            "hidden_act='silu'; this version reads hidden_act='minimamba' only",
+        ),
+        ({"task": "classification"}, "task is 'classification'; expected one of .*features, .*lm"),
+        ({"compat": "minimamba"}, "unknown fields: compat"),
+        ({"model_type": "mamba", "intermediate_size": "100"}, "intermediate_size '100'; expected an integer from 1"),
+        ({"model_type": "mamba", "intermediate_size": 0}, "intermediate_size 0; expected"),
+        ({"model_type": "mamba", "architectures": ["LlamaForCausalLM"]}, "'LlamaForCausalLM'; those of .*MambaModel"),
+        ({"model_type": "mamba", "architectures": "MambaModel"}, "architectures 'MambaModel'; expected a list"),
         (
             {"model_type": "mamba", "use_bcdt_rms": True},
             "use_bcdt_rms=True; this version reads use_bcdt_rms=False only",
@@ -153,6 +164,7 @@ def test_hf_numbers_have_the_types_that_transformers_checks():
     assert from_dict(fields) == config
     fractional = dataclasses.replace(CHANGED, expand=1.5)
     assert from_dict(fractional.to_hf()) == fractional
+    assert fractional.to_hf()["expand"] == 2
 
 
 def test_a_vocabulary_that_transformers_resized():
@@ -176,12 +188,33 @@ def test_the_class_that_transformers_names_is_the_task():
         ({"task": "layers"}, "hf", "task 'layers' cannot be written as hf.*layout mambapy"),
         ({"task": "layers"}, "mamba_ssm", "task 'layers' cannot be written as mamba_ssm"),
         ({"task": "features"}, "mamba_ssm", "task 'features' cannot be written as mamba_ssm"),
-        ({"compat": "minimamba"}, "mamba_ssm", "compat='minimamba' cannot be written as mamba_ssm"),
     ],
 )
 def test_what_a_library_cannot_express_is_not_written(change, layout, message):
     with pytest.raises(ValueError, match=message):
         getattr(dataclasses.replace(CHANGED, **change), f"to_{layout}")()
+
+
+def test_another_architecture_is_not_written_for_mamba_ssm():
+    with pytest.raises(
+        ValueError, match=r"'minimamba' cannot be written as mamba_ssm.*expected layout hf or minimamba"
+    ):
+        MINIMAMBA.to_mamba_ssm()
+
+
+@pytest.mark.parametrize(
+    ("expand", "inner"), [(2, 192), (16, 8192), (2, 100), (3, 64), (1.5, 97), (2, 1), (2, 12345), ("many", 128)]
+)
+@pytest.mark.parametrize("d", [64, 7, 4096])
+def test_an_intermediate_size_counts_whatever_expand_is(expand, inner, d):
+    """As transformers has it."""
+    config = from_dict({"model_type": "mamba", "hidden_size": d, "expand": expand, "intermediate_size": inner})
+    assert config.d_inner == inner
+    written = config.to_hf()
+    assert written["intermediate_size"] == inner
+    assert type(written["expand"]) is int
+    assert from_dict(json.loads(json.dumps(written))) == config
+    assert from_dict(written | {"intermediate_size": inner + 1}).d_inner == inner + 1
 
 
 def test_a_state_belongs_to_the_arithmetic_not_to_the_task():
@@ -190,7 +223,9 @@ def test_a_state_belongs_to_the_arithmetic_not_to_the_task():
 
 
 def test_the_tables_of_the_tasks():
-    tables = {task: set(parameter_table(dataclasses.replace(CHANGED, task=task))) for task in TASKS}
+    tables = {
+        task: set(parameter_table(dataclasses.replace(CHANGED, task=task))) for task in ("lm", "features", "layers")
+    }
     assert tables["lm"] - tables["features"] == {"lm_head.weight"}
     assert tables["features"] - tables["layers"] == {"backbone.embeddings.weight", "backbone.norm_f.weight"}
     assert tables["layers"] < tables["features"] < tables["lm"]

@@ -16,8 +16,10 @@ import mamba_core as mc
 from mamba_core.spec.init import initial_values
 from mamba_core.spec.params import parameter_table
 from mamba_core.weights import verify
-from mamba_core.weights.io import CheckpointError, TensorSource, open_checkpoint
-from mamba_core.weights.layouts import open_model, write_layout, write_model
+from mamba_core.weights.formats import CheckpointError, TensorSource
+from mamba_core.weights.io import open_checkpoint
+from mamba_core.weights.opening import open_model
+from mamba_core.weights.writing import write_layout, write_model
 
 CONFIG = mc.MambaConfig(d_model=16, n_layer=2, vocab_size=40, d_state=4)
 A_LOG = "backbone.layers.0.mixer.A_log"
@@ -240,6 +242,9 @@ def test_verification_by_the_reference_where_there_is_no_framework(source, tmp_p
     monkeypatch.setattr(verify.registry, "default_name", none)
     done = mc.convert(source, tmp_path / "out", to="mamba_ssm", verify=True)
     assert done.verification.backend == "reference"
+    # A cast is no other function: both are run with the values of the dtype that is written.
+    cast = mc.convert(source, tmp_path / "cast", to="hf", dtype="bfloat16", lossy=True, verify=True)
+    assert (cast.verification.backend, cast.verification.dtype) == ("reference", "float64")
     monkeypatch.setattr(verify, "REFERENCE_PARAMETERS", 10)
     assert mc.convert(source, tmp_path / "other", to="hf", verify=True).verification.backend is None
 

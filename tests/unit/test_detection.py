@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from mamba_core.config import MambaConfig
-from mamba_core.weights.io import CheckpointError, open_checkpoint
-from mamba_core.weights.layouts import copy_tokenizer, open_model, write_layout
+from mamba_core.weights.formats import CheckpointError
+from mamba_core.weights.io import open_checkpoint
+from mamba_core.weights.opening import open_model
+from mamba_core.weights.writing import copy_tokenizer, write_layout
 
 from .layout_files import COMPAT, CONFIG, arrays_of, options_of, state_dict, write
 

@@ -18,17 +18,18 @@ from hypothesis import strategies as st
 
 import mamba_core as mc
 from mamba_core.spec.init import initial_values
-from mamba_core.weights.io import (
+from mamba_core.weights.formats import (
     CheckpointError,
-    open_checkpoint,
     sources_of,
     write_npz,
     write_safetensors,
     write_safetensors_file,
     write_torch,
 )
-from mamba_core.weights.layouts import open_model, write_model
-from mamba_core.weights.pickle_file import load_pickle
+from mamba_core.weights.formats.pickle import load_pickle
+from mamba_core.weights.io import open_checkpoint
+from mamba_core.weights.opening import open_model
+from mamba_core.weights.writing import write_model
 
 ARRAYS = {"w": np.arange(6, dtype=np.float32).reshape(2, 3), "v": np.ones(3, ml_dtypes.bfloat16), "s": np.array(7.0)}
 WRITERS = {"a.safetensors": write_safetensors_file, "a.bin": write_torch, "a.npz": write_npz}

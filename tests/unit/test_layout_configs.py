@@ -9,10 +9,11 @@ import pytest
 from mamba_core.config import MambaConfig
 from mamba_core.spec.params import parameter_table
 from mamba_core.weights.convert import inspect
-from mamba_core.weights.io import CheckpointError, open_checkpoint
-from mamba_core.weights.layouts import open_model
+from mamba_core.weights.formats import CheckpointError
+from mamba_core.weights.io import open_checkpoint
+from mamba_core.weights.opening import open_model
 
-from .layout_files import COMPAT, CONFIG, OUTER, arrays_of, contents, state_dict, write
+from .layout_files import COMPAT, CONFIG, OUTER, arrays_of, contents, of_layout, options_of, state_dict, write
 
 # --- configs ---------------------------------------------------------------------------------------
 
@@ -22,14 +23,13 @@ from .layout_files import COMPAT, CONFIG, OUTER, arrays_of, contents, state_dict
 )
 @pytest.mark.parametrize("square", [False, True])
 def test_without_a_config_the_tensors_tell_the_sizes(tmp_path, layout, task, square):
-    compat = "minimamba" if layout == "minimamba" else None
     sizes = {"expand": 1, "d_conv": 6, "d_state": 2, "dt_rank": "auto"} if square else {}
-    config = dataclasses.replace(CONFIG, task=task, compat=compat, **sizes)
+    config = of_layout(dataclasses.replace(CONFIG, task=task, **sizes), layout)
     folder = write(tmp_path / "out", config, layout)
     (folder / "config.json").unlink()
     (file,) = folder.iterdir()
     for source in (folder, file):
-        opened = open_model(source, compat=compat)
+        opened = open_model(source, **options_of(config))
         found = opened.config
         assert "there is no config.json" in opened.evidence
         assert f"norm_eps {found.norm_eps} among them" in opened.evidence
@@ -54,12 +54,11 @@ def test_a_layout_whose_library_saves_a_config_needs_it(tmp_path):
 @pytest.mark.parametrize("layout", ["mambapy", "mambapy_mlx", "minimamba"])
 @pytest.mark.parametrize("head", ["tied", "own", "absent"])
 def test_a_head_that_is_the_embedding_is_tied(tmp_path, layout, head):
-    compat = "minimamba" if layout == "minimamba" else None
-    config = dataclasses.replace(CONFIG, compat=compat, tie_embeddings=head != "own")
+    config = of_layout(dataclasses.replace(CONFIG, tie_embeddings=head != "own"), layout)
     arrays = arrays_of(write(tmp_path / "a", config, layout))
     if head == "absent":
         arrays.popitem()
-    opened = open_model(state_dict(tmp_path / "b", arrays), compat=compat)
+    opened = open_model(state_dict(tmp_path / "b", arrays), **options_of(config))
     expected = "features" if layout == "minimamba" and head == "absent" else "lm"
     assert opened.config.task == expected
     assert opened.config.tie_embeddings == (head != "own")
@@ -206,10 +205,10 @@ def test_sizes_that_the_tensors_cannot_tell(tmp_path):
         ("mambapy", {"expand": 1.5}, "expand=1.5 cannot be written as mambapy"),
         ("mambapy_mlx", {"norm_eps": 1e-3}, "norm_eps=0.001 cannot be written as mambapy_mlx, which has 1e-05 only"),
         ("mambapy_mlx", {"conv_bias": False}, "conv_bias=False cannot be written"),
-        ("minimamba", {"bias": True, "compat": "minimamba"}, "bias=True cannot be written as minimamba"),
+        ("minimamba", {"bias": True}, "bias=True cannot be written as minimamba"),
     ],
 )
 def test_what_a_library_cannot_run_is_not_written(tmp_path, layout, changes, words):
     with pytest.raises(ValueError, match=words):
-        write(tmp_path / "out", dataclasses.replace(CONFIG, **changes), layout)
+        write(tmp_path / "out", of_layout(dataclasses.replace(CONFIG, **changes), layout), layout)
     assert not list((tmp_path / "out").iterdir())

@@ -12,11 +12,28 @@ from hypothesis import strategies as st
 
 from mamba_core.config import MambaConfig
 from mamba_core.spec.params import parameter_table
-from mamba_core.weights.io import CheckpointError, open_checkpoint
-from mamba_core.weights.layouts import LAYOUTS, WRITERS, open_model
+from mamba_core.weights import layouts
+from mamba_core.weights.formats import WRITERS, CheckpointError
+from mamba_core.weights.io import open_checkpoint
+from mamba_core.weights.opening import open_model
 from mamba_core.weights.transforms import DENSE
 
-from .layout_files import COMPAT, CONFIG, LOST, OUTER, arrays_of, contents, options_of, rewrite, state_dict, write
+from .layout_files import (
+    COMPAT,
+    CONFIG,
+    LOST,
+    OUTER,
+    arrays_of,
+    contents,
+    of_architecture,
+    of_layout,
+    options_of,
+    rewrite,
+    state_dict,
+    write,
+)
+
+LAYOUTS = layouts.names()
 
 # --- round trips -----------------------------------------------------------------------------------
 
@@ -26,7 +43,7 @@ def configs(draw) -> MambaConfig:
     """Square matrices included: d_inner = d_model, d_conv = d_inner, dt_rank + 2 * d_state = d_inner."""
     d = draw(st.sampled_from([2, 4, 6]))
     eos = draw(st.sampled_from([None, 3, (3, 5)]))
-    return MambaConfig(
+    config = MambaConfig(
         d_model=d,
         n_layer=draw(st.integers(1, 2)),
         vocab_size=draw(st.integers(1, 9)),
@@ -43,21 +60,21 @@ def configs(draw) -> MambaConfig:
         residual_in_fp32=draw(st.booleans()),
         eos_token_id=eos,
         task=draw(st.sampled_from(["lm", "lm", "features", "layers"])),
-        compat=draw(st.sampled_from([None, None, "minimamba"])),
         extra={"note": "kept"},
     )
+    return of_architecture(config, draw(st.sampled_from(["mamba", "mamba", "minimamba"])))
 
 
 def layouts_for(config) -> list[str]:
     """The layouts that hold the config without loss of what the function needs."""
-    if config.compat:
-        possible = {"hf": config.task != "layers" and config.expand != 1.5, "minimamba": config.task != "layers"}
+    if config.architecture == "minimamba":
+        possible = {"hf": config.task != "layers", "minimamba": config.task != "layers"}
         possible["minimamba"] &= config.task != "lm" or not config.bias
     else:
         alone = config.task != "features" and config.expand != 1.5
         mlx = alone and config.norm_eps == 1e-5 and config.conv_bias
-        possible = {"hf": config.task != "layers" and config.expand != 1.5, "mambapy": alone, "mambapy_mlx": mlx}
-        possible["mlx_lm"] = config.task == "lm" and config.expand != 1.5 and config.norm_eps == 1e-5
+        possible = {"hf": config.task != "layers", "mambapy": alone, "mambapy_mlx": mlx}
+        possible["mlx_lm"] = config.task == "lm" and config.norm_eps == 1e-5
         possible["mamba_ssm"] = config.task == "lm" and config.norm_eps == 1e-5
     return [name for name, holds in possible.items() if holds]
 
@@ -97,7 +114,7 @@ def test_the_round_trips_are_between_all_layouts():
 @pytest.mark.parametrize("file_format", WRITERS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_every_file_format_of_every_layout(tmp_path, layout, file_format, dtype):
-    config = COMPAT if layout == "minimamba" else CONFIG
+    config = of_layout(CONFIG, layout)
     if layout == "mlx_lm" and file_format != "safetensors":
         with pytest.raises(ValueError, match=f"layout 'mlx_lm' cannot be written as {file_format}.*safetensors"):
             write(tmp_path / "out", config, layout, dtype, file_format)
@@ -134,8 +151,7 @@ CONV_SHAPE = {"mambapy_mlx": (12, 4, 12), "mlx_lm": (12, 4, 1)}
 @pytest.mark.parametrize(("layout", "task"), OUTER)
 @pytest.mark.parametrize("tied", [False, True])
 def test_names_and_the_shape_of_the_convolution(tmp_path, layout, task, tied):
-    compat = "minimamba" if layout == "minimamba" else None
-    config = dataclasses.replace(CONFIG, task=task, compat=compat, tie_embeddings=tied)
+    config = of_layout(dataclasses.replace(CONFIG, task=task, tie_embeddings=tied), layout)
     found = open_checkpoint(write(tmp_path / "out", config, layout))
     outer = {name for name in OUTER[layout, task] if not name.endswith(".")}
     if tied and layout in ("hf", "mlx_lm"):
@@ -145,7 +161,7 @@ def test_names_and_the_shape_of_the_convolution(tmp_path, layout, task, tied):
     mixer = {f"mixer.{name}".replace("conv1d.", conv) for name in MIXER}
     assert set(found) == outer | {f"{layers}{i}.{name}" for i in (0, 1) for name in {*mixer, "norm.weight"}}
     assert found.header(f"{layers}1.mixer.{conv}weight").shape == CONV_SHAPE.get(layout, (12, 1, 4))
-    assert open_model(tmp_path / "out", compat=compat).config == config
+    assert open_model(tmp_path / "out", **options_of(config)).config == config
 
 
 def test_every_task_that_a_layout_cannot_hold_is_refused(tmp_path):
@@ -153,9 +169,8 @@ def test_every_task_that_a_layout_cannot_hold_is_refused(tmp_path):
     for layout in LAYOUTS:
         for task in ("lm", "features", "layers"):
             if (layout, task) not in OUTER:
-                compat = "minimamba" if layout == "minimamba" else None
-                config = dataclasses.replace(CONFIG, task=task, compat=compat)
-                with pytest.raises(ValueError, match=rf"task '{task}'.*(mambapy|hf)"):
+                config = of_layout(dataclasses.replace(CONFIG, task=task), layout)
+                with pytest.raises(ValueError, match=rf"task '{task}'.*(layout (mambapy|hf)|no layout)"):
                     write(tmp_path / f"{layout}-{task}", config, layout)
                 refused += 1
     assert refused == 8
@@ -196,21 +211,24 @@ def test_minimamba_is_read_under_its_flag_only(tmp_path):
     folder = write(tmp_path / "out", COMPAT, "minimamba")
     with pytest.raises(CheckpointError, match=r"another function than Mamba.*bias twice.*no SiLU.*--compat minimamba"):
         open_model(folder)
-    assert open_model(folder, compat="minimamba").config.compat == "minimamba"
+    assert open_model(folder, compat="minimamba").config.architecture == "minimamba"
     with pytest.raises(ValueError, match="compat is 'other'"):
         open_model(folder, compat="other")
-    with pytest.raises(ValueError, match=r"compat is 'minimamba', but .* of layout hf, is None"):
+    with pytest.raises(ValueError, match=r"compat is 'minimamba', but .* of layout hf, is of architecture 'mamba'"):
         open_model(write(tmp_path / "hf", CONFIG, "hf"), compat="minimamba")
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name not in ("hf", "minimamba")])
 def test_its_arithmetic_is_not_written_for_others(tmp_path, layout):
-    with pytest.raises(ValueError, match=r"compat='minimamba' cannot be written as .* expected hf or minimamba"):
+    with pytest.raises(ValueError, match=r"'minimamba' cannot be written as .* expected layout hf or minimamba"):
         write(tmp_path / "out", COMPAT, layout)
 
 
 def test_a_mamba_is_not_written_for_it(tmp_path):
-    with pytest.raises(ValueError, match="cannot be written as minimamba, whose library would compute"):
+    with pytest.raises(
+        ValueError,
+        match=r"'mamba' cannot be written as minimamba, whose library would compute.* expected layout hf .*bias twice",
+    ):
         write(tmp_path / "out", CONFIG, "minimamba")
 
 

@@ -7,7 +7,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mamba_core.weights.io import CheckpointError, open_checkpoint, sources_of, write_npz
+from mamba_core.weights.formats import CheckpointError, sources_of, write_npz
+from mamba_core.weights.io import open_checkpoint
 
 from .checkpoints import assert_fault, assert_same, example_arrays
 

@@ -1,6 +1,5 @@
 """Parity: what it says of backends that agree, and that it names and places what is wrong in one that does not."""
 
-import dataclasses
 import json
 import math
 
@@ -9,6 +8,7 @@ import pytest
 
 import mamba_core as mc
 from mamba_core import registry
+from mamba_core.architectures.minimamba import MiniMambaConfig
 from mamba_core.cli import main
 from mamba_core.comparison import default_length, depth, parity
 from mamba_core.registry import installed
@@ -243,7 +243,7 @@ def test_text_without_a_tokenizer_and_weights_that_are_not_finite(tmp_path):
 
 def test_a_checkpoint_that_is_read_with_help_only(tmp_path):
     run = {"backends": installed()[:1], "length": 3, "grad": True}
-    config = dataclasses.replace(CONFIG, compat="minimamba")
+    config = MiniMambaConfig(**vars(CONFIG))
     mc.save(mc.build(config, backend=installed()[0]), tmp_path / "mini", layout="minimamba")
     with pytest.raises(ValueError, match="compat"):
         parity(tmp_path / "mini", **run)

@@ -12,8 +12,9 @@ import zlib
 import numpy as np
 import pytest
 
-from mamba_core.weights import torch_file, zip_file
-from mamba_core.weights.formats import count_bytes, map_file
+from mamba_core.weights.formats import torch as torch_file
+from mamba_core.weights.formats import zip as zip_file
+from mamba_core.weights.formats.base import count_bytes, map_file
 from mamba_core.weights.io import open_checkpoint
 
 from .checkpoints import assert_fault, write

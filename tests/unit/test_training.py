@@ -8,7 +8,7 @@ import pytest
 
 import mamba_core as mc
 from mamba_core.registry import installed
-from mamba_core.weights.io import CheckpointError
+from mamba_core.weights.formats import CheckpointError
 
 CONFIG = mc.MambaConfig(d_model=8, n_layer=1, vocab_size=16, d_state=2)
 SETTINGS = mc.TrainSettings(steps=3, batch_size=2, length=8, warmup_steps=1)

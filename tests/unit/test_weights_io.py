@@ -10,17 +10,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mamba_core.weights import torch_file
-from mamba_core.weights.io import (
+from mamba_core.weights.formats import (
     CheckpointError,
     TensorSource,
     atomic_file,
-    open_checkpoint,
     sources_of,
     write_safetensors,
     write_safetensors_file,
     write_torch,
 )
+from mamba_core.weights.formats import torch as torch_file
+from mamba_core.weights.io import open_checkpoint
 
 from .checkpoints import assert_fault, assert_same, example_arrays, write
 

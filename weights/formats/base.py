@@ -57,6 +57,8 @@ DTYPES = {
     "uint8": DType("U8", "ByteStorage", np.dtype("u1")),
     "bool": DType("BOOL", "BoolStorage", np.dtype("?")),
 }
+# The dtypes of parameters and of decode states.
+FLOATS = ("float32", "bfloat16", "float16", "float64")
 
 
 class Header(NamedTuple):

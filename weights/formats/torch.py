@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from mamba_core.weights.formats import (
+from mamba_core.weights.formats.base import (
     DTYPES,
     FileContents,
     Progress,
@@ -23,8 +23,8 @@ from mamba_core.weights.formats import (
     list_names,
     write_tensor,
 )
-from mamba_core.weights.pickle_file import PickledTensor, dump_state_dict, load_pickle
-from mamba_core.weights.zip_file import Record, read_zip, record_start, write_zip
+from mamba_core.weights.formats.pickle import PickledTensor, dump_state_dict, load_pickle
+from mamba_core.weights.formats.zip import Record, read_zip, record_start, write_zip
 
 # 250 bytes a tensor are usual. An opcode of one byte can make a value of 64, so this bounds the memory near 1 GiB.
 MAX_PICKLE_BYTES = 16 * 2**20

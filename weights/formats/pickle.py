@@ -12,7 +12,7 @@ import struct
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from mamba_core.weights.formats import DTYPES, TensorSource, count_bytes, list_names
+from mamba_core.weights.formats.base import DTYPES, TensorSource, count_bytes, list_names
 
 
 class Global(NamedTuple):

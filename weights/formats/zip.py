@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from mamba_core.weights.formats import CheckpointError, FileContents, map_file
+from mamba_core.weights.formats.base import CheckpointError, FileContents, map_file
 
 ALIGNMENT = 64  # what torch.save aligns records to
 _LOCAL_SIGNATURE, _CENTRAL_SIGNATURE = b"PK\x03\x04", b"PK\x01\x02"

@@ -16,7 +16,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.lib import format as npy
 
-from mamba_core.weights.formats import (
+from mamba_core.weights.formats.base import (
     DTYPES,
     CheckpointError,
     FileContents,
@@ -28,7 +28,7 @@ from mamba_core.weights.formats import (
     list_names,
     write_tensor,
 )
-from mamba_core.weights.zip_file import Record, read_zip, record_start, write_zip
+from mamba_core.weights.formats.zip import Record, read_zip, record_start, write_zip
 
 _SUFFIX = ".npy"
 _MAGIC = b"\x93NUMPY"

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from mamba_core.weights.formats import (
+from mamba_core.weights.formats.base import (
     DTYPES,
     MAX_JSON_BYTES,
     CheckpointError,

@@ -1,0 +1,224 @@
+"""Checkpoints in any layout, opened under canonical names and checked against their config."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mamba_core import tasks
+from mamba_core.spec.params import Parameter, parameter_table
+from mamba_core.weights import configs, layouts
+from mamba_core.weights.detect import Detected, detect
+from mamba_core.weights.formats import DTYPES, FLOATS, CheckpointError, TensorSource
+from mamba_core.weights.io import Checkpoint, open_checkpoint
+from mamba_core.weights.names import EMBEDDING, HEAD, Scheme, Stored, stored_tensors
+from mamba_core.weights.source import locate, read_config
+
+_MOST_FAULTS = 20  # in one message
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A checkpoint that has been checked against its config; its tensors are not loaded until asked for.
+
+    stored: canonical name -> where it is in the file, in the table's order.
+    left_out: tensors of the file that belong to no part of the model.
+    evidence: how the layout was told, a short sentence.
+    """
+
+    layout: str
+    config: Any
+    folder: Path
+    checkpoint: Checkpoint
+    stored: dict[str, Stored]
+    left_out: tuple[str, ...]
+    evidence: str
+
+    @property
+    def dtype(self) -> str:
+        """The compute dtype that it was saved in: that of its first parameter that need not be float32.
+
+        It is float32 for float64.
+        """
+        table = parameter_table(self.config)
+        telling = next((name for name, parameter in table.items() if not parameter.float32), next(iter(table)))
+        stored = self._dtype_of(telling)
+        return "float32" if stored == "float64" else stored
+
+    def sources(self) -> Iterator[tuple[Parameter, str, TensorSource]]:
+        """(parameter, its name in the file, its source under the canonical name) in the table's order."""
+        for name, parameter in parameter_table(self.config).items():
+            source = TensorSource(name, parameter.shape, self._dtype_of(name), partial(self._read, parameter))
+            yield parameter, self.stored[name].label, source
+
+    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
+        """(canonical name, array) in the table's order; memory-mapped where it is stored as it is."""
+        for _, _, source in self.sources():
+            yield source.name, source.read()
+
+    def _dtype_of(self, canonical: str) -> str:
+        return self.checkpoint.header(self.stored[canonical].pieces[0].name).dtype
+
+    def _read(self, parameter: Parameter) -> np.ndarray:
+        pieces = self.stored[parameter.name].pieces
+        if len(pieces) == 1 and not pieces[0].where:
+            return self._read_piece(pieces[0])
+        joined = np.empty(parameter.shape, DTYPES[self._dtype_of(parameter.name)].numpy)
+        for piece in pieces:
+            joined[piece.where] = self._read_piece(piece)
+        return joined
+
+    def _read_piece(self, piece) -> np.ndarray:
+        try:
+            return piece.transform.read(self.checkpoint[piece.name])
+        except ValueError as fault:
+            raise CheckpointError(f"{self.folder}: tensor {piece.name!r}: {fault}") from None
+
+
+def open_model(
+    source: str | Path, *, layout: str | None = None, revision: str | None = None, compat: str | None = None
+) -> OpenedModel:
+    """Open a checkpoint in any readable layout.
+
+    Args:
+        source: a folder, a file, its config.json beside it, or the id of a repository on the Hugging Face hub.
+        layout: a file of `weights/layouts`, hyphens allowed; detected by default, from the config and the tensor names
+            together.
+        revision: of the hub repository.
+        compat: the architecture that the checkpoint is to be read as, such as "minimamba". Checkpoints that a plain
+            conversion would change are read only so.
+
+    Raises:
+        CheckpointError: every fault of the names, shapes and dtypes at once; a checkpoint that needs `compat`.
+        ValueError: an unknown layout, or a compat that this checkpoint is not for.
+    """
+    if layout is not None:
+        layout = layouts.key(layout)
+    path = locate(source, revision)
+    folder = path if path.is_dir() else path.parent
+    fields = read_config(folder)
+    checkpoint = open_checkpoint(path)
+    detected = detect(path, fields, checkpoint, layout, compat)
+    name = detected.architecture
+    if compat not in (None, name):
+        raise ValueError(f"compat is {compat!r}, but {path}, of layout {detected.layout}, is of architecture {name!r}")
+    if detected.table.consent is not None and compat is None:
+        raise CheckpointError(
+            f"{path}: {detected.table.consent}; compat={name!r} (--compat {name}) reads it with its own arithmetic"
+        )
+    config = _read_config(folder, fields, checkpoint, detected)
+    return _checked(path, folder, config, checkpoint, detected)
+
+
+def _read_config(folder: Path, fields: dict | None, checkpoint: Checkpoint, detected: Detected):
+    """The config that the file's fields and, where its library saves none or not all, its tensors tell."""
+    path = folder / "config.json"
+    sized = layouts.find(detected.layout).sized_by_tensors
+    if fields is None and not sized:
+        raise CheckpointError(f"{path}: no such file; a checkpoint of layout {detected.layout} needs its config.json")
+    told = {"shapes": _shapes(checkpoint, detected), "told": _told(checkpoint, detected)} if sized else {}
+    try:
+        config = configs.read_config(detected.layout, fields or {}, architecture=detected.architecture, **told)
+        if tasks.of(config).generates and detected.scheme.name(HEAD) is None:
+            # Names without a head say so whatever the config says.
+            config = replace(config, task=detected.scheme.task)
+    except (ValueError, TypeError) as fault:
+        raise CheckpointError(f"{path if fields is not None else folder}: {fault}") from None
+    return config
+
+
+def _shapes(checkpoint: Checkpoint, detected: Detected) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors by canonical name."""
+    shapes = {}
+    for name in checkpoint:
+        if known := detected.scheme.canonical(name.removeprefix(detected.prefix)):
+            canonical, transform = known
+            shape = checkpoint.header(name).shape
+            try:
+                shapes[canonical] = transform.canonical_shape(shape)
+            except ValueError:
+                fault = f"{name} has shape {shape}; expected {transform.name}"
+                raise CheckpointError(f"{checkpoint.files[0]}: {fault}") from None
+    return shapes
+
+
+def _told(checkpoint: Checkpoint, detected: Detected) -> dict[str, Any]:
+    """The fields of our config that names and bytes tell."""
+    told = {"task": detected.scheme.task}
+    if (head := detected.scheme.name(HEAD)) is not None:
+        # Torch saves a tied head as a copy of the embedding, so a head that is there need not be one of its own.
+        head, embedding = detected.prefix + head, detected.prefix + detected.scheme.name(EMBEDDING)
+        both = head in checkpoint and embedding in checkpoint
+        told["tie_embeddings"] = not both or checkpoint.have_same_bytes(head, embedding)
+    return told
+
+
+def _checked(path: Path, folder: Path, config, checkpoint: Checkpoint, detected: Detected) -> OpenedModel:
+    if config.n_layer > len(checkpoint):  # before a table of so many layers is made
+        raise CheckpointError(
+            f"{path}: does not fit its config: n_layer is {config.n_layer}, but the file has {len(checkpoint)} tensors"
+        )
+    scheme, prefix = _scheme(config, detected), detected.prefix
+    try:
+        own = stored_tensors(config, scheme, len(checkpoint))
+    except ValueError as fault:
+        raise CheckpointError(f"{path}: does not fit its config: {fault}") from None
+    stored = {
+        name: Stored(tuple(piece._replace(name=prefix + piece.name) for piece in tensor.pieces))
+        for name, tensor in own.items()
+    }
+    left_out = tuple(prefix + name for name in scheme.left_out if prefix + name in checkpoint)
+    tied_head = None
+    if tasks.of(config).generates and config.tie_embeddings and scheme.name(HEAD) is not None:
+        tied_head = prefix + scheme.name(HEAD)
+    _check_tensors(path, checkpoint, stored, left_out, tied_head, detected.layout)
+    evidence = detected.evidence + (f"; not read: {', '.join(left_out)}" if left_out else "")
+    for name, only in detected.table.required.items():
+        if (value := getattr(config, name)) != only:
+            evidence += f"; {name} is the config's {value}, though {detected.layout} computes with {only}"
+    return OpenedModel(detected.layout, config, folder, checkpoint, stored, left_out, evidence)
+
+
+def _scheme(config, detected: Detected) -> Scheme:
+    """The scheme of the file's names, with the names of a task that it is not for."""
+    if config.task in {scheme.task for scheme in detected.table.schemes if not scheme.as_is}:
+        return detected.scheme
+    return replace(detected.scheme, task=config.task, as_is=layouts.find(detected.layout).holds_every_task)
+
+
+def _check_tensors(
+    path: Path,
+    checkpoint: Checkpoint,
+    stored: Mapping[str, Stored],
+    left_out: tuple[str, ...],
+    tied_head: str | None,
+    layout: str,
+) -> None:
+    allowed = {*(name for tensor in stored.values() for name in tensor.names), *left_out, tied_head}
+    faults = [f"missing {name}" for tensor in stored.values() for name in tensor.names if name not in checkpoint]
+    faults += [f"unexpected {name}" for name in checkpoint if name not in allowed]
+    for canonical, tensor in stored.items():
+        dtypes = {}
+        for piece in tensor.pieces:
+            if piece.name not in checkpoint:
+                continue
+            shape, dtype, _ = checkpoint.header(piece.name)
+            if shape != piece.shape:
+                faults.append(f"{piece.name} has shape {shape}, expected {piece.shape}")
+            if dtype not in FLOATS:
+                faults.append(f"{piece.name} has dtype {dtype}, expected one of {', '.join(FLOATS)}")
+            dtypes.setdefault(dtype, piece.name)
+        if len(dtypes) > 1:
+            found = " and ".join(f"{name} has {dtype}" for dtype, name in dtypes.items())
+            faults.append(f"{canonical} is joined of tensors of several dtypes: {found}")
+    if not faults and tied_head in checkpoint:
+        embedding = stored[EMBEDDING].pieces[0].name
+        if not checkpoint.have_same_bytes(tied_head, embedding):
+            faults.append(f"{tied_head} differs from {embedding}, but the config ties them")
+    if faults:
+        more = f"; and {len(faults) - _MOST_FAULTS} more" if len(faults) > _MOST_FAULTS else ""
+        shown = "; ".join(faults[:_MOST_FAULTS]) + more
+        raise CheckpointError(f"{path}: does not fit its config: {shown} (read as {layout})")

@@ -1,0 +1,161 @@
+"""The tables, a file an architecture, found by file name: see `base` for what a file exports.
+
+An architecture without a file is held by our own layout, hf, alone: its tensors under their canonical names, its config
+under our own field names.
+"""
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from mamba_core import architectures, discovery
+from mamba_core.weights import layouts
+from mamba_core.weights.layouts import Layout
+from mamba_core.weights.tables.base import Field, Scheme, Table
+
+__all__ = [
+    "architecture_of",
+    "consents",
+    "dialect",
+    "find",
+    "foreign",
+    "holding",
+    "of",
+    "owner_of",
+    "read_config",
+    "write_config",
+]
+
+FOLDER = "weights.tables"
+OWN_LAYOUT = "hf"
+# Of a config, but not of its architecture.
+NOT_OF_TABLES = ("task", "task_options", "extra")
+
+
+def of(architecture: str) -> Mapping[str, Table]:
+    """Layout -> the table of an architecture in it."""
+    if architecture in discovery.names(FOLDER):
+        return discovery.find(FOLDER, architecture).TABLES
+    return {OWN_LAYOUT: _own_table(architecture)}
+
+
+def holding(layout: str) -> dict[str, Table]:
+    """Architecture -> its table, of every architecture that a layout can hold."""
+    return {name: tables[layout] for name in architectures.names() if layout in (tables := of(name))}
+
+
+def find(architecture: str, layout: str) -> Table:
+    """The table of an architecture in a layout.
+
+    Raises:
+        ValueError: the layout cannot hold that architecture.
+    """
+    if (table := of(architecture).get(layout)) is not None:
+        return table
+    reasons = dict.fromkeys(table.consent for table in holding(layout).values() if table.consent)
+    if architecture not in discovery.names(FOLDER):
+        reasons[f"no file {FOLDER.replace('.', '/')}/{architecture}.py says how"] = None
+    raise ValueError(
+        f"a model of architecture {architecture!r} cannot be written as {layout}, whose library would compute another "
+        f"function; expected layout {' or '.join(of(architecture))}{''.join(f'; {reason}' for reason in reasons)}"
+    )
+
+
+def architecture_of(layout: str, fields: Mapping[str, Any], fitting: Collection[str] = (), compat: Any = None) -> str:
+    """The architecture that the fields of a config.json are of.
+
+    fitting: those whose tensor names a file has, where it is known. compat: the one that the user names.
+
+    Raises:
+        ValueError: the fields name one that no table is of, or nothing tells which it is.
+    """
+    held, shape = holding(layout), layouts.find(layout)
+    if (kind := shape.kind_of(fields)) is not None:
+        if named := [name for name, table in held.items() if kind in table.kinds]:
+            return named[0]
+        known = ", ".join(repr(kind) for table in held.values() for kind in table.kinds)
+        raise ValueError(f"config has {' '.join(shape.kind)} {kind!r}; this version reads {known}")
+    told = [name for name, table in held.items() if _classes_of(shape, fields) & set(table.classes())]
+    # The fields tell more than the names do, which several architectures may share.
+    for names in (told, list(fitting), list(held)):
+        if len(chosen := _assumed(names, held, compat)) == 1:
+            return chosen[0]
+        if names:
+            break
+    raise ValueError(
+        f"config has no {' '.join(shape.kind) or 'field'} that tells whether it is of {' or '.join(names)}; name it "
+        "by compat (--compat)"
+    )
+
+
+def foreign(layout: str, architecture: str) -> dict[str, str]:
+    """Fields of a layout's configs that mean something to another architecture alone -> that architecture."""
+    own = of(architecture)[layout].theirs()
+    return {
+        row.theirs: name
+        for name in discovery.names(FOLDER)
+        if name != architecture and layout in of(name)
+        for row in of(name)[layout].rows().values()
+        if row.theirs not in own
+    }
+
+
+def owner_of(name: str) -> str | None:
+    """The architecture that has a class of that name in some library."""
+    return next(
+        (each for each in architectures.names() if any(name in table.classes() for table in of(each).values())), None
+    )
+
+
+def consents() -> tuple[str, ...]:
+    """The architectures that some layout reads only for who names them."""
+    return tuple(name for name in architectures.names() if any(table.consent for table in of(name).values()))
+
+
+def dialect(fields: Mapping[str, Any]) -> str | None:
+    """The layout whose fields these are, without a checkpoint; None for our own fields."""
+    return next((name for name in layouts.names() if set(layouts.find(name).dialect) & set(fields)), None)
+
+
+def read_config(layout: str, fields: Mapping[str, Any]) -> Any:
+    """A config from the fields of a layout's library.
+
+    Raises:
+        TypeError: what should be a JSON object is none.
+        ValueError: the fields are of an architecture that is not known, or of another function than it computes.
+    """
+    from mamba_core.weights import configs
+
+    return configs.read_config(layout, fields)
+
+
+def write_config(layout: str, config: Any) -> dict[str, Any]:
+    """The fields that a layout's library reads.
+
+    Raises:
+        ValueError: the library cannot run a model of this config.
+    """
+    from mamba_core.weights import configs
+
+    return configs.write_config(layout, config)
+
+
+def _assumed(names: list[str], held: Mapping[str, Table], compat: Any) -> list[str]:
+    """Those of the architectures that are left when the user, or else the library's habit, has a say."""
+    if compat in names:
+        return [compat]
+    return [name for name in names if held[name].assumed] if len(names) > 1 else names
+
+
+def _classes_of(layout: Layout, fields: Mapping[str, Any]) -> set[str]:
+    names = fields.get(layout.classes) if layout.classes else None
+    return {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
+
+
+def _own_table(architecture: str) -> Table:
+    names = (item.name for item in dataclasses.fields(architectures.find(architecture).Config))
+    return Table(
+        schemes=(Scheme("lm", (), as_is=True),),
+        fields={name: Field(name) for name in names if name not in NOT_OF_TABLES},
+        kinds=(f"mamba_core_{architecture}",),
+    )

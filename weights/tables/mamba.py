@@ -1,0 +1,247 @@
+"""Mamba-1 in every layout."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from mamba_core.architectures.base import MAX_SIZE, is_number, is_size
+from mamba_core.weights.layouts import HIDDEN
+from mamba_core.weights.names import EMBEDDING, FINAL_NORM, HEAD
+from mamba_core.weights.tables.base import Field, Row, Scheme, Table
+from mamba_core.weights.transforms import CHANNELS_LAST, DENSE, SAME, Shape, Transform
+
+LAYERS = "backbone.layers"
+CONV = "mixer.conv1d.weight"
+# Of one layer: the names are the same in every library but for those of the convolution in one.
+_LAYER = (
+    *("norm.weight", "mixer.A_log", "mixer.D", "mixer.in_proj.weight", "mixer.in_proj.bias", CONV, "mixer.conv1d.bias"),
+    *("mixer.x_proj.weight", "mixer.dt_proj.weight", "mixer.dt_proj.bias", "mixer.out_proj.weight"),
+    "mixer.out_proj.bias",
+)
+
+
+def scheme(
+    task: str,
+    layers: str = LAYERS,
+    outer: Mapping[str, str] | None = None,
+    *,
+    conv: Transform = SAME,
+    conv_name: str = "mixer.conv1d.",
+    classes: tuple[str, ...] = (),
+    left_out: tuple[str, ...] = (),
+) -> Scheme:
+    """The names of a model's tensors.
+
+    layers: theirs for the layers. outer: canonical name -> theirs, outside the layers.
+    conv, conv_name: how the convolution's weight is stored, and its name.
+    """
+    rows = [Row(ours, theirs, mark=ours == EMBEDDING) for ours, theirs in (outer or {}).items()]
+    for name in _LAYER:
+        theirs = f"{layers}.{{layer}}.{name.replace('mixer.conv1d.', conv_name)}"
+        rows.append(Row(f"{LAYERS}.{{layer}}.{name}", theirs, conv if name == CONV else SAME, mark=name == CONV))
+    return Scheme(task, tuple(rows), classes, left_out)
+
+
+def same(*names: str) -> dict[str, str]:
+    return {name: name for name in names}
+
+
+# --- transformers, and mlx-lm ----------------------------------------------------------------------
+
+HF_FIELDS = {
+    "d_model": Field("hidden_size", 768),
+    "n_layer": Field("num_hidden_layers", 32),
+    "vocab_size": Field("vocab_size", 50280),
+    "d_state": Field("state_size", 16),
+    "d_conv": Field("conv_kernel", 4),
+    "expand": Field("expand", 2),
+    "dt_rank": Field("time_step_rank", "auto"),
+    "dt_min": Field("time_step_min", 0.001),
+    "dt_max": Field("time_step_max", 0.1),
+    "dt_init": Field("time_step_init_scheme", "random"),
+    "dt_scale": Field("time_step_scale", 1.0),
+    "dt_init_floor": Field("time_step_floor", 1e-4),
+    "bias": Field("use_bias", False),
+    "conv_bias": Field("use_conv_bias", True),
+    "norm_eps": Field("layer_norm_epsilon", 1e-5),
+    "residual_in_fp32": Field("residual_in_fp32", True),
+    "tie_embeddings": Field("tie_word_embeddings", True),
+    # transformers 5 divides the out_proj.weight that it loads by sqrt(n_layer) where this is true.
+    "rescale_prenorm_residual": Field("rescale_prenorm_residual", False, writes=False),
+    "initializer_range": Field("initializer_range", 0.1),
+    "bos_token_id": Field("bos_token_id", 0),
+    "eos_token_id": Field("eos_token_id", 0),
+    "pad_token_id": Field("pad_token_id", 0),
+}
+# Fields of mamba_ssm, which published configs have beside those of transformers.
+HF_IGNORED = ("d_inner", "d_model", "fused_add_norm", "n_layer", "pad_vocab_size_multiple", "rms_norm", "ssm_cfg")
+ACTIVATION = {"hidden_act": ("silu", "swish")}
+
+
+def hf_completed(values: dict[str, Any], rest: dict[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """As transformers has it: an intermediate_size counts, whatever expand is."""
+    d, inner = values["d_model"], rest.pop("intermediate_size", None)
+    if inner is not None:
+        if not is_size(inner):
+            raise ValueError(f"config has intermediate_size {inner!r}; expected an integer from 1 to {MAX_SIZE}")
+        if is_size(d) and not (is_number(values["expand"]) and inner <= values["expand"] * d < inner + 1):
+            values["expand"] = ratio(inner, d)
+    return _automatic_rank(values)
+
+
+def hf_derived(config: Any) -> dict[str, Any]:
+    """transformers takes no expand that is no whole number, but counts intermediate_size."""
+    fields = {"intermediate_size": config.d_inner, "time_step_rank": config.dt_rank_size}
+    if config.expand != int(config.expand):
+        fields |= {"expand": math.ceil(config.expand), HIDDEN: {"expand": config.expand}}
+    return fields
+
+
+_HF_OUTER = same(EMBEDDING, FINAL_NORM, HEAD)
+HF = Table(
+    schemes=(
+        scheme("lm", outer=_HF_OUTER, classes=("MambaForCausalLM",)),
+        scheme(
+            "features",
+            "layers",
+            {EMBEDDING: "embeddings.weight", FINAL_NORM: "norm_f.weight"},
+            classes=("MambaModel",),
+        ),
+    ),
+    fields=HF_FIELDS,
+    kinds=("mamba",),
+    assumed=True,
+    fixed=ACTIVATION | {"use_bcdt_rms": (False,)},
+    constants={"hidden_act": "silu"},
+    ignored=HF_IGNORED,
+    hides=("expand",),
+    completed=hf_completed,
+    derived=hf_derived,
+)
+MLX_LM = dataclasses.replace(
+    HF,
+    # Its one class reads both; without a head it reads none.
+    schemes=(scheme("lm", outer=_HF_OUTER, conv=CHANNELS_LAST, classes=("MambaForCausalLM",)),),
+    # It has no choice. Read with another one, the config counts: the weights were trained with it, before mlx-lm.
+    required={"norm_eps": 1e-5},
+)
+
+# --- mamba_ssm -------------------------------------------------------------------------------------
+
+_SSM = ("d_state", "d_conv", "expand", "dt_rank", "dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor")
+_SSM += ("bias", "conv_bias")
+MAMBA_SSM = Table(
+    schemes=(scheme("lm", outer=_HF_OUTER | {EMBEDDING: "backbone.embedding.weight"}),),
+    fields={
+        "d_model": Field("d_model", 2560),
+        "n_layer": Field("n_layer", 64),
+        "vocab_size": Field("vocab_size", 50277),
+        "residual_in_fp32": Field("residual_in_fp32", True),
+        "tie_embeddings": Field("tie_embeddings", True),
+        "pad_vocab_size_multiple": Field("pad_vocab_size_multiple", 8),
+    }
+    | {name: f"ssm_cfg.{name}" for name in _SSM},
+    kinds=("Mamba1",),
+    assumed=True,
+    fixed={"rms_norm": (True,), "d_intermediate": (0,), "attn_layer_idx": ([],), "attn_cfg": ({},)},
+    constants={"rms_norm": True, "fused_add_norm": True},
+    unused=("fused_add_norm", "use_fast_path", "ssm_cfg.fused_add_norm", "ssm_cfg.use_fast_path"),
+    required={"norm_eps": 1e-5},
+)
+
+# --- mambapy and its port to MLX -------------------------------------------------------------------
+
+LIBRARY_NAMES = (
+    *("d_model", "dt_rank", "d_state", "d_conv", "dt_min", "dt_max", "dt_init", "dt_scale", "bias", "conv_bias"),
+    *("vocab_size", "pad_vocab_size_multiple"),
+)
+_MAMBAPY_MLX_FIELDS = same(*LIBRARY_NAMES) | {"n_layer": "n_layers", "expand": "expand_factor"}
+_MAMBAPY_OUTER = {EMBEDDING: "embedding.weight", FINAL_NORM: "norm_f.weight", HEAD: "lm_head.weight"}
+
+
+def sizes(shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """The fields that shapes by canonical name tell."""
+    first = f"{LAYERS}.0."
+    mixer = first + "mixer."
+    if first + "norm.weight" not in shapes:
+        raise ValueError(f"{first}norm.weight is missing; mambapy's models of mup=True have none, and are not read")
+    (d,) = _shape(shapes, first + "norm.weight", "d")
+    e, n = _shape(shapes, mixer + "A_log", "en")
+    _, _, k = _shape(shapes, first + CONV, "e1k")
+    _, r = _shape(shapes, mixer + "dt_proj.weight", "er")
+    found = {
+        "d_model": d,
+        # Counted, not the highest index: a name can claim any.
+        "n_layer": len({name.split(".")[2] for name in shapes if name.startswith(LAYERS)}),
+        "d_state": n,
+        "d_conv": k,
+        "expand": ratio(e, d),
+        "dt_rank": r,
+        "bias": mixer + "in_proj.bias" in shapes,
+        "conv_bias": mixer + "conv1d.bias" in shapes,
+        "pad_vocab_size_multiple": 1,
+    }
+    if EMBEDDING in shapes:
+        found["vocab_size"], _ = _shape(shapes, EMBEDDING, "vd")
+    return found
+
+
+def library_completed(values: dict[str, Any], rest: dict[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
+    if values["dt_rank"] == "auto":  # of which each library has an idea of its own
+        values["dt_rank"] = told["dt_rank"]
+    return _automatic_rank(values, told["d_model"])
+
+
+def _mambapy_derived(config: Any) -> dict[str, Any]:
+    if config.d_inner % config.d_model:
+        raise ValueError(f"expand={config.expand} cannot be written as mambapy, which has whole numbers only")
+    return {"expand_factor": config.d_inner // config.d_model, "dt_rank": config.dt_rank_size}
+
+
+MAMBAPY = Table(
+    schemes=(scheme("lm", "mamba.layers", _MAMBAPY_OUTER), scheme("layers", "layers")),
+    fields=_MAMBAPY_MLX_FIELDS | {"norm_eps": "rms_norm_eps", "initializer_range": "base_std"},
+    fixed={"inner_layernorms": (False,), "mup": (False,)},
+    unused=("mup_base_width", "pscan", "use_cuda", "d_inner"),
+    unread={
+        ".mixer.dt_layernorm.weight": "the model has norms of dt, B and C, another function than Mamba, which is not "
+        "read"
+    },
+    sizes=sizes,
+    completed=library_completed,
+    derived=_mambapy_derived,
+)
+_DENSE = {"conv": DENSE, "conv_name": "mixer.conv1d.conv1d."}
+MAMBAPY_MLX = dataclasses.replace(
+    MAMBAPY,
+    schemes=(scheme("lm", "mamba.layers", _MAMBAPY_OUTER, **_DENSE), scheme("layers", "layers", **_DENSE)),
+    fields=_MAMBAPY_MLX_FIELDS,
+    required={"norm_eps": 1e-5, "conv_bias": True},  # for which it has no choice
+)
+
+TABLES = {"hf": HF, "mamba_ssm": MAMBA_SSM, "mambapy": MAMBAPY, "mambapy_mlx": MAMBAPY_MLX, "mlx_lm": MLX_LM}
+
+
+def _automatic_rank(values: dict[str, Any], d: Any = None) -> dict[str, Any]:
+    """The rank as "auto" where it is what that stands for, so that equal models have equal configs."""
+    d = values["d_model"] if d is None else d
+    if is_size(d) and values["dt_rank"] == math.ceil(d / 16):
+        values["dt_rank"] = "auto"
+    return values
+
+
+def ratio(e: int, d: int) -> int | float:
+    """expand, such that int(expand * d) is e."""
+    if e % d == 0:
+        return e // d
+    found = e / d
+    return found if int(found * d) == e else math.nextafter(found, math.inf)
+
+
+def _shape(shapes: Mapping[str, Shape], name: str, axes: str) -> Shape:
+    shape = shapes.get(name)
+    if shape is None or len(shape) != len(axes) or 0 in shape:
+        found = "is missing" if shape is None else f"has shape {shape}"
+        raise ValueError(f"the sizes cannot be told: {name} {found}, expected ({', '.join(axes)})")
+    return shape
