@@ -18,9 +18,10 @@ ROOT = Path(__file__).parents[2]
 TOY = Path(__file__).parent / "toy"
 
 USE = """
-import sys, tempfile, json
+import json, os, sys
 from pathlib import Path
 
+os.environ["MAMBA_CORE_BACKEND"] = sys.argv[1]
 import numpy as np
 
 import mamba_core as mc
