@@ -2,13 +2,13 @@
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree
 
 from mamba_core.backend import Hidden, LayerState, Output, State
+from mamba_core.backends.torch import private
 
-# torch.export.save writes a tuple with names only if it knows what to call it, and load reads what it is told is safe.
+# torch.export.save writes only the NamedTuples that are registered by name; torch.load reads only the safe ones.
 for kind in (LayerState, State, Output, Hidden):
-    _pytree._register_namedtuple(kind, serialized_type_name=f"mamba_core.{kind.__name__}")
+    private.register_namedtuple(kind, f"mamba_core.{kind.__name__}")
 torch.serialization.add_safe_globals([LayerState, State])
 
 
