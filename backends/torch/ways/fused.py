@@ -1,4 +1,4 @@
-"""Blocks whose norm is one kernel with the sum of the block before it."""
+"""A block whose norm is one kernel with the sum of the block before it."""
 
 from mamba_core.backends.torch.blocks import Block, RMSNorm
 from mamba_core.backends.torch.ops import rms_norm
@@ -12,28 +12,22 @@ RANK = 50
 def take(blocks, residual, states, call) -> Taken | str:
     if call.observed:
         return "an observer sees every node"
-    kernels = []
-    for block in blocks:
-        if (kernel := _kernel(block, residual)) is None:
-            break
-        kernels.append(kernel)
-    if not kernels:
+    block = blocks[0]
+    if (kernel := _kernel(block, residual)) is None:
         return "no kernel adds and norms in one pass here, or the block or its norm was changed"
+    only_last = call.last and len(blocks) == 1
 
     def run(residual, pending, states):
-        after = []
-        for block, kernel, state in zip(blocks, kernels, states, strict=False):
-            last = call.last and len(after) + 1 == len(blocks)
-            normed, residual = _add_norm(block.norm, residual, pending, kernel)
-            if last and (compute := own(block.mixer, "last_position")) and block.mixer.can_compute_last_only(normed):
-                pending, state = compute(block.mixer, normed, state, call)
-                residual = residual[:, -1:]
-            else:
-                pending, state = block.mixer(normed, state, call)
-            after.append(state)
-        return residual, pending, tuple(after)
+        normed, residual = _add_norm(block.norm, residual, pending, kernel)
+        mixer = block.mixer
+        if only_last and (compute := own(mixer, "last_position")) and mixer.can_compute_last_only(normed):
+            pending, state = compute(mixer, normed, states[0], call)
+            return residual[:, -1:], pending, (state,)
+        pending, state = mixer(normed, states[0], call)
+        return residual, pending, (state,)
 
-    return Taken(len(kernels), run)
+    # One block, because a faster way may take the next.
+    return Taken(1, run)
 
 
 def norm(module, residual, pending, policy: Kernels):
