@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 # The op that a bare kernel's name is of, and the op that such a name leaves alone.
 NAMED, APART = "selective_scan", "linear"
+# What a bare name means for the ops that have no kernel of that name.
+ALONG = {"cuda": "triton"}
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class Kernels:
 
         Args:
             given: "auto", "plain", or a mapping from ops to kernels, where ops that it does not name are "auto". Or the
-                name of a scan kernel: every op that has a kernel of this name uses it, linear layers stay "auto", and
+                name of a scan kernel: every op that has a kernel of this name, or of its
+                family (`ALONG`), that runs uses it, linear layers stay "auto", and
                 the other ops are "plain". "sequential", the plain scan, is "plain".
             ops: op -> its kernels by name -> None where it runs, or why it does not: `Backend.kernels`.
 
@@ -90,5 +93,6 @@ def _named(kernel: str, ops: Mapping[str, Mapping[str, str | None]]):
     for op, names in ops.items():
         if op == APART:
             yield op, "auto"
-        elif op != NAMED and kernel in names:
-            yield op, kernel
+        elif op != NAMED:
+            running = [name for name in (kernel, ALONG.get(kernel)) if name in names and names[name] is None]
+            yield from ((op, name) for name in running[:1])

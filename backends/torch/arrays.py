@@ -1,6 +1,7 @@
 """NumPy in and out, dtypes, devices and differentiation; the section "arrays" of `mamba_core.backend`."""
 
 import ctypes
+import functools
 import os
 import re
 import sys
@@ -10,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Of malloc.h, and how an environment sets the same.
+from mamba_core.backends.torch.kernels import native_tensors
+
+# From malloc.h, and the environment variables that set the same.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 SETS_THRESHOLD = re.compile(r"(MALLOC_(TRIM|MMAP)_THRESHOLD_|glibc\.malloc\.(trim|mmap)_threshold)")
 
@@ -45,7 +48,7 @@ def from_numpy(value, dtype: str | None = None, device: str | None = None) -> Te
 
 
 def to_numpy(array: Tensor) -> np.ndarray:
-    """A copy, also on the CPU: the array's own memory may be a parameter's."""
+    """A copy, also on the CPU, where the memory may be a parameter's."""
     array = array.detach().to("cpu", copy=True)
     if array.dtype == torch.bfloat16:
         return array.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
@@ -67,7 +70,7 @@ def dtype_name(array: Tensor) -> str:
 
 
 def check_devices(x: Tensor, **others: Tensor | None) -> None:
-    """An operator would give a tensor that holds nothing if one of its arguments were on "meta".
+    """Refuses tensors on several devices: with one on "meta" an operator would return a tensor without values.
 
     Raises:
         ValueError: one of the others is not where x is.
@@ -99,16 +102,33 @@ def vjp(function, arguments, cotangents) -> tuple[list, list]:
     return [to_numpy(output) for output in outputs], [to_numpy(gradient) for gradient in gradients]
 
 
-def keep_freed_memory() -> None:
-    """Has glibc keep up to 256 MB of what is freed for what is allocated next, unless its environment says otherwise.
+@functools.cache
+def keep_freed_memory() -> str:
+    """Has glibc keep up to 256 MB of freed memory for the next arrays, and says whether it does. Once a process.
 
-    Else it gives the arrays of a layer back to the system, and is given them again page by page, which takes a CPU as
-    long as computing in them. Arrays of 32 MB and more, the most that it lets be asked for, stay the system's.
+    Otherwise glibc returns a layer's arrays to the system and gets the memory back page by page, which takes a CPU as
+    long as computing in them. Arrays of 32 MB and more, the largest threshold that glibc accepts, are still returned.
+    MAMBA_CORE_TUNE=0 forbids it, and so does an environment that sets the thresholds itself.
     """
+    if os.environ.get("MAMBA_CORE_TUNE") == "0":
+        return "the system's, as MAMBA_CORE_TUNE=0 asks"
     if not sys.platform.startswith("linux"):
-        return
+        return "the system's"
     library = ctypes.CDLL(None)
-    chosen = [*os.environ, *os.environ.get("GLIBC_TUNABLES", "").split(":")]
-    if hasattr(library, "gnu_get_libc_version") and not any(map(SETS_THRESHOLD.match, chosen)):
-        library.mallopt(M_MMAP_THRESHOLD, 2**25)
-        library.mallopt(M_TRIM_THRESHOLD, 2**28)
+    if not hasattr(library, "gnu_get_libc_version"):
+        return "the system's"
+    variables = [*os.environ, *os.environ.get("GLIBC_TUNABLES", "").split(":")]
+    if any(map(SETS_THRESHOLD.match, variables)):
+        return "as the environment sets it"
+    library.mallopt(M_MMAP_THRESHOLD, 2**25)
+    library.mallopt(M_TRIM_THRESHOLD, 2**28)
+    return "keeps up to 256 MB of freed memory"
+
+
+def in_force() -> dict[str, str]:
+    """The settings of the whole process that this backend changes at first use, and what they are now."""
+    asked = keep_freed_memory.cache_info().currsize > 0
+    return {
+        "malloc": keep_freed_memory() if asked else "the system's, until a model is built on the CPU",
+        "threads of the native kernels": native_tensors.threads_in_force(),
+    }

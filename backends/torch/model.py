@@ -1,179 +1,99 @@
-"""The models: embedding, blocks, final norm, head, as the task has them. `state_dict` has the canonical names."""
-
-from collections.abc import Sequence
-from functools import partial
+"""What the models of all tasks share: embedding, blocks, final norm. `state_dict` has the canonical names."""
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from mamba_core.backend import Hidden, Output, State
+from mamba_core import architectures, tasks
+from mamba_core.backend import State
+from mamba_core.backends.torch import ops, private, stack
 from mamba_core.backends.torch import state as states
-from mamba_core.backends.torch.kernels import step
-from mamba_core.backends.torch.kernels.linear import linear
-from mamba_core.backends.torch.layers import Block, MambaMixer, RMSNorm
-from mamba_core.backends.torch.scan import kernel_for
-from mamba_core.observe import reporting, unobserved, within
-from mamba_core.spec.checks import check_inputs, check_state
+from mamba_core.backends.torch.blocks import Block, RMSNorm
+from mamba_core.backends.torch.mixers import Options
+from mamba_core.backends.torch.positions import call_of
+from mamba_core.backends.torch.untouched import untouched
+from mamba_core.call import Call
+from mamba_core.kernels import Kernels
+from mamba_core.spec.checks import check_state
 from mamba_core.spec.params import parameter_table
-
-# Bytes of a mixer's widest array, the product with in_proj, that are computed at once on a CPU: much more leaves the
-# cache, and malloc takes such arrays from the system anew each time. And the fewest positions of a row.
-PIECE_BYTES, FEWEST = 2**23, 256
+from mamba_core.tasks.base import EMBEDDING, FINAL_NORM
 
 
 class Backbone(nn.Module):
-    """Token ids to the normalised residual stream; for task "layers" embeddings to the residual stream itself."""
+    """The residual blocks, with an embedding before them and a norm behind them where the task has these."""
 
-    def __init__(self, config, kernels: str):
+    def __init__(self, config, policy: Kernels):
         super().__init__()
-        self.residual_in_fp32 = config.residual_in_fp32
-        self.remat = False
-        self.kernels = kernels
-        self.width = 2 * config.d_inner
-        whole = config.task != "layers"
-        self.embeddings = nn.Embedding(config.padded_vocab_size, config.d_model) if whole else None
-        self.layers = nn.ModuleList(Block(config, kernels) for _ in range(config.n_layer))
-        self.norm_f = RMSNorm(config.d_model, config.norm_eps) if whole else None
+        self.config, self.policy = config, policy
+        self.residual_in_fp32, self.remat = config.residual_in_fp32, False
+        table = parameter_table(config)
+        embeds, norms = EMBEDDING in table, FINAL_NORM in table
+        self.embeddings = nn.Embedding(config.padded_vocab_size, config.d_model) if embeds else None
+        kinds, options = architectures.of(config).blocks(config), Options(policy)
+        self.layers = nn.ModuleList(Block(config, layer, *kind, options) for layer, kind in enumerate(kinds))
+        self.norm_f = RMSNorm(config.d_model, config.norm_eps) if norms else None
+        self.built = tuple((type(block.mixer), type(block.feed_forward)) for block in self.layers)
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.layers[0].norm.weight.dtype
+        return self.anchor().dtype
 
-    def forward(
-        self, inputs: Tensor, state: State, mask, segment_ids, observe, last: bool = False
-    ) -> tuple[Tensor, State]:
-        """last: only the last position's hidden state is asked for, and (b, 1, d) will do."""
-        piece = self._piece(inputs) if observe is unobserved else None
-        if piece is None or torch.is_grad_enabled():
-            return self._whole(inputs, state, mask, segment_ids, observe, piece, last)
-        hidden, given = [], (_split(value, piece, inputs) for value in (inputs, mask, segment_ids))
-        for part, *positions in zip(*given, strict=True):
-            part, state = self._whole(part, state, *positions, observe, last=last)
-            hidden.append(part)
-        return torch.cat(hidden, dim=1), state
+    @property
+    def residual_dtype(self) -> torch.dtype:
+        return torch.float32 if self.residual_in_fp32 else self.dtype
 
-    def _whole(self, inputs, state, mask, segment_ids, observe, piece=None, last=False):
-        """piece: how many positions a block that is computed again in a gradient is given at once; None for all."""
-        residual = inputs if self.embeddings is None else observe("embedding", self._embed(inputs))
-        residual = residual.to(torch.float32 if self.residual_in_fp32 else self.dtype)
-        one = residual.shape[1] == 1 and mask is None and segment_ids is None and observe is unobserved
-        if one and (stepped := self._step(residual, state.layers)) is not None:
-            (residual, layers), hidden = stepped, None
+    @stack.in_pieces
+    def forward(self, inputs: Tensor, state: State, call: Call, piece: int | None) -> tuple[Tensor, State]:
+        """The output (b, l, d) and the state after it; with call.last, (b, 1, d) may be the last position's output."""
+        residual = inputs if self.embeddings is None else call.observe("embedding", self._embed(inputs))
+        residual = residual.to(self.residual_dtype)
+        layers = states.entering(state, call)
+        residual, pending, layers = stack.run(list(self.layers), residual, layers, call, self.remat, piece)
+        if self.norm_f is not None:
+            hidden = stack.finish(self.norm_f, residual, pending, self.policy, call, piece)
         else:
-            piece = piece if mask is None and segment_ids is None else None
-            residual, hidden, layers = self._blocks(residual, state, mask, segment_ids, observe, piece, last)
-        if self.norm_f is not None and observe is unobserved and self.norm_f.fuses(residual, self.kernels):
-            hidden, _ = self.norm_f.add(residual, hidden, self.kernels)
-        else:
-            residual = _sum(residual, hidden)
-            if self.norm_f is None:
-                hidden = residual.to(self.dtype)
-            elif piece is None:
-                hidden = observe("norm_f", self.norm_f(residual))
-            else:
-                hidden = torch.cat([_recomputed(self.norm_f, part) for part in residual.split(piece, dim=1)], dim=1)
-        return hidden, states.leaving(layers, state, mask, segment_ids)
+            hidden = (residual if pending is None else residual + pending).to(self.dtype)
+        return hidden, states.leaving(layers, state, call)
 
-    def _step(self, residual, layers):
-        """All blocks in one call of the native library; None where it is not to be used."""
-        return step.blocks(list(self.layers), residual, layers) if self.as_built() else None
-
-    def as_built(self) -> bool:
-        """Whether nobody has put others in the place of blocks, norms and mixers, or asked to be called with them."""
+    def is_untouched(self) -> bool:
+        """Whether all blocks, norms and mixers are of the classes that were built, and no module has hooks."""
         blocks = list(self.layers)
-        norms = [block.norm for block in blocks] + ([] if self.norm_f is None else [self.norm_f])
-        return (
-            step.as_built(Block, *blocks)
-            and step.as_built(RMSNorm, *norms)
-            and step.as_built(MambaMixer, *(block.mixer for block in blocks))
+        if len(blocks) != len(self.built) or not untouched(Block, *blocks) or private.hooked(*self.modules()):
+            return False
+        norms = [norm for block in blocks for norm in (block.norm, block.norm2) if norm is not None]
+        kinds = zip(blocks, self.built, strict=True)
+        return untouched(RMSNorm, *norms, *([] if self.norm_f is None else [self.norm_f])) and all(
+            untouched(mixer, block.mixer) and type(block.feed_forward) is feed_forward
+            for block, (mixer, feed_forward) in kinds
         )
 
-    def _blocks(self, residual, state, mask, segment_ids, observe, piece, last):
-        """The residual stream, what is still to be added to it or None, and the states."""
-        run, layers = _recomputed if self.remat and observe is unobserved else _called, []
-        if piece is not None:
-            run = partial(_piecewise, run, piece=piece)
-        # What a block with fused kernels leaves to the next to add.
-        hidden = None
-        for index, (block, carried) in enumerate(
-            zip(self.layers, states.entering(state, mask, segment_ids), strict=True)
-        ):
-            if observe is unobserved and block.fuses(residual):
-                its_last = last and index + 1 == len(self.layers)
-                residual, hidden, carried = run(block.add, residual, hidden, carried, mask, segment_ids, its_last)
-            else:
-                residual, hidden = _sum(residual, hidden), None
-                observed = within(f"layers.{index}.", observe)
-                residual, carried = run(block, residual, carried, mask, segment_ids, observed)
-            layers.append(carried)
-        return residual, hidden, tuple(layers)
-
-    def _piece(self, inputs) -> int | None:
-        """How many positions are computed at once, one piece after the other; None if all.
-
-        In pieces only where nothing of a block is kept but its inputs, and nobody watches what modules compute; and not
-        in a graph, which would hold the pieces' number.
-        """
-        kept = torch.is_grad_enabled() and not self.remat
-        if inputs.device.type != "cpu" or kept or torch.compiler.is_compiling():
-            return None
-        piece = max(FEWEST, PIECE_BYTES // (self.width * self.dtype.itemsize * max(1, len(inputs))))
-        if inputs.shape[1] <= piece or not self.as_built():
-            return None
-        return None if any(map(_is_watched, self.modules())) else piece
+    def anchor(self) -> Tensor:
+        """A parameter in the compute dtype, on the model's device."""
+        try:
+            return self.layers[0].norm.weight
+        except AttributeError:  # the block or its norm was replaced
+            half = (parameter for parameter in self.parameters() if parameter.dtype.itemsize == 2)
+            return next(half, None) or next(self.parameters())
 
     def _embed(self, input_ids):
         """An id outside the vocabulary raises on a CPU and gives NaN elsewhere, where it would end the CUDA context."""
         input_ids = input_ids.long()
         if input_ids.device.type == "cpu":
             return self.embeddings(input_ids)
-        inside = (input_ids >= 0) & (input_ids < self.embeddings.num_embeddings)
+        inside = (input_ids >= 0) & (input_ids < self.config.padded_vocab_size)
         embedded = self.embeddings(torch.where(inside, input_ids, 0))
         return torch.where(inside[..., None], embedded, torch.nan)
 
 
-def _sum(residual, hidden):
-    return residual if hidden is None else residual + hidden
-
-
-def _called(block, *arguments):
-    return block(*arguments)
-
-
-def _is_watched(module: nn.Module) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks)
-
-
-def _split(positions: Tensor | None, piece: int, inputs: Tensor) -> Sequence[Tensor | None]:
-    return [None] * -(-inputs.shape[1] // piece) if positions is None else positions.split(piece, dim=1)
-
-
-def _piecewise(run, block, residual, state, *positions, piece: int):
-    """A block of the pieces of the residual stream, each of which goes on from the state that the last has left."""
-    pieces = []
-    for part in residual.split(piece, dim=1):
-        part, state = run(block, part, state, *positions)
-        pieces.append(part)
-    return torch.cat(pieces, dim=1), state
-
-
-def _recomputed(block, *arguments):
-    """Called again in the backward pass, from its inputs, which are all that is kept of it."""
-    return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
-
-
 class Model(nn.Module):
-    """What the tasks share. `.to(torch.bfloat16)` keeps in float32 what the contract keeps there."""
+    """What the tasks share. `.to(torch.bfloat16)` keeps in float32 the parameters that the table keeps there."""
 
     backend = "torch"
 
-    def __init__(self, config, kernels: str):
+    def __init__(self, config, policy: Kernels):
         super().__init__()
         self.config = config
-        self.chosen_kernels = kernels
-        self.backbone = Backbone(config, kernels)
+        self.policy = policy
+        self.backbone = Backbone(config, policy)
 
     @property
     def dtype(self) -> str:
@@ -181,7 +101,7 @@ class Model(nn.Module):
 
     @property
     def device(self) -> str:
-        return str(self.backbone.layers[0].norm.weight.device)
+        return str(self.backbone.anchor().device)
 
     @property
     def remat(self) -> bool:
@@ -192,20 +112,25 @@ class Model(nn.Module):
         self.backbone.remat = value
 
     @property
-    def kernels(self) -> str:
-        return kernel_for(self.chosen_kernels, torch.device(self.device), self.backbone.dtype)
+    def kernels(self) -> dict[str, str]:
+        """Op -> the kernel that is chosen for it here and now."""
+        return ops.chosen(self.policy, torch.device(self.device), self.backbone.dtype)
 
-    def init_state(self, batch: int) -> State:
-        weight = self.backbone.layers[0].norm.weight
-        return states.init_state(self.config, batch, weight.dtype, weight.device)
+    def init_state(self, batch: int, room: int = 0) -> State:
+        """Before the first position. room: how many positions a growing state has memory for."""
+        anchor = self.backbone.anchor()
+        return states.init_state(self.config, batch, anchor.dtype, anchor.device, room)
 
     def _run(self, inputs, state, mask, segment_ids, observe) -> tuple[Tensor, State]:
-        """What comes before the head, and the state after it."""
-        check_inputs(self.config, inputs, mask, segment_ids)
+        """The backbone's output, and the state after it."""
+        tasks.of(self.config).check(self.config, inputs, mask, segment_ids)
+        batch, length = inputs.shape[:2]
         if state is None:
-            state = self.init_state(inputs.shape[0])
-        check_state(self.config, inputs.shape[0], state)
-        return self.backbone(inputs, state, mask, segment_ids, observe)
+            state = self.init_state(batch, length)
+        else:
+            check_state(self.config, batch, state)
+            state = states.with_room(self.config, state, length)
+        return self.backbone(inputs, state, call_of(mask, segment_ids, length=length, observe=observe))
 
     def _masked(self, values, mask):
         if mask is not None:
@@ -222,53 +147,3 @@ class Model(nn.Module):
             return tensor.to(changed.device) if narrowed else changed
 
         return super()._apply(keep_float32, recurse)
-
-
-class LanguageModel(Model):
-    """Task "lm": see `mamba_core.backend.Backend.build`."""
-
-    def __init__(self, config, kernels: str):
-        super().__init__(config, kernels)
-        self.lm_head = None
-        if not config.tie_embeddings:
-            self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
-
-    def forward(
-        self, input_ids: Tensor, state: State | None = None, *, mask=None, segment_ids=None, observe=None
-    ) -> Output:
-        observe = reporting(observe)
-        hidden, state = self._run(input_ids, state, mask, segment_ids, observe)
-        return Output(observe("logits", self._masked(self.head(hidden), mask)), state)
-
-    def hidden(self, input_ids: Tensor, mask=None) -> Tensor:
-        """What the head is given, zero at masked positions, where the logits then are."""
-        hidden, _ = self._run(input_ids, None, mask, None, unobserved)
-        return self._masked(hidden, mask)
-
-    def head(self, hidden: Tensor) -> Tensor:
-        """Logits in float32 from the backbone's output."""
-        if (weight := self.head_weight()) is None:
-            return self.lm_head(hidden).float()
-        if (logits := step.head(self.chosen_kernels, hidden, weight)) is not None:
-            return logits
-        return linear(hidden, weight, kernels=self.chosen_kernels).float()
-
-    def head_weight(self) -> Tensor | None:
-        """The weight whose product with the backbone's output the logits are; None if nobody knows what they are."""
-        if self.lm_head is None:
-            return self.backbone.embeddings.weight
-        return self.lm_head.weight if step.as_built(nn.Linear, self.lm_head) else None
-
-
-class FeatureModel(Model):
-    """Tasks "features", from input_ids, and "layers", from inputs_embeds: see `mamba_core.backend.Backend.build`."""
-
-    def forward(
-        self, inputs: Tensor, state: State | None = None, *, mask=None, segment_ids=None, observe=None
-    ) -> Hidden:
-        observe = reporting(observe)
-        hidden, state = self._run(inputs, state, mask, segment_ids, observe)
-        return Hidden(observe("hidden", self._masked(hidden, mask)), state)
-
-
-MODELS = {"lm": LanguageModel, "features": FeatureModel, "layers": FeatureModel}

@@ -1,18 +1,26 @@
-"""Where a packed or padded sequence restarts, and the order that brings its counting positions together."""
+"""The facts of a call: where a packed sequence restarts, and the order that brings counting positions together."""
 
 import torch
 from torch import Tensor
 
+from mamba_core.call import Call
+from mamba_core.observe import Report, unobserved
 
-def restarts(mask: Tensor | None, segment_ids: Tensor | None) -> Tensor | None:
-    """(b, l) bool: this position counts and its segment is not that of the last position that counted."""
-    if segment_ids is None:
-        return None
-    if mask is None:
-        return _differs_from_previous(segment_ids)
-    # Among the counting positions alone, brought together, the last that counted is the neighbour.
-    order, inverse = compaction(mask)
-    return _differs_from_previous(segment_ids.gather(1, order)).gather(1, inverse) & mask
+
+def call_of(
+    mask: Tensor | None,
+    segment_ids: Tensor | None,
+    *,
+    length: int,
+    observe: Report = unobserved,
+    last: bool = False,
+    in_place: bool = False,
+) -> Call:
+    """The facts that all layers of a call share, computed once. length: of the call's inputs."""
+    order, inverse = (None, None) if mask is None else compaction(mask)
+    restart = _restarts(mask, segment_ids, order, inverse)
+    one = length == 1 and mask is None
+    return Call(mask, segment_ids, restart, order, inverse, one, last, observe, in_place)
 
 
 def compaction(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -22,8 +30,18 @@ def compaction(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def where_counting(mask: Tensor | None, value: Tensor | None) -> Tensor | None:
-    """(b, l, channels), zero where masked: what stands there may be NaN, and 0 * NaN is not 0."""
+    """(b, l, channels), zero where masked: a masked value may be NaN, and 0 * NaN is not 0."""
     return value if mask is None or value is None else torch.where(mask[..., None], value, 0.0)
+
+
+def _restarts(mask, segment_ids, order, inverse) -> Tensor | None:
+    """(b, l) bool: this position counts, and its segment is not that of the last position that counted."""
+    if segment_ids is None:
+        return None
+    if mask is None:
+        return _differs_from_previous(segment_ids)
+    # Once the counting positions stand together, the neighbour is the last position that counted.
+    return _differs_from_previous(segment_ids.gather(1, order)).gather(1, inverse) & mask
 
 
 def _differs_from_previous(segment_ids: Tensor) -> Tensor:

@@ -1,27 +1,63 @@
 """The decode state: `mamba_core.backend.State` of torch tensors. Pickles, and moves with `torch.utils._pytree`."""
 
+import functools
+
 import torch
 from torch import Tensor
-from torch.utils import _pytree
 
 from mamba_core.backend import Hidden, LayerState, Output, State
+from mamba_core.backends.torch import private
+from mamba_core.backends.torch.arrays import dtype_of, to_numpy
+from mamba_core.call import Call
+from mamba_core.spec import state as states
 
-# torch.export.save writes a tuple with names only if it knows what to call it, and load reads what it is told is safe.
-for kind in (LayerState, State, Output, Hidden):
-    _pytree._register_namedtuple(kind, serialized_type_name=f"mamba_core.{kind.__name__}")
-torch.serialization.add_safe_globals([LayerState, State])
-
-
-def init_state(config, batch: int, dtype: torch.dtype, device: torch.device) -> State:
-    """Before the first position: zeros."""
-    conv = torch.zeros(batch, config.d_conv - 1, config.d_inner, dtype=dtype, device=device)
-    ssm = torch.zeros(batch, config.d_inner, config.d_state, dtype=torch.float32, device=device)
-    segment = torch.zeros(batch, dtype=torch.int32, device=device)
-    return State((LayerState(conv, ssm),) * config.n_layer, segment)
+# torch.export.save writes only the NamedTuples that are registered by name; torch.load reads only the safe ones.
+for kind in (State, Output, Hidden):
+    private.register_namedtuple(kind, f"mamba_core.{kind.__name__}")
+torch.serialization.add_safe_globals([State])
 
 
-def entering(state: State, mask: Tensor | None, segment_ids: Tensor | None) -> tuple:
+@functools.cache
+def register(kinds: tuple[type, ...]) -> None:
+    """Makes the layers' NamedTuples known to torch: for trees, exported programs and pickles."""
+    for kind in set(kinds) - _registered:
+        private.register_namedtuple(kind, f"mamba_core.{kind.__name__}")
+        torch.serialization.add_safe_globals([kind])
+        _registered.add(kind)
+
+
+_registered: set[type] = set()
+register((LayerState,))
+
+
+def init_state(config, batch: int, dtype: torch.dtype, device: torch.device, room: int = 0) -> State:
+    """Before the first position: zeros. room: how many positions a growing state has memory for."""
+
+    def zeros(shape, kind):
+        return torch.zeros(shape, dtype=dtype if kind == "compute" else dtype_of(kind), device=device)
+
+    register(states.layer_types(config))
+    return states.initial(config, batch, zeros, room)
+
+
+def room(config, state: State) -> int | None:
+    """How many positions can be added before the state must grow; None where nothing grows."""
+    return states.room(config, state, to_numpy)
+
+
+def with_room(config, state: State, positions: int) -> State:
+    """The state with room for so many more positions.
+
+    A compiler does not know how many are filled: for it the state is left as it is.
+    """
+    if not states.grows(config) or torch.compiler.is_compiling():
+        return state
+    return states.with_room(config, state, positions, to_numpy, _padded)
+
+
+def entering(state: State, call: Call) -> tuple:
     """The layers' states that the first position sees: zero in the rows that begin another segment."""
+    mask, segment_ids = call.mask, call.segment_ids
     if segment_ids is None or segment_ids.shape[1] == 0:
         return state.layers
     first, counts = _first_counting(mask, segment_ids)
@@ -29,8 +65,9 @@ def entering(state: State, mask: Tensor | None, segment_ids: Tensor | None) -> t
     return tuple(type(layer)(*(_rows(keep, value) for value in layer)) for layer in state.layers)
 
 
-def leaving(layers: tuple, state: State, mask: Tensor | None, segment_ids: Tensor | None) -> State:
-    """The state after the last position, with the segment that it is in."""
+def leaving(layers: tuple, state: State, call: Call) -> State:
+    """The state after the last position, with that position's segment."""
+    mask, segment_ids = call.mask, call.segment_ids
     if segment_ids is None or segment_ids.shape[1] == 0:
         return State(layers, state.segment)
     flipped = None if mask is None else mask.flip(1)
@@ -48,3 +85,8 @@ def _first_counting(mask, segment_ids) -> tuple[Tensor, Tensor]:
 
 def _rows(keep, value):
     return torch.where(keep.view(-1, *(1,) * (value.ndim - 1)), value, 0.0)
+
+
+def _padded(value: Tensor, axis: int, count: int) -> Tensor:
+    zeros = value.new_zeros(*value.shape[:axis], count, *value.shape[axis + 1 :])
+    return torch.cat([value, zeros], dim=axis)

@@ -3,7 +3,6 @@
 The interpreter must be asked for before Triton is imported, so that these tests run again in a process of their own.
 """
 
-import importlib
 import importlib.util
 import os
 import subprocess
@@ -14,36 +13,35 @@ import pytest
 import torch
 
 import mamba_core as mc
-from mamba_core.backends.torch import conv as plain_conv
-from mamba_core.backends.torch import train
+from mamba_core.backends.torch import decoding, training
+from mamba_core.backends.torch.blocks import RMSNorm
 from mamba_core.backends.torch.kernels import (
-    fused,
-    fused_choice,
-    fused_conv,
-    fused_linear,
-    fused_loss,
-    fused_mixer,
-    fused_norm,
-    fused_product,
-    fused_step,
+    triton,
+    triton_choice,
+    triton_conv,
+    triton_linear,
+    triton_loss,
+    triton_mixer,
+    triton_norm,
+    triton_product,
 )
-from mamba_core.backends.torch.kernels.quantized import GROUP, pack, unpack
-from mamba_core.backends.torch.layers import RMSNorm
+from mamba_core.backends.torch.ops import causal_conv
+from mamba_core.backends.torch.quantization import GROUP, pack, unpack
+from mamba_core.backends.torch.ways import cuda_step
+from mamba_core.call import Call
 from mamba_core.spec.tolerances import relative_l2
 
-# The package has a function of that name.
-decode = importlib.import_module("mamba_core.backends.torch.decode")
-DEVICE = "cpu" if fused.INTERPRETED else "cuda"
-RUNS = fused.reason(torch.device(DEVICE)) is None and (fused.INTERPRETED or torch.cuda.is_available())
+DEVICE = "cpu" if triton.INTERPRETED else "cuda"
+RUNS = triton.reason(torch.device(DEVICE)) is None and (triton.INTERPRETED or torch.cuda.is_available())
 here = pytest.mark.skipif(not RUNS, reason="needs a GPU, or Triton's interpreter")
-on_gpu = pytest.mark.skipif(fused.INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU")
+on_gpu = pytest.mark.skipif(triton.INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU")
 F32, BF16 = torch.float32, torch.bfloat16
 # Of results rounded to the dtype once, and of sums of some hundred products.
 CLOSE = {F32: 2e-6, BF16: 8e-3, torch.float16: 1e-3}
 CONFIG = mc.MambaConfig(d_model=40, n_layer=2, vocab_size=61, d_state=8)
 
 
-@pytest.mark.skipif(fused.INTERPRETED, reason="runs in the interpreter already")
+@pytest.mark.skipif(triton.INTERPRETED, reason="runs in the interpreter already")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_all_of_them_in_the_interpreter():
     # Without the project's -q, the last line says how many have passed.
@@ -94,7 +92,7 @@ def test_add_norm(dtype, given):
         return torch.func.functional_call(norm, {"weight": weight}, (total,)).to(dtype), total
 
     def ours(residual, weight, hidden):
-        return fused_norm.add_norm(residual, hidden, weight, 1e-5, dtype)
+        return triton_norm.add_norm(residual, hidden, weight, 1e-5, dtype)
 
     compare(ours, plain, (residual, weight, hidden), CLOSE[dtype])
 
@@ -113,10 +111,10 @@ def test_conv(length, segments, width):
     arguments = (random(2, length, 2 * e), random(e, 2 * width), random(2 * e), random(2, width - 1, e))
 
     def ours(xz, weight, bias, state):
-        return fused_conv.causal_conv(xz[..., :e], weight[:, ::2], bias[::2], "silu", state, restart)
+        return triton_conv.cuda(xz[..., :e], weight[:, ::2], bias[::2], "silu", state, Call(restart=restart))
 
     def plain(xz, weight, bias, state):
-        return plain_conv.shifted(xz[..., :e], weight[:, ::2], bias[::2], "silu", state, None, restart)
+        return causal_conv.shifted(xz[..., :e], weight[:, ::2], bias[::2], "silu", state, Call(restart=restart))
 
     compare(ours, plain, arguments, CLOSE[F32])
 
@@ -127,8 +125,8 @@ def test_conv(length, segments, width):
 def test_conv_without_bias_state_and_activation(dtype):
     arguments = (random(2, 9, 300, dtype=dtype), random(300, 3))
     compare(
-        lambda x, weight: fused_conv.causal_conv(x, weight, None, None, None, None),
-        lambda x, weight: plain_conv.shifted(x, weight, None, None, None, None, None),
+        lambda x, weight: triton_conv.cuda(x, weight, None, None, None, Call()),
+        lambda x, weight: causal_conv.shifted(x, weight, None, None, None, Call()),
         arguments,
         CLOSE[dtype],
     )
@@ -139,16 +137,16 @@ def test_conv_without_bias_state_and_activation(dtype):
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_linear_cross_entropy(dtype, monkeypatch):
     """In several parts, the last of them shorter, with targets that do not count."""
-    monkeypatch.setattr(fused_loss, "BYTES", 20 * 53 * 4)
+    monkeypatch.setattr(triton_loss, "BYTES", 20 * 53 * 4)
     targets = torch.randint(0, 53, (50,), device=DEVICE)
-    targets[3] = targets[20:30] = fused_loss.IGNORED
+    targets[3] = targets[20:30] = triton_loss.IGNORED
 
     def plain(hidden, weight):
         logits = torch.nn.functional.linear(hidden, weight.to(dtype)).float()
         return (torch.nn.functional.cross_entropy(logits, targets, reduction="sum"),)
 
     def ours(hidden, weight):
-        return (fused_loss.linear_cross_entropy(hidden, weight, targets),)
+        return (triton_loss.linear_cross_entropy(hidden, weight, targets),)
 
     compare(ours, plain, (random(50, 16, dtype=dtype), random(53, 16)), CLOSE[dtype])
 
@@ -158,7 +156,7 @@ def test_linear_cross_entropy(dtype, monkeypatch):
 def test_a_target_outside_the_vocabulary_is_nan():
     for target in (53, -1):
         targets = torch.tensor([0, target], device=DEVICE)
-        assert fused_loss.linear_cross_entropy(random(2, 16), random(53, 16), targets).isnan()
+        assert triton_loss.linear_cross_entropy(random(2, 16), random(53, 16), targets).isnan()
 
 
 def models(**settings):
@@ -183,7 +181,7 @@ def test_loss_and_gradients_of_a_model(remat, padded):
     found = []
     for model in models():
         model.remat = remat
-        found.append(train.loss_and_gradients(model, given, mask))
+        found.append(training.loss_and_gradients(model, given, mask))
     (ours, gradients), (plain, expected) = found
     assert ours == pytest.approx(plain, rel=1e-6)
     for name, value in expected.items():
@@ -210,14 +208,14 @@ def test_segments_and_states_of_a_model():
 @pytest.mark.parametrize("batch", [1, 2, 4, 5, 19])
 def test_a_position_in_fused_kernels(dtype, batch):
     model, plain = models(dtype=dtype)
-    assert fused_step.reason(model) is None
+    assert cuda_step.reason(model) is None
     with torch.no_grad():
         state = model(torch.from_numpy(tokens(batch, 7)).to(DEVICE)).state
         following = torch.from_numpy(tokens(batch, 1)).to(DEVICE)
         expected = plain(following, state)
         layers = tuple(type(layer)(*(value.clone() for value in layer)) for layer in state.layers)
         state = state._replace(layers=layers)
-        logits = fused_step.logits(model, following[:, 0], state)
+        logits = cuda_step.logits(model, following[:, 0], state)
     limit = 3e-6 if dtype == "float32" else 2e-2
     assert relative_l2(logits.cpu().numpy(), expected.logits[:, 0].cpu().numpy()) <= limit
     for own, other in zip(state.layers, expected.state.layers, strict=True):
@@ -233,7 +231,7 @@ def test_a_position_of_parameters_that_were_changed_is_left_to_others(change):
     linear = model.backbone.layers[1].mixer.out_proj
     weight = linear.weight.detach()
     linear.weight = torch.nn.Parameter(weight.T.contiguous().T if change == "layout" else weight.float())
-    assert "as they were built" in fused_step.reason(model)
+    assert "its parameters have" in cuda_step.reason(model)
 
 
 @here
@@ -247,9 +245,9 @@ def test_products_with_few_rows(bits, rows, dtype):
     x = x.to(dtype)
     dense = weight
     if bits:
-        weight = fused_linear.Packed(*pack(weight, bits), bits, GROUP)
+        weight = triton_linear.Packed(*pack(weight, bits), bits, GROUP)
         dense = unpack(weight, F32)
-    found = fused_linear.linear(x, weight, bias)
+    found = triton_linear.linear(x, weight, bias)
     expected = x.double() @ dense.double().mT + bias.double()
     assert relative_l2(found.double().cpu().numpy(), expected.cpu().numpy()) <= CLOSE[dtype]
 
@@ -262,9 +260,9 @@ def test_products_with_few_rows(bits, rows, dtype):
 def test_products_with_some_rows(outputs, rows, dtype):
     """Of widths that fill no block, shared by several programs; the same bits when repeated."""
     weight, x, bias = random(outputs, 1000, dtype=dtype), random(rows, 1000).to(dtype), random(outputs)
-    counters, found = fused_product.new_counters(x.device), [x.new_empty(rows, outputs) for _ in range(2)]
+    counters, found = triton_product.new_counters(x.device), [x.new_empty(rows, outputs) for _ in range(2)]
     for y in found:
-        fused_product.multiply(x, weight, bias, y, counters)
+        triton_product.multiply(x, weight, bias, y, counters)
     assert torch.equal(*found)
     expected = x.double() @ weight.double().mT + bias.double()
     assert relative_l2(found[0].double().cpu().numpy(), expected.cpu().numpy()) <= CLOSE[dtype]
@@ -281,7 +279,7 @@ def test_the_likeliest_token(v):
     logits[3, v // 2] = torch.nan
     logits[4, 1] = torch.inf
     logits[5, : v - 1] = -torch.inf
-    tokens, logprobs = fused_choice.likeliest(logits)
+    tokens, logprobs = triton_choice.likeliest(logits)
     expected = logits.argmax(-1)
     assert expected[1] == 2
     expected[2:5] = 0
@@ -297,7 +295,7 @@ def test_the_likeliest_token(v):
 def test_a_token_outside_the_vocabulary_is_nan():
     model = models()[0]
     state = model.init_state(2)
-    logits = fused_step.logits(model, torch.tensor([0, CONFIG.padded_vocab_size], device=DEVICE), state)
+    logits = cuda_step.logits(model, torch.tensor([0, CONFIG.padded_vocab_size], device=DEVICE), state)
     assert logits[0].isfinite().all()
     assert logits[1].isnan().all()
 
@@ -308,13 +306,13 @@ def test_a_token_outside_the_vocabulary_is_nan():
 def test_decoding_as_a_graph(settings):
     """Twice, for the second finds the first's graph, and two at once, which need one each."""
     model, _ = models()
-    assert decode._captures(model, mc.sampling.Sampling(**settings))
+    assert decoding._captures(model, mc.sampling.Sampling(**settings))
     alone = [mc.generate(model, [[1, 2, 3], [4]], max_new_tokens=40, seed=3, **settings).tokens for _ in range(2)]
-    capture, decode._captures = decode._captures, lambda *_: False
+    capture, decoding._captures = decoding._captures, lambda *_: False
     try:
         plain = mc.generate(model, [[1, 2, 3], [4]], max_new_tokens=40, seed=3, **settings).tokens
     finally:
-        decode._captures = capture
+        decoding._captures = capture
     assert alone[0] == alone[1] == plain
 
 
@@ -350,14 +348,14 @@ def test_training_steps_as_graphs(dtype, autocast, remat):
     def losses(captured):
         model = mc.build(CONFIG, backend="torch", device=DEVICE, dtype=dtype)
         model.remat = remat
-        trainer = train.Trainer(model, mc.training.TrainSettings(steps=9, learning_rate=0.01))
+        trainer = training.Trainer(model, mc.training.TrainSettings(steps=9, learning_rate=0.01))
         if not captured:
-            trainer.repeated = lambda tokens, settings: trainer._update(tokens)
+            trainer.captured = lambda tokens, settings: trainer._update(tokens)
         found = []
         for length in (40, 40, 40, 40, 23, 23, 23, 23, 40):
             with torch.autocast(DEVICE, BF16, enabled=autocast):
                 found.append(trainer.step(tokens(2, length)))
-        assert not captured or trainer.repeated._calls == 1
+        assert not captured or trainer.captured._calls == 1
         return found, trainer.state()
 
     (plain, its_state), (captured, state) = losses(False), losses(True)
@@ -372,10 +370,10 @@ def operator_arguments():
     mixer += (-random(e, n).abs(), random(e), random(2, 3, e), random(2, e, n))
     targets = torch.arange(10, device=DEVICE)
     return {
-        fused_norm._forward: (random(3, 24), random(3, 24, seed=1), random(24), 1e-5, F32),
-        fused_conv._forward: (random(2, 9, e), random(e, 4), random(e), random(2, 3, e), None, True),
-        fused_mixer._forward: (*mixer, None, True),
-        fused_loss._forward: (random(10, 16), random(53, 16), targets, True),
+        triton_norm._forward: (random(3, 24), random(3, 24, seed=1), random(24), 1e-5, F32),
+        triton_conv._forward: (random(2, 9, e), random(e, 4), random(e), random(2, 3, e), None, True),
+        triton_mixer._forward: (*mixer, None, True),
+        triton_loss._forward: (random(10, 16), random(53, 16), targets, True),
     }
 
 

@@ -12,24 +12,26 @@ import pytest
 import torch
 
 from mamba_core.backends.torch.kernels import (
-    fused,
-    fused_choice,
-    fused_conv,
-    fused_linear,
-    fused_loss,
-    fused_norm,
-    fused_product,
-    fused_step,
+    triton,
+    triton_choice,
+    triton_conv,
+    triton_linear,
+    triton_loss,
+    triton_norm,
+    triton_product,
+    triton_step,
 )
-from mamba_core.backends.torch.kernels.fused_linear import Packed
+from mamba_core.backends.torch.kernels.triton_linear import Packed
 from tests.unit.triton_compile import compiled, resources
 
-COMPILES = fused.MISSING is None and not fused.INTERPRETED
+COMPILES = triton.MISSING is None and not triton.INTERPRETED
 here = pytest.mark.skipif(not COMPILES, reason="needs Triton, in a process of its own")
 D, E, N, R, V = 768, 1536, 16, 48, 50280
+# The most rows of each set of kernels.
+FEW, SOME = triton_linear.MOST_ROWS, triton_product.MOST_ROWS
 
 
-@pytest.mark.skipif(COMPILES or fused.INTERPRETED, reason="runs already")
+@pytest.mark.skipif(COMPILES or triton.INTERPRETED, reason="runs already")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_all_of_them_in_another_process():
     # Without the project's -q, the last line says how many have passed.
@@ -59,9 +61,9 @@ def check(found, kernels, registers):
 @here
 def test_add_norm():
     norm = (floats(8, D), empty(8, D), floats(D), 1e-5, torch.bfloat16)
-    with compiled(fused_norm) as found:
-        fused_norm._forward(*norm)
-        fused_norm._backward(empty(8, D), floats(8, D), floats(8, D), floats(8), *norm)
+    with compiled(triton_norm) as found:
+        triton_norm._forward(*norm)
+        triton_norm._backward(empty(8, D), floats(8, D), floats(8, D), floats(8), *norm)
     check(found, ["_add_norm_kernel", "_add_norm_backward_kernel"], 64)
 
 
@@ -71,29 +73,31 @@ def test_conv(runs):
     x, taps, bias, state = empty(1, 64, 2 * E)[..., :E], floats(E, 4), floats(E), floats(1, 3, E)
     own = torch.empty(1, 64, dtype=torch.int32) if runs else None
     conv = (x, taps, bias, state, own, True)
-    with compiled(fused_conv) as found:
-        fused_conv.conv(*conv)
-        fused_conv.conv_backward(empty(1, 64, E), None, *conv, empty(1, 64, 2 * E)[..., :E], empty(1, 64, E))
+    with compiled(triton_conv) as found:
+        triton_conv.conv(*conv)
+        triton_conv.conv_backward(empty(1, 64, E), None, *conv, empty(1, 64, 2 * E)[..., :E], empty(1, 64, E))
     check(found, ["_conv_kernel", "_conv_backward_kernel"], 255)
 
 
 @here
 def test_cross_entropy():
-    with compiled(fused_loss) as found:
-        fused_loss._cross_entropy(empty(4, V), torch.empty(4, dtype=torch.int64), floats(4), True)
+    with compiled(triton_loss) as found:
+        triton_loss._cross_entropy(empty(4, V), torch.empty(4, dtype=torch.int64), floats(4), True)
     check(found, ["_cross_entropy_kernel"], 80)
 
 
 @here
 def test_the_likeliest_token():
-    with compiled(fused_choice) as found:
-        fused_choice.likeliest(floats(2, V))
+    with compiled(triton_choice) as found:
+        triton_choice.likeliest(floats(2, V))
     check(found, ["_parts_kernel", "_likeliest_kernel"], 80)
 
 
 @here
 @pytest.mark.parametrize("bits", [0, 8, 4])
-@pytest.mark.parametrize("rows", [1, fused_linear.MOST_ROWS, 64, fused_product.MOST_ROWS, fused_product.MOST_ROWS + 1])
+@pytest.mark.parametrize(
+    "rows", [1, triton_linear.MOST_ROWS, 64, triton_product.MOST_ROWS, triton_product.MOST_ROWS + 1]
+)
 def test_a_position(bits, rows):
     def weight(outputs, inputs):
         if not bits:
@@ -102,16 +106,16 @@ def test_a_position(bits, rows):
         return Packed(words, empty(outputs, inputs // 32), bits, 32)
 
     small = (empty(E, 4), empty(E), empty(R + 2 * N, E), empty(E, R), floats(E), floats(E, N), floats(E))
-    layer = fused_step.Layer(empty(D), 1e-5, weight(2 * E, D), None, *small, weight(D, E), None)
+    layer = triton_step.Layer(empty(D), 1e-5, weight(2 * E, D), None, *small, weight(D, E), None)
     conv, ssm = empty(rows, 3, E), floats(rows, E, N)
-    counters = fused_product.new_counters(conv.device)
-    with compiled(fused_linear, fused_norm, fused_product, fused_step) as found:
-        fused_step.block(layer, floats(rows, D), None, conv, ssm, (conv, ssm), counters)
-        fused_step.embed(torch.empty(rows, dtype=torch.int64), empty(V, D), torch.float32)
+    counters = triton_product.new_counters(conv.device)
+    with compiled(triton_linear, triton_norm, triton_product, triton_step) as found:
+        triton_step.block(layer, floats(rows, D), None, conv, ssm, (conv, ssm), counters)
+        triton_step.embed(torch.empty(rows, dtype=torch.int64), empty(V, D), torch.float32)
     few = ["_linear_kernel", "_linear_kernel", "_recurrence_kernel", "_linear_kernel"]
     many = ["_add_norm_kernel", "_conv_step_kernel", "_recurrences_kernel"]
     some = ["_add_norm_kernel", "_product_kernel", "_product_kernel", "_recurrences_kernel", "_product_kernel"]
-    kernels = few if rows <= fused_linear.MOST_ROWS else some if rows <= fused_product.MOST_ROWS and not bits else many
+    kernels = few if rows <= FEW else some if rows <= SOME and not bits else many
     check(found, [*kernels, "_embed_kernel"], 255)
     # Weights are asked for before the kernel waits for the one before it.
     asking = {"_linear_kernel": "ld.global.v4.b32", "_product_kernel": "prefetch.global.L2"}
@@ -127,8 +131,8 @@ def test_a_position(bits, rows):
 def test_a_product(outputs):
     """On the matrix units, and what they need next is on its way to them."""
     x, weight, y = empty(64, 2560), empty(outputs, 2560), empty(64, outputs)
-    with compiled(fused_product) as found:
-        fused_product.multiply(x, weight, None, y, fused_product.new_counters(x.device))
+    with compiled(triton_product) as found:
+        triton_product.multiply(x, weight, None, y, triton_product.new_counters(x.device))
     check(found, ["_product_kernel"], 128)
     assert "wgmma" in found[0][1].asm["ptx"]
     assert "cp.async" in found[0][1].asm["ptx"]

@@ -11,7 +11,8 @@ torch = pytest.importorskip("torch")
 if not torch.backends.mkldnn.is_available():
     pytest.skip("torch is built without oneDNN", allow_module_level=True)
 
-from mamba_core.backends.torch.kernels import linear  # noqa: E402
+from mamba_core.backends.torch.kernels import onednn_linear  # noqa: E402
+from mamba_core.backends.torch.ops import linear  # noqa: E402
 
 CONFIG = mc.MambaConfig(d_model=20, n_layer=2, vocab_size=29, d_state=5, initializer_range=0.5)
 LINEARS = 4 * CONFIG.n_layer
@@ -21,17 +22,18 @@ IDS = torch.arange(26).reshape(2, 13)
 @pytest.fixture(autouse=True)
 def everywhere(monkeypatch):
     """On any processor, and for products of any size."""
-    monkeypatch.setattr(linear, "FASTER", True)
-    monkeypatch.setattr(linear, "LEAST", 0)
+    monkeypatch.setattr(onednn_linear, "ONEDNN_IS_FASTER", True)
+    monkeypatch.setattr(onednn_linear, "LEAST", 0)
 
 
 @pytest.fixture
 def calls(monkeypatch):
     """The shapes of what was given to oneDNN."""
-    called, to_mkldnn, direct = [], torch.Tensor.to_mkldnn, linear.DIRECT
+    called, to_mkldnn, direct = [], torch.Tensor.to_mkldnn, onednn_linear.ONEDNN_LINEAR
     monkeypatch.setattr(torch.Tensor, "to_mkldnn", lambda x: (called.append(tuple(x.shape)), to_mkldnn(x))[1])
     if direct is not None:
-        monkeypatch.setattr(linear, "DIRECT", lambda x, *rest: (called.append(tuple(x.shape)), direct(x, *rest))[1])
+        counted = lambda x, *rest: (called.append(tuple(x.shape)), direct(x, *rest))[1]  # noqa: E731
+        monkeypatch.setattr(onednn_linear, "ONEDNN_LINEAR", counted)
     return called
 
 
@@ -42,7 +44,7 @@ def built(kernels="auto", **settings):
 @contextmanager
 def plain():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear, "FASTER", False)
+        patch.setattr(onednn_linear, "ONEDNN_IS_FASTER", False)
         yield
 
 
@@ -74,15 +76,15 @@ def test_values_and_gradients_are_those_of_the_plain_layer(calls, rows, biased, 
 def test_values_without_a_gradient(calls, rows, biased, direct, monkeypatch):
     layer, wide = torch.nn.Linear(7, 5, bias=biased), torch.randn(*rows, 9)
     if not direct:
-        monkeypatch.setattr(linear, "DIRECT", None)
-    elif linear.DIRECT is None:
+        monkeypatch.setattr(onednn_linear, "ONEDNN_LINEAR", None)
+    elif onednn_linear.ONEDNN_LINEAR is None:
         pytest.skip("this torch has no such operator")
     by_inputs = layer.weight.detach().T.contiguous().T
     repeated = wide[..., :1].expand(*rows, 7)
     with torch.no_grad():
         for x in (wide[..., 1:8], wide[..., :7].contiguous(), repeated):
             for weight in (layer.weight, by_inputs):
-                y = linear.linear(x, weight, layer.bias, kernels="auto")
+                y = linear.linear(x, weight, layer.bias, kernel="auto")
                 assert y.layout is torch.strided
                 assert relative_l2(y.numpy(), torch.nn.functional.linear(x, weight, layer.bias).numpy()) < 1e-6
     assert calls == 6 * [(*rows, 7)]
@@ -107,13 +109,13 @@ def test_a_model_and_its_gradients(calls, remat, tied):
 
 
 def test_few_products_are_not_worth_it(calls, monkeypatch):
-    monkeypatch.setattr(linear, "LEAST", 26 * 20 * 80)
+    monkeypatch.setattr(onednn_linear, "LEAST", 26 * 20 * 80)
     built()(IDS)
     assert calls == [(2, 13, 20)] * CONFIG.n_layer
 
 
 def test_where_it_is_not_the_faster(calls, monkeypatch):
-    monkeypatch.setattr(linear, "FASTER", False)
+    monkeypatch.setattr(onednn_linear, "ONEDNN_IS_FASTER", False)
     built()(IDS)
     assert calls == []
 
@@ -138,7 +140,7 @@ def test_derivatives_of_other_orders_and_modes(calls):
 
     def loss(x):
         layer = model.backbone.layers[0].mixer.in_proj
-        return linear.call(layer, x, "sequential").square().sum()
+        return linear.call(layer, x, "plain").square().sum()
 
     assert torch.func.hessian(loss)(x[0, :1]).abs().sum() > 0
     second = x[0, :1].clone().requires_grad_()

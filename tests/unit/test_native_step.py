@@ -212,12 +212,12 @@ PROMPTS = [[1, 2, 3], [7], [4, 5, 6, 7, 8]]
 def calls(monkeypatch):
     """The names of the library's functions that a torch model called."""
     pytest.importorskip("torch")
-    from mamba_core.backends.torch.kernels import step
+    from mamba_core.backends.torch.kernels import native_step
 
     called = []
     for name in ("block_steps", "linear_step"):
-        function = getattr(step.library, name)
-        monkeypatch.setattr(step.library, name, lambda *a, f=function, n=name: (called.append(n), f(*a))[1])
+        function = getattr(native_step.library, name)
+        monkeypatch.setattr(native_step.library, name, lambda *a, f=function, n=name: (called.append(n), f(*a))[1])
     return called
 
 
@@ -333,7 +333,8 @@ def test_a_changed_block_computes_what_it_was_changed_to(calls, change):
     model, other = both(change)
     with torch.no_grad():
         logits, wanted = model(ids, state).logits, other(ids, state).logits
-    assert calls == ["linear_step"]
+    # The blocks before and after it still step natively.
+    assert calls == ["block_steps", "block_steps", "linear_step"]
     assert_close(logits.numpy(), wanted.numpy(), "float32", "node", "logits")
 
 
@@ -365,7 +366,8 @@ def test_a_layer_of_another_size_is_not_taken_for_one_of_the_first_s(calls):
     with torch.no_grad():
         logits = [each(ids, state._replace(layers=layers)).logits.numpy() for each in (model, plain)]
     assert_close(*logits, "float32", "node", "logits")
-    assert calls == ["linear_step"]
+    # One call for each run of layers of one size; the other model has the narrow layer, too, with its own kernels.
+    assert calls == ["block_steps"] * 3 + ["linear_step", "block_steps"]
 
 
 def test_an_adapted_head_is_called(calls):
@@ -421,7 +423,7 @@ def test_plain_operations_for_another_model(calls, settings):
 def test_plain_operations_with_derivatives_autocast_or_without_the_library(calls, monkeypatch):
     import torch
 
-    from mamba_core.backends.torch.kernels import memory
+    from mamba_core.backends.torch.kernels import native_tensors
 
     model, ids, state, _ = stepping()
     assert model(ids, state).logits.requires_grad
@@ -433,7 +435,7 @@ def test_plain_operations_with_derivatives_autocast_or_without_the_library(calls
         assert forward_ad.unpack_dual(model(ids, state_dual).logits).tangent is not None
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         model(ids, state)
-    monkeypatch.setattr(memory, "MISSING", "not built")
+    monkeypatch.setattr(native_tensors, "MISSING", "not built")
     with torch.no_grad():
         model(ids, state)
     assert calls == []
@@ -558,7 +560,7 @@ def test_a_hook_of_all_modules_is_called(calls):
 def test_an_argument_elsewhere_is_refused(name, kernel):
     import torch
 
-    from mamba_core.backends.torch.scan import selective_scan
+    from mamba_core.backends.torch.ops.selective_scan import selective_scan
 
     shapes = {"x": (1, 5, 3), "delta": (1, 5, 3), "A": (3, 2), "B": (1, 5, 2), "C": (1, 5, 2), "D": (3,)}
     shapes |= {"z": (1, 5, 3), "delta_bias": (3,), "initial_state": (1, 3, 2)}

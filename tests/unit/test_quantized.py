@@ -6,8 +6,8 @@ import torch
 
 import mamba_core as mc
 from mamba_core.backends.torch import quantize
-from mamba_core.backends.torch.kernels.fused_linear import Packed
-from mamba_core.backends.torch.kernels.quantized import GROUP, QuantizedLinear, pack, unpack
+from mamba_core.backends.torch.kernels.triton_linear import Packed
+from mamba_core.backends.torch.quantization import GROUP, QuantizedLinear, pack, unpack
 from mamba_core.spec.tolerances import relative_l2
 
 CONFIG = mc.MambaConfig(d_model=256, n_layer=4, vocab_size=300)

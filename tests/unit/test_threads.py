@@ -54,8 +54,12 @@ if "libgomp" not in open("/proc/self/maps").read():
     print("no GNU OpenMP")
     raise SystemExit
 alone = scan(2, delta_softplus=True, **arrays)
-import mamba_core.backends.torch
+import mamba_core.backends.torch as backend
 before = count()
+scan(2, delta_softplus=True, **arrays)
+assert count() == before, "the import changes nothing"
+x = torch.ones(1, 2, 3)
+backend.selective_scan(x, x, -torch.ones(3, 4), torch.ones(1, 2, 4), torch.ones(1, 2, 4), kernel="native")
 together = scan(2, delta_softplus=True, **arrays)
 print(count() - before, all(np.array_equal(a, b) for a, b in zip(alone, together)))
 """
@@ -70,7 +74,8 @@ def test_a_fork_has_threads_again():
     pytest.importorskip("torch")
     code = """
 import torch
-import mamba_core.backends.torch
+from mamba_core.backends.torch.kernels.native_tensors import share_threads
+share_threads()
 wanted, *_ = scan(2, delta_softplus=True, **arrays)
 if (child := os.fork()) == 0:
     found, *_ = scan(2, delta_softplus=True, **arrays)
@@ -95,7 +100,8 @@ glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another al
 # How much longer the heap is after torch had ten arrays of 16 MB.
 KEPT = """
 import torch
-import mamba_core.backends.torch
+import mamba_core as mc
+mc.build(mc.MambaConfig(d_model=8, n_layer=1, vocab_size=8), backend="torch", device="cpu")
 
 def heap_end():
     heap, = (line.split()[0].split("-")[1] for line in open("/proc/self/maps") if line.endswith("[heap]\\n"))
@@ -114,6 +120,31 @@ def test_torch_s_arrays_are_of_memory_that_is_kept():
     """In the heap, whose free end stays for the next arrays; what glibc maps by itself goes back when it is freed."""
     pytest.importorskip("torch")
     assert int(run(KEPT)) > 100 * 2**20
+
+
+@linux
+@glibc
+def test_an_import_changes_no_setting_of_the_process():
+    pytest.importorskip("torch")
+    without_a_model = "\n".join(line for line in KEPT.splitlines() if not line.startswith("mc.build"))
+    code = "\nimport mamba_core.backends.torch as backend\nprint(sorted(backend.in_force().values()))"
+    kept, settings = run(without_a_model + code).splitlines()
+    assert int(kept) < 2**20
+    assert "until a model is built" in settings
+    assert "until the first call" in settings
+
+
+@linux
+@glibc
+def test_the_environment_may_forbid_both(monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.setenv("MAMBA_CORE_TUNE", "0")
+    monkeypatch.setenv("MAMBA_CORE_OPENMP", "0")
+    code = "\nimport mamba_core.backends.torch as backend\nprint(*backend.in_force().values(), sep=chr(10))"
+    kept, malloc, threads = run(KEPT + code).splitlines()
+    assert int(kept) < 2**20
+    assert "MAMBA_CORE_TUNE=0" in malloc
+    assert "MAMBA_CORE_OPENMP=0" in threads
 
 
 @linux

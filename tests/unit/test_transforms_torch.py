@@ -9,7 +9,7 @@ from mamba_core.spec.tolerances import relative_l2
 from tests.unit.transforms import CONFIG, MASK, SEGMENTS, plain, scan_arguments
 
 torch = pytest.importorskip("torch")
-native_norm = pytest.importorskip("mamba_core.backends.torch.kernels.native_norm")
+rms_norm = pytest.importorskip("mamba_core.backends.torch.ops.rms_norm")
 func = torch.func
 
 
@@ -258,8 +258,8 @@ class Seen(torch.utils._python_dispatch.TorchDispatchMode):
 @pytest.mark.skipif(native.missing() is not None, reason="needs the native library")
 def test_without_a_gradient_whoever_watches_sees_the_operators(monkeypatch):
     """Nobody else does: then they are called as functions, and the norms are computed by one that is no operator."""
-    norms, add_norm = [], native_norm.add_norm
-    monkeypatch.setattr(native_norm, "add_norm", lambda *given: norms.append(given) or add_norm(*given))
+    norms, add_norm = [], rms_norm.KERNELS["native"]
+    monkeypatch.setitem(rms_norm.KERNELS, "native", lambda *given: norms.append(given) or add_norm(*given))
     model = mc.build(CONFIG, backend="torch", kernels="native")
     ids = torch.arange(6)[None] % CONFIG.vocab_size
     with torch.no_grad():

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mamba_core.backends import gpu
 from mamba_core.backends.gpu import driver, nvrtc
-from mamba_core.backends.torch.kernels.memory import rows
+from mamba_core.backends.torch.kernels.native_tensors import rows
 from mamba_core.backends.torch.kernels.operator import differentiable, is_float, refuse_tangents
 
 DTYPES = tuple(getattr(torch, name) for name in gpu.ELEMENTS)
@@ -29,12 +29,12 @@ def reason(device: torch.device, dtype: torch.dtype | None, states: int | None =
     return _missing()
 
 
-# Asked once, and not by what the compiler traces.
+# A constant for torch.compile, which never traces it.
 _missing = torch.compiler.assume_constant_result(nvrtc.missing)
 
 
 def cuda(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, delta_softplus):
-    """The arguments as `selective_scan` is given them, but restart (b, l) bool for the segments."""
+    """(y, final state)."""
     dtype = x.dtype
     if any(value is not None and value.dtype != dtype for value in (delta, B, C, z)):
         x, delta, B, C, z = (None if value is None else value.float() for value in (x, delta, B, C, z))

@@ -4,17 +4,18 @@ import torch
 from torch import Tensor
 
 from mamba_core.backends import native as library
-from mamba_core.backends.torch.kernels.memory import laid_out, point, rows
+from mamba_core.backends.torch.kernels.native_tensors import laid_out, point, rows
 from mamba_core.backends.torch.kernels.operator import differentiable, is_float, refuse_tangents
+from mamba_core.call import Call
 
 
-def native(x, weight, bias, activation, state, mask, restart):
-    """(y, final state); the arguments as `causal_conv` is given them, but restart (b, l) bool for the segments."""
+def native(x, weight, bias, activation, state, call: Call):
+    """(y, final state)."""
     dtype = x.dtype
     if state is not None and state.dtype != dtype:
         x, state = x.float(), state.float()
     bias = None if bias is None else bias.float()
-    y, state = _native(x, weight.mT.float(), bias, state, mask, restart, activation == "silu")
+    y, state = _native(x, weight.mT.float(), bias, state, call.mask, call.restart, activation == "silu")
     return y.to(dtype), state.to(dtype)
 
 

@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 
 from mamba_core.backends import native as library
-from mamba_core.backends.torch.kernels.memory import laid_out, point, rows
+from mamba_core.backends.torch.kernels.native_tensors import laid_out, point, rows
 from mamba_core.backends.torch.kernels.operator import differentiable, is_float, refuse_tangents
 
 
 def native(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, delta_softplus):
-    """The arguments as `selective_scan` is given them, but restart (b, l) bool for the segments."""
+    """(y, final state)."""
     dtype = x.dtype
     if any(value is not None and value.dtype != dtype for value in (delta, B, C, z)):
         x, delta, B, C, z = (None if value is None else value.float() for value in (x, delta, B, C, z))

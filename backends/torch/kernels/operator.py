@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function, forward_ad
 
-# Those that nobody has given another meaning.
+from mamba_core.backends.torch.private import in_forward_mode, intercepted, transformed
+
+# Plain tensor classes, without __torch_function__ overrides.
 KINDS = (nn.Parameter, Tensor)
 REVERSE_ONLY = (
     'the kernels but "sequential" have first derivatives in reverse mode only: no second derivative and no jvp; '
@@ -15,28 +17,29 @@ REVERSE_ONLY = (
 
 
 def differentiable(
-    operator, its_gradient, results: int = 2, kept: Sequence[int] = (2,), unread: Sequence[int] = (), function=None
+    operator, gradient_operator, results: int = 2, kept: Sequence[int] = (2,), unread: Sequence[int] = (), function=None
 ) -> Callable[..., tuple[Tensor, ...]]:
     """The results of operator(*inputs), a custom operator, with the first gradient in reverse mode.
 
     Args:
-        operator: inputs are tensors, None and options; gives its results, such as y and the final state, and what only
-            the gradient needs.
-        its_gradient: of every floating-point tensor among the inputs, in their order, its gradient, from
-            (dy, the other results' or None, *what is kept, *inputs).
-        kept: which of what the operator gives its gradient is given.
-        unread: inputs of whose values the gradient needs none, so that they are not kept for it.
-        function: what the operator is made of, called in its place where only its results are asked for.
+        operator: takes tensors, None and options. Returns its results, such as y and the final state, then values that
+            only the gradient needs.
+        gradient_operator: takes (dy, the other results' gradients or None, *kept values, *inputs). Returns the gradient
+            of every floating-point tensor among the inputs, in their order.
+        results: how many of the operator's values are results.
+        kept: the indices of the operator's values that are passed to its gradient.
+        unread: the indices of inputs whose values the gradient does not read; only their shapes are kept.
+        function: the Python function inside the operator, called directly where only the results are needed.
     """
 
     class Gradient(Function):
-        """`its_gradient`, which itself is not differentiated."""
+        """`gradient_operator`, which itself is not differentiated."""
 
         generate_vmap_rule = True
 
         @staticmethod
         def forward(*arguments):
-            return tuple(its_gradient(*arguments))
+            return tuple(gradient_operator(*arguments))
 
         @staticmethod
         def setup_context(ctx, inputs, output):
@@ -61,7 +64,7 @@ def differentiable(
             ctx.y = output[0].shape, output[0].dtype
             tensors = [value if isinstance(value, Tensor) else None for value in inputs]
             for index in unread:
-                # Of its shape and dtype, and of no size in memory.
+                # Its shape and dtype without its memory.
                 tensors[index] = (
                     None if tensors[index] is None else tensors[index].new_empty(()).expand_as(tensors[index])
                 )
@@ -71,16 +74,16 @@ def differentiable(
         @staticmethod
         def backward(ctx, *arriving):
             dy, *others = arriving[:results]
-            # Asked for once: under checkpoint it is computed when asked for.
+            # Read once: under checkpoint, reading computes the values.
             saved = ctx.saved_tensors
             saved, tensors = saved[: len(kept)], saved[len(kept) :]
             inputs = [option if value is None else value for value, option in zip(tensors, ctx.options, strict=True)]
             if dy is None:
                 shape, dtype = ctx.y
                 dy = inputs[0].new_zeros(shape, dtype=dtype)
-            # The Function, which refuses a second gradient and knows vmap, takes the host as long again.
+            # The Function refuses a second gradient and supports vmap, but doubles the host's time.
             plain = not torch.is_grad_enabled() and not transformed()
-            gradients = iter((its_gradient if plain else Gradient.apply)(dy, *others, *saved, *inputs))
+            gradients = iter((gradient_operator if plain else Gradient.apply)(dy, *others, *saved, *inputs))
             return tuple(next(gradients) if is_float(value) else None for value in inputs)
 
         @staticmethod
@@ -88,14 +91,14 @@ def differentiable(
             raise NotImplementedError(REVERSE_ONLY)
 
     operator.register_autograd(Forward.backward, setup_context=Forward.setup_context)
-    for each in (operator, its_gradient):
+    for each in (operator, gradient_operator):
         each.register_vmap(one_at_a_time(each))
 
     def run(*inputs):
         if function is not None and only_results(*inputs):
             return function(*inputs)[:results]
         refuse_tangents(*inputs)
-        # The operator has its gradient registered, and a compiled or exported graph keeps it; torch.func wants the
+        # The operator has a registered gradient, which a compiled or exported graph keeps; torch.func needs the
         # Function.
         return (Forward.apply if transformed() else operator)(*inputs)[:results]
 
@@ -103,21 +106,15 @@ def differentiable(
 
 
 def only_results(*inputs) -> bool:
-    """Whether an operator is called for its results and nothing else, so that its function will do.
+    """Whether nothing records this call (no autograd, tracing or transform), so that the raw function can be called.
 
-    The way through the dispatcher takes the host 50 us, and three times as long when the caches are full of arrays.
+    The dispatcher takes the host 50 us, and three times as long when the caches are full of arrays.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed():
         return False
-    # Modes for tensors, and tangents.
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or forward_ad._current_level >= 0:
+    if intercepted() or in_forward_mode():
         return False
     return all(value is None or type(value) in (*KINDS, bool) for value in inputs)
-
-
-def transformed() -> bool:
-    """Whether a transformation of torch.func is under way; a compiler, which has its own way, asks nothing."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def is_float(value) -> bool:
@@ -125,9 +122,9 @@ def is_float(value) -> bool:
 
 
 def refuse_tangents(*values) -> None:
-    """Forward mode would lose them without a word: it knows no rule for an operator.
+    """Raises where a value has a tangent: forward mode has no rule for an operator and would drop it silently.
 
-    An operator asks too: a compiled graph may be given tangents when it runs.
+    An operator calls this too: a compiled graph may be given tangents when it runs.
     """
     if any(isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None for value in values):
         raise NotImplementedError(REVERSE_ONLY)
@@ -143,7 +140,7 @@ def one_at_a_time(operator):
 
         def part(value, axis, index):
             if isinstance(value, list):
-                return [part(item, its_axis, index) for item, its_axis in zip(value, axis, strict=True)]
+                return [part(item, item_axis, index) for item, item_axis in zip(value, axis, strict=True)]
             return value if axis is None else value.select(axis, index)
 
         def element(index):

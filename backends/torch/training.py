@@ -4,16 +4,15 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from mamba_core.backends.torch.arrays import from_numpy, to_numpy
-from mamba_core.backends.torch.kernels import fused
-from mamba_core.backends.torch.kernels.fused import linear_dtype
-from mamba_core.backends.torch.kernels.fused_loss import IGNORED, linear_cross_entropy
-from mamba_core.backends.torch.kernels.graph import Repeated
-from mamba_core.backends.torch.layers import FUSING
-from mamba_core.spec.checks import check_targets, check_task
+from mamba_core.backends.torch.kernels.cuda_graph import CapturedStep
+from mamba_core.backends.torch.kernels.triton_loss import IGNORED
+from mamba_core.backends.torch.ops.cross_entropy import cross_entropy, fuses_head, linear_cross_entropy
+from mamba_core.backends.torch.ops.selective_scan import kernel_for
+from mamba_core.spec.checks import check_targets
 from mamba_core.spec.params import parameter_table
+from mamba_core.tasks import check_generates
 
 
 def loss(model, tokens, mask=None) -> torch.Tensor:
@@ -23,14 +22,13 @@ def loss(model, tokens, mask=None) -> torch.Tensor:
     if mask is not None:
         mask, targets = mask[:, :-1], targets.masked_fill(~mask[:, 1:], IGNORED)
     weight = model.head_weight()
-    if weight is not None and model.kernels in FUSING and fused.reason(weight.device, weight.dtype) is None:
-        hidden = model.hidden(tokens, mask).flatten(0, 1).to(linear_dtype(weight))
-        return linear_cross_entropy(hidden, weight, targets.flatten()) / (targets != IGNORED).sum()
-    return F.cross_entropy(model(tokens, mask=mask).logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+    if weight is not None and fuses_head(model.policy.of("cross_entropy"), weight):
+        return linear_cross_entropy(model.hidden(tokens, mask), weight, targets)
+    return cross_entropy(model(tokens, mask=mask).logits, targets)
 
 
 def loss_and_gradients(model, tokens, mask=None) -> tuple[float, dict[str, np.ndarray]]:
-    check_task(model.config, "its loss")
+    check_generates(model.config, "its loss")
     tokens = from_numpy(tokens, device=model.device)
     value = loss(model, tokens, None if mask is None else from_numpy(mask, device=model.device))
     names = list(parameter_table(model.config))
@@ -42,18 +40,18 @@ class Trainer:
     """AdamW with the decay of the parameter table, its moments and its arithmetic in float32."""
 
     def __init__(self, model, settings):
-        check_task(model.config, "training")
+        check_generates(model.config, "training")
         self.model = model
         self.settings = settings
-        # What the optimizer sees: the parameters themselves, or float32 copies of those in half precision.
+        # The optimizer's view: the parameters themselves, or float32 copies of those in half precision.
         self.parameters = {name: model.get_parameter(name) for name in parameter_table(model.config)}
         self.updated = {name: _in_float32(parameter) for name, parameter in self.parameters.items()}
         self.count = 0
         self.on_gpu = all(parameter.is_cuda for parameter in self.updated.values())
-        # There the optimizer reads the rate from the device, so that a step can be captured.
+        # On a GPU the optimizer reads the rate from the device, so that a step can be captured.
         self.rate = torch.zeros((), device=model.device) if self.on_gpu else 0.0
         self.optimizer = self._optimizer()
-        self.repeated = Repeated(self._update)
+        self.captured = CapturedStep(self._update)
 
     def step(self, tokens) -> tuple[float, float]:
         """On a GPU, after some steps with a batch's shape, a replay of a CUDA graph: the model must stay as it is."""
@@ -63,16 +61,21 @@ class Trainer:
         else:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-        captures = self.on_gpu and self.model.kernels in FUSING and self.model.backbone.as_built()
-        found = self.repeated(tokens, self._settings()) if captures else self._update(tokens)
+        captures = self.on_gpu and self._has_cuda_scan() and self.model.backbone.is_untouched()
+        found = self.captured(tokens, self._settings()) if captures else self._update(tokens)
         self.count += 1
         # The only place where the host waits for the device.
         value, norm = found.tolist()
         return value, norm
 
+    def _has_cuda_scan(self) -> bool:
+        """Whether the scan is the CUDA kernel. Others have not been tried in a captured step."""
+        kernel, backbone = self.model.policy.of("selective_scan"), self.model.backbone
+        return kernel_for(kernel, torch.device(self.model.device), backbone.dtype) == "cuda"
+
     def _update(self, tokens) -> torch.Tensor:
         """One update; the loss and the gradient's norm, (2,)."""
-        # Autocast keeps casts of parameters that have changed since.
+        # Autocast caches casts of parameters, which have changed since.
         torch.clear_autocast_cache()
         self.model.zero_grad()
         value = loss(self.model, tokens)
@@ -90,7 +93,7 @@ class Trainer:
         return torch.stack([value.detach(), norm])
 
     def _settings(self) -> tuple:
-        """What a captured step depends on beside the shape of its batch."""
+        """What a captured step depends on besides the shape of its batch."""
         device = torch.device(self.model.device).type
         return self.model.remat, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
@@ -104,7 +107,7 @@ class Trainer:
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         self.count = int(state["step"])
-        self.repeated.forget()
+        self.captured.forget()
         for name, parameter in self.updated.items():
             moments = {key: _like(state[f"{prefix}.{name}"], parameter) for prefix, key in _MOMENTS.items()}
             device = parameter.device if self.on_gpu else "cpu"

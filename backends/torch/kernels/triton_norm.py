@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mamba_core.backends.torch.kernels import fused
-from mamba_core.backends.torch.kernels.fused import (
+from mamba_core.backends.torch.kernels import triton
+from mamba_core.backends.torch.kernels.operator import differentiable, refuse_tangents
+from mamba_core.backends.torch.kernels.triton import (
     after_the_last,
     blocks_of,
     jit,
@@ -16,7 +17,6 @@ from mamba_core.backends.torch.kernels.fused import (
     power_of_2,
     tl,
 )
-from mamba_core.backends.torch.kernels.operator import differentiable, refuse_tangents
 
 # Rows are dealt out to so many programs, each with its own sum of the weight's gradient: no atomics, the same bits.
 PROGRAMS = 1024
@@ -24,15 +24,15 @@ PROGRAMS = 1024
 WIDEST = 16384
 
 
-def reason(device: torch.device, dtype: torch.dtype, d: int) -> str | None:
+def reason(device: torch.device, dtype: torch.dtype | None, d: int) -> str | None:
     """Why it cannot run on that device, for rows of that dtype and width; None if it can."""
     if d > WIDEST:
         return f"rows have {d} entries, and it holds at most {WIDEST}"
-    return fused.reason(device, dtype)
+    return triton.reason(device, *([] if dtype is None else [dtype]))
 
 
 def add_norm(residual: Tensor, hidden: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype):
-    """(norm(residual + hidden), residual + hidden), as `layers.RMSNorm` and the sum before it compute them.
+    """(norm(residual + hidden), residual + hidden), as `blocks.RMSNorm` and the sum before it compute them.
 
     residual (..., d) and the sum are in one dtype, the norm in `dtype`; hidden may be None. Plain operations:
 
@@ -52,7 +52,7 @@ def _forward(
 
 
 def sum_and_norm(residual, hidden, weight, eps, dtype, overlap=False) -> tuple[Tensor, Tensor, Tensor]:
-    """`_forward` outside of the dispatcher; overlap: see `fused.overlapping`."""
+    """`_forward` outside of the dispatcher; overlap: see `triton.overlapping`."""
     residual = residual.contiguous()
     normed, total, scale = _empty_results(residual, dtype)
     d = residual.shape[-1]

@@ -6,54 +6,63 @@ from itertools import count
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree
 
 from mamba_core.backend import Carry, Choice, Context, Output, State
+from mamba_core.backends.torch import state as states
 from mamba_core.backends.torch.arrays import from_numpy
-from mamba_core.backends.torch.kernels import fused, fused_step
-from mamba_core.backends.torch.kernels.fused_choice import likeliest
-from mamba_core.backends.torch.kernels.graph import Decoding, Idle
-from mamba_core.observe import unobserved
+from mamba_core.backends.torch.kernels import triton
+from mamba_core.backends.torch.kernels.cuda_graph import CapturedCache, CapturedDecoding
+from mamba_core.backends.torch.kernels.triton_choice import likeliest
+from mamba_core.backends.torch.positions import call_of
+from mamba_core.backends.torch.private import tree_map
+from mamba_core.backends.torch.ways import cuda_step
 from mamba_core.sampling import Sampling
 
-# Steps whose random numbers are brought to the device at once.
+# How many steps' random numbers are copied to the device at once.
 BLOCK = 64
-# What was captured for a model and waits to be used again.
-_idle = Idle()
+# What was captured for a model and is not in use.
+_captured = CapturedCache()
 
 
 @torch.no_grad()
 def prefill(model, tokens, mask, state: State | None = None) -> Output:
-    """Not in inference mode: autograd would refuse its state."""
-    state = model.init_state(len(tokens)) if state is None else state
-    own_mask = None if mask.all() else from_numpy(mask, device=model.device)
-    tokens = from_numpy(tokens, device=model.device)
-    hidden, state = model.backbone(tokens, state, own_mask, None, unobserved, last=True)
+    """Not in inference mode, because autograd would refuse the state."""
+    rows, length = tokens.shape
+    state = model.init_state(rows, length) if state is None else states.with_room(model.config, state, length)
+    needed_mask = None if mask.all() else from_numpy(mask, device=model.device)
+    call = call_of(needed_mask, None, length=length, last=True)
+    hidden, state = model.backbone(from_numpy(tokens, device=model.device), state, call)
     return Output(model.head(hidden[:, -1])[:, : model.config.vocab_size], state)
 
 
 @torch.no_grad()
 def fork(values, rows):
-    def taken(value):
+    def selected(value):
         return value[torch.as_tensor(rows, dtype=torch.long, device=value.device)]
 
-    return _pytree.tree_map(taken, values)
+    return tree_map(selected, values)
 
 
 @torch.inference_mode()
 def decode(
     model, prefilled: Output, sampling: Sampling, *, context: Context | None = None, draw=None, limit: int | None = None
 ) -> Iterator[Choice]:
-    """Without gradients; the model is left as it is."""
-    # A tree of torch has None for a leaf.
-    context = _pytree.tree_map(lambda value: None if value is None else from_numpy(value, device=model.device), context)
+    """Without gradients; the model is not changed."""
+    # torch's trees treat None as a leaf.
+    context = tree_map(lambda value: None if value is None else from_numpy(value, device=model.device), context)
     uniforms = _uniforms(model, draw)
     carry = begin(prefilled, context, next(uniforms), sampling)
     yield _on_host(carry.choice)
     if limit != 1 and _captures(model, sampling):
         yield from _replayed(model, carry, sampling, draw, limit)
         return
+    left = states.room(model.config, carry.state)
     for _ in count(1) if limit is None else range(1, limit):
+        if left is not None:
+            if left == 0:
+                carry = carry._replace(state=states.with_room(model.config, carry.state, 1))
+                left = states.room(model.config, carry.state)
+            left -= 1
         carry = advance(model, carry, next(uniforms), sampling)
         yield _on_host(carry.choice)
 
@@ -61,26 +70,26 @@ def decode(
 def begin(prefilled: Output, context: Context | None, uniform: Tensor | None, sampling: Sampling) -> Carry:
     """The first tokens."""
     choice = choose(prefilled.logits, context, uniform, sampling)
-    return Carry(choice, prefilled.state, _with(context, choice.tokens))
+    return Carry(choice, prefilled.state, _updated(context, choice.tokens))
 
 
 def advance(model, carry: Carry, uniform: Tensor | None, sampling: Sampling) -> Carry:
     """One token more in each row."""
-    hidden, state = model.backbone(carry.choice.tokens[:, None], carry.state, None, None, unobserved)
+    hidden, state = model.backbone(carry.choice.tokens[:, None], carry.state, call_of(None, None, length=1))
     logits = model.head(hidden[:, 0])[:, : model.config.vocab_size]
     return begin(Output(logits, state), carry.context, uniform, sampling)
 
 
 def _advance_in_place(model, carry: Carry, uniform: Tensor | None, *, sampling: Sampling) -> Carry:
-    """`advance` by fused kernels, in the memory of the state."""
-    logits = fused_step.logits(model, carry.choice.tokens, carry.state)[:, : model.config.vocab_size]
+    """`advance` by the way cuda_step, in the memory of the state."""
+    logits = cuda_step.logits(model, carry.choice.tokens, carry.state)[:, : model.config.vocab_size]
     return begin(Output(logits, carry.state), carry.context, uniform, sampling)
 
 
 def _captures(model, sampling: Sampling) -> bool:
-    """Whether steps are captured: on a GPU, but for the user's functions, which may look at what they are given."""
-    on_gpu = torch.device(model.device).type == "cuda" and model.kernels == "cuda"
-    return on_gpu and not sampling.processors and fused_step.reason(model) is None
+    """Whether steps are captured: on a GPU, without logits processors, which may look at their arguments' values."""
+    on_gpu = torch.device(model.device).type == "cuda"
+    return on_gpu and not sampling.processors and cuda_step.reason(model) is None
 
 
 def _replayed(model, carry, sampling, draw, limit) -> Iterator[Choice]:
@@ -88,21 +97,21 @@ def _replayed(model, carry, sampling, draw, limit) -> Iterator[Choice]:
     weights = tuple(value.data_ptr() for value in (*model.parameters(), *model.buffers()))
     key = (len(carry.choice.tokens), sampling, draw is None, context, weights)
     step = partial(_advance_in_place, model, sampling=sampling)
-    decoding = _idle.take(model, key, lambda: Decoding(step, carry, draw is not None))
+    decoding = _captured.take(model, key, lambda: CapturedDecoding(step, carry, draw is not None))
     try:
         yield from decoding.run(carry, draw, limit)
     finally:
-        _idle.give_back(model, key, decoding)
+        _captured.give_back(model, key, decoding)
 
 
 def choose(logits: Tensor, context: Context | None, uniform: Tensor | None, sampling: Sampling) -> Choice:
     """See `mamba_core.sampling`."""
-    plain = context is not None or sampling.top_logprobs or not sampling.greedy
-    if not plain and fused.reason(logits.device, logits.dtype) is None:
+    needs_all = context is not None or sampling.top_logprobs or not sampling.greedy
+    if not needs_all and triton.reason(logits.device, logits.dtype) is None:
         return Choice(*likeliest(logits))
     logprobs = logits.log_softmax(-1)
     logits = _adjusted(logits, context, sampling)
-    # Not argmax and amax: of many logits they start PyTorch's threads, which then spin beside those of the next step.
+    # Not argmax and amax: with many logits they start PyTorch's threads, which then spin during the next step.
     largest, tokens = logits.max(-1)
     if not sampling.greedy:
         probabilities = _filtered(logits, sampling)
@@ -144,7 +153,7 @@ def _adjusted(logits: Tensor, context: Context | None, sampling: Sampling) -> Te
 
 
 def _filtered(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Probabilities (b, v) with those that top_k, top_p and min_p reject at zero."""
+    """Probabilities (b, v), zero where top_k, top_p or min_p rejects the token."""
     probabilities = ((logits - logits.amax(-1, keepdim=True)) / sampling.temperature).softmax(-1)
     if not sampling.filters:
         return probabilities
@@ -159,7 +168,7 @@ def _filtered(logits: Tensor, sampling: Sampling) -> Tensor:
     return torch.zeros_like(probabilities).scatter(-1, order, ranked)
 
 
-def _with(context: Context | None, tokens: Tensor) -> Context | None:
+def _updated(context: Context | None, tokens: Tensor) -> Context | None:
     """The context after these tokens."""
     if context is None:
         return None
@@ -168,10 +177,10 @@ def _with(context: Context | None, tokens: Tensor) -> Context | None:
 
 
 def _uniforms(model, draw) -> Iterator[Tensor | None]:
-    """(b,) for each step; None where nothing is drawn."""
+    """(b,) for each step, or None if sampling draws nothing."""
     for start in count(0, BLOCK):
         yield from [None] * BLOCK if draw is None else from_numpy(draw(start, BLOCK), device=model.device)
 
 
 def _on_host(choice: Choice) -> Choice:
-    return _pytree.tree_map(lambda value: None if value is None else value.cpu().numpy(), choice)
+    return tree_map(lambda value: None if value is None else value.cpu().numpy(), choice)

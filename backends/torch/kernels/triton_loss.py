@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mamba_core.backends.torch.kernels.fused import add_product, jit, launching, power_of_2, tl
 from mamba_core.backends.torch.kernels.operator import differentiable, refuse_tangents
+from mamba_core.backends.torch.kernels.triton import add_product, jit, launching, power_of_2, tl
 
 # Logits in memory at once.
 BYTES = 1 << 28

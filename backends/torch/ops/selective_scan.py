@@ -1,7 +1,7 @@
-"""The S6 recurrence in PyTorch (Gu and Dao 2023, equations 2 and 4): a plain form and a chunked one.
+"""The S6 recurrence in PyTorch (Gu and Dao 2023, equations 2 and 4): its plain form, a chunked one, and the choice.
 
 The chunked form is one opaque operator to autograd, the compiler and torch.func. It keeps the state at chunk
-boundaries only; its gradient is by hand, as in `mamba_core.spec.recurrence.selective_scan_vjp`.
+boundaries only. Its gradient is written by hand, as in `mamba_core.spec.recurrence.selective_scan_vjp`.
 """
 
 import functools
@@ -10,14 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mamba_core.backends.torch.arrays import check_devices, devices, in_compute_dtype
+from mamba_core.backends.torch.arrays import check_devices, in_compute_dtype
+from mamba_core.backends.torch.kernels import cuda_scan, native_tensors
 from mamba_core.backends.torch.kernels.cuda_scan import cuda
-from mamba_core.backends.torch.kernels.cuda_scan import reason as why_not_cuda
-from mamba_core.backends.torch.kernels.memory import reason as why_not_native
 from mamba_core.backends.torch.kernels.native_scan import native
 from mamba_core.backends.torch.kernels.operator import differentiable, refuse_tangents
-from mamba_core.backends.torch.positions import restarts, where_counting
-from mamba_core.spec.checks import check_scan, check_step, choose_kernel
+from mamba_core.backends.torch.positions import call_of, where_counting
+from mamba_core.call import Call
+from mamba_core.kernels import choose
+from mamba_core.spec.ops.selective_scan import check_scan, check_step
 
 # Positions computed in bulk: more cost memory and cache, fewer cost calls.
 CHUNK = 64
@@ -41,13 +42,30 @@ def selective_scan(
     kernel="auto",
 ):
     """Gradients of gradients and forward mode need kernel="sequential", which keeps every state."""
+    arrays = (x, delta, A, B, C, D, z, delta_bias, initial_state)
+    _check(*arrays, mask, segment_ids)
+    y, h = _run(call_of(mask, segment_ids, length=x.shape[1]), *arrays, delta_softplus, kernel)
+    return (y, h) if return_final_state else y
+
+
+def scan(
+    call: Call, x, delta, A, B, C, D=None, *, z=None, delta_bias=None, delta_softplus=False, initial_state=None, kernel
+):
+    """`selective_scan` inside a call of a model: (y, final state)."""
+    arrays = (x, delta, A, B, C, D, z, delta_bias, initial_state)
+    _check(*arrays, call.mask, call.segment_ids)
+    return _run(call, *arrays, delta_softplus, kernel)
+
+
+def _check(x, delta, A, B, C, D, z, delta_bias, initial_state, mask, segment_ids):
     check_scan(x, delta, A, B, C, D, z, delta_bias, initial_state, mask, segment_ids)
     others = {"delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
     check_devices(x, **others, initial_state=initial_state, mask=mask, segment_ids=segment_ids)
+
+
+def _run(call, x, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, kernel):
     run = KERNELS[kernel_for(kernel, x.device, x.dtype, A.shape[1])]
-    restart = restarts(mask, segment_ids)
-    y, h = run(x, delta, A, B, C, D, z, delta_bias, initial_state, mask, restart, delta_softplus)
-    return (y, h) if return_final_state else y
+    return run(x, delta, A, B, C, D, z, delta_bias, initial_state, call.mask, call.restart, delta_softplus)
 
 
 def selective_step(x, delta, A, B, C, D=None, *, z=None, delta_bias=None, delta_softplus=False, state):
@@ -59,33 +77,29 @@ def selective_step(x, delta, A, B, C, D=None, *, z=None, delta_bias=None, delta_
     return _output(linear, x, D, z).to(dtype), h
 
 
-def kernels(device: str | None = None) -> dict[str, str | None]:
-    """Those but "native" and "cuda" run on every device."""
-    return _kernels(torch.device(device or devices()[0]))
+def kernels(device: torch.device, dtype: torch.dtype | None = None, states: int | None = None) -> dict[str, str | None]:
+    """Fastest first, for x of that dtype and so many states: None for a kernel that runs there, else why not."""
+    reasons = {"native": native_tensors.reason(device, dtype), "cuda": cuda_scan.reason(device, dtype, states)}
+    return dict.fromkeys(KERNELS) | reasons
 
 
 def kernel_for(kernel: str, device: torch.device, dtype: torch.dtype, states: int | None = None) -> str:
     """The kernel of that name, or for "auto" the fastest, for arrays there and so many states.
 
     Raises:
-        ValueError: there is no such kernel, or not for them.
+        ValueError: no such kernel, or it cannot run there.
     """
-    return choose_kernel(kernel, _kernels(device, dtype, states))
-
-
-def _kernels(device, dtype=None, states=None):
-    reasons = {"native": why_not_native(device, dtype), "cuda": why_not_cuda(device, dtype, states)}
-    return dict.fromkeys(KERNELS) | reasons
+    return choose(kernel, kernels(device, dtype, states), "selective_scan")
 
 
 def _prepared(scan):
-    """A kernel that takes the arguments as they come, from one of the step sizes, all in the compute dtype."""
+    """Makes a kernel of a function that takes step sizes, with all its arguments in the compute dtype."""
 
     @functools.wraps(scan)
     def kernel(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, delta_softplus):
         dtype = x.dtype
         x, delta, A, B, C, D, z, delta_bias, h0 = in_compute_dtype(x, delta, A, B, C, D, z, delta_bias, h0)
-        # Zeros where masked, not only in the step: that makes y zero, and a NaN there harmless.
+        # Zeros at masked positions of every input, not only of the step: y is zero there, and a NaN does no harm.
         x, delta, B, C, z = (where_counting(mask, value) for value in (x, delta, B, C, z))
         step = where_counting(mask, _step_size(delta, delta_bias, delta_softplus))
         if h0 is None:
@@ -155,7 +169,7 @@ def _scan_backward(
     h0: Tensor,
     restart: Tensor | None,
 ) -> list[Tensor]:
-    """Gradients of x, step, A, B, C, D and z where given, and h0; names as in the reference."""
+    """Gradients of x, step, A, B, C, of D and z if they are there, and of h0; names as in the reference."""
     dx, dstep, dB, dC = (value.new_empty(value.shape) for value in (x, step, B, C))
     A = A.mT.contiguous()
     dA, dD = torch.zeros_like(A), None if D is None else torch.zeros_like(D)
@@ -182,8 +196,8 @@ def _scan_backward(
         if D is not None:
             dx[:, part] += dlinear * D
             dD += (dlinear * x_part).sum((0, 1))
-    given = [value for value in (dD, dz) if value is not None]
-    return [dx, dstep, dA.mT.contiguous(), dB, dC, *given, arriving.mT.contiguous()]
+    optional = [value for value in (dD, dz) if value is not None]
+    return [dx, dstep, dA.mT.contiguous(), dB, dC, *optional, arriving.mT.contiguous()]
 
 
 def _states(x, step, A, B, before, restarting, decay, states):
@@ -198,9 +212,9 @@ def _states(x, step, A, B, before, restarting, decay, states):
 
 
 def _state_gradients(before, restarting, decay, states, g):
-    """Adds to g, at first C_t dy_t, what comes from later positions.
+    """Adds to g, which holds C_t dy_t, the gradients that come from later positions.
 
-    Returns what goes on to the chunk before, and in the memory of decay the gradient of its logarithm.
+    Returns the gradient of the state before the chunk, and that of decay's logarithm, in the memory of decay.
     """
     decay_t, g_t = decay.unbind(1), g.unbind(1)
     for t in reversed(range(len(g_t))):
@@ -239,7 +253,7 @@ def _parts(x):
 
 
 def _restarting_rows(restart, x):
-    """For every position the rows that restart there, (b, 1, 1) bool, or None where none does."""
+    """One entry a position: the rows that restart there, (b, 1, 1) bool, or None if none does."""
     if restart is None:
         return [None] * x.shape[1]
     some = restart.any(0).tolist()
@@ -258,7 +272,7 @@ def _empty_boundaries(x, n):
 
 def _step_size(delta, delta_bias, delta_softplus):
     raw = delta if delta_bias is None else delta + delta_bias
-    # Beyond the threshold softplus is the identity: at PyTorch's own, 20, that is not exact in float64.
+    # Beyond the threshold softplus is the identity. PyTorch's default of 20 is not exact in float64.
     return F.softplus(raw, threshold=40.0) if delta_softplus else raw
 
 

@@ -1,9 +1,9 @@
-"""One position of a model in Triton: few kernels a layer, each as long as its weights take to be read.
+"""One position of a Mamba-1 block in Triton: few kernels, each bound by reading its weights.
 
-With few rows a layer is four kernels: norm, in_proj and the convolution; x_proj; dt_proj, the recurrence and the gate;
-out_proj. With some dozens the norm is one by itself. With more, and in float32, the products are cuBLAS's and the rest
-is three. A kernel may begin while the one before it ends: it reads its weights first and then waits for what that one
-writes (programmatic dependent launch).
+With few rows a block is four kernels: norm, in_proj and the convolution; x_proj; dt_proj, the recurrence and the gate;
+out_proj. With some dozens of rows the norm is a kernel of its own. With more rows, and in float32, cuBLAS computes the
+products, and three kernels the rest. A kernel may begin while the one before it ends: it reads its weights first, then
+waits for the other's results (programmatic dependent launch).
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from mamba_core.backend import State
-from mamba_core.backends.torch.kernels import fused_linear, fused_norm, fused_product
-from mamba_core.backends.torch.kernels.fused import (
+from mamba_core.backends.torch.kernels import triton_linear, triton_norm, triton_product
+from mamba_core.backends.torch.kernels.triton import (
     INTERPRETED,
     after_the_last,
     blocks_of,
@@ -27,8 +26,7 @@ from mamba_core.backends.torch.kernels.fused import (
     power_of_2,
     tl,
 )
-from mamba_core.backends.torch.kernels.quantized import Packed, QuantizedLinear, unpack
-from mamba_core.backends.torch.kernels.step import KINDS, as_built
+from mamba_core.backends.torch.quantization import Packed, unpack
 
 
 class Layer(NamedTuple):
@@ -49,78 +47,17 @@ class Layer(NamedTuple):
     out_bias: Tensor | None
 
 
-def layer_of(block) -> Layer:
-    mixer = block.mixer
-    return Layer(
-        block.norm.weight,
-        block.norm.eps,
-        _weight(mixer.in_proj),
-        mixer.in_proj.bias,
-        mixer.conv1d.weight[:, 0],
-        mixer.conv1d.bias,
-        mixer.x_proj.weight,
-        mixer.dt_proj.weight,
-        mixer.dt_proj.bias,
-        mixer.A_log,
-        mixer.D,
-        _weight(mixer.out_proj),
-        mixer.out_proj.bias,
-    )
-
-
-def _weight(linear) -> Tensor | Packed:
-    return linear.packed if type(linear) is QuantizedLinear else linear.weight
-
-
-def reason(model) -> str | None:
-    """Why `logits` cannot compute a position of this language model; None if it can."""
-    backbone, config = model.backbone, model.config
-    if config.compat == "minimamba":
-        return "its arithmetic is not Mamba's"
-    mixers = [its.mixer for its in backbone.layers]
-    large = [linear for mixer in mixers for linear in (mixer.in_proj, mixer.out_proj)]
-    large += [] if model.lm_head is None else [model.lm_head]
-    as_it_was_built = (
-        backbone.as_built()
-        and as_built(nn.Linear, *(linear for mixer in mixers for linear in (mixer.x_proj, mixer.dt_proj)))
-        and all(as_built(QuantizedLinear if type(linear) is QuantizedLinear else nn.Linear, linear) for linear in large)
-        and as_built(nn.Conv1d, *(mixer.conv1d for mixer in mixers))
-        and as_built(nn.Embedding, backbone.embeddings)
-    )
-    if not as_it_was_built:
-        return "its modules are not as they were built"
-    weight = backbone.embeddings.weight
-    # The kernels read them as they would lie in memory.
-    plain = all(type(value) in KINDS and value.is_contiguous() for value in model.parameters())
-    dense = [mixer.x_proj for mixer in mixers] + [linear for linear in large if type(linear) is nn.Linear]
-    if not plain or any(linear.weight.dtype != weight.dtype for linear in dense):
-        return "its parameters are not as they were built"
-    return fused_norm.reason(weight.device, weight.dtype, config.d_model)
-
-
-def logits(model, tokens: Tensor, state: State) -> Tensor:
-    """(b, v) float32 after tokens (b,); changes the state in place. For `reason(model)` None, and without gradients."""
-    backbone = model.backbone
-    dtype = torch.float32 if backbone.residual_in_fp32 else backbone.dtype
-    residual, hidden = embed(tokens, backbone.embeddings.weight, dtype), None
-    counters = fused_product.new_counters(residual.device)
-    for its, own in zip(backbone.layers, state.layers, strict=True):
-        residual, hidden = block(layer_of(its), residual, hidden, *own, own, counters)
-    head = backbone.embeddings.weight if model.lm_head is None else _weight(model.lm_head)
-    return normed_linear(residual, hidden, backbone.norm_f.weight, backbone.norm_f.eps, head)
-
-
 def block(layer: Layer, residual: Tensor, hidden: Tensor | None, conv_state, ssm_state, after, counters: Tensor):
-    """The residual block after residual + hidden, (b, d) each: a residual stream, and what is still to be added to it.
+    """The block of residual + hidden, (b, d) each: the residual stream, and the output that is still to be added to it.
 
-    Either hidden may be None. conv_state (b, k-1, e) and ssm_state (b, e, n) become those of `after`, which may be the
-    same two tensors. counters: see `fused_product.multiply`.
+    Either hidden may be None. The new conv_state (b, k-1, e) and ssm_state (b, e, n) are written to `after`, which may
+    be the same two tensors. counters: see `triton_product.multiply`.
     """
     with launching(residual):
-        if len(residual) <= fused_linear.MOST_ROWS:
+        if len(residual) <= triton_linear.MOST_ROWS:
             return _few_rows(layer, residual, conv_state, ssm_state, *after)
         packed = isinstance(layer.in_proj, Packed) or isinstance(layer.out_proj, Packed)
-        if packed or fused_product.reason(len(residual), layer.norm.dtype):
+        if packed or triton_product.reason(len(residual), layer.norm.dtype):
             return _many_rows(layer, residual, hidden, conv_state, ssm_state, *after)
         return _some_rows(layer, residual, hidden, conv_state, ssm_state, *after, counters)
 
@@ -128,12 +65,12 @@ def block(layer: Layer, residual: Tensor, hidden: Tensor | None, conv_state, ssm
 def normed_linear(residual: Tensor, hidden: Tensor | None, norm: Tensor, eps: float, weight: Tensor | Packed) -> Tensor:
     """weight (v, d) times the norm of residual + hidden, (b, d) each, in float32."""
     with launching(residual):
-        if hidden is None and len(residual) <= fused_linear.MOST_ROWS:
+        if hidden is None and len(residual) <= triton_linear.MOST_ROWS:
             outputs = len(weight.words if isinstance(weight, Packed) else weight)
             products = residual.new_empty(len(residual), outputs, dtype=torch.float32)
-            fused_linear.multiply(residual, weight, None, products, norm=norm, eps=eps)
+            triton_linear.multiply(residual, weight, None, products, norm=norm, eps=eps)
             return products
-        normed, _, _ = fused_norm._forward(residual, hidden, norm, eps, norm.dtype)
+        normed, _, _ = triton_norm._forward(residual, hidden, norm, eps, norm.dtype)
         return F.linear(normed, _dense(weight, norm.dtype)).float()
 
 
@@ -149,36 +86,36 @@ def embed(tokens: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 def _few_rows(layer, residual, conv_state, ssm_state, conv_after, ssm_after):
     b, e, _ = ssm_state.shape
     x, z, y = (layer.norm.new_empty(b, e) for _ in range(3))
-    taken_along = {"norm": layer.norm, "eps": layer.eps}
-    taken_along["convolution"] = (layer.conv, layer.conv_bias, conv_state, conv_after, z)
-    fused_linear.multiply(residual, layer.in_proj, layer.in_bias, x, **taken_along)
+    fusion = {"norm": layer.norm, "eps": layer.eps}
+    fusion["convolution"] = (layer.conv, layer.conv_bias, conv_state, conv_after, z)
+    triton_linear.multiply(residual, layer.in_proj, layer.in_bias, x, **fusion)
     dtbc = residual.new_empty(b, len(layer.x_proj), dtype=torch.float32)
-    fused_linear.multiply(x, layer.x_proj, None, dtbc)
+    triton_linear.multiply(x, layer.x_proj, None, dtbc)
     _recurrence(layer, x, z, dtbc, ssm_state, ssm_after, y)
     total = residual.new_empty(residual.shape)
-    fused_linear.multiply(y, layer.out_proj, layer.out_bias, total, residual=residual)
+    triton_linear.multiply(y, layer.out_proj, layer.out_bias, total, residual=residual)
     return total, None
 
 
 def _some_rows(layer, residual, hidden, conv_state, ssm_state, conv_after, ssm_after, counters):
     b, e, _ = ssm_state.shape
     norm = (layer.norm, layer.eps, layer.norm.dtype)
-    normed, total, _ = fused_norm.sum_and_norm(residual, hidden, *norm, overlap=True)
+    normed, total, _ = triton_norm.sum_and_norm(residual, hidden, *norm, overlap=True)
     x, z, y = (normed.new_empty(b, e) for _ in range(3))
     convolution = (layer.conv, layer.conv_bias, conv_state, conv_after, z)
-    fused_product.multiply(normed, layer.in_proj, layer.in_bias, x, counters, convolution)
+    triton_product.multiply(normed, layer.in_proj, layer.in_bias, x, counters, convolution)
     dtbc = x.new_empty(b, len(layer.x_proj))
-    fused_product.multiply(x, layer.x_proj, None, dtbc, counters)
+    triton_product.multiply(x, layer.x_proj, None, dtbc, counters)
     _recurrence(layer, x, z, dtbc, ssm_state, ssm_after, y)
     hidden = normed.new_empty(normed.shape)
-    fused_product.multiply(y, layer.out_proj, layer.out_bias, hidden, counters)
+    triton_product.multiply(y, layer.out_proj, layer.out_bias, hidden, counters)
     return total, hidden
 
 
 def _many_rows(layer, residual, hidden, conv_state, ssm_state, conv_after, ssm_after):
     b, e, _ = ssm_state.shape
     k = layer.conv.shape[1]
-    normed, total, _ = fused_norm._forward(residual, hidden, layer.norm, layer.eps, layer.norm.dtype)
+    normed, total, _ = triton_norm._forward(residual, hidden, layer.norm, layer.eps, layer.norm.dtype)
     xz = F.linear(normed, _dense(layer.in_proj, normed.dtype), layer.in_bias)
     x, y = xz.new_empty(b, e), xz.new_empty(b, e)
     channels = min(64, power_of_2(e))
@@ -207,7 +144,7 @@ def _dense(weight: Tensor | Packed, dtype: torch.dtype) -> Tensor:
 def _recurrence(layer, x, z, dtbc, ssm_state, ssm_after, y):
     b, e, n = ssm_state.shape
     r = layer.dt_proj.shape[1]
-    few = b <= fused_linear.MOST_ROWS
+    few = b <= triton_linear.MOST_ROWS
     kernel, channels, rows, warps = (_recurrence_kernel, 16, b, 2) if few else (_recurrences_kernel, 32, 16, 4)
     kernel[(blocks_of(e, channels), blocks_of(b, rows))](
         x,

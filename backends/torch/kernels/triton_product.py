@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mamba_core.backends.torch.kernels.fused import (
+from mamba_core.backends.torch.kernels.triton import (
     INTERPRETED,
     after_the_last,
     blocks_of,

@@ -1,7 +1,7 @@
-"""Weights in 8 or 4 bits for decoding: each number a whole one times the scale of its group of columns, symmetric.
+"""Weights in 8 or 4 bits for decoding: each is a whole number times the scale of its group of columns.
 
-A row is stored as words of 32 bits. It is cut into 32 / bits strips of equal length, and a word holds one number of
-each strip, the first strip's in its lowest bits: a thread that reads words side by side needs inputs side by side.
+A row is stored as words of 32 bits. It is cut into 32 / bits strips of equal length. A word holds one number of each
+strip, the first strip's in its lowest bits, so that a thread that reads adjacent words needs adjacent inputs.
 """
 
 import copy
@@ -10,30 +10,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mamba_core.backends.torch.kernels import fused, fused_linear
-from mamba_core.backends.torch.kernels.fused_linear import Packed
+from mamba_core.backends.torch.kernels import triton, triton_linear
+from mamba_core.backends.torch.kernels.triton_linear import Packed
 
 GROUP = 32
 
 
 def quantize(model: nn.Module, bits: int = 8) -> nn.Module:
-    """A model for inference, its in_proj, out_proj and head in 8 or 4 bits; it shares the rest with the model given.
+    """A model for inference with in_proj, out_proj and head in 8 or 4 bits. The rest is shared with `model`.
 
-    On a GPU, few rows are multiplied by the numbers as they are stored; otherwise the weights are brought back first,
-    so that a prompt costs more than with a model that is not quantised. It has no values to save or to train.
+    On a GPU, few rows are multiplied by the stored numbers directly. Otherwise the weights are unpacked first, so a
+    prompt costs more than without quantisation. The quantised model cannot be saved or trained.
 
     Raises:
         ValueError: bits is neither 8 nor 4, or a weight's columns are no multiple of a group in each strip.
-        TypeError: something that is no linear layer is in the place of one.
+        TypeError: in_proj or out_proj of a layer is no `torch.nn.Linear`.
     """
     if bits not in (8, 4):
         raise ValueError(f"bits is {bits!r}; expected 8 or 4")
     head = model.head_weight() if hasattr(model, "head_weight") else None
-    # Parameters are not copied but taken over.
+    # Parameters are shared, not copied.
     quantized = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     for index, block in enumerate(quantized.backbone.layers):
         for name in ("in_proj", "out_proj"):
-            linear = getattr(block.mixer, name)
+            linear = getattr(block.mixer, name, None)
             if type(linear) is not nn.Linear:
                 raise TypeError(f"layer {index} has {type(linear).__name__} for {name}; expected torch.nn.Linear")
             setattr(block.mixer, name, QuantizedLinear(linear.weight, linear.bias, bits))
@@ -43,7 +43,7 @@ def quantize(model: nn.Module, bits: int = 8) -> nn.Module:
 
 
 class QuantizedLinear(nn.Module):
-    """`torch.nn.Linear` of a weight (n, k) in few bits, without gradients of it."""
+    """`torch.nn.Linear` with a weight (n, k) in few bits, which has no gradient."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, bits: int):
         super().__init__()
@@ -59,19 +59,24 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.numel() // max(1, x.shape[-1])
-        plain = torch.is_grad_enabled() or not 0 < rows <= fused_linear.MOST_ROWS
-        if plain or fused.reason(x.device, x.dtype) is not None:
+        plain = torch.is_grad_enabled() or not 0 < rows <= triton_linear.MOST_ROWS
+        if plain or triton.reason(x.device, x.dtype) is not None:
             return F.linear(x, unpack(self.packed, x.dtype), self.bias)
-        return fused_linear.linear(x.reshape(rows, -1), self.packed, self.bias).view(*x.shape[:-1], -1)
+        return triton_linear.linear(x.reshape(rows, -1), self.packed, self.bias).view(*x.shape[:-1], -1)
 
     def extra_repr(self) -> str:
         return f"{self.words.shape[1] * 32 // self.bits}, {len(self.words)}, bits={self.bits}"
 
 
+def stored_weight(linear: nn.Module) -> Tensor | Packed:
+    """The weight of a linear layer as it lies in memory."""
+    return linear.packed if type(linear) is QuantizedLinear else linear.weight
+
+
 def pack(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """The words and the scales of a weight (n, k): see `Packed`.
 
-    The scale makes of the number that is largest in size the least whole one, -2^(bits-1), which has no opposite.
+    The scale maps the number of the largest size to the least whole number, -2^(bits-1), which has no opposite.
     """
     (n, columns), strips = weight.shape, 32 // bits
     if columns % (strips * GROUP):
@@ -87,7 +92,7 @@ def pack(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def unpack(packed: Packed, dtype: torch.dtype) -> Tensor:
-    """The weight (n, k) that is stored."""
+    """The stored weight (n, k)."""
     words, scales, bits, group = packed
     shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
     whole = ((words[:, None] >> shifts[:, None]) & ((1 << bits) - 1)) - (1 << (bits - 1))

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mamba_core.backends.torch.kernels import cuda_scan, fused_conv, native_scan
-from mamba_core.backends.torch.kernels.fused import product
+from mamba_core.backends.torch.kernels import cuda_scan, native_scan, triton_conv
 from mamba_core.backends.torch.kernels.operator import differentiable, is_float, refuse_tangents
+from mamba_core.backends.torch.kernels.triton import product
 
 
 def inner(xz, conv_weight, conv_bias, x_proj, dt_proj, delta_bias, A, D, conv_state, ssm_state, restart):
@@ -97,8 +97,8 @@ def _backward(
         dx_proj = product(ddtbc.mT, conv.flatten(0, 1))
         del conv
         dxz = torch.empty_like(xz)
-        runs = fused_conv.runs_of(restart)
-        dconv_weight, *others = fused_conv.conv_backward(
+        runs = triton_conv.runs_of(restart)
+        dconv_weight, *others = triton_conv.conv_backward(
             dconv, dconv_state, x, conv_weight, conv_bias, conv_state, runs, True, dxz[..., :e], dz
         )
         dconv_bias = others[:-1]
@@ -129,7 +129,7 @@ def _scans(xz):
 
 
 def _conv(x, weight, bias, state, restart):
-    return fused_conv.conv(x, weight, bias, state, fused_conv.runs_of(restart), True)
+    return triton_conv.conv(x, weight, bias, state, triton_conv.runs_of(restart), True)
 
 
 def _split(dtbc, A):

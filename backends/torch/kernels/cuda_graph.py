@@ -1,4 +1,4 @@
-"""Steps of decoding and of training as CUDA graphs: the host launches a step at once, and need not wait for a token."""
+"""Steps of decoding and of training as CUDA graphs: the host launches a whole step at once."""
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -6,19 +6,19 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree
 
 from mamba_core.backend import Carry, Choice
+from mamba_core.backends.torch.private import tree_map
 
-# Tokens that are computed without the host, at most; at first fewer, for short texts.
+# The most tokens that are computed without the host. The first rounds compute fewer, for short texts.
 AT_ONCE = 16
 WARM_UPS = 2
 
 
-class Decoding:
-    """`advance(carry, uniform) -> carry`, captured over arrays of its own, which each replay leaves one token further.
+class CapturedDecoding:
+    """`advance(carry, uniform) -> carry`, captured with its own arrays, which each replay advances by one token.
 
-    What advance returns in the arrays that it was given stays there; the rest is copied to them.
+    Arrays that advance returns as it received them stay where they are; the others are copied into those.
     """
 
     def __init__(self, advance: Callable[[Carry, Tensor | None], Carry], like: Carry, draws: bool):
@@ -28,7 +28,7 @@ class Decoding:
         self._index = torch.zeros(1, dtype=torch.long, device=tokens.device)
         self._choices = _mapped(lambda value: value.new_zeros(AT_ONCE, *value.shape), like.choice)
         self._graph = torch.cuda.CUDAGraph()
-        with _aside(torch.cuda.Stream(tokens.device)):
+        with _on_side_stream(torch.cuda.Stream(tokens.device)):
             for _ in range(WARM_UPS):
                 self._step(advance)
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
@@ -40,7 +40,7 @@ class Decoding:
         done, count, running = 1, 1, None
         while True:
             count = min(2 * count, AT_ONCE, AT_ONCE if limit is None else limit - done)
-            # The device goes on while the host looks at what came before.
+            # The device goes on while the host reads the tokens before.
             started = self._start(done, count, draw) if count > 0 else None
             if running is not None:
                 yield from _each(*running)
@@ -67,28 +67,28 @@ class Decoding:
         self._index.add_(1)
 
 
-class Idle:
-    """What was captured for a model and is not in use: the last of it, for its arrays may be large."""
+class CapturedCache:
+    """The last captured decoding of each model that is not in use. Only one, because its arrays may be large."""
 
     def __init__(self):
         self._kept = WeakKeyDictionary()
 
-    def take(self, model, key, make: Callable[[], Decoding]) -> Decoding:
+    def take(self, model, key, make: Callable[[], CapturedDecoding]) -> CapturedDecoding:
         if model in self._kept and self._kept[model][0] == key:
             return self._kept.pop(model)[1]
-        # What no longer fits gives its memory back before there is another.
+        # The old one, which does not fit, is freed before another is made.
         self._kept.pop(model, None)
         return make()
 
-    def give_back(self, model, key, decoding: Decoding) -> None:
+    def give_back(self, model, key, decoding: CapturedDecoding) -> None:
         self._kept[model] = key, decoding
 
 
-class Repeated:
-    """A function of a tensor that changes what it was made with, such as a training step: captured when it has run.
+class CapturedStep:
+    """A function of a tensor that changes other tensors, such as a training step, captured after its first calls.
 
-    Its first calls with a shape and settings are plain; then it is captured, and each call a replay. What it computes
-    from must lie where it lay: `forget` what was captured when that is not so.
+    The first calls with a shape and settings are plain; then the function is captured, and each call is a replay. The
+    tensors that it reads must stay where they are in memory. If they move, call `forget`.
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor]):
@@ -104,9 +104,9 @@ class Repeated:
             self._key = key
         if self._graph is None and self._calls < WARM_UPS:
             self._calls += 1
-            # One stream, for memory that one has used is no other's.
+            # Always the same stream, because memory that one stream has used is not reused by another.
             self._side = self._side or torch.cuda.Stream(argument.device)
-            with _aside(self._side):
+            with _on_side_stream(self._side):
                 return self._function(argument)
         if self._graph is None:
             self._capture(argument)
@@ -115,7 +115,7 @@ class Repeated:
         return self._result.clone()
 
     def _capture(self, argument):
-        # The graph has memory of its own: what the plain calls leave in the cache would be there twice.
+        # The graph has its own memory, so what the plain calls left in the cache would exist twice.
         torch.cuda.synchronize(argument.device)
         torch.cuda.empty_cache()
         self._argument, self._graph = argument.clone(), torch.cuda.CUDAGraph()
@@ -124,10 +124,10 @@ class Repeated:
 
 
 @contextmanager
-def _aside(side: torch.cuda.Stream):
-    """On that stream in the current one's place: what a capture wants to have run before.
+def _on_side_stream(side: torch.cuda.Stream):
+    """Runs what a capture needs to have run before, on that stream instead of the current one.
 
-    That compiles what is compiled when first used, and leaves nothing that is bound to the current stream.
+    This compiles what is compiled at first use, and leaves nothing bound to the current stream.
     """
     current = torch.cuda.current_stream(side.device)
     side.wait_stream(current)
@@ -147,8 +147,8 @@ def _copy(source, target) -> None:
 
 
 def _mapped(function, *trees):
-    """Trees of torch have None for a leaf."""
-    return _pytree.tree_map(lambda *values: None if values[0] is None else function(*values), *trees)
+    """tree_map that leaves None alone: torch's trees treat None as a leaf."""
+    return tree_map(lambda *values: None if values[0] is None else function(*values), *trees)
 
 
 def _to_host(value: Tensor) -> Tensor:

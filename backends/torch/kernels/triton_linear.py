@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from mamba_core.backends.torch.kernels.fused import (
+from mamba_core.backends.torch.kernels.triton import (
     after_the_last,
     blocks_of,
     jit,

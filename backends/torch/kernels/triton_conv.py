@@ -7,10 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mamba_core.backends.torch.kernels import fused
-from mamba_core.backends.torch.kernels.fused import blocks_of, jit, launching, tl
-from mamba_core.backends.torch.kernels.memory import rows
+from mamba_core.backends.torch.kernels import triton
+from mamba_core.backends.torch.kernels.native_tensors import rows
 from mamba_core.backends.torch.kernels.operator import differentiable, is_float, refuse_tangents
+from mamba_core.backends.torch.kernels.triton import blocks_of, jit, launching, tl
+from mamba_core.call import Call
 
 
 class Walk(NamedTuple):
@@ -30,16 +31,16 @@ FORWARD, BACKWARD = Walk(128, 32, 4), Walk(128, 64, 4)
 WIDEST = 4
 
 
-def reason(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
+def reason(device: torch.device, dtype: torch.dtype | None, width: int | None) -> str | None:
     """Why it cannot run on that device, for x of that dtype and so many taps; None if it can."""
-    if width > WIDEST:
+    if width is not None and width > WIDEST:
         return f"the filter has {width} taps, and it holds at most {WIDEST}"
-    return fused.reason(device, dtype)
+    return triton.reason(device, *([] if dtype is None else [dtype]))
 
 
-def causal_conv(x, weight, bias, activation, state, restart):
-    """(y, final state); the arguments as `causal_conv` is given them, but restart (b, l) bool for the segments."""
-    return _conv(x, weight, bias, state, runs_of(restart), activation == "silu")
+def cuda(x, weight, bias, activation, state, call: Call):
+    """(y, final state), for a call without a mask."""
+    return _conv(x, weight, bias, state, runs_of(call.restart), activation == "silu")
 
 
 def runs_of(restart):
@@ -47,7 +48,7 @@ def runs_of(restart):
     return None if restart is None else restart.cumsum(1, dtype=torch.int32)
 
 
-@torch.library.custom_op("mamba_core::fused_conv", mutates_args=())
+@torch.library.custom_op("mamba_core::triton_conv", mutates_args=())
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, runs: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor]:
@@ -55,7 +56,7 @@ def _forward(
     return conv(x, weight, bias, state, runs, silu)
 
 
-@torch.library.custom_op("mamba_core::fused_conv_backward", mutates_args=())
+@torch.library.custom_op("mamba_core::triton_conv_backward", mutates_args=())
 def _backward(
     dy: Tensor,
     dfinal_state: Tensor | None,

@@ -1,0 +1,50 @@
+"""Task "lm": see `mamba_core.backend.Backend.build`."""
+
+import torch
+from torch import Tensor, nn
+
+from mamba_core.backend import Output, State
+from mamba_core.backends.torch import model
+from mamba_core.backends.torch.ops import linear
+from mamba_core.backends.torch.untouched import untouched
+from mamba_core.kernels import Kernels
+from mamba_core.observe import reporting, unobserved
+
+
+class LanguageModel(model.Model):
+    def __init__(self, config, policy: Kernels):
+        super().__init__(config, policy)
+        self.lm_head = None
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
+
+    def forward(
+        self, input_ids: Tensor, state: State | None = None, *, mask=None, segment_ids=None, observe=None
+    ) -> Output:
+        observe = reporting(observe)
+        hidden, state = self._run(input_ids, state, mask, segment_ids, observe)
+        return Output(observe("logits", self._masked(self.head(hidden), mask)), state)
+
+    def hidden(self, input_ids: Tensor, mask=None) -> Tensor:
+        """The input of the head, zero at masked positions."""
+        hidden, _ = self._run(input_ids, None, mask, None, unobserved)
+        return self._masked(hidden, mask)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits in float32 from the backbone's output."""
+        if (weight := self.head_weight()) is None:
+            return self.lm_head(hidden).float()
+        return linear.head(hidden, weight, self.policy)
+
+    def head_weight(self) -> Tensor | None:
+        """The output projection's weight, or None if the head was replaced."""
+        if self.lm_head is not None:
+            return self.lm_head.weight if untouched(nn.Linear, self.lm_head) else None
+        embeddings = self.backbone.embeddings
+        if (weight := getattr(embeddings, "weight", None)) is not None:
+            return weight
+        # A module in the embedding's place that shows no table is asked for every row.
+        return embeddings(torch.arange(self.config.padded_vocab_size, device=self.device))
+
+
+Model = LanguageModel

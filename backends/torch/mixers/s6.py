@@ -1,0 +1,160 @@
+"""What mixers that are like Mamba-1's share: functions of a mixer module with its parameters."""
+
+import torch
+from torch import Tensor, nn
+
+from mamba_core.backend import LayerState
+from mamba_core.backends.torch.kernels import native_step
+from mamba_core.backends.torch.kernels.operator import KINDS
+from mamba_core.backends.torch.mixers import Options
+from mamba_core.backends.torch.ops import causal_conv, fused_mixer, linear, selective_scan
+from mamba_core.backends.torch.quantization import QuantizedLinear, stored_weight
+from mamba_core.backends.torch.untouched import untouched
+from mamba_core.call import Call
+
+
+def add_parameters(mixer: nn.Module, config, options: Options) -> None:
+    """Gives the mixer the layers and parameters of Mamba-1, and its kernels."""
+    d, e, n, k, r = config.d_model, config.d_inner, config.d_state, config.d_conv, config.dt_rank_size
+    mixer.kernels = options.kernels
+    mixer.width, mixer.sizes = 2 * e, (r, n, n)
+    mixer.in_proj = nn.Linear(d, 2 * e, bias=config.bias)
+    mixer.conv1d = nn.Conv1d(e, e, k, groups=e, padding=k - 1, bias=config.conv_bias)
+    mixer.x_proj = nn.Linear(e, r + 2 * n, bias=False)
+    mixer.dt_proj = nn.Linear(r, e)
+    mixer.A_log = nn.Parameter(torch.empty(e, n))
+    mixer.D = nn.Parameter(torch.empty(e))
+    mixer.out_proj = nn.Linear(e, d, bias=config.bias)
+
+
+# --- the parts of a forward, in their order ------------------------------------------------------
+
+
+def project(mixer, name: str, value: Tensor) -> Tensor:
+    """The output of the mixer's linear layer of that name."""
+    return linear.call(getattr(mixer, name), value, mixer.kernels.of("linear"))
+
+
+def convolve(mixer, x: Tensor, state: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """The convolution with its SiLU, (b, l, e), and its state."""
+    weight, bias = mixer.conv1d.weight[:, 0], mixer.conv1d.bias
+    if call.one:
+        y, state = causal_conv.causal_conv_step(x[:, 0], weight, bias, activation="silu", state=state)
+        return call.observe("conv", y[:, None]), state
+    kernel = mixer.kernels.of("causal_conv")
+    y, state = causal_conv.conv(call, x, weight, bias, activation="silu", initial_state=state, kernel=kernel)
+    return call.observe("conv", y), state
+
+
+def select(mixer, x: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """dt (b, l, r), B and C (b, l, n), which depend on the input."""
+    dt, B, C = call.observe("x_proj", project(mixer, "x_proj", x)).split(mixer.sizes, dim=-1)
+    return call.observe("dt", dt), call.observe("B", B), call.observe("C", C)
+
+
+def step_sizes(mixer, dt: Tensor, call: Call) -> Tensor:
+    """(b, l, e) without the bias of dt_proj, which the scan adds in float32 before the softplus."""
+    delta = linear.linear(dt, mixer.dt_proj.weight, kernel=mixer.kernels.of("linear"))
+    return call.observe("dt_proj", delta)
+
+
+def recur(mixer, x, delta, B, C, z, delta_bias, state: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """The scan, (b, l, e), with its gate if z is there, and its state."""
+    A, options = -torch.exp(mixer.A_log), {"delta_bias": delta_bias, "delta_softplus": True}
+    if call.one:
+        gate = None if z is None else z[:, 0]
+        one = (x[:, 0], delta[:, 0], A, B[:, 0], C[:, 0], mixer.D)
+        y, state = selective_scan.selective_step(*one, z=gate, **options, state=state)
+        return call.observe("scan", y[:, None]), state
+    kernel = mixer.kernels.of("selective_scan")
+    y, state = selective_scan.scan(call, x, delta, A, B, C, mixer.D, z=z, **options, initial_state=state, kernel=kernel)
+    return call.observe("scan", y), state
+
+
+# --- one operator between in_proj and out_proj ---------------------------------------------------
+
+
+def is_fused(mixer, xz: Tensor, call: Call) -> bool:
+    """Whether `fused` computes here what Mamba-1's mixer does between in_proj and out_proj."""
+    if call.mask is not None or call.observed:
+        return False
+    weight = mixer.conv1d.weight
+    return (
+        fused_mixer.is_fused(mixer.kernels, xz, weight.shape[-1], mixer.A_log.shape[1])
+        and untouched(nn.Linear, mixer.x_proj, mixer.dt_proj)
+        and untouched(nn.Conv1d, mixer.conv1d)
+    )
+
+
+def fused(mixer, xz: Tensor, state: LayerState, call: Call) -> tuple[Tensor, LayerState]:
+    """y (b, l, e), and the state."""
+    y, conv, ssm = fused_mixer.KERNELS["triton"](
+        xz,
+        mixer.conv1d.weight[:, 0],
+        mixer.conv1d.bias,
+        mixer.x_proj.weight,
+        mixer.dt_proj.weight,
+        mixer.dt_proj.bias,
+        -torch.exp(mixer.A_log),
+        mixer.D,
+        state.conv,
+        state.ssm,
+        call.restart,
+    )
+    return y, LayerState(conv, ssm)
+
+
+# --- the last position alone ---------------------------------------------------------------------
+
+
+def can_compute_last_only(mixer, hidden: Tensor) -> bool:
+    """Whether the gates of all positions but the last may be skipped. In bfloat16 that would round before the gate."""
+    return (
+        hidden.shape[1] > 1
+        and hidden.is_cpu
+        and hidden.dtype is torch.float32
+        and untouched(type(mixer), mixer)
+        and untouched(nn.Linear, mixer.in_proj, mixer.out_proj)
+        and type(mixer.in_proj.weight) in KINDS
+    )
+
+
+def project_for_last(mixer, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """in_proj in two parts: x of all positions, and z of the last position."""
+    (to_x, to_z), bias = mixer.in_proj.weight.chunk(2), mixer.in_proj.bias
+    x_bias, z_bias = (None, None) if bias is None else bias.chunk(2)
+    kernel = mixer.kernels.of("linear")
+    z = linear.linear(hidden[:, -1:], to_z, z_bias, kernel=kernel)
+    return linear.linear(hidden, to_x, x_bias, kernel=kernel), z
+
+
+# --- for the ways: the weights that they read without calling the mixer's layers -----------------
+
+
+def native_operands(mixer) -> native_step.Operands | None:
+    """For the way native_step; None if a layer was changed."""
+    in_proj, x_proj, dt_proj, out_proj = mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj
+    conv = mixer.conv1d
+    if not (untouched(nn.Linear, in_proj, x_proj, dt_proj, out_proj) and untouched(nn.Conv1d, conv)):
+        return None
+    if x_proj.bias is not None:
+        return None
+    return native_step.Operands(
+        *(in_proj.weight, in_proj.bias, conv.weight, conv.bias, x_proj.weight, out_proj.weight, out_proj.bias),
+        *(dt_proj.weight, dt_proj.bias, mixer.A_log, mixer.D),
+    )
+
+
+def cuda_operands(mixer) -> tuple | None:
+    """For the way cuda_step, as `kernels.triton_step.Layer` after the norm; None if a layer was changed."""
+    in_proj, x_proj, dt_proj, out_proj = mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj
+    if not (untouched(nn.Linear, x_proj, dt_proj) and untouched(nn.Conv1d, mixer.conv1d)) or x_proj.bias is not None:
+        return None
+    for large in (in_proj, out_proj):
+        if not untouched(QuantizedLinear if type(large) is QuantizedLinear else nn.Linear, large):
+            return None
+    return (
+        *(stored_weight(in_proj), in_proj.bias, mixer.conv1d.weight[:, 0], mixer.conv1d.bias),
+        *(x_proj.weight, dt_proj.weight, dt_proj.bias, mixer.A_log, mixer.D),
+        *(stored_weight(out_proj), out_proj.bias),
+    )

@@ -1,0 +1,21 @@
+"""The ops, a file each: an op's plain form, its kernels by name, and the choice of one."""
+
+import torch
+
+from mamba_core import discovery
+from mamba_core.backends.torch.arrays import devices
+from mamba_core.kernels import Kernels, choose
+
+FOLDER = "backends.torch.ops"
+
+
+def kernels(device: str | None = None, dtype: torch.dtype | None = None) -> dict[str, dict[str, str | None]]:
+    """Op -> its kernels, fastest first: None for one that runs on the device, else why it does not."""
+    device = torch.device(device or devices()[0])
+    return {op: module.kernels(device, dtype) for op, module in discovery.modules(FOLDER).items()}
+
+
+def chosen(policy: Kernels, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """Op -> the kernel that a model with that policy uses on that device, in that dtype."""
+    modules = discovery.modules(FOLDER)
+    return {op: choose(policy.of(op), module.kernels(device, dtype), op) for op, module in modules.items()}

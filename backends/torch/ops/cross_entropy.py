@@ -1,0 +1,34 @@
+"""The mean cross-entropy of a head's logits, with the head or after it."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mamba_core.backends.torch.kernels import triton, triton_loss
+from mamba_core.backends.torch.kernels.triton import linear_dtype
+from mamba_core.backends.torch.kernels.triton_loss import IGNORED
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """The mean over the targets (b, l) that are not IGNORED; logits (b, l, v)."""
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+
+
+def fuses_head(kernel: str, weight: Tensor) -> bool:
+    """Whether the product with the head's weight is computed with the loss."""
+    return kernel in ("auto", "triton") and triton.reason(weight.device, weight.dtype) is None
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """`cross_entropy` of the logits of hidden (b, l, d), which never stand in memory at once."""
+    hidden = hidden.flatten(0, 1).to(linear_dtype(weight))
+    return triton_loss.linear_cross_entropy(hidden, weight, targets.flatten()) / (targets != IGNORED).sum()
+
+
+def kernels(device: torch.device, dtype: torch.dtype | None = None) -> dict[str, str | None]:
+    """Fastest first, for weights of that dtype: None for a kernel that runs there, else why not."""
+    return {"triton": triton.reason(device, *([] if dtype is None else [dtype])), "plain": None}
+
+
+# Fastest first.
+KERNELS = {"triton": linear_cross_entropy, "plain": cross_entropy}

@@ -1,0 +1,39 @@
+"""Linear layers, and the product of the head."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mamba_core.backends.torch.kernels import native_step, onednn_linear
+from mamba_core.backends.torch.untouched import untouched
+from mamba_core.kernels import Kernels
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, kernel: str = "auto") -> Tensor:
+    """As `F.linear`."""
+    if kernel != "plain" and onednn_linear.runs(x, weight):
+        return onednn_linear.linear(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def call(layer: nn.Module, x: Tensor, kernel: str = "auto") -> Tensor:
+    """layer(x), by the same kernels if the layer is an untouched `nn.Linear`."""
+    if onednn_linear.ONEDNN_IS_FASTER and untouched(nn.Linear, layer):
+        return linear(x, layer.weight, layer.bias, kernel=kernel)
+    return layer(x)
+
+
+def head(hidden: Tensor, weight: Tensor, policy: Kernels) -> Tensor:
+    """Logits in float32. Those of one position are a native step where blocks are."""
+    if policy.of("block_step") in ("auto", "native") and native_step.head_reason(hidden, weight) is None:
+        return native_step.head(hidden, weight)
+    return linear(hidden, weight, kernel=policy.of("linear")).float()
+
+
+def kernels(device: torch.device, dtype: torch.dtype | None = None) -> dict[str, str | None]:
+    """Fastest first, for arrays of that dtype: None for a kernel that runs there, else why not."""
+    return {"onednn": onednn_linear.reason(device, dtype), "plain": None}
+
+
+# Fastest first.
+KERNELS = {"onednn": onednn_linear.linear, "plain": F.linear}

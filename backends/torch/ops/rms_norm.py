@@ -1,0 +1,49 @@
+"""The RMS norm, and the sum of a residual block together with the norm of the next."""
+
+import torch
+from torch import Tensor
+
+from mamba_core.backends.torch.kernels import native_norm, native_tensors, triton_norm
+from mamba_core.backends.torch.kernels.triton import linear_dtype
+from mamba_core.kernels import Kernels
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight in float32, returned in the dtype of the weight."""
+    x = x.float()
+    scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return (x * scale * weight.float()).to(weight.dtype)
+
+
+def kernels(device: torch.device, dtype: torch.dtype | None = None, size: int = 0) -> dict[str, str | None]:
+    """Fastest first, for weights of that dtype and size: None for a kernel that runs there, else why not."""
+    reasons = {"native": native_tensors.reason(device, dtype), "triton": triton_norm.reason(device, dtype, size)}
+    return dict.fromkeys(KERNELS) | reasons
+
+
+def fused_kernel(policy: Kernels, residual: Tensor, weight: Tensor) -> str | None:
+    """The kernel that adds and norms such a residual stream in one pass; None if the plain form is to be used."""
+    asked = policy.of("rms_norm")
+    if asked in ("auto", "native") and native_norm.reason(residual, weight) is None:
+        return "native"
+    if asked in ("auto", "triton") and triton_norm.reason(residual.device, residual.dtype, len(weight)) is None:
+        return None if triton_norm.reason(weight.device, weight.dtype, len(weight)) else "triton"
+    return None
+
+
+def add_norm(residual: Tensor, hidden: Tensor | None, weight: Tensor, eps: float, kernel: str) -> tuple[Tensor, Tensor]:
+    """(the norm of residual + hidden in the dtype in which a linear is computed, that sum); hidden may be None."""
+    return KERNELS[kernel](residual, hidden, weight, eps)
+
+
+def _triton(residual, hidden, weight, eps):
+    return triton_norm.add_norm(residual, hidden, weight, eps, linear_dtype(weight))
+
+
+def _plain(residual, hidden, weight, eps):
+    total = residual if hidden is None else residual + hidden
+    return rms_norm(total, weight, eps), total
+
+
+# Fastest first.
+KERNELS = {"native": native_norm.add_norm, "triton": _triton, "plain": _plain}

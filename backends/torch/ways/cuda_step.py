@@ -1,0 +1,95 @@
+"""One position of consecutive Mamba-1 blocks, or of a language model, in Triton and in the memory of the states."""
+
+import torch
+from torch import Tensor, nn
+
+from mamba_core.backend import State
+from mamba_core.backends.torch.blocks import Block, RMSNorm
+from mamba_core.backends.torch.kernels import triton_norm, triton_product, triton_step
+from mamba_core.backends.torch.kernels.operator import KINDS
+from mamba_core.backends.torch.quantization import QuantizedLinear, stored_weight
+from mamba_core.backends.torch.untouched import untouched
+from mamba_core.backends.torch.ways import Taken, own
+from mamba_core.call import Call
+
+RANK = 20
+
+
+def take(blocks, residual, states, call) -> Taken | str:
+    if not (call.one and call.plain and call.in_place) or call.observed:
+        return "it computes one position, unobserved and without a gradient, in the memory of its states"
+    layers = []
+    for block in blocks:
+        if type(layer := _layer(block)) is str:
+            break
+        layers.append(layer)
+    if not layers:
+        return layer
+
+    def run(residual, pending, states):
+        residual = residual if pending is None else residual + pending
+        shape, residual, pending = residual.shape, residual[:, 0], None
+        counters = triton_product.new_counters(residual.device)
+        for layer, state in zip(layers, states, strict=True):
+            residual, pending = triton_step.block(layer, residual, pending, *state, state, counters)
+        return residual.view(shape), None if pending is None else pending.view(shape), states
+
+    return Taken(len(layers), run)
+
+
+def reason(model) -> str | None:
+    """Why `logits` cannot compute a position of this language model; None if it can."""
+    backbone = model.backbone
+    if not (untouched(nn.Embedding, backbone.embeddings) and untouched(RMSNorm, backbone.norm_f)):
+        return "its embedding or its final norm was changed"
+    if model.lm_head is not None and not untouched(_linear_kind(model.lm_head), model.lm_head):
+        return "its head was changed"
+    for block in backbone.layers:
+        if type(layer := _layer(block)) is str:
+            return layer
+    weight = backbone.embeddings.weight
+    if type(model.lm_head) is nn.Linear and model.lm_head.weight.dtype != weight.dtype:
+        return "its parameters have several dtypes"
+    if any(block.norm.weight.dtype != weight.dtype for block in backbone.layers):
+        return "its parameters have several dtypes"
+    # The kernels read them as they lie in memory.
+    if not all(type(value) in KINDS and value.is_contiguous() for value in model.parameters()):
+        return "its parameters have another class or layout in memory"
+    return triton_norm.reason(weight.device, weight.dtype, weight.shape[1])
+
+
+def logits(model, tokens: Tensor, state: State) -> Tensor:
+    """(b, v) float32 after tokens (b,), in the memory of the state. For `reason(model)` None, and without gradients."""
+    backbone, norm = model.backbone, model.backbone.norm_f
+    weight = backbone.embeddings.weight
+    residual = triton_step.embed(tokens, weight, torch.float32 if backbone.residual_in_fp32 else backbone.dtype)
+    step = take(list(backbone.layers), residual[:, None], state.layers, Call(one=True, in_place=True))
+    residual, pending, _ = step.run(residual[:, None], None, state.layers)
+    pending = None if pending is None else pending[:, 0]
+    head = weight if model.lm_head is None else stored_weight(model.lm_head)
+    return triton_step.normed_linear(residual[:, 0], pending, norm.weight, norm.eps, head)
+
+
+def _layer(block) -> triton_step.Layer | str:
+    if not untouched(Block, block) or block.feed_forward is not None:
+        return "the block was changed, or has a feed-forward"
+    mixer, norm = block.mixer, block.norm
+    if (read := own(mixer, "cuda_step")) is None:
+        return f"{type(mixer).__name__} was not written for it"
+    if not (untouched(type(mixer), mixer) and untouched(RMSNorm, norm)):
+        return "the norm or the mixer was changed"
+    if mixer.kernels.of("block_step") not in ("auto", "cuda"):
+        return f"kernels has {mixer.kernels.of('block_step')!r} for block_step"
+    if (operands := read(mixer)) is None:
+        return "a layer of the mixer was changed"
+    if (why := triton_norm.reason(norm.weight.device, norm.weight.dtype, len(norm.weight))) is not None:
+        return why
+    layer = triton_step.Layer(norm.weight, norm.eps, *operands)
+    dense = [value for value in (layer.in_proj, layer.x_proj, layer.dt_proj, layer.out_proj) if type(value) in KINDS]
+    if any(value.dtype != norm.weight.dtype or not value.is_contiguous() for value in dense):
+        return "its parameters have another dtype or layout in memory"
+    return layer
+
+
+def _linear_kind(linear) -> type:
+    return QuantizedLinear if type(linear) is QuantizedLinear else nn.Linear

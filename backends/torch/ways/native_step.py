@@ -1,0 +1,53 @@
+"""One position of consecutive Mamba-1 blocks in one native call on a CPU."""
+
+from mamba_core.backend import LayerState
+from mamba_core.backends.torch.blocks import Block, RMSNorm
+from mamba_core.backends.torch.kernels import native_step
+from mamba_core.backends.torch.untouched import untouched
+from mamba_core.backends.torch.ways import Taken, own
+
+RANK = 10
+
+
+def take(blocks, residual, states, call) -> Taken | str:
+    if not (call.one and call.plain) or call.observed:
+        return "it computes one position that counts, unobserved"
+    if (why := native_step.reason(residual)) is not None:
+        return why
+    tensors, eps = [], []
+    for block, state in zip(blocks, states, strict=True):
+        if type(operands := _operands(block)) is str:
+            why = operands
+            break
+        norm = block.norm
+        found = native_step.block_tensors(norm.weight, operands, state, residual.shape[0])
+        if found is None or len(norm.weight) != residual.shape[-1]:
+            why = "its parameters or states have another dtype, shape or layout in memory"
+            break
+        if tensors and not native_step.same_sizes(found, tensors):
+            break
+        tensors += found
+        eps.append(norm.eps)
+    if not eps:
+        return why
+
+    def run(residual, pending, states):
+        residual = residual if pending is None else residual + pending
+        residual, *after = native_step.blocks(residual, tensors, eps)
+        return residual, None, tuple(LayerState(*after[k : k + 2]) for k in range(0, len(after), 2))
+
+    return Taken(len(eps), run)
+
+
+def _operands(block) -> native_step.Operands | str:
+    if not untouched(Block, block) or block.feed_forward is not None:
+        return "the block was changed, or has a feed-forward"
+    mixer = block.mixer
+    if (read := own(mixer, "native_step")) is None:
+        return f"{type(mixer).__name__} was not written for it"
+    if not (untouched(type(mixer), mixer) and untouched(RMSNorm, block.norm)):
+        return "the norm or the mixer was changed"
+    if mixer.kernels.of("block_step") not in ("auto", "native"):
+        return f"kernels has {mixer.kernels.of('block_step')!r} for block_step"
+    operands = read(mixer)
+    return "a layer of the mixer was changed" if operands is None else operands
