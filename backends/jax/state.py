@@ -4,30 +4,31 @@ import jax
 import jax.numpy as jnp
 
 from mamba_core.backend import LayerState, State
+from mamba_core.call import Call
 
 
 def init_state(config, batch: int, dtype: str) -> State:
-    """Before the first position: zeros, which JAX moves to where the model is."""
+    """The state before the first position: zeros, which JAX moves to where the model is."""
     conv = jnp.zeros((batch, config.d_conv - 1, config.d_inner), dtype)
     ssm = jnp.zeros((batch, config.d_inner, config.d_state), jnp.float32)
     return State((LayerState(conv, ssm),) * config.n_layer, jnp.zeros(batch, jnp.int32))
 
 
-def entering(state: State, mask: jax.Array | None, segment_ids: jax.Array | None) -> tuple:
+def entering(state: State, call: Call) -> tuple:
     """The layers' states that the first position sees: zero in the rows that begin another segment."""
-    if segment_ids is None or segment_ids.shape[1] == 0:
+    if call.segment_ids is None or call.segment_ids.shape[1] == 0:
         return state.layers
-    first, counts = _first_counting(mask, segment_ids)
+    first, counts = _first_counting(call.mask, call.segment_ids)
     keep = ~counts | (first == state.segment)
     return jax.tree.map(lambda value: _rows(keep, value), state.layers)
 
 
-def leaving(layers: tuple, state: State, mask: jax.Array | None, segment_ids: jax.Array | None) -> State:
+def leaving(layers: tuple, state: State, call: Call) -> State:
     """The state after the last position, with the segment that it is in."""
-    if segment_ids is None or segment_ids.shape[1] == 0:
+    if call.segment_ids is None or call.segment_ids.shape[1] == 0:
         return State(layers, state.segment)
-    flipped = None if mask is None else mask[:, ::-1]
-    last, counts = _first_counting(flipped, segment_ids[:, ::-1])
+    flipped = None if call.mask is None else call.mask[:, ::-1]
+    last, counts = _first_counting(flipped, call.segment_ids[:, ::-1])
     return State(layers, jnp.where(counts, last, state.segment).astype(jnp.int32))
 
 

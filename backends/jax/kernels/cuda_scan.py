@@ -11,8 +11,8 @@ import numpy as np
 
 from mamba_core.backends import gpu
 from mamba_core.backends.gpu import nvrtc
-from mamba_core.backends.jax.kernels.launch import capability, device, launch, takes_cubin
-from mamba_core.backends.jax.kernels.operator import Kernel, differentiable, given
+from mamba_core.backends.jax.kernels.cuda_launch import capability, device, launch, takes_cubin
+from mamba_core.backends.jax.kernels.operator import Kernel, differentiable, present
 
 CUDA = Kernel("cuda", "cuda", "an NVIDIA GPU")
 ARGUMENTS = ("x", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state", "mask", "restart")
@@ -55,7 +55,7 @@ def beside(plain: Callable) -> Callable:
 
 
 def _forward(returned, *arrays, keep, delta_softplus):
-    named = dict(zip(ARGUMENTS, map(given, arrays), strict=True))
+    named = dict(zip(ARGUMENTS, map(present, arrays), strict=True))
     scan = _plan(named, delta_softplus, named["initial_state"], keep=keep)
     found = _run(scan, named | {"begin": _padded(named["initial_state"], scan)})
     kept = found["kept"] if keep else jnp.zeros(0, jnp.float32)
@@ -64,7 +64,7 @@ def _forward(returned, *arrays, keep, delta_softplus):
 
 def _backward(returned, *arrays, delta_softplus):
     *arrays, kept, dy, dfinal_state = arrays
-    named = dict(zip(ARGUMENTS, map(given, arrays), strict=True))
+    named = dict(zip(ARGUMENTS, map(present, arrays), strict=True))
     scan = _plan(named, delta_softplus, dfinal_state, backward=True)
     found = _run(scan, named | {"begin": _padded(dfinal_state, scan), "kept": kept, "dy": dy})
     sums = {name: found[f"{name}_sum"] for name in ("dA", "dB", "dC", "dD", "ddelta_bias") if f"{name}_sum" in found}

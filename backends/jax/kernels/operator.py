@@ -35,6 +35,8 @@ class Kernel(NamedTuple):
 
 
 NATIVE = Kernel("native", "cpu", "a CPU")
+# Kernels of one platform -> its devices.
+HOMES = {"native": "cpu", "cuda": "gpu", "pallas": "tpu"}
 
 
 def reason(device: str, dtype=None) -> str | None:
@@ -206,7 +208,7 @@ def differentiable(
         return [_like(value) for value in arrays[: len(floats)]]
 
     def run_plain(options, *arrays):
-        return plain(*map(given, arrays), **options)
+        return plain(*map(present, arrays), **options)
 
     def plain_forward(*arrays, keep, **options):
         run = functools.partial(run_plain, options)
@@ -257,7 +259,8 @@ def _as_arrays(arguments):
     return [ABSENT if value is None else value for value in arguments]
 
 
-def given(value):
+def present(value):
+    """The array, or None where it stands for an absent argument."""
     return None if value.shape == ABSENT.shape else value
 
 

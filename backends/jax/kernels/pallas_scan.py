@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from mamba_core.backends.jax.kernels.operator import Kernel, differentiable, given
+from mamba_core.backends.jax.kernels.operator import Kernel, differentiable, present
 
 PALLAS = Kernel("pallas", "tpu", "a TPU", exported=True)
 ARGUMENTS = ("x", "step", "A", "B", "C", "initial_state", "mask", "restart")
@@ -59,7 +59,7 @@ def _boundaries(x, step, A, *_):
 
 
 def _forward(interpret, returned, *arrays, keep):
-    x, step, A, B, C, h0, _, restart = map(given, arrays)
+    x, step, A, B, C, h0, _, restart = map(present, arrays)
     plan = _Plan(x.shape, A.shape[1])
     inputs = [*plan.inputs(x, step, A, B, C, restart), (plan.state, plan.padded_state(h0))]
     outputs = [(plan.sequence, plan.shape), (plan.state, plan.state_shape)]
@@ -73,7 +73,7 @@ def _forward(interpret, returned, *arrays, keep):
 
 def _backward(interpret, returned, *arrays):
     *arrays, boundaries, dlinear, dh = arrays
-    x, step, A, B, C, _, _, restart = map(given, arrays)
+    x, step, A, B, C, _, _, restart = map(present, arrays)
     plan = _Plan(x.shape, A.shape[1], reverse=True)
     inputs = [
         *plan.inputs(x, step, A, B, C, restart),

@@ -10,8 +10,8 @@ import optax
 from flax import nnx
 
 from mamba_core.backends.jax.arrays import from_numpy
-from mamba_core.backends.jax.loss import linear_cross_entropy
-from mamba_core.backends.jax.weights import canonical, named, path, place, transposed
+from mamba_core.backends.jax.ops.cross_entropy import linear_cross_entropy
+from mamba_core.backends.jax.weights import canonical, entering, named, path, place
 from mamba_core.spec.checks import check_targets, check_task
 from mamba_core.spec.params import parameter_table
 
@@ -48,21 +48,21 @@ class Trainer:
         check_task(model.config, "training")
         self.model = model
         self.settings = settings
-        self._look()
+        self._compile()
         parameters = named(model, nnx.state(model, nnx.Param))
         self.moments = _optimizer(model.config, settings).init(_float32(parameters))
         self._begin(0)
 
     def step(self, tokens) -> tuple[float, float]:
-        """The model must keep its modules: to look through them takes the host as long as a step takes a GPU."""
+        """The model must keep its modules: looking for others would take the host as long as a step takes a GPU."""
         if self.model is not self.seen or self.model.remat != self.remat:
-            self._look()
+            self._compile()
         tokens, rate = from_numpy(tokens, device=self.model.device), self.settings.rate(self.count)
-        variables = {name: getattr(*its) for name, its in self.places.items()}
-        values = {name: its.get_raw_value() for name, its in variables.items()}
+        variables = {name: getattr(*place) for name, place in self.places.items()}
+        values = {name: variable.get_raw_value() for name, variable in variables.items()}
         found, values, self.moments = self.update(values, self.others, self.moments, tokens, rate)
-        for name, its in variables.items():
-            its.set_value(values[name])
+        for name, variable in variables.items():
+            variable.set_value(values[name])
         self.count += 1
         value, norm = np.asarray(found).tolist()
         return value, norm
@@ -79,7 +79,7 @@ class Trainer:
         moments = {key: self._moments(prefix, state) for prefix, key in _MOMENTS.items()}
         self._begin(int(state["step"]), **moments)
 
-    def _look(self):
+    def _compile(self):
         """Compiles for the model's modules as they are."""
         places = {path(self.model, name): name for name in parameter_table(self.model.config)}
         graph, _, self.others = nnx.split(self.model, lambda place, _: place in places, ...)
@@ -96,7 +96,7 @@ class Trainer:
     def _moments(self, prefix, state) -> dict[str, jax.Array]:
         values = {name: np.asarray(state[f"{prefix}.{name}"]) for name in parameter_table(self.model.config)}
         return {
-            name: from_numpy(transposed(self.model, name, value), dtype="float32", device=self.model.device)
+            name: from_numpy(entering(self.model, name, value), dtype="float32", device=self.model.device)
             for name, value in values.items()
         }
 
