@@ -75,6 +75,9 @@ def _info(name: str) -> BackendInfo:
         backend = get(name)
         package = PACKAGES.get(name, (None,))[0]
         found = version(package) if package else None
-        return BackendInfo(name, found, tuple(backend.devices()), backend.kernels(), None)
+        # TODO(core): the kernels of every op. A backend that answers by op is asked for those of the scan.
+        kernels = backend.kernels()
+        kernels = kernels.get("selective_scan", kernels)
+        return BackendInfo(name, found, tuple(backend.devices()), kernels, None)
     except ImportError as error:
         return BackendInfo(name, None, (), {}, str(error))

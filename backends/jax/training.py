@@ -89,7 +89,7 @@ class Trainer:
 
     def _begin(self, count, **moments):
         self.count = count
-        # Placed where the step will leave it; otherwise the second step compiles again.
+        # On the device where the step leaves it; otherwise the second step compiles again.
         placed = from_numpy(count, dtype="int32", device=self.model.device)
         self.moments = optax.tree_utils.tree_set(self.moments, count=placed, **moments)
 
@@ -116,7 +116,7 @@ def _optimizer(config, s) -> optax.GradientTransformation:
 
 @functools.lru_cache(maxsize=8)
 def _compiled(graph, places, config, settings):
-    """The update of the model with that graph, whose parameters stand at places: (place, name) of each."""
+    """The update of the model with that graph. places: (path, canonical name) of each parameter."""
 
     @functools.partial(jax.jit, donate_argnames=("values", "moments"))
     def update(values, others, moments, tokens, rate):

@@ -44,7 +44,8 @@ def _weight_of_conv(value):
     return np.moveaxis(value, (-1, -2), (0, 1))
 
 
-# Of flax's classes. Another class names its leaf by an attribute `weight_leaf`; that weight keeps the table's axes.
+# Of flax's classes. Another class names its leaf by an attribute `weight_leaf`. Its weight has the axes that a class of
+# flax before it in the order of inheritance has, or those of the table.
 WEIGHTS = {
     nnx.Linear: Weight("kernel", _transposed, _transposed),
     nnx.Conv: Weight("kernel", _kernel_of_conv, _weight_of_conv),
@@ -114,11 +115,11 @@ def _keys(name: str) -> list[str | int]:
 def _weight(model: Model, name: str) -> Weight:
     """The weight of the module that a canonical name means."""
     kind = type(_module(model, _keys(name)[:-1]))
+    if kind in WEIGHTS:
+        return WEIGHTS[kind]
     if (leaf := getattr(kind, "weight_leaf", None)) is not None:
-        return Weight(leaf)
-    for ancestor in kind.__mro__:
-        if ancestor in WEIGHTS:
-            return WEIGHTS[ancestor]
+        ancestor = next((WEIGHTS[other] for other in kind.__mro__ if other in WEIGHTS), Weight(leaf))
+        return ancestor._replace(leaf=leaf)
     raise TypeError(
         f"{name.removesuffix('.weight')} is {kind.__name__}, and nobody knows which of its parameters the weight is; "
         "give the class an attribute `weight_leaf` with that name, or put the original module back"

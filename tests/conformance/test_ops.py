@@ -28,9 +28,16 @@ def test_every_kernel_equals_the_recurrence(backend, data):
 
 def check_kernel(backend, data, drawn_lengths):
     for op, cases in (("selective_scan", scan_cases), ("causal_conv", conv_cases)):
-        kernel = data.draw(st.sampled_from([name for name, reason in backend.kernels()[op].items() if reason is None]))
+        runnable = [name for name, reason in kernels_of(backend, op).items() if reason is None]
+        kernel = data.draw(st.sampled_from(runnable))
         case = data.draw(cases(drawn_lengths))
         check(backend, op, case._replace(options=case.options | {"kernel": kernel}), [Piece()], kernel)
+
+
+def kernels_of(backend, op):
+    """TODO(core): all backends answer by op, and this function goes."""
+    found = backend.kernels()
+    return found.get(op, found)
 
 
 def call(backend, op, arrays, options):

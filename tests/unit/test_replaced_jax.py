@@ -5,13 +5,18 @@ import pytest
 
 import mamba_core as mc
 from mamba_core import registry
+from mamba_core.backends import native
 from mamba_core.spec.tolerances import relative_l2
 
 jax = pytest.importorskip("jax")
 nnx = pytest.importorskip("flax.nnx")
 jnp = jax.numpy
 
-from mamba_core.backends.jax import weights  # noqa: E402 (after the packages that it needs)
+from mamba_core.backend import LayerState  # noqa: E402 (after the packages that they need)
+from mamba_core.backends.jax import weights  # noqa: E402
+from mamba_core.backends.jax.blocks import Options, RMSNorm  # noqa: E402
+from mamba_core.backends.jax.mixers import s6  # noqa: E402
+from mamba_core.backends.jax.ops.rms_norm import rms_norm as normalised  # noqa: E402
 
 CONFIG = mc.MambaConfig(d_model=16, n_layer=2, vocab_size=24, initializer_range=0.3)
 UNTIED = mc.MambaConfig(d_model=16, n_layer=1, vocab_size=24, initializer_range=0.3, tie_embeddings=False)
@@ -166,6 +171,8 @@ def test_explain_names_each_run_of_layers():
     wrapped = model.backbone.layers[2]
     wrapped.mixer = Wrapped(wrapped.mixer)
     explain = registry.get("jax").explain
+    if native.missing():
+        pytest.skip(f"no native kernels: {native.missing()}")
     (first, last, way, reasons), *_ = explain(model, 2, 9)
     assert (first, last, way, list(reasons)) == (0, 4, "plain", ["native_step"])
     runs = explain(model, 2, 1)
@@ -173,3 +180,64 @@ def test_explain_names_each_run_of_layers():
     subclassed = model.backbone.layers[0].mixer
     subclassed.__class__ = type("Changed", (type(subclassed),), {})
     assert explain(model, 2, 1)[0][:3] == (0, 0, "plain")
+
+
+class Falcon(nnx.Module):
+    """A mixer made of the functions of `s6`, with norms between x_proj and dt_proj."""
+
+    widest = s6.widest
+
+    def __init__(self, config, options):
+        s6.add_parameters(self, config, options)
+
+    def __call__(self, hidden, state, call):
+        x, z = s6.project_in(self, hidden, call)
+        y, state = self._mix(x, z, state, call)
+        return call.observe("out_proj", self.out_proj(y)), state
+
+    def last_position(self, hidden, state, call):
+        if (projected := s6.project_in_last(self, hidden)) is None:
+            return None
+        x, z = projected
+        y, state = self._mix(x, None, state, call)
+        return self.out_proj(y[:, -1:] * jax.nn.silu(z)), state
+
+    def _mix(self, x, z, state, call):
+        x, conv = s6.convolve(self, x, state, call)
+        projected = zip(("dt", "B", "C"), s6.project_x(self, x, call), strict=True)
+        dt, B, C = (call.observe(f"{name}_norm", normalised(v, None, 1e-6, v.dtype)) for name, v in projected)
+        y, ssm = s6.recur(self, x, dt, B, C, z, s6.delta_bias(self), state, call)
+        return y, LayerState(conv, ssm)
+
+
+def falcon(model):
+    block = model.backbone.layers[1]
+    mixer = Falcon(CONFIG, Options("float32", model.policy, nnx.Rngs(0)))
+    nnx.update(mixer, nnx.state(block.mixer))
+    block.mixer = mixer
+
+
+class FeedForward(nnx.Module):
+    def __init__(self):
+        self.layer = nnx.Linear(16, 16, rngs=nnx.Rngs(0))
+
+    def __call__(self, hidden, call):
+        return call.observe("feed_forward", self.layer(hidden))
+
+
+def feed_forward(model):
+    block = model.backbone.layers[1]
+    block.norm2, block.feed_forward = nnx.data(RMSNorm(16, 1e-5, "float32")), nnx.data(FeedForward())
+
+
+@pytest.mark.parametrize(("change", "node"), [(falcon, "dt_norm"), (feed_forward, "feed_forward")])
+def test_another_architecture_shares_the_fast_paths_that_it_names(change, node):
+    model = mc.build(CONFIG, backend="jax", device="cpu")
+    before, seen = logits(model), {}
+    change(model)
+    assert relative_l2(logits(model), before) > 1e-3
+    model(IDS, observe=seen.__setitem__)
+    assert f"layers.1.{node}" in seen
+    if not native.missing():
+        ways = [run[:3] for run in registry.get("jax").explain(model, 2, 1)]
+        assert ways == [(0, 0, "native_step"), (1, 1, "plain")]

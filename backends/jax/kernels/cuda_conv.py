@@ -65,7 +65,7 @@ def _plan(arrays, silu, **how) -> Conv:
 
 
 def _run(plan: Conv, arrays: dict[str, jax.Array | None]) -> dict[str, jax.Array]:
-    """What the kernel computes, by its names."""
+    """The arrays that the kernel computes, by name."""
     form = "CUBIN" if takes_cubin() else "PTX"
     image = nvrtc.compile_source(conv_source(), tuple(plan.defines.items()), f"sm_{capability()}", form)
     results = {

@@ -25,38 +25,40 @@ def take(blocks, residual, states, call) -> Taken | str:
         return "it computes one position, without a mask or segments"
     if call.observed:
         return "the nodes are observed"
-    kernel, sizes, operands, twins, eps = None, None, [], [], []
+    if (why := _why_not_first(blocks[0], residual)) is not None:
+        return why
+    dtype, kernel = blocks[0].norm.scale.dtype, blocks[0].mixer.kernels.of("block_step")
+    sizes, operands, twins, eps = None, [], [], []
     for block, state in zip(blocks, states, strict=True):
-        found = _paths(block)
-        if isinstance(found, str):
-            why = found
+        paths = _paths(block)
+        if isinstance(paths, str) or block.mixer.kernels.of("block_step") != kernel:
             break
         graph, parameters = nnx.split(block)
-        named = {path: value[...] for path, value in nnx.to_flat_state(parameters)}
-        names = {path: name for name, path in found}
+        named, names = dict(nnx.to_flat_state(parameters)), {path: name for name, path in paths}
         if not set(named) <= set(names):
-            why = "the block has parameters of others"
             break
-        of_block = {names[path]: value for path, value in named.items()}
+        of_block = {names[path]: value[...] for path, value in named.items()}
         of_block |= {"conv_state": state.conv, "ssm_state": state.ssm}
-        if not operands:
-            dtype, kernel = of_block["norm"].dtype, block.mixer.kernels.of("block_step")
-            sizes = native_step.sizes_of(residual, of_block)
-            if (why := native_step.why_not(kernel, residual, dtype)) is not None:
-                break
-            if residual.dtype not in ("float32", dtype):
-                why = f"the residual stream is {residual.dtype}"
-                break
-        if block.mixer.kernels.of("block_step") != kernel or not native_step.fits(of_block, sizes, dtype):
-            why = "parameters or states are of other shapes or dtypes"
+        sizes = sizes or native_step.sizes_of(residual, of_block)
+        if not native_step.fits(of_block, sizes, dtype):
             break
         operands.append(of_block)
-        twins.append((graph, found))
+        twins.append((graph, paths))
         eps.append(block.norm.eps)
     if not operands:
-        return why
+        return "its parameters or its state are not those of the library's block"
     options = {"twins": tuple(twins), "sizes": sizes, "eps": tuple(eps), "portable": kernel == "auto"}
     return Taken(len(operands), functools.partial(_run, operands, options))
+
+
+def _why_not_first(block, residual) -> str | None:
+    """Why the library does not compute this block of this residual stream, as far as can be told without its arrays."""
+    if isinstance(paths := _paths(block), str):
+        return paths
+    dtype = block.norm.scale.dtype
+    if residual.dtype not in ("float32", dtype):
+        return f"the residual stream is {residual.dtype}"
+    return native_step.why_not(block.mixer.kernels.of("block_step"), residual, dtype)
 
 
 def _run(operands, options, residual, pending, states):
