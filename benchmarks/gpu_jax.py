@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 import mamba_core as mc
-from mamba_core.backends.jax.train import Trainer
+from mamba_core.backends.jax.training import Trainer
 from mamba_core.benchmarks.machine import cores, processor
 from mamba_core.config import preset
 from mamba_core.training import TrainSettings

@@ -18,7 +18,7 @@ def candidates(case: Case, names: list[str]) -> dict:
     """Name -> how it is made, for the backends of these names."""
     if not case.work.startswith("scan"):
         return {name: partial(WORKS[case.work], name) for name in names}
-    kernels = {name: registry.get(name).kernels("cpu")["selective_scan"] for name in names}
+    kernels = {name: registry.get(name).available_kernels("cpu")["selective_scan"] for name in names}
     return {
         f"{name} {kernel}": partial(_scan, name, kernel)
         for name, reasons in kernels.items()

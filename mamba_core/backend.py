@@ -166,7 +166,7 @@ class Backend(Protocol):
             ValueError: there is no such op.
         """
 
-    def kernels(self, device: str | None = None) -> dict[str, dict[str, str | None]]:
+    def available_kernels(self, device: str | None = None) -> dict[str, dict[str, str | None]]:
         """Op -> its kernels, the fastest for that device first and the plain one last.
 
         A kernel's value is None if it runs there, else why it does not.

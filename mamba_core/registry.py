@@ -80,6 +80,6 @@ def _info(name: str) -> BackendInfo:
         backend = get(name)
         package = PACKAGES.get(name, (None,))[0]
         found = version(package) if package else None
-        return BackendInfo(name, found, tuple(backend.devices()), backend.kernels(), None)
+        return BackendInfo(name, found, tuple(backend.devices()), backend.available_kernels(), None)
     except ImportError as error:
         return BackendInfo(name, None, (), {}, str(error))

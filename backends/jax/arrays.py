@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# The platforms that JAX lowers for -> their devices as `devices` names them.
+PLATFORMS = {"cpu": "cpu", "cuda": "gpu", "tpu": "tpu"}
+
 
 def devices() -> list[str]:
     """The platforms JAX sees, its default first: "gpu" for CUDA and ROCm alike, "tpu", "cpu"."""

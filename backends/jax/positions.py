@@ -1,13 +1,34 @@
 """Which positions restart, and how masked rows are compacted, without a loop over the length."""
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mamba_core.call import Call
+from mamba_core.observe import Report, unobserved
 
+
+def call_of(
+    mask, segment_ids, *, length, observe: Report = unobserved, last: bool = False, in_place: bool = False
+) -> Call:
+    """The facts of one call. `length` may be a symbol, where a program is exported for any length."""
+    order, inverse = (None, None) if mask is None else compaction(mask)
+    return Call(
+        mask=mask,
+        segment_ids=segment_ids,
+        restart=None if segment_ids is None else restarts(mask, segment_ids),
+        order=order,
+        inverse=inverse,
+        one=isinstance(length, int) and length == 1 and mask is None,
+        last=last,
+        observe=observe,
+        in_place=in_place,
+    )
+
+
+@jax.jit
 def restarts(mask, segment_ids):
-    """(b, l) bool: this position counts and its segment is not that of the last one that counted. None: nowhere."""
-    if segment_ids is None:
-        return None
+    """(b, l) bool: this position counts and its segment is not that of the last one that counted."""
     valid = jnp.ones(segment_ids.shape, bool) if mask is None else mask
     index = jnp.where(valid, jnp.arange(valid.shape[1]), -1)
     index = jnp.pad(index, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
@@ -16,6 +37,7 @@ def restarts(mask, segment_ids):
     return valid & (previous >= 0) & (segment_ids != segment_before)
 
 
+@jax.jit
 def compaction(mask):
     """(order, inverse), each (b, l): order[i] is the position of the i-th that counts, then come those that do not."""
     order = jnp.argsort(~mask, axis=1, stable=True)

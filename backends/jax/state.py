@@ -3,31 +3,54 @@
 import jax
 import jax.numpy as jnp
 
-from mamba_core.backend import LayerState, State
+from mamba_core.backend import State
+from mamba_core.backends.jax.arrays import to_numpy
+from mamba_core.call import Call
+from mamba_core.spec import state as states
 
 
-def init_state(config, batch: int, dtype: str) -> State:
-    """Before the first position: zeros, which JAX moves to where the model is."""
-    conv = jnp.zeros((batch, config.d_conv - 1, config.d_inner), dtype)
-    ssm = jnp.zeros((batch, config.d_inner, config.d_state), jnp.float32)
-    return State((LayerState(conv, ssm),) * config.n_layer, jnp.zeros(batch, jnp.int32))
+def init_state(config, batch: int, dtype: str, room: int = 0) -> State:
+    """Before the first position: zeros, which JAX moves to where the model is.
+
+    room: how many positions a growing state has memory for. A program that is exported for any length has memory for
+    none.
+    """
+    room = room if isinstance(room, int) else 0
+    return states.initial(
+        config, batch, lambda shape, kind: jnp.zeros(shape, dtype if kind == "compute" else kind), room
+    )
 
 
-def entering(state: State, mask: jax.Array | None, segment_ids: jax.Array | None) -> tuple:
+def room(config, state: State) -> int | None:
+    """How many positions can be added before the state must grow; None where nothing grows."""
+    return states.room(config, state, to_numpy)
+
+
+def with_room(config, state: State, positions: int) -> State:
+    """The state with room for so many more positions.
+
+    Inside a transformation of JAX nobody knows how many are filled: there the state is left as it is.
+    """
+    if not states.grows(config) or any(isinstance(value, jax.core.Tracer) for value in jax.tree.leaves(state)):
+        return state
+    return states.with_room(config, state, positions, to_numpy, _padded)
+
+
+def entering(state: State, call: Call) -> tuple:
     """The layers' states that the first position sees: zero in the rows that begin another segment."""
-    if segment_ids is None or segment_ids.shape[1] == 0:
+    if call.segment_ids is None or call.segment_ids.shape[1] == 0:
         return state.layers
-    first, counts = _first_counting(mask, segment_ids)
+    first, counts = _first_counting(call.mask, call.segment_ids)
     keep = ~counts | (first == state.segment)
     return jax.tree.map(lambda value: _rows(keep, value), state.layers)
 
 
-def leaving(layers: tuple, state: State, mask: jax.Array | None, segment_ids: jax.Array | None) -> State:
+def leaving(layers: tuple, state: State, call: Call) -> State:
     """The state after the last position, with the segment that it is in."""
-    if segment_ids is None or segment_ids.shape[1] == 0:
+    if call.segment_ids is None or call.segment_ids.shape[1] == 0:
         return State(layers, state.segment)
-    flipped = None if mask is None else mask[:, ::-1]
-    last, counts = _first_counting(flipped, segment_ids[:, ::-1])
+    flipped = None if call.mask is None else call.mask[:, ::-1]
+    last, counts = _first_counting(flipped, call.segment_ids[:, ::-1])
     return State(layers, jnp.where(counts, last, state.segment).astype(jnp.int32))
 
 
@@ -41,3 +64,7 @@ def _first_counting(mask, segment_ids) -> tuple[jax.Array, jax.Array]:
 
 def _rows(keep, value):
     return jnp.where(keep.reshape(-1, *(1,) * (value.ndim - 1)), value, 0)
+
+
+def _padded(value: jax.Array, axis: int, count: int) -> jax.Array:
+    return jnp.pad(value, [(0, count if index == axis else 0) for index in range(value.ndim)])

@@ -9,7 +9,7 @@ from mamba_core import discovery
 from mamba_core.backends.mlx import ops
 from mamba_core.backends.mlx.arrays import devices, from_numpy, in_force, peak_memory, to_numpy, vjp
 from mamba_core.backends.mlx.decoding import choose, decode, distribution, fork, prefill
-from mamba_core.backends.mlx.ops import kernels
+from mamba_core.backends.mlx.ops import available_kernels
 from mamba_core.backends.mlx.stack import explain
 from mamba_core.backends.mlx.training import Trainer as trainer
 from mamba_core.backends.mlx.training import loss_and_gradients

@@ -114,7 +114,7 @@ class Model(nn.Module):
     @property
     def kernels(self) -> dict[str, str]:
         """Op -> the kernel that computes it here. Inside `mx.compile` "auto" may be another."""
-        available = ops.kernels_for(self.device, self.backbone.dtype)
+        available = ops.available_kernels(self.device, self.backbone.dtype)
         return {op: choose(self.policy.of(op), kernels, op) for op, kernels in available.items()}
 
     def on_device(self):

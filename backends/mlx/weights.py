@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 from mamba_core import discovery
 from mamba_core.backends.mlx.arrays import check_device, default_device, dtype_named, from_numpy, to_numpy
 from mamba_core.backends.mlx.model import Model
-from mamba_core.backends.mlx.ops import kernels_for
+from mamba_core.backends.mlx.ops import available_kernels
 from mamba_core.kernels import Kernels
 from mamba_core.spec.params import Values, checked
 
@@ -20,7 +20,7 @@ def build(config, parameters: Iterable[tuple[str, np.ndarray]], *, dtype="float3
     check_device(device)
     device = device or default_device()
     # "auto" stays "auto": inside mx.compile another kernel is the fastest.
-    policy = Kernels.read(kernels, kernels_for(device, dtype_named(dtype)))
+    policy = Kernels.read(kernels, available_kernels(device, dtype_named(dtype)))
     model = discovery.find("backends.mlx.heads", config.task).Model(config, policy, device)
     convolutions = convolution_weights(model)
     weights = []

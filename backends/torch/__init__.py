@@ -7,7 +7,7 @@ from mamba_core import discovery
 from mamba_core.backends.torch import ops
 from mamba_core.backends.torch.arrays import devices, from_numpy, in_force, peak_memory, to_numpy, vjp
 from mamba_core.backends.torch.decoding import choose, decode, distribution, fork, prefill
-from mamba_core.backends.torch.ops import kernels
+from mamba_core.backends.torch.ops import available_kernels
 from mamba_core.backends.torch.quantization import quantize
 from mamba_core.backends.torch.stack import explain
 from mamba_core.backends.torch.training import Trainer as trainer  # noqa: N813 (the protocol's name)
@@ -15,6 +15,7 @@ from mamba_core.backends.torch.training import loss_and_gradients
 from mamba_core.backends.torch.weights import build, parameters
 
 __all__ = [
+    "available_kernels",
     "build",
     "choose",
     "decode",
@@ -24,7 +25,6 @@ __all__ = [
     "fork",
     "from_numpy",
     "in_force",
-    "kernels",
     "loss_and_gradients",
     "name",
     "op",

@@ -22,7 +22,7 @@ def build(config, parameters: Iterable[tuple[str, np.ndarray]], *, dtype="float3
     indexed = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     device = choose_device(None if device is None else str(device), [*devices(), *indexed])
     # "auto" stays "auto" in the policy: the model may be moved to where another kernel is the fastest.
-    policy = Kernels.read(kernels, ops.kernels(device, dtype_of(dtype)))
+    policy = Kernels.read(kernels, ops.available_kernels(device, dtype_of(dtype)))
     if torch.device(device).type == "cpu":
         keep_freed_memory()
     with torch.device("meta"):

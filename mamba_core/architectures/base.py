@@ -113,10 +113,6 @@ class BaseConfig:
                 raise ValueError(f"{name} is {value!r}; expected {expected}")
 
     @property
-    def compat(self) -> str | None:  # TODO(merge): the rebuilt backends ask no more
-        return "minimamba" if self.architecture == "minimamba" else None
-
-    @property
     def padded_vocab_size(self) -> int:
         multiple = self.pad_vocab_size_multiple
         return -(-self.vocab_size // multiple) * multiple

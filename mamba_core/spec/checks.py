@@ -52,16 +52,3 @@ def choose_device(device: str | None, available: Sequence[str]) -> str:
     if device not in available:
         raise ValueError(f"device is {str(device)!r}; here there is {', '.join(available)}")
     return device
-
-
-# TODO(merge): the rebuilt backends import these from where they are.
-from mamba_core.kernels import choose as choose_kernel  # noqa: E402, F401
-from mamba_core.spec.ops.causal_conv import check_conv, check_conv_step  # noqa: E402, F401
-from mamba_core.spec.ops.selective_scan import check_scan, check_step  # noqa: E402, F401
-from mamba_core.tasks import check_generates as check_task  # noqa: E402, F401
-
-
-def check_inputs(config, inputs, mask, segment_ids):
-    from mamba_core import tasks
-
-    tasks.of(config).check(config, inputs, mask, segment_ids)

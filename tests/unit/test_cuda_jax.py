@@ -17,9 +17,9 @@ from tests.unit import gpu_on_cpu
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
 
-from mamba_core.backends.jax import conv as jax_conv  # noqa: E402 (after the package that it needs)
-from mamba_core.backends.jax import scan as jax_scan  # noqa: E402
-from mamba_core.backends.jax.kernels import cuda_conv, cuda_scan, launch  # noqa: E402
+from mamba_core.backends.jax.kernels import cuda_conv, cuda_launch, cuda_scan  # noqa: E402 (after the package that it needs)
+from mamba_core.backends.jax.ops import causal_conv as jax_conv  # noqa: E402
+from mamba_core.backends.jax.ops import selective_scan as jax_scan  # noqa: E402
 
 KEPT_IN_FLOAT32 = ("A", "D", "delta_bias", "initial_state")
 MULTIPROCESSORS = 100
@@ -288,7 +288,7 @@ def fields(message: bytes) -> list[tuple[int, int | bytes]]:
 def described(monkeypatch):
     """A GPU that is none, and a compiler that only says what it was asked."""
     asked = []
-    monkeypatch.setattr(launch, "device", lambda: types.SimpleNamespace(compute_capability="9.0"))
+    monkeypatch.setattr(cuda_launch, "device", lambda: types.SimpleNamespace(compute_capability="9.0"))
     for kernels in (cuda_scan, cuda_conv):
         monkeypatch.setattr(kernels, "device", lambda: types.SimpleNamespace(core_count=MULTIPROCESSORS))
     compiler = types.SimpleNamespace(
@@ -307,9 +307,9 @@ def calls(text) -> list[tuple[str, list[str], list, dict]]:
     """(result, operands, fields of the call, fields of the kernel) of each launch."""
     found = []
     for line in text.splitlines():
-        if launch.TARGET not in line:
+        if cuda_launch.TARGET not in line:
             continue
-        operands = line.split(f"@{launch.TARGET}(")[1].split(")")[0].split(", ")
+        operands = line.split(f"@{cuda_launch.TARGET}(")[1].split(")")[0].split(", ")
         opaque = line.split('opaque = "')[1].split('"}')[0]
         # As MLIR prints bytes.
         raw, at = bytearray(), 0
@@ -330,7 +330,7 @@ def calls(text) -> list[tuple[str, list[str], list, dict]]:
 
 @pytest.mark.parametrize("cubin", [True, False])
 def test_every_launch_gives_a_kernel_its_parameters(described, monkeypatch, cubin):
-    monkeypatch.setattr(launch, "takes_cubin", lambda: cubin)
+    monkeypatch.setattr(cuda_launch, "takes_cubin", lambda: cubin)
     monkeypatch.setattr(cuda_scan, "takes_cubin", lambda: cubin)
     arrays, given = CASES["in chunks"]
     made = calls(lowered(jax.grad(lambda arrays: scan(arrays, **given)[0].sum()), arrays).as_text())
@@ -380,8 +380,8 @@ def test_auto_takes_it_on_cuda_and_its_twin_in_an_exported_module(described, mon
     def run(arrays):
         return scan(arrays, "auto", **given)
 
-    assert launch.TARGET in lowered(run, arrays).as_text()
-    assert launch.TARGET not in jax.export.export(jax.jit(run), platforms=["cuda"])(arrays).mlir_module()
+    assert cuda_launch.TARGET in lowered(run, arrays).as_text()
+    assert cuda_launch.TARGET not in jax.export.export(jax.jit(run), platforms=["cuda"])(arrays).mlir_module()
     with pytest.raises(ValueError, match="kernel 'cuda' runs on an NVIDIA GPU only, and is not exported"):
         jax.export.export(jax.jit(lambda arrays: scan(arrays, **given)), platforms=["cuda"])(arrays)
     with pytest.raises(ValueError, match="kernel 'cuda' runs on an NVIDIA GPU only"):
@@ -401,7 +401,7 @@ def test_why_it_cannot_run(described):
     assert cuda_scan.reason("gpu", "float32", 257) == "d_state is 257, and it holds at most 256"
     assert cuda_scan.reason("gpu", "float32", 256) is None
     backend = mc.registry.get("jax")
-    assert next(iter(backend.kernels("gpu"))) == "cuda"
+    assert next(iter(backend.available_kernels("gpu")["selective_scan"])) == "cuda"
 
 
 def test_without_a_gpu_it_is_refused():
@@ -414,7 +414,7 @@ def test_without_a_gpu_it_is_refused():
 @pytest.mark.parametrize("cubin", [True, False])
 @pytest.mark.parametrize("case", ["segments", "no option"])
 def test_every_launch_gives_the_convolution_its_parameters(described, monkeypatch, cubin, case):
-    monkeypatch.setattr(launch, "takes_cubin", lambda: cubin)
+    monkeypatch.setattr(cuda_launch, "takes_cubin", lambda: cubin)
     monkeypatch.setattr(cuda_conv, "takes_cubin", lambda: cubin)
     arrays, given = CONV_CASES[case]
     made = calls(lowered(jax.value_and_grad(lambda arrays: conv(arrays, **given)[0].sum()), arrays).as_text())
@@ -454,7 +454,7 @@ def test_the_convolutions_arrays_are_in_the_kernels_order(described):
 @pytest.mark.parametrize("case", TWINS)
 def test_what_the_convolutions_kernel_does_not_hold_is_its_twins(described, case):
     arrays, given = CONV_CASES[case]
-    assert launch.TARGET not in lowered(lambda arrays: conv(arrays, **given), arrays).as_text()
+    assert cuda_launch.TARGET not in lowered(lambda arrays: conv(arrays, **given), arrays).as_text()
 
 
 def test_auto_takes_the_convolution_on_cuda_and_its_twin_in_an_exported_module(described, monkeypatch):
@@ -467,10 +467,10 @@ def test_auto_takes_the_convolution_on_cuda_and_its_twin_in_an_exported_module(d
     def named(arrays):
         return conv(arrays, **given)
 
-    assert launch.TARGET in lowered(run, arrays).as_text()
-    assert launch.TARGET not in jax.jit(run).trace(arrays).lower(lowering_platforms=("tpu",)).as_text()
-    assert launch.TARGET not in lowered(lambda arrays: conv(arrays, "associative", **given), arrays).as_text()
-    assert launch.TARGET not in jax.export.export(jax.jit(run), platforms=["cuda"])(arrays).mlir_module()
+    assert cuda_launch.TARGET in lowered(run, arrays).as_text()
+    assert cuda_launch.TARGET not in jax.jit(run).trace(arrays).lower(lowering_platforms=("tpu",)).as_text()
+    assert cuda_launch.TARGET not in lowered(lambda arrays: conv(arrays, "shifted", **given), arrays).as_text()
+    assert cuda_launch.TARGET not in jax.export.export(jax.jit(run), platforms=["cuda"])(arrays).mlir_module()
     with pytest.raises(ValueError, match="kernel 'cuda' runs on an NVIDIA GPU only, and is not exported"):
         jax.export.export(jax.jit(named), platforms=["cuda"])(arrays)
     with pytest.raises(ValueError, match="kernel 'cuda' runs on an NVIDIA GPU only"):

@@ -12,8 +12,8 @@ optax = pytest.importorskip("optax")
 import jax.numpy as jnp  # noqa: E402 (after the package that it needs)
 from flax import nnx  # noqa: E402
 
-from mamba_core.backends.jax import loss as jax_loss  # noqa: E402
-from mamba_core.backends.jax.train import loss  # noqa: E402
+from mamba_core.backends.jax.ops import cross_entropy as jax_loss  # noqa: E402
+from mamba_core.backends.jax.training import loss  # noqa: E402
 
 ROWS, WIDTH, VOCABULARY = 150, 8, 20
 

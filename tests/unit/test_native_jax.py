@@ -22,7 +22,8 @@ jnp = jax.numpy
 if native.missing():
     pytest.skip(f"no native kernels: {native.missing()}", allow_module_level=True)
 
-from mamba_core.backends.jax.kernels import step  # noqa: E402 (after the packages that it needs)
+from mamba_core.backends.jax import decoding  # noqa: E402 (after the packages that it needs)
+from mamba_core.backends.jax.ops.linear import product_of_one  # noqa: E402
 
 B, L, E, N = 2, 70, 10, 5
 SHAPES = {"x": (B, L, E), "delta": (B, L, E), "A": (E, N), "B": (B, L, N), "C": (B, L, N), "D": (E,), "z": (B, L, E)}
@@ -136,9 +137,9 @@ def test_it_refuses_what_it_cannot_compute():
 
 def test_other_devices_are_told_why_not():
     backend = mc.registry.get("jax")
-    assert backend.kernels("tpu")["native"] == "it runs on a CPU only"
-    assert list(backend.kernels("tpu"))[1:3] == ["pallas", "associative"]
-    assert next(iter(backend.kernels("cpu").items())) == ("native", None)
+    assert backend.available_kernels("tpu")["selective_scan"]["native"] == "it runs on a CPU only"
+    assert list(backend.available_kernels("tpu")["selective_scan"])[1:3] == ["pallas", "associative"]
+    assert next(iter(backend.available_kernels("cpu")["selective_scan"].items())) == ("native", None)
 
 
 def python(code: str, **environment) -> str:
@@ -152,12 +153,12 @@ def python(code: str, **environment) -> str:
 def test_without_the_library_others_take_its_place():
     code = """
         import jax.numpy as jnp, mamba_core as mc
-        from mamba_core.backends.jax.scan import kernels
+        from mamba_core.backends.jax.ops.selective_scan import kernels
         ones = jnp.ones((1, 3, 2))
         arrays = (ones, ones, -jnp.ones((2, 2)), ones, ones)
         print(kernels("cpu")["native"], mc.selective_scan(*arrays).shape, sep="; ")
         model = mc.build(mc.MambaConfig(d_model=8, n_layer=1, vocab_size=8), backend="jax", device="cpu")
-        print(model.kernels, model(jnp.ones((1, 3), int)).logits.shape)
+        print(model.kernels["selective_scan"], model(jnp.ones((1, 3), int)).logits.shape)
         try:
             mc.selective_scan(*arrays, kernel="native")
         except ValueError as error:
@@ -177,7 +178,7 @@ def words(*values):
 
 def test_a_call_with_other_arguments_is_an_error():
     """Of every kind that the handlers look at, though our own calls never are so."""
-    step.head("auto", jnp.ones((1, 2)), jnp.ones((3, 2)), transposed=False)  # registers the handler
+    product_of_one(jnp.ones((1, 2)), jnp.ones((3, 2)), transposed=False, kernel="auto")  # registers the handler
     struct = native.LinearStep(b=1, inputs=2, outputs=3, threads=1)
     x, weight, y = (getattr(native.LinearStep, name).offset // 8 for name in ("x", "matrix", "y"))
     structs = np.frombuffer(bytes(struct), np.int64).copy()
@@ -238,7 +239,7 @@ def conv_loss(arrays, kernel="native", **positions):
     return (y**2).sum() + (h**3).sum()
 
 
-def test_the_convolution_takes_the_kernel_of_a_scan():
+def test_the_convolution_has_kernels_of_its_own():
     def kernels(kernel, dtype="float32"):
         x = conv_arguments()["x"].astype(dtype)
         run = jax.jit(lambda x: causal_conv(x, conv_arguments()["weight"], kernel=kernel))
@@ -246,7 +247,7 @@ def test_the_convolution_takes_the_kernel_of_a_scan():
 
     assert kernels("auto") == (jax.default_backend() == "cpu")
     assert kernels("native")
-    assert not any(map(kernels, ("chunked", "associative", "sequential")))
+    assert not any(map(kernels, ("shifted", "plain")))
     assert not kernels("auto", "float16")
     with pytest.raises(ValueError, match="no kernel 'abacus'"):
         kernels("abacus")
@@ -268,7 +269,7 @@ def test_the_convolution_differentiated_twice_and_mapped():
         mapped = jax.vmap(gradient)(jax.tree.map(lambda *pair: jnp.stack(pair), arrays, direction))
         return gradient(arrays), jax.jvp(gradient, (arrays,), (direction,))[1], mapped
 
-    close(derivatives("native"), derivatives("chunked"))
+    close(derivatives("native"), derivatives("plain"))
 
 
 CONFIG = mc.MambaConfig(d_model=20, n_layer=3, vocab_size=29, d_state=5, initializer_range=0.5)
@@ -385,9 +386,15 @@ def another_block(model):
 def test_a_changed_block_computes_what_it_was_changed_to(change):
     unchanged, ids, state, _ = stepping()
     model, plain = both(change)
-    assert calls(model, ids, state) == {"linear_step"}
+    assert ways(model) == ["native_step", "plain", "native_step"]
+    assert calls(model, ids, state) == BOTH
     same(model(ids, state), plain(ids, state))
     assert relative_l2(model(ids, state).logits, unchanged(ids, state).logits) > 1e-3
+
+
+def ways(model) -> list[str]:
+    """The way of each run of layers, in a step."""
+    return [way for _, _, way, _ in mc.registry.get("jax").explain(model, 2, 1)]
 
 
 def both(change):
@@ -498,13 +505,14 @@ def test_an_exported_step_is_that_of_the_plain_operations():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_decoding_copies_neither_weights_nor_states(dtype):
     """Each weight is read once a token, which is all the time that a token takes."""
-    decode = sys.modules["mamba_core.backends.jax.decode"]
     model = mc.build(CONFIG, backend="jax", device="cpu", dtype=dtype)
     graph, parameters = nnx.split(model)
     policy = mc.sampling.Sampling()
     prompts, mask, state = jnp.ones((1, 16), int), jnp.ones((1, 16), bool), model.init_state(1)
-    carry = decode._begin(decode._prefill(graph, parameters, prompts, mask, state), None, None, sampling=policy)
-    executable = decode._advance.lower(graph, parameters, *decode._apart(carry), None, 3, sampling=policy).compile()
+    carry = decoding._begin(decoding._prefill(graph, parameters, prompts, mask, state), None, None, sampling=policy)
+    executable = decoding._advance.lower(
+        graph, parameters, *decoding._divided(carry), None, 3, sampling=policy
+    ).compile()
     compiled = executable.as_text()
     assert all(f"mamba_{name}_xla" in compiled for name in BOTH)
     for value in jax.tree.leaves((parameters, carry.state)):

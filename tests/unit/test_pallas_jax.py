@@ -16,8 +16,8 @@ from tests.unit.test_cuda_jax import arguments, positions
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
 
-from mamba_core.backends.jax import scan as jax_scan  # noqa: E402 (after the package that it needs)
-from mamba_core.backends.jax.kernels import cuda_scan, pallas_scan  # noqa: E402
+from mamba_core.backends.jax.kernels import cuda_scan, pallas_scan  # noqa: E402 (after the package that it needs)
+from mamba_core.backends.jax.ops import selective_scan as jax_scan  # noqa: E402
 
 
 def scan(arrays, kernel="pallas", **given):
@@ -146,7 +146,7 @@ def test_the_compiler_of_tpus_takes_it(topology):
     code = f"""
         import jax, jax.numpy as jnp
         from jax.experimental import topologies
-        from mamba_core.backends.jax.scan import pallas
+        from mamba_core.backends.jax.ops.selective_scan import pallas
         device = topologies.get_topology_desc(platform="tpu", topology_name="{topology}").devices[0]
         place = jax.sharding.SingleDeviceSharding(device)
 

@@ -12,17 +12,17 @@ import numpy as np
 
 from mamba_core.backends.gpu import nvrtc
 from mamba_core.backends.gpu.causal_conv import WIDEST, Conv, conv_source, options
+from mamba_core.backends.jax.kernels.cuda_launch import capability, device, launch, takes_cubin
 from mamba_core.backends.jax.kernels.cuda_scan import CUDA
-from mamba_core.backends.jax.kernels.launch import capability, device, launch, takes_cubin
-from mamba_core.backends.jax.kernels.operator import differentiable, given
+from mamba_core.backends.jax.kernels.operator import differentiable, present
 
 ARGUMENTS = ("x", "taps", "bias", "initial_state", "mask", "restart")
 
 
 def beside(plain: Callable) -> Callable:
-    """The kernel with the arguments of `plain`, its twin, and portable, as that of the scan has it.
+    """The kernel, with the arguments of its twin `plain` and `portable` as the scan's kernel has it.
 
-    It is the twin where there is a mask, or a filter that the kernel does not hold.
+    The twin computes masked rows, and filters that are too wide for the kernel.
     """
 
     def run_plain(x, taps, bias, state, mask, restart, *, silu):
@@ -30,9 +30,9 @@ def beside(plain: Callable) -> Callable:
 
     conv = differentiable(CUDA, "conv", _forward, _backward, ARGUMENTS, run_plain)
 
-    def cuda(x, weight, bias, state, mask, restart, *, activation, portable=False):
+    def cuda(x, weight, bias, state, mask, restart, order=None, inverse=None, *, activation, portable=False):
         if mask is not None or not 2 <= weight.shape[1] <= WIDEST or x.size == 0:
-            return plain(x, weight, bias, state, mask, restart, activation=activation)
+            return plain(x, weight, bias, state, mask, restart, order, inverse, activation=activation)
         taps, bias = weight.T.astype(jnp.float32), None if bias is None else bias.astype(jnp.float32)
         return conv(x, taps, bias, state, None, restart, silu=activation == "silu", portable=portable)
 
@@ -40,17 +40,17 @@ def beside(plain: Callable) -> Callable:
 
 
 def _forward(returned, x, taps, bias, state, _, restart, *, silu, keep):
-    arrays = {"x": x, "taps": taps, "bias": given(bias), "state": state, "restart": given(restart)}
+    arrays = {"x": x, "taps": taps, "bias": present(bias), "state": state, "restart": present(restart)}
     found = _run(_plan(arrays, silu), arrays)
     return found["y"], found["final_state"]
 
 
 def _backward(returned, x, taps, bias, state, _, restart, dy, dfinal_state, *, silu):
-    arrays = {"x": x, "taps": taps, "bias": given(bias), "state": state, "restart": given(restart)}
+    arrays = {"x": x, "taps": taps, "bias": present(bias), "state": state, "restart": present(restart)}
     plan = _plan(arrays, silu, backward=True)
     found = _run(plan, arrays | {"dy": dy, "dfinal_state": dfinal_state})
     sums = found["sums"].sum((0, 1))
-    dbias = bias if given(bias) is None else sums[plan.width]
+    dbias = bias if present(bias) is None else sums[plan.width]
     return found["dx"], sums[: plan.width], dbias, found["dstate"]
 
 
@@ -65,7 +65,7 @@ def _plan(arrays, silu, **how) -> Conv:
 
 
 def _run(plan: Conv, arrays: dict[str, jax.Array | None]) -> dict[str, jax.Array]:
-    """What the kernel computes, by its names."""
+    """The arrays that the kernel computes, by name."""
     form = "CUBIN" if takes_cubin() else "PTX"
     image = nvrtc.compile_source(conv_source(), tuple(plan.defines.items()), f"sm_{capability()}", form)
     results = {

@@ -11,14 +11,14 @@ import numpy as np
 
 from mamba_core.backends import gpu
 from mamba_core.backends.gpu import nvrtc
-from mamba_core.backends.jax.kernels.launch import capability, device, launch, takes_cubin
-from mamba_core.backends.jax.kernels.operator import Kernel, differentiable, given
+from mamba_core.backends.jax.kernels.cuda_launch import capability, device, launch, takes_cubin
+from mamba_core.backends.jax.kernels.operator import Kernel, differentiable, present
 
 CUDA = Kernel("cuda", "cuda", "an NVIDIA GPU")
 ARGUMENTS = ("x", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state", "mask", "restart")
 # Of x's dtype; all others are float32.
 ELEMENTS = ("y", "dx", "ddelta", "dz", "dB_sum", "dC_sum")
-# Results that there are with an option only.
+# Results that exist only with an option.
 OPTIONAL = {"kept": "KEEP", "dz": "HAS_Z", "dD": "HAS_D", "dD_sum": "HAS_D"}
 OPTIONAL |= {"ddelta_bias": "HAS_BIAS", "ddelta_bias_sum": "HAS_BIAS"}
 
@@ -39,7 +39,7 @@ def reason(platform: str, dtype=None, states: int | None = None) -> str | None:
 
 
 def beside(plain: Callable) -> Callable:
-    """The kernel with the arguments of the kernel `plain`, its twin, and portable, as the native scan has it."""
+    """The kernel, with the arguments of its twin `plain` and `portable` as the native scan has it."""
     scan = differentiable(CUDA, "scan", _forward, _backward, ARGUMENTS, plain, kept=[_kept])
 
     def cuda(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, *, portable=False, **options):
@@ -55,7 +55,7 @@ def beside(plain: Callable) -> Callable:
 
 
 def _forward(returned, *arrays, keep, delta_softplus):
-    named = dict(zip(ARGUMENTS, map(given, arrays), strict=True))
+    named = dict(zip(ARGUMENTS, map(present, arrays), strict=True))
     scan = _plan(named, delta_softplus, named["initial_state"], keep=keep)
     found = _run(scan, named | {"begin": _padded(named["initial_state"], scan)})
     kept = found["kept"] if keep else jnp.zeros(0, jnp.float32)
@@ -64,11 +64,11 @@ def _forward(returned, *arrays, keep, delta_softplus):
 
 def _backward(returned, *arrays, delta_softplus):
     *arrays, kept, dy, dfinal_state = arrays
-    named = dict(zip(ARGUMENTS, map(given, arrays), strict=True))
+    named = dict(zip(ARGUMENTS, map(present, arrays), strict=True))
     scan = _plan(named, delta_softplus, dfinal_state, backward=True)
     found = _run(scan, named | {"begin": _padded(dfinal_state, scan), "kept": kept, "dy": dy})
     sums = {name: found[f"{name}_sum"] for name in ("dA", "dB", "dC", "dD", "ddelta_bias") if f"{name}_sum" in found}
-    # Of what is not given, of no elements.
+    # Absent arguments have gradients without elements.
     absent = {f"d{name}": array for name, array in zip(ARGUMENTS, arrays, strict=True) if named[name] is None}
     gradients = found | sums | absent | {"dinitial_state": _unpadded(found["dstate"], scan)}
     pairs = zip(ARGUMENTS, returned, strict=False)
@@ -95,7 +95,7 @@ def _plan(named, delta_softplus, begin, **how) -> gpu.Scan:
 
 
 def _run(scan: gpu.Scan, arrays: dict[str, jax.Array | None]) -> dict[str, jax.Array]:
-    """What the scan's kernels compute, by its names; after a backward the sums too."""
+    """The arrays that the scan's kernels compute, by name; after a backward the sums too."""
     form = "CUBIN" if takes_cubin() else "PTX"
     image = nvrtc.compile_source(gpu.source(), tuple(scan.defines.items()), f"sm_{capability()}", form)
     dtype, found = arrays["x"].dtype, {}
@@ -111,10 +111,10 @@ def _run(scan: gpu.Scan, arrays: dict[str, jax.Array | None]) -> dict[str, jax.A
 
 
 def _launch(image, scan, step: gpu.Launch, known: dict, results: dict) -> dict[str, jax.Array]:
-    """The arrays that a kernel writes; known: those that there are."""
+    """The arrays that a kernel writes. known: those that exist already."""
     read = [name for name in step.arrays if known.get(name) is not None]
     written = [name for name in step.arrays if name in results and name not in known]
-    # combine_chunks turns what each chunk adds into what it begins from.
+    # combine_chunks turns the state that each chunk adds into the state from which it begins.
     updated = [name for name in read if name == "added"]
     parameters = [(results | known).get(name) for name in step.arrays]
     parameters += [np.int32(size) for size in scan.sizes(step)]
@@ -130,7 +130,7 @@ def _strides(value: jax.Array | None) -> tuple[int, int]:
 
 
 def _padded(state: jax.Array, scan: gpu.Scan) -> jax.Array:
-    """(b, e, n) with the states that fill up."""
+    """(b, e, n), filled up to the states that the kernel computes."""
     return jnp.pad(state, [(0, 0), (0, 0), (0, scan.geometry.padded - scan.states)])
 
 

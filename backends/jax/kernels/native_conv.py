@@ -11,7 +11,7 @@ ARGUMENTS = ("x", "weight", "bias", "initial_state", "mask", "restart")
 
 
 def beside(plain: Callable) -> Callable:
-    """The kernel with the arguments of `plain`, its twin, and portable, as that of the scan has it."""
+    """The kernel, with the arguments of its twin `plain` and `portable` as the scan's kernel has it."""
 
     def run_plain(x, weight, bias, state, mask, restart, *, silu):
         return plain(x, weight.T, bias, state, mask, restart, activation="silu" if silu else None)
@@ -19,7 +19,7 @@ def beside(plain: Callable) -> Callable:
     calls = library_calls("conv", library.Conv, ARGUMENTS, _settings)
     conv = differentiable(NATIVE, "conv", *calls, ARGUMENTS, run_plain)
 
-    def native(x, weight, bias, state, mask, restart, *, activation, portable=False):
+    def native(x, weight, bias, state, mask, restart, order=None, inverse=None, *, activation, portable=False):
         weight, bias = weight.T.astype(jnp.float32), None if bias is None else bias.astype(jnp.float32)
         return conv(x, weight, bias, state, mask, restart, silu=activation == "silu", portable=portable)
 

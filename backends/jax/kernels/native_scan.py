@@ -11,10 +11,10 @@ ARGUMENTS = ("x", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state
 
 
 def beside(plain: Callable) -> Callable:
-    """The kernel with the arguments of the kernel `plain`, its twin, and portable.
+    """The kernel, with the arguments of its twin `plain` and `portable`.
 
-    portable: an exported module has the twin in its place. Otherwise that raises a ValueError, as does another device
-    than a CPU, when it is compiled for it.
+    portable: an exported module, or one for another device than a CPU, has the twin in the kernel's place. If False,
+    compiling such a module raises a ValueError.
     """
     calls = library_calls("scan", library.Scan, ARGUMENTS, _settings, kept=("boundaries",))
     scan = differentiable(NATIVE, "scan", *calls, ARGUMENTS, plain, kept=[_boundaries])

@@ -1,7 +1,6 @@
-"""Kernels as operators of JAX: compiled where they run, and elsewhere their plain twins.
+"""Kernels as operators of JAX: a kernel is compiled for its own platform, and its plain twin for every other.
 
-A kernel runs on one platform. In a module for another or for several its twin takes its place, as it does where the
-operator is differentiated.
+The twin also takes the kernel's place in a module for several platforms, and where the operator is differentiated.
 """
 
 import ctypes
@@ -18,7 +17,7 @@ from jax.interpreters import ad, batching, mlir
 
 from mamba_core.backends import native as library
 
-# Of an argument that is not given.
+# Stands for an absent argument.
 ABSENT = np.zeros(0, np.float32)
 
 
@@ -35,6 +34,8 @@ class Kernel(NamedTuple):
 
 
 NATIVE = Kernel("native", "cpu", "a CPU")
+# Kernels of one platform -> its devices.
+HOMES = {"native": "cpu", "cuda": "gpu", "pallas": "tpu"}
 
 
 def reason(device: str, dtype=None) -> str | None:
@@ -47,9 +48,9 @@ def reason(device: str, dtype=None) -> str | None:
 
 
 def pointing(kind: type[ctypes.Structure], settings: dict, numbers: dict[str, int], arrays) -> tuple:
-    """(the struct's words, which of them are pointers): a pointer is the number of an array, by the field's name.
+    """(the struct's words, which of them are pointers). A pointer is the number of an array, by the field's name.
 
-    Those of a `Matrix` have names such as "in_proj.weight". An array without elements is null, as an absent one.
+    The fields of a `Matrix` have names such as "in_proj.weight". An array without elements becomes a null pointer.
     """
     words = np.frombuffer(bytes(kind(**settings)), np.int64).copy()
     pointers = []
@@ -69,7 +70,7 @@ def pointing(kind: type[ctypes.Structure], settings: dict, numbers: dict[str, in
 
 
 def operator(kernel: Kernel, name: str, results: Callable, call: Callable, plain: Callable) -> Primitive:
-    """An operation of that name, as `call` computes it, and `plain` where the kernel cannot run.
+    """An operation of that name: `call` computes it, or `plain` where the kernel cannot run.
 
     results(*arrays, **options): shapes and dtypes of what both return.
     call(results, *arrays, **options), plain(*arrays, **options).
@@ -90,12 +91,12 @@ def operator(kernel: Kernel, name: str, results: Callable, call: Callable, plain
         return mlir.lower_fun(chosen, multiple_results=True)(context, *values)
 
     def batch(arrays, axes, **options):
-        """One element after another: the gradients of A, D and the bias are sums over the rows of each alone."""
+        """One element after another: the gradients of A, D and the bias are sums over the rows of one element."""
         pairs = list(zip(arrays, axes, strict=True))
         elements = [None if axis is None else jnp.moveaxis(value, axis, 0) for value, axis in pairs]
 
         def run_one(element):
-            values = (value if own is None else own for value, own in zip(arrays, element, strict=True))
+            values = (value if mapped is None else mapped for value, mapped in zip(arrays, element, strict=True))
             return primitive.bind(*values, **options)
 
         stacked = lax.map(run_one, elements)
@@ -116,7 +117,7 @@ def operator(kernel: Kernel, name: str, results: Callable, call: Callable, plain
 
 
 def reversible(primitive: Primitive, plain: Callable) -> Callable:
-    """run(portable, options, *arrays) of an operator, whose gradient is that of its twin."""
+    """run(portable, options, *arrays) of an operator. Its gradient is its twin's."""
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
     def run(portable, options, *arrays):
@@ -133,10 +134,10 @@ def reversible(primitive: Primitive, plain: Callable) -> Callable:
 
 
 def library_call(target: str, structs: Callable, in_place: Callable = lambda *arrays, **options: {}) -> Callable:
-    """`call` of an `operator` that is a function of the native library, through XLA's FFI on XLA's own arrays.
+    """`call` of an `operator`: a function of the native library, which XLA's FFI calls on XLA's own arrays.
 
-    structs(*arrays and results, **options): what the function is given, each as of `pointing`.
-    in_place(*arrays, **options): number of an array -> that of the result which may have its memory.
+    structs(*arrays and results, **options): the arguments of the function, each made by `pointing`.
+    in_place(*arrays, **options): number of an array -> number of the result that may reuse its memory.
     """
 
     def call(returned, *arrays, **options):
@@ -145,7 +146,7 @@ def library_call(target: str, structs: Callable, in_place: Callable = lambda *ar
         starts = np.cumsum([0, *(len(words) for words, _ in parts)])
         attributes = {
             "structs": np.concatenate([words for words, _ in parts]),
-            "pointers": np.concatenate([start + own for start, (_, own) in zip(starts, parts, strict=False)]),
+            "pointers": np.concatenate([start + places for start, (_, places) in zip(starts, parts, strict=False)]),
             "count": np.array([len(parts)]),
         }
         aliases = in_place(*arrays, **options)
@@ -184,36 +185,36 @@ def differentiable(
     plain: Callable,
     kept=(),
 ) -> Callable:
-    """run(*arrays or None, portable=False, **options) -> (y, final state), with a gradient of the kernel's own.
+    """run(*arrays or None, portable=False, **options) -> (y, final state). The kernel computes the gradient too.
 
-    forward, backward: each `call` of an operator; the forward's, with the option `keep`, returns y, the final state
-        and what is kept; the backward's, given the arguments, what was kept and the gradients of the first two, those
-        of the arguments but the last two.
+    forward: `call` of an operator with the option `keep`. It returns y, the final state and the kept arrays.
+    backward: `call` of an operator. Its arrays are the arguments, the kept arrays and the gradients of y and the final
+        state; it returns the gradients of all arguments but the last two.
     arguments: their names; the first is x, one is initial_state, the last two are mask and restart.
     plain(*arrays or None, **options): the twin.
-    kept: functions of the arrays' shapes, each the shape of a float32 array that the forward keeps for the backward;
-        it is empty where there will be no gradient.
+    kept: functions of the arrays' shapes, each giving the shape of a float32 array that the forward keeps for the
+        backward. The array is empty where there will be no gradient.
     """
     floats = arguments[:-2]
     state = arguments.index("initial_state")
 
     def forward_results(*arrays, keep, **_):
         shapes = [shape(*(value.shape for value in arrays)) if keep else (0,) for shape in kept]
-        own = [jax.core.ShapedArray(shape, jnp.float32) for shape in shapes]
-        return [_like(arrays[0]), _like(arrays[state]), *own]
+        kept_arrays = [jax.core.ShapedArray(shape, jnp.float32) for shape in shapes]
+        return [_like(arrays[0]), _like(arrays[state]), *kept_arrays]
 
     def backward_results(*arrays, **_):
         return [_like(value) for value in arrays[: len(floats)]]
 
     def run_plain(options, *arrays):
-        return plain(*map(given, arrays), **options)
+        return plain(*map(present, arrays), **options)
 
     def plain_forward(*arrays, keep, **options):
         run = functools.partial(run_plain, options)
-        # For a gradient to come as it is differentiated: the twin itself would refuse forward mode over reverse.
+        # Where a gradient will follow, differentiate now: the twin itself would refuse forward mode over reverse.
         y, h = jax.vjp(run, *arrays)[0] if keep else run(*arrays)
-        own = forward_results(*arrays, keep=keep)[2:]
-        return y, h, *(jnp.zeros(value.shape, value.dtype) for value in own)
+        kept_arrays = forward_results(*arrays, keep=keep)[2:]
+        return y, h, *(jnp.zeros(value.shape, value.dtype) for value in kept_arrays)
 
     def plain_backward(*arrays, **options):
         inputs, cotangents = arrays[: len(arguments)], arrays[-2:]
@@ -228,7 +229,7 @@ def differentiable(
 
 
 def _with_gradient(forward: Primitive, backward: Primitive) -> Callable:
-    """run(arguments, options) -> (y, final state), keeping what a gradient needs only where there will be one."""
+    """run(arguments, options) -> (y, final state). It keeps arrays for a gradient only where there will be one."""
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
     def run(arguments, options):
@@ -257,7 +258,8 @@ def _as_arrays(arguments):
     return [ABSENT if value is None else value for value in arguments]
 
 
-def given(value):
+def present(value):
+    """The array, or None where it stands for an absent argument."""
     return None if value.shape == ABSENT.shape else value
 
 

@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from mamba_core.backends.jax.kernels.operator import Kernel, differentiable, given
+from mamba_core.backends.jax.kernels.operator import Kernel, differentiable, present
 
 PALLAS = Kernel("pallas", "tpu", "a TPU", exported=True)
 ARGUMENTS = ("x", "step", "A", "B", "C", "initial_state", "mask", "restart")
@@ -53,13 +53,13 @@ def beside(plain: Callable, interpret: bool = False) -> Callable:
 
 
 def _boundaries(x, step, A, *_):
-    """Of the states before every chunk."""
+    """The shape of the states before every chunk."""
     b, l, e = x
     return b, -(-l // CHUNK), A[1], e
 
 
 def _forward(interpret, returned, *arrays, keep):
-    x, step, A, B, C, h0, _, restart = map(given, arrays)
+    x, step, A, B, C, h0, _, restart = map(present, arrays)
     plan = _Plan(x.shape, A.shape[1])
     inputs = [*plan.inputs(x, step, A, B, C, restart), (plan.state, plan.padded_state(h0))]
     outputs = [(plan.sequence, plan.shape), (plan.state, plan.state_shape)]
@@ -73,7 +73,7 @@ def _forward(interpret, returned, *arrays, keep):
 
 def _backward(interpret, returned, *arrays):
     *arrays, boundaries, dlinear, dh = arrays
-    x, step, A, B, C, _, _, restart = map(given, arrays)
+    x, step, A, B, C, _, _, restart = map(present, arrays)
     plan = _Plan(x.shape, A.shape[1], reverse=True)
     inputs = [
         *plan.inputs(x, step, A, B, C, restart),
@@ -174,17 +174,17 @@ def _advanced(h, x, step, B, rates, restart, t):
 
 
 def _passed(h, restart, t):
-    """Where a restart stands nothing passes, Inf and NaN neither."""
+    """The value, or zero at a restart, so that not even Inf and NaN pass it."""
     return h if restart is None else jnp.where(restart[0, t] != 0, 0.0, h)
 
 
 def _next(columns, by=1):
-    """With the next column first, or with by=-1 the one before."""
+    """The columns with the next one first, or with by=-1 the one before."""
     return pltpu.roll(columns, -by % columns.shape[1], 1)
 
 
 class _Plan:
-    """How arrays are padded and cut up. States are (..., n, e) here."""
+    """How arrays are padded and divided. States are (..., n, e) here."""
 
     def __init__(self, shape, states: int, reverse: bool = False):
         self.batch, self.length, self.channels = shape
@@ -212,7 +212,7 @@ class _Plan:
 
     @property
     def part_shape(self):
-        """Of sums over the channels of each block."""
+        """The shape of sums over the channels of each block."""
         return self.batch, self.blocks, self.states, self.chunks * CHUNK
 
     @property
@@ -232,7 +232,7 @@ class _Plan:
         return pl.BlockSpec((None, None, self.states, CHUNK), lambda b, e, c: (b, e, 0, self._place(c)))
 
     def inputs(self, x, step, A, B, C, restart) -> list[tuple[pl.BlockSpec, jax.Array]]:
-        """What both ways begin with; positions and channels that only fill up have steps of zero."""
+        """The first inputs of both kernels. Padded positions and channels have steps of zero."""
         rates = jnp.pad(A.T, [(0, 0), (0, self.extra_channels)])
         by_state = pl.BlockSpec((None, self.states, CHUNK), lambda b, e, c: (b, 0, self._place(c)))
         pairs = [(self.sequence, self.padded(x)), (self.sequence, self.padded(step))]

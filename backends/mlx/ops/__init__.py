@@ -10,12 +10,10 @@ from mamba_core.backends.mlx.arrays import check_device
 FOLDER = "backends.mlx.ops"
 
 
-def kernels(device: str | None = None) -> dict[str, dict[str, str | None]]:
-    """Those but "native", "numpy", "cuda" and "metal" are made of MLX's own operations and run on every device."""
-    return kernels_for(device)
+def available_kernels(device: str | None = None, dtype=None) -> dict[str, dict[str, str | None]]:
+    """Those but "native", "numpy", "cuda" and "metal" are made of MLX's own operations and run on every device.
 
-
-def kernels_for(device: str | None = None, dtype=None) -> dict[str, dict[str, str | None]]:
-    """`kernels` for arrays of that dtype."""
+    dtype: of the arrays, where it is known.
+    """
     check_device(device)
     return {name: op.kernels(device, dtype) for name, op in discovery.modules(FOLDER).items()}

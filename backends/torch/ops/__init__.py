@@ -9,7 +9,7 @@ from mamba_core.kernels import Kernels, choose
 FOLDER = "backends.torch.ops"
 
 
-def kernels(device: str | None = None, dtype: torch.dtype | None = None) -> dict[str, dict[str, str | None]]:
+def available_kernels(device: str | None = None, dtype: torch.dtype | None = None) -> dict[str, dict[str, str | None]]:
     """Op -> its kernels, fastest first: None for one that runs on the device, else why it does not."""
     device = torch.device(device or devices()[0])
     return {op: module.kernels(device, dtype) for op, module in discovery.modules(FOLDER).items()}

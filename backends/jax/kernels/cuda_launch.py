@@ -1,7 +1,6 @@
-"""Kernels of one's own on CUDA, by the operation in which jaxlib launches those of Triton: it takes any kernel.
+"""Launches our own CUDA kernels through jaxlib's Triton custom call, which accepts any kernel.
 
-No part of jaxlib's Python describes a kernel that is compiled already, so that its message, jaxlib/gpu/triton.proto, is
-written here.
+jaxlib's Python cannot describe a compiled kernel, so this file writes the message of jaxlib/gpu/triton.proto itself.
 """
 
 import functools
@@ -15,7 +14,7 @@ import jaxlib
 import numpy as np
 
 TARGET = "triton_kernel_call_ffi"
-# Before, jaxlib compiled PTX itself.
+# Older versions compile PTX themselves.
 TAKES_CUBIN = (0, 11, 1)
 
 
@@ -26,13 +25,13 @@ def takes_cubin() -> bool:
 def launch(
     image: bytes, name: str, blocks: int, threads: int, shared: int, parameters: Sequence, updated: int | None = None
 ) -> list[jax.Array]:
-    """What a kernel writes.
+    """The arrays that a kernel writes.
 
     image: a cubin if `takes_cubin`, else PTX.
     shared: bytes of dynamic shared memory.
     parameters: in the kernel's order an array, which it reads; a `jax.ShapeDtypeStruct`, which it writes, after all
         arrays; an np.int32 or np.int64; None for a pointer that it does not follow.
-    updated: the place among the arrays of one that it writes as well. That comes first among the results.
+    updated: the place of an array that the kernel also writes. It comes first among the results.
     """
     _register()
     arrays = [value for value in parameters if isinstance(value, jax.Array)]
@@ -48,14 +47,14 @@ def launch(
 
 @functools.cache
 def _register() -> None:
-    """Importing it does that."""
+    """The import registers the target."""
     importlib.import_module("jaxlib.gpu_triton")
 
 
 def _message(image, name, blocks, threads, shared, parameters) -> bytes:
     """A TritonAnyKernelCall."""
     compiled = takes_cubin()
-    # By its text jaxlib knows a kernel again.
+    # jaxlib recognises a kernel by its text.
     text = f"// {hashlib.sha256(image).hexdigest()}".encode() if compiled else image
     kernel = _field(1, name.encode()) + _field(2, threads // 32) + _field(10, 1) + _field(3, shared) + _field(4, text)
     kernel += _field(6, capability())
@@ -91,12 +90,12 @@ def _varint(value: int) -> bytes:
 
 
 def capability() -> int:
-    """Such as 90."""
+    """The compute capability, such as 90."""
     return int(device().compute_capability.replace(".", ""))
 
 
 def device() -> jax.Device:
-    """That is compiled for: all of a process are taken to be of one kind.
+    """The device to compile for; all devices of a process are assumed to be alike.
 
     Raises:
         RuntimeError: there is none.

@@ -1,6 +1,6 @@
 """Decoding: a compiled prefill, then compiled blocks of tokens, sampled on the device.
 
-A program is compiled for a config and a batch; that of the prefill for a bucket of lengths, the others for a policy.
+Programs are compiled for a config and a batch; the prefill for a bucket of lengths, the others for sampling settings.
 """
 
 import functools
@@ -13,8 +13,9 @@ from flax import nnx
 from jax import lax
 
 from mamba_core.backend import Carry, Choice, Context, Output, State
+from mamba_core.backends.jax import state as states
 from mamba_core.backends.jax.arrays import from_numpy, to_numpy
-from mamba_core.observe import unobserved
+from mamba_core.backends.jax.positions import call_of
 from mamba_core.sampling import Sampling
 
 # Tokens between two looks of the host, which cost a fraction of a millisecond each.
@@ -25,7 +26,8 @@ def prefill(model, tokens, mask, state: State | None = None) -> Output:
     rows, length = tokens.shape
     padding = ((0, 0), (_bucket(length) - length, 0))
     tokens, mask = (from_numpy(np.pad(value, padding), device=model.device) for value in (tokens, mask))
-    return _prefill(*nnx.split(model), tokens, mask, model.init_state(rows) if state is None else state)
+    state = model.init_state(rows, length) if state is None else states.with_room(model.config, state, length)
+    return _prefill(*nnx.split(model), tokens, mask, state)
 
 
 def fork(values, rows):
@@ -35,18 +37,24 @@ def fork(values, rows):
 def decode(
     model, prefilled: Output, sampling: Sampling, *, context: Context | None = None, draw=None, limit: int | None = None
 ) -> Iterator[Choice]:
-    """The first token comes alone and the blocks double up to BLOCK, so that little is computed that nobody takes."""
+    """The first token comes alone, and the blocks double up to BLOCK, so that few tokens are computed in vain."""
     context = jax.tree.map(lambda value: from_numpy(value, device=model.device), context)
     # Not `nnx.jit`, which returns the parameters, and so copies them in every call.
     graph, parameters = nnx.split(model)
     carry = _begin(prefilled, context, None if draw is None else draw(0, 1)[0], sampling=sampling)
     yield jax.tree.map(to_numpy, carry.choice)
-    # Of our own, as each call takes its state's memory for the next; what was prefilled stays as it is.
+    # A copy, because each call reuses the memory of its state; the prefilled state must stay as it is.
     made, carry = 1, carry._replace(state=jax.tree.map(jnp.copy, carry.state))
+    left = states.room(model.config, carry.state)
     while limit is None or made < limit:
         count = min(made, BLOCK, BLOCK if limit is None else limit - made)
+        if left is not None:
+            if left < count:
+                carry = carry._replace(state=states.with_room(model.config, carry.state, count))
+                left = states.room(model.config, carry.state)
+            left -= count
         drawn = None if draw is None else draw(made, BLOCK)
-        carry, choices = _advance(graph, parameters, *_apart(carry), drawn, count, sampling=sampling)
+        carry, choices = _advance(graph, parameters, *_divided(carry), drawn, count, sampling=sampling)
         choices = jax.tree.map(to_numpy, choices)
         for index in range(count):
             yield jax.tree.map(lambda value, index=index: value[index], choices)
@@ -56,12 +64,12 @@ def decode(
 def begin(prefilled: Output, context: Context | None, uniform: jax.Array | None, sampling: Sampling) -> Carry:
     """The first tokens."""
     choice = choose(prefilled.logits, context, uniform, sampling)
-    return Carry(choice, prefilled.state, _with(context, choice.tokens))
+    return Carry(choice, prefilled.state, _updated(context, choice.tokens))
 
 
 def advance(model, carry: Carry, uniform: jax.Array | None, sampling: Sampling) -> Carry:
     """One token more in each row."""
-    hidden, state = model.backbone(carry.choice.tokens[:, None], carry.state, None, None, unobserved)
+    hidden, state = model.backbone(carry.choice.tokens[:, None], carry.state, call_of(None, None, length=1))
     logits = model.head(hidden[:, 0])[:, : model.config.vocab_size]
     return begin(Output(logits, state), carry.context, uniform, sampling)
 
@@ -130,7 +138,7 @@ def _filtered(logits: jax.Array, sampling: Sampling) -> jax.Array:
     return jnp.zeros_like(probabilities).at[rows, order].set(ranked)
 
 
-def _with(context: Context | None, tokens: jax.Array) -> Context | None:
+def _updated(context: Context | None, tokens: jax.Array) -> Context | None:
     """The context after these tokens."""
     if context is None:
         return None
@@ -141,12 +149,12 @@ def _with(context: Context | None, tokens: jax.Array) -> Context | None:
 @functools.partial(jax.jit, static_argnames=("graph",))
 def _prefill(graph, parameters, tokens, mask, state) -> Output:
     model = nnx.merge(graph, parameters)
-    hidden, state = model.backbone(tokens, state, mask, None, unobserved, last=True)
+    hidden, state = model.backbone(tokens, state, call_of(mask, None, length=tokens.shape[1], last=True))
     return Output(model.head(hidden[:, -1])[:, : model.config.vocab_size], state)
 
 
-def _apart(carry: Carry) -> tuple[State, Carry]:
-    """The state, and the rest: the host may still look at that."""
+def _divided(carry: Carry) -> tuple[State, Carry]:
+    """The state, whose memory may be reused, and the rest, at which the host may still look."""
     return carry.state, carry._replace(state=None)
 
 
@@ -155,7 +163,7 @@ _begin = jax.jit(begin, static_argnames=("sampling",))
 
 @functools.partial(jax.jit, static_argnames=("graph", "sampling"), donate_argnames=("state",))
 def _advance(graph, parameters, state, others, uniforms, count, *, sampling) -> tuple[Carry, Choice]:
-    """`count` more tokens; what stands behind them in the choices (BLOCK, b) means nothing."""
+    """`count` more tokens, in the first rows of the choices (BLOCK, b); the other rows mean nothing."""
     model, carry = nnx.merge(graph, parameters), others._replace(state=state)
 
     def position(index, loop):

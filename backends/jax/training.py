@@ -10,10 +10,11 @@ import optax
 from flax import nnx
 
 from mamba_core.backends.jax.arrays import from_numpy
-from mamba_core.backends.jax.loss import linear_cross_entropy
-from mamba_core.backends.jax.weights import canonical, named, path, place, transposed
-from mamba_core.spec.checks import check_targets, check_task
+from mamba_core.backends.jax.ops.cross_entropy import linear_cross_entropy
+from mamba_core.backends.jax.weights import canonical, entering, named, path, place
+from mamba_core.spec.checks import check_targets
 from mamba_core.spec.params import parameter_table
+from mamba_core.tasks import check_generates
 
 
 def loss(model, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -32,7 +33,7 @@ def loss(model, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
 
 
 def loss_and_gradients(model, tokens, mask=None) -> tuple[float, dict[str, np.ndarray]]:
-    check_task(model.config, "its loss")
+    check_generates(model.config, "its loss")
     tokens, mask = (None if given is None else from_numpy(given, device=model.device) for given in (tokens, mask))
     value, gradients = _loss_and_gradients(model, tokens, mask)
     return float(value), {name: canonical(model, name, gradient) for name, gradient in named(model, gradients).items()}
@@ -45,24 +46,24 @@ class Trainer:
     """AdamW with the decay of the parameter table; the moments are float32."""
 
     def __init__(self, model, settings):
-        check_task(model.config, "training")
+        check_generates(model.config, "training")
         self.model = model
         self.settings = settings
-        self._look()
+        self._compile()
         parameters = named(model, nnx.state(model, nnx.Param))
         self.moments = _optimizer(model.config, settings).init(_float32(parameters))
         self._begin(0)
 
     def step(self, tokens) -> tuple[float, float]:
-        """The model must keep its modules: to look through them takes the host as long as a step takes a GPU."""
+        """The model must keep its modules: looking for others would take the host as long as a step takes a GPU."""
         if self.model is not self.seen or self.model.remat != self.remat:
-            self._look()
+            self._compile()
         tokens, rate = from_numpy(tokens, device=self.model.device), self.settings.rate(self.count)
-        variables = {name: getattr(*its) for name, its in self.places.items()}
-        values = {name: its.get_raw_value() for name, its in variables.items()}
+        variables = {name: getattr(*place) for name, place in self.places.items()}
+        values = {name: variable.get_raw_value() for name, variable in variables.items()}
         found, values, self.moments = self.update(values, self.others, self.moments, tokens, rate)
-        for name, its in variables.items():
-            its.set_value(values[name])
+        for name, variable in variables.items():
+            variable.set_value(values[name])
         self.count += 1
         value, norm = np.asarray(found).tolist()
         return value, norm
@@ -79,7 +80,7 @@ class Trainer:
         moments = {key: self._moments(prefix, state) for prefix, key in _MOMENTS.items()}
         self._begin(int(state["step"]), **moments)
 
-    def _look(self):
+    def _compile(self):
         """Compiles for the model's modules as they are."""
         places = {path(self.model, name): name for name in parameter_table(self.model.config)}
         graph, _, self.others = nnx.split(self.model, lambda place, _: place in places, ...)
@@ -89,14 +90,14 @@ class Trainer:
 
     def _begin(self, count, **moments):
         self.count = count
-        # Placed where the step will leave it; otherwise the second step compiles again.
+        # On the device where the step leaves it; otherwise the second step compiles again.
         placed = from_numpy(count, dtype="int32", device=self.model.device)
         self.moments = optax.tree_utils.tree_set(self.moments, count=placed, **moments)
 
     def _moments(self, prefix, state) -> dict[str, jax.Array]:
         values = {name: np.asarray(state[f"{prefix}.{name}"]) for name in parameter_table(self.model.config)}
         return {
-            name: from_numpy(transposed(self.model, name, value), dtype="float32", device=self.model.device)
+            name: from_numpy(entering(self.model, name, value), dtype="float32", device=self.model.device)
             for name, value in values.items()
         }
 
@@ -116,7 +117,7 @@ def _optimizer(config, s) -> optax.GradientTransformation:
 
 @functools.lru_cache(maxsize=8)
 def _compiled(graph, places, config, settings):
-    """The update of the model with that graph, whose parameters stand at places: (place, name) of each."""
+    """The update of the model with that graph. places: (path, canonical name) of each parameter."""
 
     @functools.partial(jax.jit, donate_argnames=("values", "moments"))
     def update(values, others, moments, tokens, rate):

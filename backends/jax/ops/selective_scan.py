@@ -1,7 +1,7 @@
 """The S6 recurrence in JAX (Gu and Dao 2023, equations 2 and 4): position by position, and by chunks.
 
-By chunks, only the state before each chunk is kept; the gradient recomputes the rest. Inside a chunk the channels
-come last and the states before them, which is what vector units and TPU tiles want.
+By chunks, only the state before each chunk is kept; the gradient computes the other states again. Inside a chunk the
+channels come last and the states before them, as vector units and TPU tiles want.
 """
 
 import functools
@@ -12,20 +12,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mamba_core.backends.jax.arrays import devices
+from mamba_core.backends.jax.arrays import PLATFORMS
 from mamba_core.backends.jax.kernels import cuda_scan, native_scan, pallas_scan
+from mamba_core.backends.jax.kernels.operator import HOMES
 from mamba_core.backends.jax.kernels.operator import reason as why_not_native
-from mamba_core.backends.jax.positions import restarts
-from mamba_core.spec.checks import check_scan, check_step, choose_kernel
+from mamba_core.backends.jax.positions import call_of
+from mamba_core.kernels import choose
+from mamba_core.spec.ops.selective_scan import check_scan, check_step
 
 # On a CPU a chunk's (t, b, n, e) arrays should stay in cache; elsewhere few and large operations pay.
 LOOP_CHUNK = 16
 TREE_CHUNK = 256
-
-# What JAX lowers for, and its devices' word for it.
-PLATFORMS = {"cpu": "cpu", "cuda": "gpu", "tpu": "tpu"}
-# Kernels of one platform.
-HOMES = {"native": "cpu", "cuda": "gpu", "pallas": "tpu"}
 
 # Not jnp.einsum's default: on GPU and TPU that rounds float32 to TF32 or bfloat16.
 _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
@@ -50,13 +47,27 @@ def selective_scan(
 ):
     """kernel="auto" is resolved for the platform that the computation is lowered for, also by `jax.export`."""
     check_scan(x, delta, A, B, C, D, z, delta_bias, initial_state, mask, segment_ids)
-    kernel_where_it_runs(kernel, x.dtype, A.shape[1])
-    y, h = _selective_scan(
-        *(x, delta, A, B, C, D, z, delta_bias, initial_state, mask, segment_ids),
-        delta_softplus=bool(delta_softplus),
+    y, h = scan(
+        call_of(mask, segment_ids, length=x.shape[1]),
+        *(x, delta, A, B, C, D),
+        z=z,
+        delta_bias=delta_bias,
+        delta_softplus=delta_softplus,
+        initial_state=initial_state,
         kernel=kernel,
     )
     return (y, h) if return_final_state else y
+
+
+def scan(
+    call, x, delta, A, B, C, D=None, *, z=None, delta_bias=None, delta_softplus=False, initial_state=None, kernel="auto"
+):
+    """`selective_scan` in a call whose positions are known: (y, final state)."""
+    check_scan(x, delta, A, B, C, D, z, delta_bias, initial_state, call.mask, call.segment_ids)
+    if kernel != "auto":
+        kernel = PLAIN if kernel == "plain" else _that_runs(kernel, x.dtype, A.shape[1])
+    arrays = (x, delta, A, B, C, D, z, delta_bias, initial_state, call.mask, call.restart)
+    return _scan(*arrays, delta_softplus=bool(delta_softplus), kernel=kernel)
 
 
 def selective_step(x, delta, A, B, C, D=None, *, z=None, delta_bias=None, delta_softplus=False, state):
@@ -68,36 +79,23 @@ def selective_step(x, delta, A, B, C, D=None, *, z=None, delta_bias=None, delta_
     return _output(linear, x, D, z).astype(dtype), h
 
 
-def kernels(device: str | None = None) -> dict[str, str | None]:
-    """Those but "native", "cuda" and "pallas" are made of JAX's own operations and run on every device."""
-    return _kernels(device or devices()[0])
-
-
-def kernel_for(kernel: str, device: str, dtype, states: int | None = None) -> str:
-    """The kernel of that name, or for "auto" the fastest, for x of that dtype there and so many states.
-
-    Raises:
-        ValueError: there is no such kernel, or not for it.
-    """
-    return choose_kernel(kernel, _kernels(device, dtype, states))
-
-
-def kernel_where_it_runs(kernel: str, dtype, states: int | None = None) -> str:
-    """As `kernel_for`, for the device that the kernel is for: before it is lowered the true one is not known."""
-    return kernel_for(kernel, HOMES.get(kernel, "cpu"), dtype, states)
-
-
-def _kernels(device, dtype=None, states=None):
+def kernels(device: str, dtype=None, states: int | None = None) -> dict[str, str | None]:
+    """For so many states. Those but "native", "cuda" and "pallas" are JAX's own operations and run on every device."""
     order = KERNELS if device == "cpu" else ["cuda", "pallas", "associative", *KERNELS]
     reasons = {"native": why_not_native(device, dtype), "cuda": cuda_scan.reason(device, dtype, states)}
     reasons |= {"pallas": pallas_scan.reason(device, dtype, states)}
     return dict.fromkeys(order) | reasons
 
 
+def _that_runs(kernel, dtype, states):
+    """The kernel of that name, which must run on its own device: the true one is known only when it is lowered."""
+    return choose(kernel, kernels(HOMES.get(kernel, "cpu"), dtype, states))
+
+
 def _auto(*arguments, delta_softplus):
     x, _, A, *_ = arguments
     options = {"delta_softplus": delta_softplus}
-    fastest = {name: kernel_for("auto", device, x.dtype, A.shape[1]) for name, device in PLATFORMS.items()}
+    fastest = {name: choose("auto", kernels(device, x.dtype, A.shape[1])) for name, device in PLATFORMS.items()}
     branches = {
         platform: functools.partial(KERNELS[name], **options, **({"portable": True} if name in HOMES else {}))
         for platform, name in fastest.items()
@@ -122,12 +120,12 @@ def sequential(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, *, delta_
 
 
 def chunked(*arguments, delta_softplus):
-    """In a chunk everything in bulk but h = decay * h + increment, which is a `lax.scan`: the fastest on CPU."""
+    """Computes a chunk in bulk, except for h = decay * h + increment in a `lax.scan`: the fastest on a CPU."""
     return _by_chunks(_LOOP, LOOP_CHUNK, *arguments, delta_softplus)
 
 
 def associative(*arguments, delta_softplus):
-    """In a chunk `lax.associative_scan`: few long operations, the fastest where each costs a launch."""
+    """Computes a chunk by `lax.associative_scan`: few long operations, the fastest where each costs a launch."""
     return _by_chunks(_TREE, TREE_CHUNK, *arguments, delta_softplus)
 
 
@@ -139,7 +137,7 @@ _recurrence = pallas_scan.beside(_plain_recurrence)
 
 
 def pallas(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, *, delta_softplus, portable=False):
-    """The recurrence in Pallas; what comes before and after it XLA fuses with its surroundings."""
+    """The recurrence in Pallas; XLA fuses the operations before and after it with their surroundings."""
     dtype = x.dtype
     x, step, B, C, z = _prepare(x, delta, B, C, z, delta_bias, mask, delta_softplus)
     linear, h = _recurrence(x, step, A, B, C, h0, restart, portable=portable)
@@ -150,19 +148,19 @@ KERNELS = {
     "native": native_scan.beside(chunked),
     "chunked": chunked,
     "associative": associative,
-    "sequential": sequential,
     "cuda": cuda_scan.beside(associative),
     "pallas": pallas,
+    "sequential": sequential,
 }
+PLAIN = "sequential"
 
 
 @functools.partial(jax.jit, static_argnames=("delta_softplus", "kernel"))
-def _selective_scan(x, delta, A, B, C, D, z, delta_bias, initial_state, mask, segment_ids, *, delta_softplus, kernel):
+def _scan(x, delta, A, B, C, D, z, delta_bias, initial_state, mask, restart, *, delta_softplus, kernel):
     A, D, delta_bias, h0 = _in_compute_dtype(x.dtype, A, D, delta_bias, initial_state)
     if h0 is None:
         h0 = jnp.zeros((x.shape[0], *A.shape), A.dtype)
     run = _auto if kernel == "auto" else KERNELS[kernel]
-    restart = restarts(mask, segment_ids)
     y, h = run(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, delta_softplus=delta_softplus)
     return _where_valid(mask, y).astype(x.dtype), h
 
@@ -177,11 +175,11 @@ def _by_chunks(recurrence, longest, x, delta, A, B, C, D, z, delta_bias, h0, mas
         mask = jnp.ones((batch, length), bool)
 
     def split(value):
-        """(b, l, ...) -> (chunks, t, b, ...); what is added at the end does not count."""
+        """(b, l, ...) -> (chunks, t, b, ...); the positions added at the end do not count."""
         value = jnp.pad(value, [(0, 0), (0, padding)] + [(0, 0)] * (value.ndim - 2))
         return jnp.moveaxis(value, 1, 0).reshape(chunks, -1, batch, *value.shape[2:])
 
-    # What the gradient keeps is the inputs as they came and the state before each chunk.
+    # The gradient keeps the inputs as they came and the state before each chunk.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def chunk(h, inputs):
         x, delta, B, C, z, mask, restart = inputs
@@ -230,7 +228,7 @@ class _Recurrence(NamedTuple):
 
     states(decay, increment, h, restart): every h_t = decay_t h_{t-1} + increment_t from h (b, n, e).
 
-    gradient(decay, own, before, dh, restart): (g, dlog_decay, gradient of h), where g_t = own_t + passed_{t+1},
+    gradient(decay, direct, before, dh, restart): (g, dlog_decay, gradient of h), where g_t = direct_t + passed_{t+1},
     passed_t = decay_t g_t, the last passed on is dh, and dlog_decay_t = passed_t before_t.
     """
 
@@ -240,7 +238,7 @@ class _Recurrence(NamedTuple):
 
 
 def _loop_outputs(x, step, A, B, C, h, restart):
-    # Without a gradient there is no need of decay and states in bulk: one pass in cache is faster.
+    # Without a gradient nobody needs decay and states in bulk, and one pass in cache is faster.
     def position(h, inputs):
         x, step, B, C, restart = inputs
         linear, h = _advance(_restarted(restart, h), x, step, A.mT, B, C)
@@ -259,14 +257,14 @@ def _loop_states(decay, increment, h, restart):
     return lax.scan(position, h, (decay, increment, restart))[1]
 
 
-def _loop_gradient(decay, own, before, dh, restart):
+def _loop_gradient(decay, direct, before, dh, restart):
     def position(passed, inputs):
-        decay, own, before, restart = inputs
-        g = own + passed
+        decay, direct, before, restart = inputs
+        g = direct + passed
         passed = _restarted(restart, decay * g)
         return passed, (g, passed * before)
 
-    dh, (g, dlog_decay) = lax.scan(position, dh, (decay, own, before, restart), reverse=True)
+    dh, (g, dlog_decay) = lax.scan(position, dh, (decay, direct, before, restart), reverse=True)
     return g, dlog_decay, dh
 
 
@@ -286,9 +284,9 @@ def _tree_states(decay, increment, h, restart, reverse=False):
     return lax.associative_scan(combine, (decay, increment, restart), reverse=reverse)[1]
 
 
-def _tree_gradient(decay, own, before, dh, restart):
-    passed = _tree_states(decay, _restarted(restart, decay * own), dh, restart, reverse=True)
-    return own + jnp.concatenate([passed[1:], dh[None]]), passed * before, passed[0]
+def _tree_gradient(decay, direct, before, dh, restart):
+    passed = _tree_states(decay, _restarted(restart, decay * direct), dh, restart, reverse=True)
+    return direct + jnp.concatenate([passed[1:], dh[None]]), passed * before, passed[0]
 
 
 _LOOP = _Recurrence(_loop_outputs, _loop_states, _loop_gradient)
@@ -301,7 +299,7 @@ def _in_compute_dtype(dtype, *values):
 
 
 def _prepare(x, delta, B, C, z, delta_bias, mask, delta_softplus):
-    """(x, step, B, C, z) to compute with. Zeros where masked, as what stands there may be NaN, and 0 * NaN is not 0."""
+    """(x, step, B, C, z) to compute with: zero at masked positions, which may hold NaN, and 0 * NaN is not 0."""
     values = _in_compute_dtype(x.dtype, x, delta, B, C, z)
     x, delta, B, C, z = (_where_valid(mask, value) for value in values)
     step = delta if delta_bias is None else delta + delta_bias

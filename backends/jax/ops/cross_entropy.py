@@ -1,10 +1,10 @@
-"""The head and the cross-entropy of a large vocabulary, a few rows of logits in memory at a time."""
+"""The head and the cross-entropy of a large vocabulary, with a few rows of logits in memory at a time."""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mamba_core.backends.jax.kernels.step import product
+from mamba_core.backends.jax.ops.linear import product
 
 # Logits in memory at once.
 BYTES = 1 << 29
@@ -29,11 +29,11 @@ def linear_cross_entropy(hidden: jax.Array, weight: jax.Array, targets: jax.Arra
 
 def _forward(hidden, weight, targets, counts):
     def add(sums, part):
-        own, *others = part
-        losses, dlogits = _cross_entropy(product(own, weight, transposed=False), *others)
-        dlogits = dlogits.astype(own.dtype)
-        dweight = product(dlogits.T, own.T, transposed=False)
-        return (sums[0] + losses, sums[1] + dweight), product(dlogits, weight, transposed=True).astype(own.dtype)
+        hidden, *others = part
+        losses, dlogits = _cross_entropy(product(hidden, weight, transposed=False), *others)
+        dlogits = dlogits.astype(hidden.dtype)
+        dweight = product(dlogits.T, hidden.T, transposed=False)
+        return (sums[0] + losses, sums[1] + dweight), product(dlogits, weight, transposed=True).astype(hidden.dtype)
 
     begin = (jnp.zeros(()), jnp.zeros(weight.shape, jnp.float32))
     (total, dweight), dhidden = lax.scan(add, begin, _parts(weight, hidden, targets, counts))
@@ -46,6 +46,11 @@ def _backward(saved, dtotal):
 
 
 linear_cross_entropy.defvjp(_forward, _backward)
+KERNELS = {"plain": linear_cross_entropy}
+
+
+def kernels(device: str, dtype=None) -> dict[str, str | None]:
+    return dict.fromkeys(KERNELS)
 
 
 def _parts(weight, *arrays):
@@ -65,9 +70,9 @@ def _cross_entropy(logits, targets, counts):
     powers = jnp.exp(logits)
     total = powers.sum(-1, keepdims=True)
     known = (targets >= 0) & (targets < logits.shape[1])
-    own = jnp.take_along_axis(logits, jnp.where(known, targets, 0)[:, None], axis=1)
+    chosen_logits = jnp.take_along_axis(logits, jnp.where(known, targets, 0)[:, None], axis=1)
     # A row counts once, not at all, or spoils the sum.
     factor = jnp.where(counts, jnp.where(known, 1.0, jnp.nan), 0.0)[:, None]
     chosen = jnp.arange(logits.shape[1]) == targets[:, None]
-    losses = jnp.where(counts[:, None], (jnp.log(total) - own) * factor, 0.0)
+    losses = jnp.where(counts[:, None], (jnp.log(total) - chosen_logits) * factor, 0.0)
     return losses.sum(), jnp.where(counts[:, None], (powers / total - chosen) * factor, 0.0)

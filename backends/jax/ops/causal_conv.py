@@ -6,10 +6,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mamba_core.backends.jax.kernels import cuda_conv, native_conv
-from mamba_core.backends.jax.positions import compaction, restarts
-from mamba_core.backends.jax.scan import PLATFORMS, kernel_for, kernel_where_it_runs
-from mamba_core.spec.checks import check_conv, check_conv_step
+from mamba_core.backends.jax.arrays import PLATFORMS
+from mamba_core.backends.jax.kernels import cuda_conv, cuda_scan, native_conv
+from mamba_core.backends.jax.kernels.operator import HOMES
+from mamba_core.backends.jax.kernels.operator import reason as why_not_native
+from mamba_core.backends.jax.positions import call_of, compaction
+from mamba_core.kernels import choose
+from mamba_core.spec.ops.causal_conv import check_conv, check_conv_step
 
 
 def causal_conv(
@@ -26,11 +29,18 @@ def causal_conv(
 ):
     """kernel="auto" is resolved as that of `selective_scan`."""
     check_conv(x, weight, bias, activation, initial_state, mask, segment_ids)
-    batch, _, channels = x.shape
-    if initial_state is None:
-        initial_state = jnp.zeros((batch, weight.shape[1] - 1, channels), x.dtype)
-    y, state = _causal_conv(x, weight, bias, initial_state, mask, segment_ids, activation=activation, kernel=kernel)
+    call = call_of(mask, segment_ids, length=x.shape[1])
+    y, state = conv(call, x, weight, bias, activation=activation, initial_state=initial_state, kernel=kernel)
     return (y, state) if return_final_state else y
+
+
+def conv(call, x, weight, bias=None, *, activation=None, initial_state=None, kernel="auto"):
+    """`causal_conv` in a call whose positions are known: (y, final state)."""
+    check_conv(x, weight, bias, activation, initial_state, call.mask, call.segment_ids)
+    if initial_state is None:
+        initial_state = jnp.zeros((x.shape[0], weight.shape[1] - 1, x.shape[2]), x.dtype)
+    positions = (call.mask, call.restart, call.order, call.inverse)
+    return _conv(x, weight, bias, initial_state, *positions, activation=activation, kernel=kernel)
 
 
 def causal_conv_step(x, weight, bias=None, *, activation=None, state):
@@ -40,28 +50,39 @@ def causal_conv_step(x, weight, bias=None, *, activation=None, state):
     return y[:, 0].astype(x.dtype), jnp.concatenate([state, x], axis=1)[:, 1:]
 
 
+def kernels(device: str, dtype=None) -> dict[str, str | None]:
+    """The plain one is made of JAX's own operations and runs on every device."""
+    reasons = {"native": why_not_native(device, dtype), "cuda": cuda_scan.reason(device, dtype)}
+    return dict.fromkeys(KERNELS) | reasons
+
+
 @functools.partial(jax.jit, static_argnames=("activation", "kernel"))
-def _causal_conv(x, weight, bias, state, mask, segment_ids, *, activation, kernel):
-    arguments = (x, weight, bias, state.astype(x.dtype), mask, restarts(mask, segment_ids))
-    kernel_where_it_runs(kernel, x.dtype)
+def _conv(x, weight, bias, state, mask, restart, order, inverse, *, activation, kernel):
+    arguments = (x, weight, bias, state.astype(x.dtype), mask, restart, order, inverse)
     if kernel != "auto":
-        return KERNELS.get(kernel, shifted)(*arguments, activation=activation)
-    fastest = {platform: kernel_for("auto", device, x.dtype) for platform, device in PLATFORMS.items()}
+        run = shifted if kernel == "plain" else KERNELS[_that_runs(kernel, x.dtype)]
+        return run(*arguments, activation=activation)
+    fastest = {platform: choose("auto", kernels(device, x.dtype)) for platform, device in PLATFORMS.items()}
     branches = {
         platform: functools.partial(KERNELS[name], activation=activation, portable=True)
         for platform, name in fastest.items()
-        if name in KERNELS
+        if name in HOMES
     }
     return lax.platform_dependent(*arguments, **branches, default=functools.partial(shifted, activation=activation))
 
 
-def shifted(x, weight, bias, state, mask, restart, *, activation):
-    """A multiply-add of the whole length for each tap."""
+def _that_runs(kernel, dtype):
+    """The kernel of that name, which must run on its own device: the true one is known only when it is lowered."""
+    return choose(kernel, kernels(HOMES.get(kernel, "cpu"), dtype), "causal_conv")
+
+
+def shifted(x, weight, bias, state, mask, restart, order=None, inverse=None, *, activation):
+    """A multiply-add of the whole length for each tap. order and inverse: the mask's, computed here where absent."""
     length, carried = x.shape[1], state.shape[1]
     if mask is None:
         end = jnp.full(x.shape[:1], length)
     else:
-        order, inverse = compaction(mask)
+        order, inverse = compaction(mask) if order is None else (order, inverse)
         end = mask.sum(1)
         x = jnp.take_along_axis(jnp.where(mask[..., None], x, 0), order[..., None], axis=1)
         restart = None if restart is None else jnp.take_along_axis(restart, order, axis=1)
@@ -79,21 +100,20 @@ def shifted(x, weight, bias, state, mask, restart, *, activation):
     return y, state
 
 
-# Those of one platform; all others of the scan have `shifted` beside them.
-KERNELS = {"native": native_conv.beside(shifted), "cuda": cuda_conv.beside(shifted)}
+KERNELS = {"native": native_conv.beside(shifted), "cuda": cuda_conv.beside(shifted), "shifted": shifted}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _filter(x, state, weight, bias, run, activation):
-    """Over x (b, l, e) after state (b, k-1, e), in float32; `run` (b, k-1+l) counts the restarts up to each.
+    """The filter over x (b, l, e) after state (b, k-1, e), in float32; `run` (b, k-1+l) counts the restarts so far.
 
-    The gradient is by hand: from JAX's own, XLA makes a sum for each tap that is seven times slower on CPU.
+    The gradient is by hand: XLA turns JAX's own into a sum for each tap that is seven times slower on a CPU.
     """
     return _activate(_linear(_windows(x, state, run), weight, bias), activation)
 
 
 def _filter_forward(x, state, weight, bias, run, activation):
-    # Not of `_filter`, which would refuse forward mode over reverse.
+    # `_filter` itself would refuse forward mode over reverse.
     y = _activate(_linear(_windows(x, state, run), weight, bias), activation)
     return y, (x, state, weight, bias, run)
 
@@ -108,9 +128,9 @@ def _filter_backward(activation, saved, dy):
     length, carried = x.shape[1], state.shape[1]
     dx, dstate = 0.0, jnp.zeros(state.shape, g.dtype)
     for tap in range(carried + 1):
-        own = weight[:, tap] * _where_it_sees(g, run, tap, carried)
-        dx += _moved(own, tap - carried, length)
-        dstate += _moved(own, tap, carried)
+        through_tap = weight[:, tap] * _where_it_sees(g, run, tap, carried)
+        dx += _moved(through_tap, tap - carried, length)
+        dstate += _moved(through_tap, tap, carried)
     return dx.astype(x.dtype), dstate.astype(state.dtype), dweight, dbias, None
 
 
@@ -118,7 +138,7 @@ _filter.defvjp(_filter_forward, _filter_backward)
 
 
 def _windows(x, state, run):
-    """For each tap what it sees: (b, l, e), zero from before the last restart."""
+    """The inputs that each tap sees: (b, l, e), zero where they stand before the last restart."""
     x, state = (value.astype(jnp.promote_types(value.dtype, jnp.float32)) for value in (x, state))
     length, carried = x.shape[1], state.shape[1]
     windows = (_moved(x, carried - tap, length) + _moved(state, -tap, length) for tap in range(carried + 1))
@@ -126,14 +146,14 @@ def _windows(x, state, run):
 
 
 def _moved(values, later, length):
-    """(b, length, e): the values so many positions later, zero where there are none."""
+    """The values moved so many positions later: (b, length, e), zero where there are none."""
     return lax.pad(
         values, jnp.zeros((), values.dtype), [(0, 0, 0), (later, length - later - values.shape[1], 0), (0, 0, 0)]
     )
 
 
 def _where_it_sees(values, run, tap, carried):
-    """Zero where what the tap would see lies before the last restart."""
+    """The values, zero where the tap would see an input from before the last restart."""
     if run is None:
         return values
     length = values.shape[1]

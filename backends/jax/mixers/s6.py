@@ -1,0 +1,140 @@
+"""The parts of mixers like Mamba-1's, as functions of the mixer that has the parameters."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mamba_core.backends.jax.ops.causal_conv import causal_conv_step, conv
+from mamba_core.backends.jax.ops.linear import precision
+from mamba_core.backends.jax.ops.selective_scan import scan, selective_step
+from mamba_core.backends.jax.untouched import untouched
+from mamba_core.call import Call
+
+# Names of the native library's block step -> paths in the mixer.
+NATIVE_STEP = {
+    "in_proj.weight": ("in_proj", "kernel"),
+    "in_proj.bias": ("in_proj", "bias"),
+    "conv.weight": ("conv1d", "kernel"),
+    "conv.bias": ("conv1d", "bias"),
+    "x_proj.weight": ("x_proj", "kernel"),
+    "dt_proj": ("dt_proj", "kernel"),
+    "delta_bias": ("dt_proj", "bias"),
+    "A_log": ("A_log",),
+    "D": ("D",),
+    "out_proj.weight": ("out_proj", "kernel"),
+    "out_proj.bias": ("out_proj", "bias"),
+}
+
+
+def add_parameters(mixer: nnx.Module, config, options) -> None:
+    """Gives the mixer the layers and parameters of Mamba-1, and the policy of kernels."""
+    d, e, n, k, r = config.d_model, config.d_inner, config.d_state, config.d_conv, config.dt_rank_size
+    mixer.kernels = options.kernels
+    of_layers = {"dtype": options.dtype, "param_dtype": options.dtype, "precision": precision(options.dtype)}
+    of_layers |= {"rngs": options.rngs}
+    mixer.in_proj = nnx.Linear(d, 2 * e, use_bias=config.bias, **of_layers)
+    filters = {"padding": "CAUSAL", "feature_group_count": e, "use_bias": config.conv_bias}
+    mixer.conv1d = nnx.Conv(e, e, k, **filters, **of_layers)
+    mixer.x_proj = nnx.Linear(e, r + 2 * n, use_bias=False, **of_layers)
+    mixer.dt_proj = nnx.Linear(r, e, **of_layers)
+    mixer.A_log = nnx.Param(jnp.zeros((e, n)))
+    mixer.D = nnx.Param(jnp.ones(e))
+    mixer.out_proj = nnx.Linear(e, d, use_bias=config.bias, **of_layers)
+
+
+# --- the parts of a call, in their order -----------------------------------------------------------
+
+
+def project_in(mixer, hidden: jax.Array, call: Call) -> tuple[jax.Array, jax.Array]:
+    """hidden (b, l, d) -> x, z (b, l, e)."""
+    x, z = jnp.split(call.observe("in_proj", mixer.in_proj(hidden)), 2, axis=-1)
+    return call.observe("x", x), call.observe("z", z)
+
+
+def convolve(mixer, x: jax.Array, state, call: Call) -> tuple[jax.Array, jax.Array]:
+    """(x (b, l, e) after the convolution and its SiLU, its state)."""
+    layer = _read(mixer, "conv1d", nnx.Conv)
+    weight, bias = layer.kernel[...][:, 0].T, None if layer.bias is None else layer.bias[...]
+    if call.one:
+        y, after = causal_conv_step(x[:, 0], weight, bias, activation="silu", state=state.conv)
+        y = y[:, None]
+    else:
+        kernel = mixer.kernels.of("causal_conv")
+        y, after = conv(call, x, weight, bias, activation="silu", initial_state=state.conv, kernel=kernel)
+    return call.observe("conv", y), after
+
+
+def project_x(mixer, x: jax.Array, call: Call) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """x (b, l, e) -> dt (b, l, r), B and C (b, l, n)."""
+    dtbc, n = call.observe("x_proj", mixer.x_proj(x)), mixer.A_log.shape[1]
+    r = dtbc.shape[-1] - 2 * n
+    dt, B, C = jnp.split(dtbc, (r, r + n), axis=-1)
+    return call.observe("dt", dt), call.observe("B", B), call.observe("C", C)
+
+
+def delta_bias(mixer) -> jax.Array:
+    """(e,) float32, the bias of dt_proj, which enters inside the scan, before the softplus."""
+    return _read(mixer, "dt_proj", nnx.Linear).bias[...]
+
+
+def recur(mixer, x, dt, B, C, z, bias, state, call: Call) -> tuple[jax.Array, jax.Array]:
+    """(y (b, l, e) of the recurrence, gated where there is a z; its state). bias: what enters as delta_bias."""
+    layer = _read(mixer, "dt_proj", nnx.Linear)
+    delta = call.observe("dt_proj", jnp.matmul(dt, layer.kernel[...], precision=layer.precision))
+    A, D = -jnp.exp(mixer.A_log[...]), mixer.D[...]
+    options = {"delta_bias": bias, "delta_softplus": True}
+    if call.one:
+        x, delta, B, C, z = (None if value is None else value[:, 0] for value in (x, delta, B, C, z))
+        y, after = selective_step(x, delta, A, B, C, D, z=z, **options, state=state.ssm)
+        y = y[:, None]
+    else:
+        options |= {"initial_state": state.ssm, "kernel": mixer.kernels.of("selective_scan")}
+        y, after = scan(call, x, delta, A, B, C, D, z=z, **options)
+    return call.observe("scan", y), after
+
+
+# --- what a mixer made of them may have in its own class -------------------------------------------
+
+
+def native_step(mixer) -> dict[str, tuple[str, ...]] | str:
+    """For the way of that name: the parameters' paths, where all layers are those that `add_parameters` made."""
+    linears = {name: getattr(mixer, name) for name in ("in_proj", "x_proj", "dt_proj", "out_proj")}
+    replaced = [name for name, layer in linears.items() if not untouched(nnx.Linear, layer)]
+    if replaced or not untouched(nnx.Conv, mixer.conv1d) or not untouched(type(mixer), mixer):
+        return f"{', '.join(replaced) or 'the mixer or its convolution'} was replaced or changed"
+    return NATIVE_STEP
+
+
+def widest(mixer) -> int:
+    """For pieces of long sequences: the features of its widest array, the product with in_proj."""
+    return 2 * mixer.A_log.shape[0]
+
+
+def project_in_last(mixer, hidden: jax.Array) -> tuple[jax.Array, jax.Array] | None:
+    """x (b, l, e), and z (b, 1, e) of the last position only; None where a call would compute other values.
+
+    In a half precision a call rounds before the gate.
+    """
+    layer, length = mixer.in_proj, hidden.shape[1]
+    # An exported program may be for any length.
+    if not untouched(nnx.Linear, layer) or not isinstance(length, int) or length < 2 or hidden.dtype != jnp.float32:
+        return None
+    kernel, bias = (None if value is None else value[...] for value in (layer.kernel, layer.bias))
+    e = kernel.shape[1] // 2
+
+    def half(hidden, columns):
+        y = jnp.matmul(hidden, kernel[:, columns], precision=layer.precision)
+        return y if bias is None else y + bias[columns]
+
+    return half(hidden, slice(None, e)), half(hidden[:, -1:], slice(e, None))
+
+
+def _read(mixer, name: str, kind: type) -> nnx.Module:
+    """A layer whose weights are read."""
+    layer = getattr(mixer, name)
+    if not untouched(kind, layer):
+        raise TypeError(
+            f"mixer.{name} is {type(layer).__name__}, subclassed or changed; its weights are read, not called. "
+            f"Merge the change into the weights of an nnx.{kind.__name__}, or write a mixer of your own"
+        )
+    return layer

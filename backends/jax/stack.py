@@ -1,0 +1,154 @@
+"""The stack of blocks: which way computes which, in pieces of long sequences, and again for a gradient."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from mamba_core.backends.jax.blocks import Block
+from mamba_core.backends.jax.positions import call_of
+from mamba_core.backends.jax.untouched import has_only_parameters, untouched
+from mamba_core.backends.jax.ways import Taken, by_rank, plain
+from mamba_core.call import Call
+
+# Bytes of a mixer's widest array that are computed at once on a CPU: much more leaves the cache, and is taken from the
+# system anew each time. And the fewest positions of a row.
+PIECE_BYTES, FEWEST = 2**23, 256
+
+
+def run(blocks, residual: jax.Array, states: tuple, call: Call, remat: bool = False) -> tuple:
+    """(residual stream, what is still to be added to it or None, states) after all blocks.
+
+    remat: a gradient keeps only the inputs of a block, and computes the block again.
+    """
+    blocks, after, pending = list(blocks), [], None
+    while (first := len(after)) < len(blocks):
+        taken, _, _ = _asked(blocks[first:], residual, states[first:], call)
+        if taken is None:
+            block = _prepared(blocks[first], residual, call, remat, is_last=first + 1 == len(blocks))
+            taken = plain.take([block], residual, states[first:], call.within(f"layers.{first}."))
+        residual, pending, new = taken.run(residual, pending, states[first : first + taken.count])
+        after.extend(new)
+    return residual, pending, tuple(after)
+
+
+def explain(model, batch: int, length: int) -> list[tuple[int, int, str, dict[str, str]]]:
+    """(first layer, last layer, way, {faster way: why not}) of each run of layers, in a call of that shape."""
+    backbone = model.backbone
+    blocks, states = list(backbone.layers), jax.eval_shape(lambda: model.init_state(batch)).layers
+    residual = jax.ShapeDtypeStruct((batch, length, model.config.d_model), backbone.residual_dtype)
+    call, found, first = call_of(None, None, length=length), [], 0
+    while first < len(blocks):
+        taken, way, reasons = _asked(blocks[first:], residual, states[first:], call, model.device)
+        end, before = first + (1 if taken is None else taken.count), found[-1] if found else None
+        if before is not None and before[2:] == (way, reasons):
+            found[-1] = (before[0], end - 1, way, reasons)
+        else:
+            found.append((first, end - 1, way, reasons))
+        first = end
+    return found
+
+
+def _asked(blocks, residual, states, call, device=None) -> tuple[Taken | None, str, dict[str, str]]:
+    """What the fastest way takes, its name, and why faster ones take nothing; None and "plain" where no way does.
+
+    device: where known, the one that the program will run on.
+    """
+    reasons = {}
+    for name, way in by_rank():
+        if way is plain:
+            break
+        if device is not None and getattr(way, "DEVICE", device) != device:
+            reasons[name] = f"it runs on a {way.DEVICE} only"
+            continue
+        taken = way.take(blocks, residual, states, call)
+        if isinstance(taken, Taken):
+            return taken, name, reasons
+        reasons[name] = taken
+    return None, "plain", reasons
+
+
+# --- the plain way's blocks ------------------------------------------------------------------------
+
+
+def _prepared(block, residual, call, remat, is_last):
+    """The block, or a function in its place that calls it in pieces, again for a gradient, or for the last position."""
+    run = _recomputed if remat and not call.observed else _called
+    if call.plain and not call.observed and (piece := _piece(block, residual)):
+        run = functools.partial(_piecewise, run, piece=piece)
+    elif is_last and call.last and not call.observed and run is _called:
+        run = _last_only
+    return functools.partial(run, block)
+
+
+def _called(block, *arguments):
+    return block(*arguments)
+
+
+def _last_only(block, residual, state, call):
+    """Like the block, but where its mixer can, the residual stream of the last position only, (b, 1, d)."""
+    of_last = vars(type(block.mixer)).get("last_position") if untouched(Block, block) else None
+    if of_last is not None and block.feed_forward is None and has_only_parameters(block):
+        found = of_last(block.mixer, block.norm(residual), state, call)
+        if found is not None:
+            return residual[:, -1:] + found[0], found[1]
+    return _called(block, residual, state, call)
+
+
+def _piece(block, residual) -> int | None:
+    """How many positions the block is given at once on a CPU, one piece after the other; None if all."""
+    batch, length, _ = residual.shape
+    # An exported program may be for any length.
+    if not (isinstance(batch, int) and isinstance(length, int)) or length <= FEWEST:
+        return None
+    features = vars(type(block.mixer)).get("widest") if untouched(Block, block) else None
+    if features is None or not has_only_parameters(block):
+        return None
+    width = features(block.mixer) * residual.dtype.itemsize
+    piece = max(FEWEST, PIECE_BYTES // (width * max(1, batch)))
+    return piece if length > piece else None
+
+
+def _piecewise(run, block, residual, state, call, *, piece):
+    """On a CPU the block of each piece of the residual stream, going on from the state that the piece before left."""
+    definition, parameters = nnx.split(block)
+
+    def whole(parameters, residual, state):
+        return run(nnx.merge(definition, parameters), residual, state, call)
+
+    def in_pieces(parameters, residual, state):
+        batch, length, width = residual.shape
+        count = length // piece
+        parts = residual[:, : count * piece].reshape(batch, count, piece, width).swapaxes(0, 1)
+        state, parts = lax.scan(lambda state, part: whole(parameters, part, state)[::-1], state, parts)
+        done = parts.swapaxes(0, 1).reshape(batch, count * piece, width)
+        if count * piece < length:
+            rest, state = whole(parameters, residual[:, count * piece :], state)
+            done = jnp.concatenate([done, rest], axis=1)
+        return done, state
+
+    if run is _called:  # A gradient then keeps much of the block, and more of it in pieces.
+        in_pieces = jax.custom_jvp(in_pieces)
+        in_pieces.defjvp(functools.partial(jax.jvp, whole))
+    return lax.platform_dependent(parameters, residual, state, cpu=in_pieces, default=whole)
+
+
+def _recomputed(block, residual, state, call):
+    """The block, called again in the backward pass from its inputs, which are all that is kept of it."""
+    definition, parameters = nnx.split(block)
+
+    def run(parameters, residual, state):
+        return nnx.merge(definition, parameters)(residual, state, call)
+
+    def backward(inputs, cotangents):
+        parameters, residual, state = inputs
+        # Zero, but XLA cannot know. It would compute all blocks again at once, or share what the forward computed,
+        # because on a CPU it drops the barriers of jax.checkpoint.
+        after = jnp.minimum(jnp.abs(cotangents[0].ravel()[:1].sum()), 0)
+        return jax.vjp(run, parameters, residual + after.astype(residual.dtype), state)[1](cotangents)
+
+    recomputed = jax.custom_vjp(run)
+    recomputed.defvjp(lambda *inputs: (run(*inputs), inputs), backward)
+    return recomputed(parameters, residual, state)

@@ -1,0 +1,28 @@
+"""Whether modules are as this library or flax made them: the one test, which every way asks."""
+
+import jax
+from flax import nnx
+from jax import lax
+
+
+def untouched(kind: type, *modules: nnx.Module) -> bool:
+    """Whether nobody has replaced, subclassed or changed a module, so that its weights are all that must be read.
+
+    It is of exactly that class, multiplies as JAX does, and has no variables but parameters.
+    """
+    return all(type(module) is kind and _has_no_other_variables(module) and _multiplies(module) for module in modules)
+
+
+def has_only_parameters(module: nnx.Module) -> bool:
+    """Whether a call changes nothing in the module or in those inside it, such as a count of draws."""
+    return not jax.tree.leaves(nnx.state(module, nnx.Not(nnx.Param)))
+
+
+def _has_no_other_variables(module):
+    return not any(
+        isinstance(value, nnx.Variable) and not isinstance(value, nnx.Param) for value in vars(module).values()
+    )
+
+
+def _multiplies(module):
+    return getattr(module, "dot_general", lax.dot_general) is lax.dot_general
