@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 import pytest
 
-from mamba_core.backends import native
+from mamba_core.backends.native import library
 
 ROOT = Path(__file__).parents[2]
-SOURCES = Path(native.__file__).parent
+SOURCES = Path(library.__file__).parent
 
 pytestmark = [
-    pytest.mark.skipif(native.missing() is not None, reason=f"native library: {native.missing()}"),
+    pytest.mark.skipif(library.missing() is not None, reason=f"native library: {library.missing()}"),
     pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler"),
 ]
 
@@ -102,9 +102,9 @@ def test_the_tests_reject(name, whole, tmp_path):
     for source in folder.glob("*.cpp"):
         if mutant.file in (source.name, VECTORS):
             compiled(source)
-    library = tmp_path / "broken.so"
-    subprocess.run(["c++", "-shared", "-pthread", *folder.glob("*.o"), "-o", library], check=True)
+    broken = tmp_path / "broken.so"
+    subprocess.run(["c++", "-shared", "-pthread", *folder.glob("*.o"), "-o", broken], check=True)
     command = [sys.executable, "-m", "pytest", "-x", "-k", "not sanitizers", "tests/unit/test_native.py"]
-    environment = os.environ | {"MAMBA_CORE_NATIVE": str(library), "HYPOTHESIS_PROFILE": "unshrunk"}
+    environment = os.environ | {"MAMBA_CORE_NATIVE": str(broken), "HYPOTHESIS_PROFILE": "unshrunk"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1, f"not rejected:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"

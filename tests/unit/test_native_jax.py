@@ -13,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mamba_core as mc
-from mamba_core.backends import native
+from mamba_core.backends.native import abi, library
 from mamba_core.spec.tolerances import relative_l2, tolerance
 
 jax = pytest.importorskip("jax")
 nnx = pytest.importorskip("flax.nnx")
 jnp = jax.numpy
-if native.missing():
-    pytest.skip(f"no native kernels: {native.missing()}", allow_module_level=True)
+if library.missing():
+    pytest.skip(f"no native kernels: {library.missing()}", allow_module_level=True)
 
 from mamba_core.backends.jax.kernels import step  # noqa: E402 (after the packages that it needs)
 
@@ -118,7 +118,7 @@ def test_inputs_of_several_dtypes():
 
 
 def test_boundaries_are_kept_only_for_a_gradient():
-    kept = f"tensor<{native.count_boundaries(B, L, E, N)}xf32>"
+    kept = f"tensor<{library.count_boundaries(B, L, E, N)}xf32>"
     assert kept not in jax.jit(scan).lower(arguments()).as_text()
     assert kept in jax.jit(jax.grad(loss)).lower(arguments()).as_text()
 
@@ -178,8 +178,8 @@ def words(*values):
 def test_a_call_with_other_arguments_is_an_error():
     """Of every kind that the handlers look at, though our own calls never are so."""
     step.head("auto", jnp.ones((1, 2)), jnp.ones((3, 2)), transposed=False)  # registers the handler
-    struct = native.LinearStep(b=1, inputs=2, outputs=3, threads=1)
-    x, weight, y = (getattr(native.LinearStep, name).offset // 8 for name in ("x", "matrix", "y"))
+    struct = abi.LinearStep(b=1, inputs=2, outputs=3, threads=1)
+    x, weight, y = (getattr(abi.LinearStep, name).offset // 8 for name in ("x", "matrix", "y"))
     structs = np.frombuffer(bytes(struct), np.int64).copy()
     structs[[x, weight, y]] = 0, 1, 2
     given = {"structs": structs, "pointers": words(x, weight, y), "count": words(1)}

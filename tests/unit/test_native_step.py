@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 import mamba_core as mc
 from mamba_core.backend import LayerState, State
-from mamba_core.backends import native
+from mamba_core.backends.native import abi, library
 from mamba_core.spec.reference import ReferenceModel
 from tests.conformance.assertions import assert_close
 from tests.unit.native_arrays import widths
 
-pytestmark = pytest.mark.skipif(native.missing() is not None, reason=f"native library: {native.missing()}")
+pytestmark = pytest.mark.skipif(library.missing() is not None, reason=f"native library: {library.missing()}")
 every_width = pytest.mark.parametrize("width", widths())
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
@@ -84,13 +84,13 @@ class Case:
             return at(value.T if transposed else value)
 
         def matrix(name):
-            return native.Matrix(weight(name), at(own(f"mixer.{name}.bias")))
+            return abi.Matrix(weight(name), at(own(f"mixer.{name}.bias")))
 
         given = self.residual, *self.state
         results = [value.copy() if in_place else np.empty_like(value) for value in given]
         given = results if in_place else given
-        native.block_steps(
-            (native.BlockStep * 1)(
+        library.block_steps(
+            (abi.BlockStep * 1)(
                 (
                     *(self.b, c.d_model, c.d_inner, c.d_state, c.d_conv, c.dt_rank_size),
                     *(self.dtype != np.float32, self.residual_dtype != np.float32, transposed, threads, width),
@@ -163,9 +163,9 @@ def linear(x, weight, bias, width=0, threads=1, transposed=False):
     """x (b, in) times the transpose of weight (out, in), and a bias (out,)."""
     stored = np.ascontiguousarray(weight.T if transposed else weight)
     y = np.empty((len(x), len(weight)), np.float32)
-    matrix = native.Matrix(stored.ctypes.data, None if bias is None else bias.ctypes.data)
+    matrix = abi.Matrix(stored.ctypes.data, None if bias is None else bias.ctypes.data)
     sizes, settings = (*x.shape, len(weight)), (x.dtype != np.float32, transposed, threads, width)
-    native.linear_step(native.LinearStep(*sizes, *settings, x.ctypes.data, matrix, y.ctypes.data))
+    library.linear_step(abi.LinearStep(*sizes, *settings, x.ctypes.data, matrix, y.ctypes.data))
     return y
 
 
@@ -193,15 +193,15 @@ def test_threads_change_no_bit_of_a_product(width, transposed):
 
 
 def test_a_workspace_beyond_memory_is_an_error():
-    huge = native.LinearStep(2**20, 2**30, 1)
+    huge = abi.LinearStep(2**20, 2**30, 1)
     with pytest.raises(MemoryError, match="workspace"):
-        native.linear_step(huge)
+        library.linear_step(huge)
 
 
 def test_the_structs_are_as_long_as_they_are_in_c():
     """Six and three sizes, five and four settings, a float and pointers, without a gap but one before pointers."""
-    assert ctypes.sizeof(native.BlockStep) == 6 * 8 + 6 * 4 + (4 + 4 * 2 + 4 + 3) * 8
-    assert ctypes.sizeof(native.LinearStep) == 3 * 8 + 4 * 4 + 4 * 8
+    assert ctypes.sizeof(abi.BlockStep) == 6 * 8 + 6 * 4 + (4 + 4 * 2 + 4 + 3) * 8
+    assert ctypes.sizeof(abi.LinearStep) == 3 * 8 + 4 * 4 + 4 * 8
 
 
 CONFIG = mc.MambaConfig(d_model=20, n_layer=3, vocab_size=29, d_state=5, initializer_range=0.5)

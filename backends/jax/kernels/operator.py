@@ -16,7 +16,7 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from mamba_core.backends import native as library
+from mamba_core.backends.native import abi, library
 
 # Of an argument that is not given.
 ABSENT = np.zeros(0, np.float32)
@@ -41,8 +41,8 @@ def reason(device: str, dtype=None) -> str | None:
     """Why the kernels cannot run on that device, for x of that dtype; None if they can."""
     if device != "cpu":
         return "it runs on a CPU only"
-    if dtype is not None and str(dtype) not in library.DTYPES:
-        return f"x is {dtype}, and it computes {' and '.join(library.DTYPES)}"
+    if dtype is not None and str(dtype) not in abi.DTYPES:
+        return f"x is {dtype}, and it computes {' and '.join(abi.DTYPES)}"
     return library.missing()
 
 
@@ -62,7 +62,7 @@ def pointing(kind: type[ctypes.Structure], settings: dict, numbers: dict[str, in
             owner = dict(owner._fields_)[key]
         words[at] = number
         pointers.append(at)
-        if owner is library.Sequence:
+        if owner is abi.Sequence:
             _, length, channels = arrays[number].shape
             words[at + 1 : at + 3] = length * channels, channels
     return words, np.array(pointers)

@@ -11,9 +11,9 @@ from flax import nnx
 from jax import lax
 
 from mamba_core.backend import LayerState
-from mamba_core.backends import native as library
 from mamba_core.backends.jax.kernels.operator import NATIVE, library_call, operator, pointing, reason, reversible
 from mamba_core.backends.jax.layers import Block, MambaMixer, RMSNorm, precision, through
+from mamba_core.backends.native import abi, library
 from mamba_core.observe import unobserved
 
 # More rows take longer to compute than their weights to be read.
@@ -148,7 +148,7 @@ def _block_structs(*arrays, tree, sizes, eps, **_):
     for k, own in enumerate(operands):
         results = {"new_residual": after, "new_conv_state": after + 2 * k + 1, "new_ssm_state": after + 2 * k + 2}
         numbers = own | {"residual": before} | results
-        structs.append(pointing(library.BlockStep, fixed | {"eps": eps[k]}, numbers, arrays))
+        structs.append(pointing(abi.BlockStep, fixed | {"eps": eps[k]}, numbers, arrays))
         before = after
     return structs
 
@@ -177,7 +177,7 @@ def _linear_results(x, weight, *, transposed):
 def _linear_structs(x, weight, y, *, transposed):
     sizes = {"b": x.shape[0], "inputs": x.shape[1], "outputs": y.shape[1], "transposed": transposed}
     settings = sizes | {"bfloat16": x.dtype == jnp.bfloat16, "threads": library.threads()}
-    return [pointing(library.LinearStep, settings, {"x": 0, "matrix.weight": 1, "y": 2}, (x, weight, y))]
+    return [pointing(abi.LinearStep, settings, {"x": 0, "matrix.weight": 1, "y": 2}, (x, weight, y))]
 
 
 def _plain_linear(*arrays, **options):

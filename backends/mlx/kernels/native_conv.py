@@ -2,9 +2,9 @@
 
 import mlx.core as mx
 
-from mamba_core.backends import native as library
 from mamba_core.backends.mlx.kernels.memory import call, zeros, zeros_like
 from mamba_core.backends.mlx.kernels.reverse_only import first_derivative_only, reverse_only
+from mamba_core.backends.native import abi, library
 
 
 def native(x, weight, bias, activation, state, mask, restart):
@@ -44,4 +44,4 @@ def _named(x, weight, bias, state, mask, restart):
 
 
 def _arguments(x, weight, silu):
-    return library.Conv(*x.shape, weight.shape[0], x.dtype == mx.bfloat16, silu, library.threads())
+    return abi.Conv(*x.shape, weight.shape[0], x.dtype == mx.bfloat16, silu, library.threads())

@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as everywhere
 
 from mamba_core.backend import LayerState
-from mamba_core.backends import native as library
+from mamba_core.backends.native import abi, library
 from mamba_core.backends.torch.kernels.memory import reason
 from mamba_core.backends.torch.kernels.operator import KINDS, one_at_a_time
 
@@ -130,15 +130,15 @@ def _blocks(residual: Tensor, tensors: list[Tensor | None], r: int, eps: list[fl
         own = pointers[k * OPERANDS : (k + 1) * OPERANDS]
         steps.append(_block_step(fixed, its_eps, before, own, after, states[2 * k : 2 * k + 2]))
         before = after
-    library.block_steps((library.BlockStep * len(steps))(*steps))
+    library.block_steps((abi.BlockStep * len(steps))(*steps))
     return results
 
 
-def _block_step(fixed, eps, before, pointers, after, states) -> library.BlockStep:
+def _block_step(fixed, eps, before, pointers, after, states) -> abi.BlockStep:
     conv_state, norm, in_proj, in_bias, conv, conv_bias, x_proj, dt_proj, out_proj, out_bias, ssm_state = pointers[:11]
     matrices = ((in_proj, in_bias), (conv, conv_bias), (x_proj, None), (out_proj, out_bias))
     read = (before, conv_state, ssm_state, norm, *matrices, dt_proj, *pointers[11:])
-    return library.BlockStep(*fixed, eps, *read, after, *states)
+    return abi.BlockStep(*fixed, eps, *read, after, *states)
 
 
 @torch.library.custom_op("mamba_core::linear_step", mutates_args=(), device_types="cpu")
@@ -147,7 +147,7 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
     x = x.contiguous()
     y = x.new_empty(*x.shape[:-1], len(weight), dtype=torch.float32)
     library.linear_step(
-        library.LinearStep(
+        abi.LinearStep(
             *(len(x), weight.shape[1], len(weight)),
             *(weight.dtype == torch.bfloat16, False, torch.get_num_threads(), 0),
             x.data_ptr(),
@@ -178,5 +178,5 @@ def _empty(residual, tensors):
     return [value.new_empty(value.shape) for value in (residual, *states)]
 
 
-def _matrix(weight, bias=None) -> library.Matrix:
-    return library.Matrix(weight.data_ptr(), None if bias is None else bias.data_ptr())
+def _matrix(weight, bias=None) -> abi.Matrix:
+    return abi.Matrix(weight.data_ptr(), None if bias is None else bias.data_ptr())
