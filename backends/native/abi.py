@@ -3,7 +3,7 @@
 import ctypes
 
 # The version of these structs and of the library's functions. The library reports the version that it was built with.
-ABI = 5
+ABI = 6
 
 DTYPES = ("float32", "bfloat16")
 
@@ -60,7 +60,7 @@ class Matrix(ctypes.Structure):
     _fields_ = _fields(_pointer, "weight bias")
 
 
-class BlockStep(ctypes.Structure):
+class MambaStep(ctypes.Structure):
     """The arguments of a residual block at one position, as `block_step.cpp` documents them."""
 
     _fields_ = (

@@ -21,7 +21,7 @@ struct Matrix {
 };
 
 // Arrays are contiguous. Those of char are of the compute dtype, bfloat16 or float32; the residual stream has its own.
-struct BlockStep {
+struct MambaStep {
     int64_t b, d, e, n, k, r;
     int32_t bfloat16, residual_bfloat16, transposed, threads, width;
     float eps;
@@ -48,7 +48,7 @@ struct LinearStep {
     float *y;
 };
 
-static int64_t mixed_of(const BlockStep &s) { return s.r + 2 * s.n; }
+static int64_t mixed_of(const MambaStep &s) { return s.r + 2 * s.n; }
 
 // What passes from phase to phase: hidden (b, d), x, z, delta and y (b, e), dtbc (b, r + 2n), taps (k, e), A (e, n), and
 // a product's sums (parts, b, outputs).
@@ -70,7 +70,7 @@ struct Phase {
 constexpr int64_t MOST_PHASES = 9;
 
 struct Plan {
-    const BlockStep *block;
+    const MambaStep *block;
     const LinearStep *linear;
     Work work;
     Phase phases[MOST_PHASES];
@@ -124,7 +124,7 @@ static Range range_of(int64_t total, int64_t size, int64_t task) {
     int64_t first = task * size;
     return {first, total - first < size ? total - first : size};
 }
-static int64_t channels_of(const BlockStep &s) {
+static int64_t channels_of(const MambaStep &s) {
     int64_t share = divide_up(divide_up(s.e, s.threads < 1 ? 1 : s.threads), WIDEST) * WIDEST;
     return share < CHANNELS ? share : CHANNELS;
 }
@@ -203,7 +203,7 @@ static bool run(Plan *plans, int64_t count, int64_t threads, int64_t weights) {
 }
 
 // The memory of all of them, null where there is not so much.
-static float *divide_memory(const BlockStep &s, Work &w) {
+static float *divide_memory(const MambaStep &s, Work &w) {
     int64_t sums = 0;
     for (int64_t outputs : {2 * s.e, mixed_of(s), s.e, s.d}) {
         int64_t size = sums_of(s, outputs);
@@ -225,7 +225,7 @@ static float *divide_memory(const BlockStep &s, Work &w) {
     return memory;
 }
 
-static Plan plan_of(const BlockStep &s, const Kernel &kernel, const Work &w) {
+static Plan plan_of(const MambaStep &s, const Kernel &kernel, const Work &w) {
     const int64_t channel_tasks = divide_up(s.e, channels_of(s));
     return {&s, nullptr, w, {
         {kernel.normalise, s.b, 0, nullptr},
@@ -242,9 +242,9 @@ static Plan plan_of(const BlockStep &s, const Kernel &kernel, const Work &w) {
 
 // Blocks one after another, all of the same sizes and settings: each goes on from what the one before it writes, where
 // the caller says so. Each of the two returns 0, or 1 where there is not the memory.
-EXPORT int32_t mamba_block_steps(const BlockStep *steps, int64_t count) {
+EXPORT int32_t mamba_mamba_steps(const MambaStep *steps, int64_t count) {
     if (!count) return 0;
-    const BlockStep &s = *steps;
+    const MambaStep &s = *steps;
     Work w;
     float *memory = divide_memory(s, w);
     Plan *plans = (Plan *)malloc(sizeof(Plan) * count);
@@ -420,7 +420,7 @@ INLINE V collected(const Step &s, const Work &w, const Matrix &matrix, int64_t p
 
 // The root mean square norm of one row of the residual stream.
 static void normalise(const Plan &plan, int64_t row) {
-    const BlockStep &s = *plan.block;
+    const MambaStep &s = *plan.block;
     const char *residual = s.residual + (s.residual_bfloat16 ? 2 : 4) * row * s.d;
     float *hidden = plan.work.hidden + row * s.d;
     V squares = {};
@@ -439,7 +439,7 @@ static void normalise(const Plan &plan, int64_t row) {
 }
 
 // One number at a time, because the taps of a channel lie side by side.
-static void load_taps(const BlockStep &s, const Work &w, int64_t first, int64_t count) {
+static void load_taps(const MambaStep &s, const Work &w, int64_t first, int64_t count) {
     for (int64_t c = first; c < first + count; c++)
         for (int64_t j = 0; j < s.k; j++) {
             int64_t at = s.transposed ? j * s.e + c : c * s.k + j;
@@ -450,13 +450,13 @@ static void load_taps(const BlockStep &s, const Work &w, int64_t first, int64_t 
 }
 
 static void project_in(const Plan &plan, int64_t task) {
-    const BlockStep &s = *plan.block;
+    const MambaStep &s = *plan.block;
     project_task(s, plan.work, s.in_proj, plan.work.hidden, s.d, s.d, 2 * s.e, task);
 }
 
 // x, of which the short convolution and its SiLU are taken, and the window that the next position sees; and z.
 static void convolve(const Plan &plan, int64_t task) {
-    const BlockStep &s = *plan.block;
+    const MambaStep &s = *plan.block;
     const Work &w = plan.work;
     const int64_t size = s.bfloat16 ? 2 : 4, parts = tiling_of(s, 2 * s.e).parts;
     const Range channels = range_of(s.e, channels_of(s), task);
@@ -479,13 +479,13 @@ static void convolve(const Plan &plan, int64_t task) {
 }
 
 static void project_x(const Plan &plan, int64_t task) {
-    const BlockStep &s = *plan.block;
+    const MambaStep &s = *plan.block;
     project_task(s, plan.work, s.x_proj, plan.work.x, s.e, s.e, mixed_of(s), task);
 }
 
 // What the step size, B and C are of.
 static void collect(const Plan &plan, int64_t row) {
-    const BlockStep &s = *plan.block;
+    const MambaStep &s = *plan.block;
     const int64_t mixed = mixed_of(s), parts = tiling_of(s, mixed).parts;
     for (int64_t i = 0; i < mixed; i += WIDTH)
         write_float(plan.work.dtbc + row * mixed + i,
@@ -493,7 +493,7 @@ static void collect(const Plan &plan, int64_t row) {
 }
 
 // The states of one channel of a row; the terms of its output lane by lane.
-INLINE V advance(const BlockStep &s, const Work &w, int64_t row, int64_t channel) {
+INLINE V advance(const MambaStep &s, const Work &w, int64_t row, int64_t channel) {
     const float *B = w.dtbc + row * mixed_of(s) + s.r, *C = B + s.n, *A = w.A + channel * s.n;
     const float *h = s.ssm_state + (row * s.e + channel) * s.n;
     float *new_h = s.new_ssm_state + (row * s.e + channel) * s.n;
@@ -510,13 +510,13 @@ INLINE V advance(const BlockStep &s, const Work &w, int64_t row, int64_t channel
 }
 
 static void project_dt(const Plan &plan, int64_t task) {
-    const BlockStep &s = *plan.block;
+    const MambaStep &s = *plan.block;
     project_task(s, plan.work, {s.dt_proj, nullptr}, plan.work.dtbc, mixed_of(s), s.r, s.e, task);
 }
 
 // The step sizes, the recurrence and its gate.
 static void scan(const Plan &plan, int64_t task) {
-    const BlockStep &s = *plan.block;
+    const MambaStep &s = *plan.block;
     const Work &w = plan.work;
     const Matrix dt_proj = {s.dt_proj, nullptr};
     const int64_t parts = tiling_of(s, s.e).parts;
@@ -537,13 +537,13 @@ static void scan(const Plan &plan, int64_t task) {
 }
 
 static void project_out(const Plan &plan, int64_t task) {
-    const BlockStep &s = *plan.block;
+    const MambaStep &s = *plan.block;
     project_task(s, plan.work, s.out_proj, plan.work.y, s.e, s.e, s.d, task);
 }
 
 // To the residual stream.
 static void add(const Plan &plan, int64_t row) {
-    const BlockStep &s = *plan.block;
+    const MambaStep &s = *plan.block;
     const int64_t size = s.residual_bfloat16 ? 2 : 4, parts = tiling_of(s, s.d).parts;
     for (int64_t c = 0; c < s.d; c += WIDTH) {
         int64_t left = s.d - c, at = size * (row * s.d + c);

@@ -10,7 +10,7 @@ import os
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-from mamba_core.backends.native.abi import ABI, AddNorm, BlockStep, Conv, LinearStep, Scan
+from mamba_core.backends.native.abi import ABI, AddNorm, Conv, LinearStep, MambaStep, Scan
 
 
 def missing() -> str | None:
@@ -19,7 +19,7 @@ def missing() -> str | None:
     return found if isinstance(found, str) else None
 
 
-def library() -> ctypes.CDLL:
+def loaded() -> ctypes.CDLL:
     """The library.
 
     Raises:
@@ -33,7 +33,7 @@ def library() -> ctypes.CDLL:
 
 def width() -> int:
     """Float32 lanes of a vector here: 16 with AVX-512, 8 with AVX2, 4 with NEON or plain C++."""
-    return library().mamba_scan_width()
+    return loaded().mamba_scan_width()
 
 
 def threads() -> int:
@@ -53,7 +53,7 @@ def use_openmp() -> None:
         runtime = ctypes.CDLL("libgomp.so.1", mode=os.RTLD_LAZY | os.RTLD_NOLOAD)
     except (OSError, AttributeError):
         return
-    library().mamba_use_threads_of(ctypes.cast(runtime.GOMP_parallel, ctypes.c_void_p))
+    loaded().mamba_use_threads_of(ctypes.cast(runtime.GOMP_parallel, ctypes.c_void_p))
 
 
 def count_boundaries(b: int, l: int, e: int, n: int) -> int:
@@ -70,7 +70,7 @@ def scan(arguments: Scan) -> None:
     Raises:
         MemoryError: there is not the memory for its workspace.
     """
-    _check(library().mamba_scan_forward(ctypes.byref(arguments)))
+    _check(loaded().mamba_scan_forward(ctypes.byref(arguments)))
 
 
 def scan_backward(arguments: Scan) -> None:
@@ -79,7 +79,7 @@ def scan_backward(arguments: Scan) -> None:
     Raises:
         MemoryError: there is not the memory for its workspace.
     """
-    _check(library().mamba_scan_backward(ctypes.byref(arguments)))
+    _check(loaded().mamba_scan_backward(ctypes.byref(arguments)))
 
 
 def scan_floor(b: int, l: int, e: int, n: int) -> None:
@@ -88,7 +88,7 @@ def scan_floor(b: int, l: int, e: int, n: int) -> None:
     Raises:
         MemoryError: there is not the memory for its workspace.
     """
-    _check(library().mamba_scan_floor(b, l, e, n, threads()))
+    _check(loaded().mamba_scan_floor(b, l, e, n, threads()))
 
 
 def conv(arguments: Conv) -> None:
@@ -97,7 +97,7 @@ def conv(arguments: Conv) -> None:
     Raises:
         MemoryError: there is not the memory for its workspace.
     """
-    _check(library().mamba_conv_forward(ctypes.byref(arguments)))
+    _check(loaded().mamba_conv_forward(ctypes.byref(arguments)))
 
 
 def conv_backward(arguments: Conv) -> None:
@@ -106,16 +106,16 @@ def conv_backward(arguments: Conv) -> None:
     Raises:
         MemoryError: there is not the memory for its workspace.
     """
-    _check(library().mamba_conv_backward(ctypes.byref(arguments)))
+    _check(loaded().mamba_conv_backward(ctypes.byref(arguments)))
 
 
-def block_steps(arguments: ctypes.Array) -> None:
-    """Fills new_residual, new_conv_state and new_ssm_state of `BlockStep`s of the same sizes, one after another.
+def mamba_steps(arguments: ctypes.Array) -> None:
+    """Fills new_residual, new_conv_state and new_ssm_state of `MambaStep`s of the same sizes, one after another.
 
     Raises:
         MemoryError: there is not the memory for its workspace.
     """
-    _check(library().mamba_block_steps(arguments, len(arguments)))
+    _check(loaded().mamba_mamba_steps(arguments, len(arguments)))
 
 
 def linear_step(arguments: LinearStep) -> None:
@@ -124,7 +124,7 @@ def linear_step(arguments: LinearStep) -> None:
     Raises:
         MemoryError: there is not the memory for its workspace.
     """
-    _check(library().mamba_linear_step(ctypes.byref(arguments)))
+    _check(loaded().mamba_linear_step(ctypes.byref(arguments)))
 
 
 def add_norm(arguments: AddNorm) -> None:
@@ -133,7 +133,7 @@ def add_norm(arguments: AddNorm) -> None:
     Raises:
         MemoryError: there is not the memory for its workspace.
     """
-    _check(library().mamba_add_norm(ctypes.byref(arguments)))
+    _check(loaded().mamba_add_norm(ctypes.byref(arguments)))
 
 
 def _check(failed: int) -> None:
@@ -174,7 +174,7 @@ def _load(path: Path) -> ctypes.CDLL:
     found.mamba_scan_floor.argtypes = [*[ctypes.c_int64] * 4, ctypes.c_int32]
     for name in ("mamba_conv_forward", "mamba_conv_backward"):
         getattr(found, name).argtypes = [ctypes.POINTER(Conv)]
-    found.mamba_block_steps.argtypes = [ctypes.POINTER(BlockStep), ctypes.c_int64]
+    found.mamba_mamba_steps.argtypes = [ctypes.POINTER(MambaStep), ctypes.c_int64]
     found.mamba_linear_step.argtypes = [ctypes.POINTER(LinearStep)]
     found.mamba_add_norm.argtypes = [ctypes.POINTER(AddNorm)]
     return found

@@ -108,9 +108,9 @@ struct CallFrame {
 
 using namespace xla;
 
-struct BlockStep;
+struct MambaStep;
 struct LinearStep;
-EXPORT int32_t mamba_block_steps(const BlockStep *steps, int64_t count);
+EXPORT int32_t mamba_mamba_steps(const MambaStep *steps, int64_t count);
 EXPORT int32_t mamba_linear_step(const LinearStep *step);
 
 // A function of the library by the address of `count` structs; 0, or 1 where there is not the memory.
@@ -188,8 +188,8 @@ HANDLER(mamba_conv_forward_xla, Conv, mamba_conv_forward)
 HANDLER(mamba_conv_backward_xla, Conv, mamba_conv_backward)
 HANDLER(mamba_linear_step_xla, LinearStep, mamba_linear_step)
 
-EXPORT Error *mamba_block_steps_xla(CallFrame *frame) {
+EXPORT Error *mamba_mamba_steps_xla(CallFrame *frame) {
     return call(*frame, [](const void *structs, int64_t count) {
-        return mamba_block_steps((const BlockStep *)structs, count);
+        return mamba_mamba_steps((const MambaStep *)structs, count);
     });
 }

@@ -28,7 +28,7 @@ static bool blocks(int width, int threads, bool bfloat16, bool transposed, int64
     const int64_t d = 200, e = 401, n = 21, k = 4, r = 13, state = b * (k - 1) * e;
     auto compute = [=](int64_t count) { return drawn(count, bfloat16); };
     char *residual = drawn(b * d, false), *after = drawn(b * d, false);
-    BlockStep steps[2];
+    MambaStep steps[2];
     for (int place = 0; place < 2; place++) {
         char *conv = compute(state);
         float *ssm = floats(b * e * n);
@@ -39,9 +39,9 @@ static bool blocks(int width, int threads, bool bfloat16, bool transposed, int64
                         floats(e), floats(e * n), floats(e),
                         after, place ? conv : compute(state), place ? ssm : floats(b * e * n)};
     }
-    bool done = !mamba_block_steps(steps, 2);
+    bool done = !mamba_mamba_steps(steps, 2);
     fwrite(after, 4, b * d, stdout);
-    for (const BlockStep &step : steps) fwrite(step.new_ssm_state, 4, b * e * n, stdout);
+    for (const MambaStep &step : steps) fwrite(step.new_ssm_state, 4, b * e * n, stdout);
     return done;
 }
 

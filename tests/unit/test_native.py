@@ -136,7 +136,7 @@ def test_threads_change_no_bit():
 
 @given(sizes=st.tuples(*[st.integers(0, 300)] * 4))
 def test_the_count_of_boundaries_is_the_library_s(sizes):
-    assert library.count_boundaries(*sizes) == library.library().mamba_scan_boundaries(*sizes)
+    assert library.count_boundaries(*sizes) == library.loaded().mamba_scan_boundaries(*sizes)
 
 
 @every_width

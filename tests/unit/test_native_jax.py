@@ -287,10 +287,10 @@ def stepping(config=CONFIG, batch=2, **settings):
 def calls(function, *arguments) -> set[str]:
     """The library's functions of one position that it is compiled to call."""
     text = jax.jit(function).lower(*arguments).as_text()
-    return {name for name in ("block_steps", "linear_step") if f"mamba_{name}_xla" in text}
+    return {name for name in ("mamba_steps", "linear_step") if f"mamba_{name}_xla" in text}
 
 
-BOTH = {"block_steps", "linear_step"}
+BOTH = {"mamba_steps", "linear_step"}
 
 
 def same(out, wanted, dtype="float32"):
@@ -335,7 +335,7 @@ def test_a_step_of_the_layers_alone():
     config = mc.MambaConfig(d_model=20, n_layer=3, task="layers")
     model, plain = (mc.build(config, backend="jax", device="cpu", kernels=name) for name in ("auto", "sequential"))
     x, state = jnp.arange(40.0).reshape(2, 1, 20), plain(jnp.ones((2, 3, 20))).state
-    assert calls(model, x, state) == {"block_steps"}
+    assert calls(model, x, state) == {"mamba_steps"}
     same(model(x, state), plain(x, state))
 
 
@@ -412,7 +412,7 @@ def test_an_adapted_head_is_called():
     head.kernel = model.lm_head.kernel
     head.lora.lora_a, head.lora.lora_b = nnx.Param(jnp.ones((20, 2))), nnx.Param(jnp.ones((2, 32)))
     model.lm_head = head
-    assert calls(model, ids, state) == {"block_steps"}
+    assert calls(model, ids, state) == {"mamba_steps"}
     assert relative_l2(model(ids, state).logits, wanted.logits) > 1e-3
 
 
@@ -428,7 +428,7 @@ PLAIN = {
 @pytest.mark.parametrize("call", PLAIN.values(), ids=PLAIN)
 def test_plain_operations_where_a_step_is_not_all(call):
     model, ids, state, _ = stepping()
-    assert "block_steps" not in calls(lambda ids, state: call(model, ids, state), ids, state)
+    assert "mamba_steps" not in calls(lambda ids, state: call(model, ids, state), ids, state)
 
 
 @pytest.mark.parametrize(
@@ -442,7 +442,7 @@ def test_plain_operations_where_a_step_is_not_all(call):
 )
 def test_plain_operations_for_another_model(settings):
     model, ids, state, wanted = stepping(**settings)
-    assert "block_steps" not in calls(model, ids, state)
+    assert "mamba_steps" not in calls(model, ids, state)
     same(model(ids, state), wanted, settings.get("dtype", "float32"))
 
 

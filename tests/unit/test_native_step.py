@@ -89,8 +89,8 @@ class Case:
         given = self.residual, *self.state
         results = [value.copy() if in_place else np.empty_like(value) for value in given]
         given = results if in_place else given
-        library.block_steps(
-            (abi.BlockStep * 1)(
+        library.mamba_steps(
+            (abi.MambaStep * 1)(
                 (
                     *(self.b, c.d_model, c.d_inner, c.d_state, c.d_conv, c.dt_rank_size),
                     *(self.dtype != np.float32, self.residual_dtype != np.float32, transposed, threads, width),
@@ -200,7 +200,7 @@ def test_a_workspace_beyond_memory_is_an_error():
 
 def test_the_structs_are_as_long_as_they_are_in_c():
     """Six and three sizes, five and four settings, a float and pointers, without a gap but one before pointers."""
-    assert ctypes.sizeof(abi.BlockStep) == 6 * 8 + 6 * 4 + (4 + 4 * 2 + 4 + 3) * 8
+    assert ctypes.sizeof(abi.MambaStep) == 6 * 8 + 6 * 4 + (4 + 4 * 2 + 4 + 3) * 8
     assert ctypes.sizeof(abi.LinearStep) == 3 * 8 + 4 * 4 + 4 * 8
 
 
@@ -215,7 +215,7 @@ def calls(monkeypatch):
     from mamba_core.backends.torch.kernels import step
 
     called = []
-    for name in ("block_steps", "linear_step"):
+    for name in ("mamba_steps", "linear_step"):
         function = getattr(step.library, name)
         monkeypatch.setattr(step.library, name, lambda *a, f=function, n=name: (called.append(n), f(*a))[1])
     return called
@@ -232,7 +232,7 @@ def stepping(config=CONFIG, batch=2, **settings):
     return model, ids[:, :1], torch.utils._pytree.tree_map(torch.detach, state), out
 
 
-ALL_NATIVE = ["block_steps", "linear_step"]
+ALL_NATIVE = ["mamba_steps", "linear_step"]
 
 
 @pytest.mark.parametrize("settings", [{}, {"dtype": "bfloat16"}, {"kernels": "native"}])
@@ -376,7 +376,7 @@ def test_an_adapted_head_is_called(calls):
         once = model(ids, state).logits
         model.lm_head = Adapted(model.lm_head)
         twice = model(ids, state).logits
-    assert calls == [*ALL_NATIVE, "block_steps"]
+    assert calls == [*ALL_NATIVE, "mamba_steps"]
     assert_close(twice.numpy(), 2 * once.numpy(), "float32", "node", "logits")
 
 
@@ -396,7 +396,7 @@ def test_plain_operations_where_a_step_is_not_all(calls, call):
     model, ids, state, _ = stepping()
     with torch.no_grad():
         call(model, ids, state)
-    assert "block_steps" not in calls
+    assert "mamba_steps" not in calls
 
 
 @pytest.mark.parametrize(
@@ -414,7 +414,7 @@ def test_plain_operations_for_another_model(calls, settings):
     model, ids, state, wanted = stepping(**settings)
     with torch.no_grad():
         out = model(ids, state)
-    assert "block_steps" not in calls
+    assert "mamba_steps" not in calls
     assert_close(out.logits.numpy(), wanted.logits.detach().numpy(), settings.get("dtype", "float32"), "node", "logits")
 
 
@@ -457,7 +457,7 @@ def test_changed_values_count_at_once(calls):
         state = model.init_state(2)
         logits, wanted = model(ids, state).logits, stepping_plain(model, ids, state)
     assert_close(logits.numpy(), wanted.numpy(), "bfloat16", "node", "logits")
-    assert calls.count("block_steps") == 3
+    assert calls.count("mamba_steps") == 3
 
 
 def stepping_plain(model, ids, state):
@@ -500,7 +500,7 @@ def test_vmap_over_states(calls):
         together = torch.func.vmap(lambda state: model(ids, state).logits)(stacked)
         for logits, each in zip(together, states, strict=True):
             assert_close(logits.numpy(), stepping_plain(model, ids, each).numpy(), "float32", "node", "logits")
-    assert "block_steps" in calls
+    assert "mamba_steps" in calls
 
 
 GENERATE = """
@@ -516,7 +516,7 @@ def test_greedy_tokens_are_those_of_the_plain_operations(calls, native_library, 
     import textwrap
 
     tokens = mc.generate(mc.build(CONFIG, backend="torch", device="cpu"), PROMPTS, max_new_tokens=24).tokens
-    assert calls.count("block_steps") == 23
+    assert calls.count("mamba_steps") == 23
     monkeypatch.setenv("MAMBA_CORE_NATIVE", native_library)
     code = textwrap.dedent(GENERATE)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
@@ -550,7 +550,7 @@ def test_a_hook_of_all_modules_is_called(calls):
     finally:
         handle.remove()
     assert "MambaMixer" in seen
-    assert calls.count("block_steps") == 0
+    assert calls.count("mamba_steps") == 0
 
 
 @pytest.mark.parametrize("name", ["initial_state", "D", "z", "delta_bias", "A"])

@@ -250,7 +250,7 @@ def _with_gradient(forward: Primitive, backward: Primitive) -> Callable:
 
 @functools.cache
 def _register(target: str) -> None:
-    jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library.library(), target)), platform="cpu")
+    jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library.loaded(), target)), platform="cpu")
 
 
 def _as_arrays(arguments):

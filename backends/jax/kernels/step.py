@@ -128,7 +128,7 @@ def _fits(own: dict, sizes, dtype) -> bool:
 @functools.partial(jax.jit, static_argnames=("graphs", "sizes", "eps", "portable"))
 def _step(residual, operands, *, portable, **options):
     arrays, tree = jax.tree.flatten((residual, operands))
-    after, *states = _block_steps(portable, options | {"tree": tree}, *arrays)
+    after, *states = _mamba_steps(portable, options | {"tree": tree}, *arrays)
     return after, tuple(LayerState(*pair) for pair in zip(states[::2], states[1::2], strict=True))
 
 
@@ -148,7 +148,7 @@ def _block_structs(*arrays, tree, sizes, eps, **_):
     for k, own in enumerate(operands):
         results = {"new_residual": after, "new_conv_state": after + 2 * k + 1, "new_ssm_state": after + 2 * k + 2}
         numbers = own | {"residual": before} | results
-        structs.append(pointing(abi.BlockStep, fixed | {"eps": eps[k]}, numbers, arrays))
+        structs.append(pointing(abi.MambaStep, fixed | {"eps": eps[k]}, numbers, arrays))
         before = after
     return structs
 
@@ -194,5 +194,5 @@ def _operator(name, results, structs, plain, **options):
     return reversible(operator(NATIVE, f"mamba_{name}", results, call, plain), plain)
 
 
-_block_steps = _operator("block_steps", _block_results, _block_structs, _plain_blocks, in_place=_block_states)
+_mamba_steps = _operator("mamba_steps", _block_results, _block_structs, _plain_blocks, in_place=_block_states)
 _linear = _operator("linear_step", _linear_results, _linear_structs, _plain_linear)

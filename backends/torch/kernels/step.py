@@ -113,7 +113,7 @@ def _all(dtype: torch.dtype, tensors) -> bool:
     return True
 
 
-@torch.library.custom_op("mamba_core::block_steps", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("mamba_core::mamba_steps", mutates_args=(), device_types="cpu")
 def _blocks(residual: Tensor, tensors: list[Tensor | None], r: int, eps: list[float]) -> list[Tensor]:
     """The residual stream after all blocks, and each one's conv and ssm state; tensors are those of `_tensors`."""
     residual = residual.contiguous()
@@ -130,15 +130,15 @@ def _blocks(residual: Tensor, tensors: list[Tensor | None], r: int, eps: list[fl
         own = pointers[k * OPERANDS : (k + 1) * OPERANDS]
         steps.append(_block_step(fixed, its_eps, before, own, after, states[2 * k : 2 * k + 2]))
         before = after
-    library.block_steps((abi.BlockStep * len(steps))(*steps))
+    library.mamba_steps((abi.MambaStep * len(steps))(*steps))
     return results
 
 
-def _block_step(fixed, eps, before, pointers, after, states) -> abi.BlockStep:
+def _block_step(fixed, eps, before, pointers, after, states) -> abi.MambaStep:
     conv_state, norm, in_proj, in_bias, conv, conv_bias, x_proj, dt_proj, out_proj, out_bias, ssm_state = pointers[:11]
     matrices = ((in_proj, in_bias), (conv, conv_bias), (x_proj, None), (out_proj, out_bias))
     read = (before, conv_state, ssm_state, norm, *matrices, dt_proj, *pointers[11:])
-    return abi.BlockStep(*fixed, eps, *read, after, *states)
+    return abi.MambaStep(*fixed, eps, *read, after, *states)
 
 
 @torch.library.custom_op("mamba_core::linear_step", mutates_args=(), device_types="cpu")
