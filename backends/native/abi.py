@@ -3,7 +3,7 @@
 import ctypes
 
 # The version of these structs and of the library's functions. The library reports the version that it was built with.
-ABI = 6
+ABI = 7
 
 DTYPES = ("float32", "bfloat16")
 
@@ -61,7 +61,10 @@ class Matrix(ctypes.Structure):
 
 
 class MambaStep(ctypes.Structure):
-    """The arguments of a residual block at one position, as `block_step.cpp` documents them."""
+    """The arguments of a residual block with a Mamba-1 mixer at one position, as `block_step.cpp` documents them.
+
+    `selection_eps` is 0 unless it is given, and the step then norms neither dt nor B nor C.
+    """
 
     _fields_ = (
         *_fields(_int64, "b d e n k r"),
@@ -71,6 +74,7 @@ class MambaStep(ctypes.Structure):
         *_fields(Matrix, "in_proj conv x_proj out_proj"),
         *_fields(_pointer, "dt_proj delta_bias A_log D"),
         *_fields(_pointer, "new_residual new_conv_state new_ssm_state"),
+        *_fields(ctypes.c_float, "selection_eps"),
     )
 
 

@@ -1,6 +1,8 @@
 // One position of a residual block (Gu and Dao 2023, figure 3), and the product of the head, for a few rows on CPUs.
-// What such a step costs is to read the weights, so it reads them once and straight through, and all else stays in the
-// cache. float32 inside, in whatever the weights are; a plain C ABI that needs C's library and its threads only.
+// Reading the weights is what such a step costs, so each is read once and straight through, and all else stays in the
+// cache. Whatever the weights are, the step computes in float32 and rounds to bfloat16 only the results that it writes:
+// the states of the convolution and the residual stream. The plain operations round each projection's output as well.
+// A plain C ABI that needs C's library and its threads only.
 
 #ifndef WIDTH
 
@@ -20,7 +22,8 @@ struct Matrix {
     const char *weight, *bias;
 };
 
-// Arrays are contiguous. Those of char are of the compute dtype, bfloat16 or float32; the residual stream has its own.
+// A residual block with a Mamba-1 mixer. Arrays are contiguous. Those of char are of the compute dtype, bfloat16 or
+// float32; the residual stream has its own.
 struct MambaStep {
     int64_t b, d, e, n, k, r;
     int32_t bfloat16, residual_bfloat16, transposed, threads, width;
@@ -37,6 +40,10 @@ struct MambaStep {
     // Results, each in other memory or in that of what it replaces.
     char *new_residual, *new_conv_state;
     float *new_ssm_state;
+    // Where it is above 0, dt (r,), B and C (n,) are each divided by sqrt(its mean square + selection_eps), between
+    // x_proj and dt_proj. The plain operations round them to bfloat16 before that norm and after it; the step never
+    // does.
+    float selection_eps;
 };
 
 // y (b, outputs) float32 from x (b, inputs) of the compute dtype.
@@ -50,8 +57,8 @@ struct LinearStep {
 
 static int64_t mixed_of(const MambaStep &s) { return s.r + 2 * s.n; }
 
-// What passes from phase to phase: hidden (b, d), x, z, delta and y (b, e), dtbc (b, r + 2n), taps (k, e), A (e, n), and
-// a product's sums (parts, b, outputs).
+// What passes from phase to phase: hidden (b, d), x, z, delta and y (b, e), dtbc (b, r + 2n), taps (k, e), A (e, n),
+// and a product's sums (parts, b, outputs).
 struct Work {
     float *hidden, *x, *z, *dtbc, *delta, *y, *taps, *A, *sums;
 };
@@ -83,8 +90,9 @@ struct Kernel {
 };
 
 // Outputs of one task, at most: few, so that no thread waits long for another's last, and enough to read long stretches
-// of memory. Where `transposed`, those whose sums the first cache holds: then inputs are shared out as well, and the sums
-// over each part of them are added up afterwards. The parts depend on the sizes only, and so does the order of sums.
+// of memory. Where `transposed`, those whose sums the first cache holds: then inputs are shared out as well, and the
+// sums over each part of them are added up afterwards. The parts depend on the sizes only, and so does the order of
+// sums.
 constexpr int64_t OUTPUTS = 96, OUTPUTS_TRANSPOSED = 4096, FEWEST_PARTS = 4, MOST_PARTS = 16;
 // Channels of a task of the convolution or the scan, at most.
 constexpr int64_t CHANNELS = 384;
@@ -418,6 +426,13 @@ INLINE V collected(const Step &s, const Work &w, const Matrix &matrix, int64_t p
     return total;
 }
 
+// What a root mean square norm multiplies `count` numbers by; `squares` are the sums of their squares, lane by lane.
+INLINE float norm_scale(V squares, int64_t count, float eps) {
+    float sum = 0;
+    for (int lane = 0; lane < WIDTH; lane++) sum += squares[lane];
+    return 1.0f / sqrtf(sum / count + eps);
+}
+
 // The root mean square norm of one row of the residual stream.
 static void normalise(const Plan &plan, int64_t row) {
     const MambaStep &s = *plan.block;
@@ -429,9 +444,7 @@ static void normalise(const Plan &plan, int64_t row) {
         write_float(hidden + i, value, s.d - i);
         squares += value * value;
     }
-    float sum = 0;
-    for (int lane = 0; lane < WIDTH; lane++) sum += squares[lane];
-    float scale = 1.0f / sqrtf(sum / s.d + s.eps);
+    const float scale = norm_scale(squares, s.d, s.eps);
     for (int64_t i = 0; i < s.d; i += WIDTH) {
         V weight = read(s.norm + (s.bfloat16 ? 2 : 4) * i, s.d - i, s.bfloat16);
         write_float(hidden + i, read_float(hidden + i, s.d - i) * scale * weight, s.d - i);
@@ -483,13 +496,28 @@ static void project_x(const Plan &plan, int64_t task) {
     project_task(s, plan.work, s.x_proj, plan.work.x, s.e, s.e, mixed_of(s), task);
 }
 
-// What the step size, B and C are of.
+// The root mean square norm of `count` numbers without a weight, in their place.
+static void norm_in_place(float *values, int64_t count, float eps) {
+    V squares = {};
+    for (int64_t i = 0; i < count; i += WIDTH) {
+        V value = read_float(values + i, count - i);
+        squares += value * value;
+    }
+    const float scale = norm_scale(squares, count, eps);
+    for (int64_t i = 0; i < count; i += WIDTH)
+        write_float(values + i, read_float(values + i, count - i) * scale, count - i);
+}
+
+// dt, B and C of one row.
 static void collect(const Plan &plan, int64_t row) {
     const MambaStep &s = *plan.block;
     const int64_t mixed = mixed_of(s), parts = tiling_of(s, mixed).parts;
+    float *dtbc = plan.work.dtbc + row * mixed;
     for (int64_t i = 0; i < mixed; i += WIDTH)
-        write_float(plan.work.dtbc + row * mixed + i,
-                    collected(s, plan.work, s.x_proj, parts, mixed, row, i, mixed - i), mixed - i);
+        write_float(dtbc + i, collected(s, plan.work, s.x_proj, parts, mixed, row, i, mixed - i), mixed - i);
+    if (s.selection_eps > 0)
+        for (Range part : {Range{0, s.r}, Range{s.r, s.n}, Range{s.r + s.n, s.n}})
+            norm_in_place(dtbc + part.first, part.count, s.selection_eps);
 }
 
 // The states of one channel of a row; the terms of its output lane by lane.

@@ -66,8 +66,35 @@ class Case:
         out = ReferenceModel(self.config, self.parameters)(self.residual.astype(np.float64), state)
         return out.hidden, out.state.layers[0]
 
-    def native(self, width=0, threads=1, transposed=False, in_place=False):
-        """(residual, state); in_place: in the memory of those before."""
+    def reference_with_norms(self, eps):
+        """(residual, state) in float64, by NumPy: with dt, B and C normed where eps is above 0."""
+        c, prefix = self.config, "backbone.layers.0."
+        own = {name.removeprefix(prefix): value.astype(np.float64) for name, value in self.parameters.items()}
+        residual, conv_state, ssm_state = (value.astype(np.float64) for value in (self.residual[:, 0], *self.state))
+
+        def norm(x, eps):
+            return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
+
+        def project(x, name):
+            return x @ own[f"mixer.{name}.weight"].T + own.get(f"mixer.{name}.bias", 0.0)
+
+        def silu(x):
+            return x / (1.0 + np.exp(-x))
+
+        x, z = np.split(project(norm(residual, c.norm_eps) * own["norm.weight"], "in_proj"), 2, -1)
+        window = np.concatenate([conv_state, x[:, None]], 1)
+        taps = own["mixer.conv1d.weight"][:, 0]
+        x = silu(np.einsum("bke,ek->be", window, taps) + own.get("mixer.conv1d.bias", 0.0))
+        mixed = np.split(project(x, "x_proj"), [c.dt_rank_size, c.dt_rank_size + c.d_state], -1)
+        dt, B, C = (norm(part, eps) for part in mixed) if eps > 0 else mixed
+        step = np.logaddexp(0.0, project(dt, "dt_proj"))
+        decay = np.exp(-step[..., None] * np.exp(own["mixer.A_log"]))
+        h = decay * ssm_state + (step * x)[..., None] * B[:, None]
+        y = ((h * C[:, None]).sum(-1) + own["mixer.D"] * x) * silu(z)
+        return (residual + project(y, "out_proj"))[:, None], LayerState(window[:, 1:], h)
+
+    def native(self, width=0, threads=1, transposed=False, in_place=False, **more):
+        """(residual, state); in_place: in the memory of those before. more: fields of the struct."""
         c, kept = self.config, []
 
         def at(array):
@@ -89,20 +116,18 @@ class Case:
         given = self.residual, *self.state
         results = [value.copy() if in_place else np.empty_like(value) for value in given]
         given = results if in_place else given
-        library.mamba_steps(
-            (abi.MambaStep * 1)(
-                (
-                    *(self.b, c.d_model, c.d_inner, c.d_state, c.d_conv, c.dt_rank_size),
-                    *(self.dtype != np.float32, self.residual_dtype != np.float32, transposed, threads, width),
-                    c.norm_eps,
-                    *(at(value) for value in (*given, own("norm.weight"))),
-                    *(matrix(name) for name in ("in_proj", "conv1d", "x_proj", "out_proj")),
-                    weight("dt_proj"),
-                    *(at(own(f"mixer.{name}")) for name in ("dt_proj.bias", "A_log", "D")),
-                    *(result.ctypes.data for result in results),
-                )
-            )
+        step = abi.MambaStep(
+            *(self.b, c.d_model, c.d_inner, c.d_state, c.d_conv, c.dt_rank_size),
+            *(self.dtype != np.float32, self.residual_dtype != np.float32, transposed, threads, width),
+            c.norm_eps,
+            *(at(value) for value in (*given, own("norm.weight"))),
+            *(matrix(name) for name in ("in_proj", "conv1d", "x_proj", "out_proj")),
+            weight("dt_proj"),
+            *(at(own(f"mixer.{name}")) for name in ("dt_proj.bias", "A_log", "D")),
+            *(result.ctypes.data for result in results),
+            **more,
         )
+        library.mamba_steps((abi.MambaStep * 1)(step))
         return results[0], LayerState(*results[1:])
 
 
@@ -121,8 +146,59 @@ def test_a_step_is_the_reference(width, fields, b, dtype, residual_dtype, transp
         np.testing.assert_array_equal(value, kept)
 
 
+def assert_norms(case, selection_eps, **how):
+    """That a step with these norms is the float64 one. Nothing but its results is rounded to bfloat16."""
+    residual, state = case.native(selection_eps=selection_eps, **how)
+    wanted, wanted_state = case.reference_with_norms(selection_eps)
+    told = {"selection_eps": selection_eps} | how
+    assert_close(residual, wanted, str(case.residual.dtype), "value", "residual", **told)
+    assert_close(state.conv, wanted_state.conv, str(case.state.conv.dtype), "value", "conv state", **told)
+    assert_close(state.ssm, wanted_state.ssm, "float32", "value", "ssm state", **told)
+
+
+# One or two numbers can both be almost zero. Their norm would then magnify what float32 rounds.
+several = st.tuples(options, st.integers(3, 40), st.integers(3, 40)).map(
+    lambda drawn: drawn[0] | {"dt_rank": drawn[1], "d_state": drawn[2]}
+)
+
+
+@every_width
+@given(several, rows, dtypes, dtypes, orders, st.sampled_from((1, 2, 3)), st.sampled_from((1e-6, 0.3)))
+def test_a_step_norms_dt_b_and_c(width, fields, b, dtype, residual_dtype, transposed, threads, eps):
+    case = Case(fields, b, dtype, residual_dtype)
+    assert_norms(case, eps, width=width, threads=threads, transposed=transposed)
+
+
+@every_width
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rank", "states"), [(1, 1), (1, 17), (7, 1), (13, 21), (17, 15), (33, 31)])
+def test_norms_of_odd_ranks_and_states_in_every_batch(width, transposed, dtype, rank, states):
+    for b in range(1, 9):
+        case = Case({"d_model": 19, "dt_rank": rank, "d_state": states}, b, dtype, "float32", seed=b)
+        assert_norms(case, 0.1, width=width, transposed=transposed)
+
+
 # Enough for every thread that is asked for to be started.
 LARGE = {"d_model": 256, "d_state": 16, "expand": 2.01}
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("eps", [0.0, -1.0])
+def test_without_an_eps_nothing_is_normed(transposed, dtype, eps):
+    case = Case(LARGE, 3, dtype, "float32")
+    plain, plain_state = case.native(transposed=transposed)
+    same, same_state = case.native(transposed=transposed, selection_eps=eps)
+    for value, wanted in zip((same, *same_state), (plain, *plain_state), strict=True):
+        np.testing.assert_array_equal(value, wanted)
+
+
+def test_the_reference_with_norms_is_the_reference_where_there_are_none():
+    case = Case(LARGE, 3, "bfloat16", "float32")
+    (found, found_state), (wanted, wanted_state) = case.reference_with_norms(0.0), case.reference()
+    for value, other in zip((found, *found_state), (wanted, *wanted_state), strict=True):
+        assert_close(value, other, "float64", "value", "reference")
 
 
 @every_width
@@ -199,8 +275,9 @@ def test_a_workspace_beyond_memory_is_an_error():
 
 
 def test_the_structs_are_as_long_as_they_are_in_c():
-    """Six and three sizes, five and four settings, a float and pointers, without a gap but one before pointers."""
-    assert ctypes.sizeof(abi.MambaStep) == 6 * 8 + 6 * 4 + (4 + 4 * 2 + 4 + 3) * 8
+    """Six and three sizes, five and four settings, floats and pointers, each part filled up to eight bytes."""
+    assert ctypes.sizeof(abi.MambaStep) == 6 * 8 + 6 * 4 + (4 + 4 * 2 + 4 + 3) * 8 + 8
+    assert abi.MambaStep.selection_eps.offset == ctypes.sizeof(abi.MambaStep) - 8
     assert ctypes.sizeof(abi.LinearStep) == 3 * 8 + 4 * 4 + 4 * 8
 
 
