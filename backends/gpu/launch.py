@@ -49,22 +49,22 @@ class Geometry(NamedTuple):
 
     @property
     def channels(self) -> int:
-        """Of a block."""
+        """Channels of a block."""
         return self.WARPS * 32 // self.S * self.K
 
     @property
     def padded(self) -> int:
-        """States with those that only fill up."""
+        """States, with those that only fill up a thread's."""
         return self.NS * self.S
 
     @property
     def vector(self) -> int:
-        """Elements that are read at a time."""
+        """Elements that a thread reads at a time."""
         return min(8, self.TILE * self.K // self.S)
 
     @property
     def forward_shared(self) -> int:
-        """Bytes of shared memory."""
+        """Bytes of shared memory of a block in the forward."""
         return 4 * (3 * self._rows + 2 * self.TILE * self.padded + self.TILE)
 
     @property
@@ -86,14 +86,15 @@ class Geometry(NamedTuple):
 KEEP_EVERY = 16
 # Bytes of shared memory of a block on Apple's GPUs, and the states that they hold.
 SMALL_SHARED, LARGEST_SMALL_STATE = 32 * 1024, 128
-# Fewer positions are not worth a chunk of their own.
+# The fewest positions that are worth a chunk of their own.
 SHORTEST_CHUNK = 128
-# Of a sequence in chunks; one of a whole sequence fills it, so that chunks would cost more than they gain.
+# The blocks of each multiprocessor where sequences are cut into chunks. Where each has a block of whole sequences to
+# compute, chunks would cost more than they gain.
 BLOCKS_A_MULTIPROCESSOR = 6
 
 
 def geometry(states: int, backward: bool = False, small: bool = False) -> Geometry:
-    """For up to that many states; what was fastest on an H200, or with `small` what SMALL_SHARED holds.
+    """The geometry for up to that many states: the fastest on an H200, or with `small` one that SMALL_SHARED holds.
 
     Raises:
         ValueError: more states than LARGEST_STATE, or LARGEST_SMALL_STATE.
@@ -161,7 +162,10 @@ class Scan:
 
     @property
     def chunk(self) -> int:
-        """Positions; all of them where rows and channels fill the GPU: a second run costs as much as a third of it."""
+        """Positions of a chunk: all of them where rows and channels fill the GPU.
+
+        Chunks need a second run, which costs a third of the main one.
+        """
         blocks = max(self.rows * self.blocks, 1)
         count = min(self.multiprocessors * BLOCKS_A_MULTIPROCESSOR // blocks, self.length // SHORTEST_CHUNK)
         if blocks >= self.multiprocessors or count < 3:
@@ -171,7 +175,7 @@ class Scan:
 
     @property
     def blocks(self) -> int:
-        """Of channels."""
+        """Blocks that share out the channels."""
         return -(-self.channels // self.geometry.channels)
 
     @property
@@ -193,7 +197,7 @@ class Scan:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of every result and of what lies between two kernels; those of float32 but y, dx, ddelta and dz."""
+        """The shapes of the results and of what lies between two kernels, all float32 but y, dx, ddelta and dz."""
         b, l, e, padded, chunks = self.rows, self.length, self.channels, self.geometry.padded, self.chunks
         between = {"added": (b, chunks, e, padded), "total": (b, chunks, e)} if chunks > 1 else {}
         if not self.backward:
@@ -220,7 +224,10 @@ class Scan:
 
     @property
     def adding_up(self) -> "Launch":
-        """After a backward: the sums of PARTS over blocks, rows and chunks, for who does not form them otherwise."""
+        """The kernel that sums PARTS over blocks, rows and chunks after a backward.
+
+        A framework that forms these sums otherwise does not launch it.
+        """
         e, padded = self.channels, self.geometry.padded
         count = self.rows * self.length * padded // 2 + e * padded + 2 * e
         threads = self.geometry.threads

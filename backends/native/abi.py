@@ -5,13 +5,14 @@ import ctypes
 # The version of these structs and of the library's functions. The library reports the version that it was built with.
 ABI = 7
 
+# Of the arrays that the library computes on.
 DTYPES = ("float32", "bfloat16")
 
 _int64, _int32, _pointer = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
 
 
 class Sequence(ctypes.Structure):
-    """An array (b, l, channels), its channels side by side; strides in elements."""
+    """An array (b, l, channels) whose channels lie side by side. `batch` and `position` are its strides in elements."""
 
     _fields_ = (("data", _pointer), ("batch", _int64), ("position", _int64))
 
@@ -21,7 +22,7 @@ def _fields(kind, names: str):
 
 
 class Scan(ctypes.Structure):
-    """The arguments of a scan and of its gradient, as `selective_scan.cpp` documents them."""
+    """The arguments of a scan and of its gradient, as `scan.h` documents them."""
 
     _fields_ = (
         *_fields(_int64, "b l e n"),
@@ -38,7 +39,7 @@ class Scan(ctypes.Structure):
 
 
 class Conv(ctypes.Structure):
-    """The arguments of a causal convolution and of its gradient, as `causal_conv.cpp` documents them."""
+    """The arguments of a causal convolution and of its gradient, as `scan.h` documents them."""
 
     _fields_ = (
         *_fields(_int64, "b l e k"),
@@ -101,4 +102,5 @@ class AddNorm(ctypes.Structure):
     )
 
 
+# The fields that are a `Sequence`.
 SEQUENCES = frozenset(name for kinds in (Scan, Conv) for name, kind in kinds._fields_ if kind is Sequence)

@@ -14,13 +14,13 @@ from mamba_core.backends.native.abi import ABI, AddNorm, Conv, LinearStep, Mamba
 
 
 def missing() -> str | None:
-    """Why the native kernels cannot be used here, None if they can."""
+    """Why the native kernels cannot be used here; None if they can."""
     found = _find()
     return found if isinstance(found, str) else None
 
 
 def loaded() -> ctypes.CDLL:
-    """The library.
+    """The library, loaded at the first call.
 
     Raises:
         RuntimeError: `missing()`.
@@ -37,7 +37,7 @@ def width() -> int:
 
 
 def threads() -> int:
-    """$OMP_NUM_THREADS if it is set, else a thread a core that this process may run on."""
+    """The threads of a call: $OMP_NUM_THREADS where that is a number, else one a core that this process may use."""
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     if wanted.isdecimal() and int(wanted) > 0:
         return int(wanted)
@@ -45,9 +45,10 @@ def threads() -> int:
 
 
 def use_openmp() -> None:
-    """Computes on the threads of the OpenMP runtime that this process has loaded, GNU's; where it has none, as before.
+    """Lets the library compute on the threads of GNU's OpenMP runtime, if this process has loaded that.
 
-    A framework that computes on them calls this: they wait for its next operation by spinning, and would be in the way.
+    A framework that computes on those threads calls this before its first native call, and may call it again. Those
+    threads wait for the next operation by spinning, so that others beside them would have half of each core.
     """
     try:
         runtime = ctypes.CDLL("libgomp.so.1", mode=os.RTLD_LAZY | os.RTLD_NOLOAD)
@@ -57,9 +58,9 @@ def use_openmp() -> None:
 
 
 def count_boundaries(b: int, l: int, e: int, n: int) -> int:
-    """How many floats the states between chunks are, which a gradient needs: `mamba_scan_boundaries`.
+    """How many floats a gradient needs for the states between chunks: `mamba_scan_boundaries`.
 
-    Not asked of the library, because a compiler's or an exporter's sizes may be symbols.
+    It is computed here and not asked of the library, because a compiler's or an exporter's sizes may be symbols.
     """
     return b * -(-e // 64) * -(-l // 32) * -(-n // 2) * 2 * 64
 
@@ -74,7 +75,7 @@ def scan(arguments: Scan) -> None:
 
 
 def scan_backward(arguments: Scan) -> None:
-    """Fills the gradients; boundaries are those that `scan` filled.
+    """Fills the gradients. `boundaries` are those that `scan` filled.
 
     Raises:
         MemoryError: there is not the memory for its workspace.
@@ -83,7 +84,7 @@ def scan_backward(arguments: Scan) -> None:
 
 
 def scan_floor(b: int, l: int, e: int, n: int) -> None:
-    """The scan's arithmetic alone, without its memory: what no scan could be faster than. For benchmarks.
+    """Does the scan's arithmetic on nothing that comes from memory, for benchmarks: no scan could be faster.
 
     Raises:
         MemoryError: there is not the memory for its workspace.

@@ -167,7 +167,8 @@ static Error *call(CallFrame &frame, Function run) {
     int64_t *structs = (int64_t *)malloc(sizeof(int64_t) * words.count + 1);
     if (!structs) return error(frame, RESOURCE_EXHAUSTED, "no memory for the arguments of a native kernel");
     if (words.count) memcpy(structs, words.data, sizeof(int64_t) * words.count);
-    bool fits = words.count && pointers.count && count.count == 1 && place_buffers(frame, structs, words.count, pointers);
+    bool fits = words.count && pointers.count && count.count == 1;
+    fits = fits && place_buffers(frame, structs, words.count, pointers);
     int32_t failed = fits && run(structs, *count.data);
     free(structs);
     if (!fits) return error(frame, INVALID_ARGUMENT, "a native kernel was called with other arguments than it takes");
