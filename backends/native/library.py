@@ -1,7 +1,7 @@
 """Finds, loads and calls the native library: the CPU kernels in C++.
 
-The environment decides two things. $MAMBA_CORE_NATIVE names another library to load, or is 0 for none.
-$OMP_NUM_THREADS is how many threads a call computes on.
+It reads two variables of the environment. $MAMBA_CORE_NATIVE, read once, names another library to load, or is 0 for
+none. $OMP_NUM_THREADS, read again at each call of `threads`, is how many threads a kernel computes on.
 """
 
 import ctypes
@@ -37,8 +37,9 @@ def width() -> int:
 
 
 def threads() -> int:
-    """The threads of a call: $OMP_NUM_THREADS where that is a number, else one a core that this process may use."""
-    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    """The threads of a call: $OMP_NUM_THREADS where it is set, else one a core that this process may use."""
+    # OpenMP allows a list, of one number a level of nested threads. A call has the outermost level.
+    wanted = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     if wanted.isdecimal() and int(wanted) > 0:
         return int(wanted)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

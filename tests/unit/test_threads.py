@@ -17,7 +17,6 @@ pytestmark = pytest.mark.skipif(library.missing() is not None, reason=f"native l
 BEGIN = """
 import os
 import numpy as np
-from mamba_core.backends.native import library
 from tests.unit.native_arrays import scan
 rng = np.random.default_rng(0)
 arrays = {name: rng.normal(size=(2, 512, 96)).astype("f") for name in ("x", "delta")}
@@ -78,6 +77,17 @@ if (child := os.fork()) == 0:
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     assert run(code) == "0"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "threads"), [("3", 3), (" 3 ", 3), ("3,2", 3), ("", None), ("0", None), ("-1", None), ("many", None)]
+)
+def test_the_environment_says_how_many_threads(monkeypatch, wanted, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    cores = library.threads()
+    assert cores >= 1
+    monkeypatch.setenv("OMP_NUM_THREADS", wanted)
+    assert library.threads() == (threads or cores)
 
 
 def test_no_openmp_in_the_process_is_no_error(monkeypatch):
