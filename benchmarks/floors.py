@@ -1,6 +1,6 @@
 """What no candidate could beat: the least work that the machine must do, timed as the candidates are."""
 
-from mamba_core.backends import native
+from mamba_core.backends.native import library
 from mamba_core.benchmarks.cases import Case
 from mamba_core.benchmarks.frameworks import Timed
 from mamba_core.spec.params import parameter_table
@@ -13,9 +13,9 @@ def arithmetic(case: Case) -> Timed:
     Raises:
         ImportError: there is no native library.
     """
-    if reason := native.missing():
+    if reason := library.missing():
         raise ImportError(f"the native kernels: {reason}")
-    return Timed(lambda: native.scan_floor(1, case.length, case.config.d_inner, case.config.d_state), None)
+    return Timed(lambda: library.scan_floor(1, case.length, case.config.d_inner, case.config.d_state), None)
 
 
 def weights(case: Case) -> Timed:

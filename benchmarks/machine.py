@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mamba_core import registry
-from mamba_core.backends import native
-from mamba_core.registry import installed
+from mamba_core.backends.native import library
+from mamba_core.parity import installed
 
 PEERS = ("transformers", "mambapy", "mamba_ssm", "minimamba")
 
@@ -23,7 +23,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "devices": devices,
         "versions": _versions(packages | {name: name for name in PEERS}),
-        "native": native.missing() or "built",
+        "native": library.missing() or "built",
     }
 
 

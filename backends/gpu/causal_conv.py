@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mamba_core.backends.gpu import ELEMENTS, Launch, source
+from mamba_core.backends.gpu.launch import ELEMENTS, Launch, source
 
 # A wider filter's inputs would not fit in registers.
 WIDEST = 4

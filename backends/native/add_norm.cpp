@@ -1,5 +1,5 @@
-// The sum of a residual block and the root mean square norm of the next on CPUs, in one pass over the residual stream: what
-// `RMSNorm` computes. A plain C ABI; the file includes itself once a vector width.
+// The sum of a residual block and the root mean square norm of the next on CPUs, in one pass over the residual stream:
+// what `RMSNorm` computes. A plain C ABI; the file includes itself once a vector width.
 
 #ifndef WIDTH
 
@@ -45,7 +45,8 @@ template <bool BFLOAT16, bool RESIDUAL_BFLOAT16>
 static void add_norm_row(const AddNorm &s, int64_t row, float *sums) {
     constexpr int64_t SIZE = BFLOAT16 ? 2 : 4, RESIDUAL_SIZE = RESIDUAL_BFLOAT16 ? 2 : 4;
     const bool adds = s.hidden;
-    const char *residual = s.residual + RESIDUAL_SIZE * row * s.d, *hidden = adds ? s.hidden + SIZE * row * s.d : nullptr;
+    const char *residual = s.residual + RESIDUAL_SIZE * row * s.d;
+    const char *hidden = adds ? s.hidden + SIZE * row * s.d : nullptr;
     char *total = adds ? s.total + RESIDUAL_SIZE * row * s.d : nullptr, *normed = s.normed + SIZE * row * s.d;
     V squares = {};
     for (int64_t i = 0; i < s.d; i += WIDTH) {

@@ -1,6 +1,8 @@
 // One position of a residual block (Gu and Dao 2023, figure 3), and the product of the head, for a few rows on CPUs.
-// What such a step costs is to read the weights, so it reads them once and straight through, and all else stays in the
-// cache. float32 inside, in whatever the weights are; a plain C ABI that needs C's library and its threads only.
+// Reading the weights is what such a step costs, so each is read once and straight through, and all else stays in the
+// cache. Whatever the weights are, the step computes in float32 and rounds to bfloat16 only the results that it writes:
+// the states of the convolution and the residual stream. The plain operations round each projection's output as well.
+// A plain C ABI that needs C's library and its threads only.
 
 #ifndef WIDTH
 
@@ -15,13 +17,15 @@
 #include "threads.h"
 #include "vectors.h"
 
-// Of the compute dtype: (outputs, inputs) as torch stores it, or (inputs, outputs) if `transposed`. bias may be null.
+// A weight and a bias of the compute dtype. The weight is (outputs, inputs) as torch stores it, or (inputs, outputs)
+// where the step says `transposed`. bias may be null.
 struct Matrix {
     const char *weight, *bias;
 };
 
-// Arrays are contiguous. Those of char are of the compute dtype, bfloat16 or float32; the residual stream has its own.
-struct BlockStep {
+// A residual block with a Mamba-1 mixer. Arrays are contiguous. Those of char are of the compute dtype, bfloat16 or
+// float32; the residual stream has its own.
+struct MambaStep {
     int64_t b, d, e, n, k, r;
     int32_t bfloat16, residual_bfloat16, transposed, threads, width;
     float eps;
@@ -34,9 +38,13 @@ struct BlockStep {
     const char *dt_proj;
     // (e,), (e, n) and (e,).
     const float *delta_bias, *A_log, *D;
-    // Results, each in other memory or in that of what it replaces.
+    // Results. Each has memory of its own or that of the array which it replaces.
     char *new_residual, *new_conv_state;
     float *new_ssm_state;
+    // Where it is above 0, dt (r,), B and C (n,) are each divided by sqrt(its mean square + selection_eps), between
+    // x_proj and dt_proj. The plain operations round them to bfloat16 before that norm and after it; the step never
+    // does.
+    float selection_eps;
 };
 
 // y (b, outputs) float32 from x (b, inputs) of the compute dtype.
@@ -48,10 +56,10 @@ struct LinearStep {
     float *y;
 };
 
-static int64_t mixed_of(const BlockStep &s) { return s.r + 2 * s.n; }
+static int64_t mixed_of(const MambaStep &s) { return s.r + 2 * s.n; }
 
-// What passes from phase to phase: hidden (b, d), x, z, delta and y (b, e), dtbc (b, r + 2n), taps (k, e), A (e, n), and
-// a product's sums (parts, b, outputs).
+// The arrays that one phase leaves for another: hidden (b, d), x, z, delta and y (b, e), dtbc (b, r + 2n), taps (k, e),
+// A (e, n), and the sums (parts, b, outputs) of a product.
 struct Work {
     float *hidden, *x, *z, *dtbc, *delta, *y, *taps, *A, *sums;
 };
@@ -59,8 +67,9 @@ struct Work {
 struct Plan;
 typedef void Function(const Plan &, int64_t);
 
-// Tasks of which none needs another; the counts of those begun and done are all that the threads share. Each thread has
-// a share of them, side by side so that what it asks for ahead of a task is its next one's, and a count of those begun.
+// Tasks that need nothing of one another. Each thread has a share of tasks that lie side by side, so that the memory
+// which it asks for ahead of one is that of its next. `begun` counts the tasks begun of each share, and `done` those
+// done of all. The threads share nothing else.
 struct Phase {
     Function *function;
     int64_t tasks, done;
@@ -70,7 +79,7 @@ struct Phase {
 constexpr int64_t MOST_PHASES = 9;
 
 struct Plan {
-    const BlockStep *block;
+    const MambaStep *block;
     const LinearStep *linear;
     Work work;
     Phase phases[MOST_PHASES];
@@ -82,17 +91,19 @@ struct Kernel {
     Function *widen, *project, *write_outputs;
 };
 
-// Outputs of one task, at most: few, so that no thread waits long for another's last, and enough to read long stretches
-// of memory. Where `transposed`, those whose sums the first cache holds: then inputs are shared out as well, and the sums
-// over each part of them are added up afterwards. The parts depend on the sizes only, and so does the order of sums.
+// The most outputs of one task. They are few, so that no thread waits long for another's last task, and enough to read
+// long stretches of memory. Where `transposed`, they are those whose sums the first cache holds. The inputs are then
+// shared out as well, and the sums over each part of them are added up afterwards. The number of parts depends on the
+// sizes only, and so does the order of sums.
 constexpr int64_t OUTPUTS = 96, OUTPUTS_TRANSPOSED = 4096, FEWEST_PARTS = 4, MOST_PARTS = 16;
-// Channels of a task of the convolution or the scan, at most.
+// The most channels of a task of the convolution or the scan.
 constexpr int64_t CHANNELS = 384;
 constexpr int64_t SPINS = 2000;
-// By how many bytes weights are asked for before they are read.
+// Weights are asked for so many bytes before they are read.
 constexpr int64_t AHEAD = 2048;
 
-// How a product is shared out: `outputs` of a task, of which there are so many side by side, and parts of the inputs.
+// How a product is shared out: a task has at most `outputs` of its outputs, `columns` such tasks have all of them, and
+// each column has a task for each of the `parts` of the inputs.
 struct Tiling {
     int64_t outputs, columns, parts;
 };
@@ -116,7 +127,7 @@ template <class Step> static int64_t sums_of(const Step &s, int64_t outputs) {
     return tiling_of(s, outputs).parts * s.b * outputs;
 }
 
-// What a task has of a row of numbers.
+// The numbers of a row that a task has.
 struct Range {
     int64_t first, count;
 };
@@ -124,7 +135,7 @@ static Range range_of(int64_t total, int64_t size, int64_t task) {
     int64_t first = task * size;
     return {first, total - first < size ? total - first : size};
 }
-static int64_t channels_of(const BlockStep &s) {
+static int64_t channels_of(const MambaStep &s) {
     int64_t share = divide_up(divide_up(s.e, s.threads < 1 ? 1 : s.threads), WIDEST) * WIDEST;
     return share < CHANNELS ? share : CHANNELS;
 }
@@ -160,7 +171,7 @@ struct Team {
     int64_t count, threads, arrived;
 };
 
-// The share of a thread, and then what is left of the others'.
+// Does the thread's own share of each phase, and then what is left of the others'.
 static void work_through(Plan &plan, int64_t thread, int64_t threads) {
     for (Phase *phase = plan.phases; phase < plan.phases + plan.phase_count; phase++) {
         for (int64_t k = 0; k < threads; k++) {
@@ -181,14 +192,14 @@ static void work_through(Plan &plan, int64_t thread, int64_t threads) {
     }
 }
 
-// What every thread does. One that comes late, or not at all, is not waited for.
+// Every thread runs this. No thread waits for one that comes late or not at all.
 static void work_through_all(void *argument) {
     Team &team = *(Team *)argument;
     int64_t thread = __atomic_fetch_add(&team.arrived, 1, __ATOMIC_RELAXED);
     for (int64_t k = 0; k < team.count; k++) work_through(team.plans[k], thread, team.threads);
 }
 
-// False where there is not the memory.
+// Returns false if there is not the memory.
 static bool run(Plan *plans, int64_t count, int64_t threads, int64_t weights) {
     threads = threads_worth(threads, 1 + (weights >> 17));
     int64_t *begun = (int64_t *)calloc(count * MOST_PHASES * threads, sizeof(int64_t));
@@ -202,8 +213,8 @@ static bool run(Plan *plans, int64_t count, int64_t threads, int64_t weights) {
     return true;
 }
 
-// The memory of all of them, null where there is not so much.
-static float *divide_memory(const BlockStep &s, Work &w) {
+// Allocates the arrays of `w` in one piece and returns it, or null if there is not the memory.
+static float *divide_memory(const MambaStep &s, Work &w) {
     int64_t sums = 0;
     for (int64_t outputs : {2 * s.e, mixed_of(s), s.e, s.d}) {
         int64_t size = sums_of(s, outputs);
@@ -225,7 +236,7 @@ static float *divide_memory(const BlockStep &s, Work &w) {
     return memory;
 }
 
-static Plan plan_of(const BlockStep &s, const Kernel &kernel, const Work &w) {
+static Plan plan_of(const MambaStep &s, const Kernel &kernel, const Work &w) {
     const int64_t channel_tasks = divide_up(s.e, channels_of(s));
     return {&s, nullptr, w, {
         {kernel.normalise, s.b, 0, nullptr},
@@ -240,11 +251,11 @@ static Plan plan_of(const BlockStep &s, const Kernel &kernel, const Work &w) {
     }, 9};
 }
 
-// Blocks one after another, all of the same sizes and settings: each goes on from what the one before it writes, where
-// the caller says so. Each of the two returns 0, or 1 where there is not the memory.
-EXPORT int32_t mamba_block_steps(const BlockStep *steps, int64_t count) {
+// Computes blocks of the same sizes and settings one after another. A block may read what the one before it writes.
+// This function and the next return 0, or 1 if there is not the memory.
+EXPORT int32_t mamba_mamba_steps(const MambaStep *steps, int64_t count) {
     if (!count) return 0;
-    const BlockStep &s = *steps;
+    const MambaStep &s = *steps;
     Work w;
     float *memory = divide_memory(s, w);
     Plan *plans = (Plan *)malloc(sizeof(Plan) * count);
@@ -275,7 +286,7 @@ EXPORT int32_t mamba_linear_step(const LinearStep *step) {
     return !enough;
 }
 
-#else  // What is compiled for each width.
+#else  // Compiled once for each width.
 
 #include "vectors.h"
 
@@ -284,7 +295,7 @@ BEGIN_WIDTH
 INLINE V read_float(const float *from, int64_t left) { return read((const char *)from, left, false); }
 INLINE void write_float(float *to, V value, int64_t left) { write((char *)to, value, left, false); }
 
-// y (b, outputs) = x (b, inputs) times a matrix without its bias; strides between rows.
+// y (b, outputs) = x (b, inputs) times a matrix without its bias. The strides are between rows.
 struct Product {
     Matrix matrix;
     int64_t b, inputs, outputs;
@@ -295,7 +306,7 @@ struct Product {
     int64_t y_stride;
 };
 
-// One output of ROWS rows, lane by lane. The memory serves weights fastest straight through and past the caches.
+// One output of ROWS rows, lane by lane. Weights are read fastest straight through the memory and past the caches.
 template <int ROWS, bool BFLOAT16>
 INLINE void multiply(V (*sums)[WIDTH], const char *weight, const float *x, int64_t stride, int64_t inputs) {
     const int64_t size = BFLOAT16 ? 2 : 4;
@@ -334,7 +345,7 @@ static void product(const Product &p, const float *x, float *y, int64_t first, i
     }
 }
 
-// Adds to y, or sets it if `fresh`, the products of COUNT inputs of each row with `outputs`, which are its lanes.
+// Adds the products of COUNT inputs of each row to y, or sets y to them if `fresh`. Lanes are outputs.
 template <int ROWS, int COUNT, bool BFLOAT16>
 INLINE void add_inputs(const Product &p, const float *x, float *y, Range outputs, int64_t i, bool fresh) {
     const int64_t size = BFLOAT16 ? 2 : 4, row_bytes = size * p.outputs;
@@ -356,8 +367,9 @@ INLINE void add_inputs(const Product &p, const float *x, float *y, Range outputs
     }
 }
 
-// Where the outputs lie side by side. One row is done straight through the memory, which serves that fastest; with more
-// the sums are not to be read and written again for each input. Either way inputs are added in their order.
+// The product where a weight's outputs lie side by side. One row takes an input at a time, because memory is fastest
+// read straight through. More rows take several, so that sums are not read and written again for each input. Either way
+// inputs are added in their order.
 template <int ROWS, bool BFLOAT16>
 static void product_transposed(const Product &p, const float *x, float *y, Range outputs, Range inputs) {
     const int64_t end = inputs.first + inputs.count;
@@ -388,12 +400,12 @@ template <bool BFLOAT16> static void product_of_all(const Product &p, Range outp
     for (; row < p.b; row++) product_of_rows<1, BFLOAT16>(p, row, outputs, inputs);
 }
 
-// p.y is where the first of the outputs goes; `inputs` are all of them but where `transposed`.
+// p.y is where the first output goes. `inputs` are all inputs unless the matrix is transposed.
 static void multiply_parts(const Product &p, Range outputs, Range inputs) {
     (p.bfloat16 ? product_of_all<true> : product_of_all<false>)(p, outputs, inputs);
 }
 
-// A task of a product whose sums are to be collected.
+// One task of a product. `collected` then adds up its sums.
 template <class Step>
 static void project_task(const Step &s, const Work &w, const Matrix &matrix, const float *x, int64_t x_stride,
                          int64_t inputs, int64_t outputs, int64_t task) {
@@ -407,7 +419,7 @@ static void project_task(const Step &s, const Work &w, const Matrix &matrix, con
                    its_inputs);
 }
 
-// What all parts of a product of so many outputs come to, with its bias: `left` of its outputs from the first.
+// A product's sums over all parts, and its bias: `left` of the outputs, from `first` on.
 template <class Step>
 INLINE V collected(const Step &s, const Work &w, const Matrix &matrix, int64_t parts, int64_t outputs, int64_t row,
                    int64_t first, int64_t left) {
@@ -418,9 +430,16 @@ INLINE V collected(const Step &s, const Work &w, const Matrix &matrix, int64_t p
     return total;
 }
 
+// What a root mean square norm multiplies `count` numbers by; `squares` are the sums of their squares, lane by lane.
+INLINE float norm_scale(V squares, int64_t count, float eps) {
+    float sum = 0;
+    for (int lane = 0; lane < WIDTH; lane++) sum += squares[lane];
+    return 1.0f / sqrtf(sum / count + eps);
+}
+
 // The root mean square norm of one row of the residual stream.
 static void normalise(const Plan &plan, int64_t row) {
-    const BlockStep &s = *plan.block;
+    const MambaStep &s = *plan.block;
     const char *residual = s.residual + (s.residual_bfloat16 ? 2 : 4) * row * s.d;
     float *hidden = plan.work.hidden + row * s.d;
     V squares = {};
@@ -429,17 +448,15 @@ static void normalise(const Plan &plan, int64_t row) {
         write_float(hidden + i, value, s.d - i);
         squares += value * value;
     }
-    float sum = 0;
-    for (int lane = 0; lane < WIDTH; lane++) sum += squares[lane];
-    float scale = 1.0f / sqrtf(sum / s.d + s.eps);
+    const float scale = norm_scale(squares, s.d, s.eps);
     for (int64_t i = 0; i < s.d; i += WIDTH) {
         V weight = read(s.norm + (s.bfloat16 ? 2 : 4) * i, s.d - i, s.bfloat16);
         write_float(hidden + i, read_float(hidden + i, s.d - i) * scale * weight, s.d - i);
     }
 }
 
-// One number at a time, because the taps of a channel lie side by side.
-static void load_taps(const BlockStep &s, const Work &w, int64_t first, int64_t count) {
+// Copies the filter to `taps`, one number at a time because a channel's taps lie side by side.
+static void load_taps(const MambaStep &s, const Work &w, int64_t first, int64_t count) {
     for (int64_t c = first; c < first + count; c++)
         for (int64_t j = 0; j < s.k; j++) {
             int64_t at = s.transposed ? j * s.e + c : c * s.k + j;
@@ -450,13 +467,13 @@ static void load_taps(const BlockStep &s, const Work &w, int64_t first, int64_t 
 }
 
 static void project_in(const Plan &plan, int64_t task) {
-    const BlockStep &s = *plan.block;
+    const MambaStep &s = *plan.block;
     project_task(s, plan.work, s.in_proj, plan.work.hidden, s.d, s.d, 2 * s.e, task);
 }
 
-// x, of which the short convolution and its SiLU are taken, and the window that the next position sees; and z.
+// Writes x after the short convolution and its SiLU, the window that the next position sees, and z.
 static void convolve(const Plan &plan, int64_t task) {
-    const BlockStep &s = *plan.block;
+    const MambaStep &s = *plan.block;
     const Work &w = plan.work;
     const int64_t size = s.bfloat16 ? 2 : 4, parts = tiling_of(s, 2 * s.e).parts;
     const Range channels = range_of(s.e, channels_of(s), task);
@@ -479,21 +496,36 @@ static void convolve(const Plan &plan, int64_t task) {
 }
 
 static void project_x(const Plan &plan, int64_t task) {
-    const BlockStep &s = *plan.block;
+    const MambaStep &s = *plan.block;
     project_task(s, plan.work, s.x_proj, plan.work.x, s.e, s.e, mixed_of(s), task);
 }
 
-// What the step size, B and C are of.
-static void collect(const Plan &plan, int64_t row) {
-    const BlockStep &s = *plan.block;
-    const int64_t mixed = mixed_of(s), parts = tiling_of(s, mixed).parts;
-    for (int64_t i = 0; i < mixed; i += WIDTH)
-        write_float(plan.work.dtbc + row * mixed + i,
-                    collected(s, plan.work, s.x_proj, parts, mixed, row, i, mixed - i), mixed - i);
+// The root mean square norm of `count` numbers without a weight, in their place.
+static void norm_in_place(float *values, int64_t count, float eps) {
+    V squares = {};
+    for (int64_t i = 0; i < count; i += WIDTH) {
+        V value = read_float(values + i, count - i);
+        squares += value * value;
+    }
+    const float scale = norm_scale(squares, count, eps);
+    for (int64_t i = 0; i < count; i += WIDTH)
+        write_float(values + i, read_float(values + i, count - i) * scale, count - i);
 }
 
-// The states of one channel of a row; the terms of its output lane by lane.
-INLINE V advance(const BlockStep &s, const Work &w, int64_t row, int64_t channel) {
+// dt, B and C of one row.
+static void collect(const Plan &plan, int64_t row) {
+    const MambaStep &s = *plan.block;
+    const int64_t mixed = mixed_of(s), parts = tiling_of(s, mixed).parts;
+    float *dtbc = plan.work.dtbc + row * mixed;
+    for (int64_t i = 0; i < mixed; i += WIDTH)
+        write_float(dtbc + i, collected(s, plan.work, s.x_proj, parts, mixed, row, i, mixed - i), mixed - i);
+    if (s.selection_eps > 0)
+        for (Range part : {Range{0, s.r}, Range{s.r, s.n}, Range{s.r + s.n, s.n}})
+            norm_in_place(dtbc + part.first, part.count, s.selection_eps);
+}
+
+// Advances the states of one channel of a row. Returns the terms of its output, lane by lane.
+INLINE V advance(const MambaStep &s, const Work &w, int64_t row, int64_t channel) {
     const float *B = w.dtbc + row * mixed_of(s) + s.r, *C = B + s.n, *A = w.A + channel * s.n;
     const float *h = s.ssm_state + (row * s.e + channel) * s.n;
     float *new_h = s.new_ssm_state + (row * s.e + channel) * s.n;
@@ -510,13 +542,13 @@ INLINE V advance(const BlockStep &s, const Work &w, int64_t row, int64_t channel
 }
 
 static void project_dt(const Plan &plan, int64_t task) {
-    const BlockStep &s = *plan.block;
+    const MambaStep &s = *plan.block;
     project_task(s, plan.work, {s.dt_proj, nullptr}, plan.work.dtbc, mixed_of(s), s.r, s.e, task);
 }
 
 // The step sizes, the recurrence and its gate.
 static void scan(const Plan &plan, int64_t task) {
-    const BlockStep &s = *plan.block;
+    const MambaStep &s = *plan.block;
     const Work &w = plan.work;
     const Matrix dt_proj = {s.dt_proj, nullptr};
     const int64_t parts = tiling_of(s, s.e).parts;
@@ -537,13 +569,13 @@ static void scan(const Plan &plan, int64_t task) {
 }
 
 static void project_out(const Plan &plan, int64_t task) {
-    const BlockStep &s = *plan.block;
+    const MambaStep &s = *plan.block;
     project_task(s, plan.work, s.out_proj, plan.work.y, s.e, s.e, s.d, task);
 }
 
-// To the residual stream.
+// Adds the block's output to the residual stream.
 static void add(const Plan &plan, int64_t row) {
-    const BlockStep &s = *plan.block;
+    const MambaStep &s = *plan.block;
     const int64_t size = s.residual_bfloat16 ? 2 : 4, parts = tiling_of(s, s.d).parts;
     for (int64_t c = 0; c < s.d; c += WIDTH) {
         int64_t left = s.d - c, at = size * (row * s.d + c);

@@ -7,10 +7,11 @@
 #include "tasks.h"
 #include "vectors.h"
 
-// Positions whose g = dy * silu'(linear) the gradient has at once, and the most tasks that a row is cut into: each keeps
-// its own sum of the weight's gradient.
+// Positions whose g = dy * silu'(linear) the gradient has at once, and the most tasks that a row is cut into: each
+// keeps its own sum of the weight's gradient.
 constexpr int64_t CONV_CHUNK = 32, CONV_TASKS = 64;
-// Positions computed together, which share what is loaded of the weight, where each sees as many inputs as there are taps.
+// Positions computed together, which share what is loaded of the weight, where each sees as many inputs as there are
+// taps.
 constexpr int64_t TOGETHER = 4;
 
 // What counts in a row. An input is numbered among those that count, from 0; those of the initial state from -(k-1).
@@ -151,7 +152,8 @@ EXPORT int32_t mamba_conv_backward(const Conv *conv) {
 
 BEGIN_WIDTH
 
-// The inputs that a position sees, and their rows of the weight. After these inputs may come those of the positions after.
+// The inputs that a position sees, and their rows of the weight. After these inputs may come those of the positions
+// after.
 struct Taps {
     const char **inputs;
     const float **weights;
@@ -263,7 +265,8 @@ static void load_gradients(const Call &call, void *work, float *sums, int64_t ro
     }
 }
 
-// The gradient of an input: of the positions that see it, and of the final state. g begins at the input numbered `from`.
+// The gradient of an input: of the positions that see it, and of the final state. g begins at the input numbered
+// `from`.
 static void write_gradient(const Call &call, char *to, const float *g, int64_t row, int64_t from, int64_t input) {
     const Conv &s = *call.conv;
     const Row &of = call.rows[row];

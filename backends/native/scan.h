@@ -64,9 +64,9 @@ struct Conv {
 EXPORT int32_t mamba_conv_forward(const Conv *conv);
 EXPORT int32_t mamba_conv_backward(const Conv *conv);
 
-// The arguments of a sum and its root mean square norm, rows (rows, d), all contiguous: hidden, weight (d,) and normed in
-// the compute dtype, the residual stream in its own, to which the sum is rounded before it is normed. hidden may be null:
-// then the residual stream is normed, and total not written.
+// The arguments of a sum and its root mean square norm, rows (rows, d), all contiguous: hidden, weight (d,) and normed
+// in the compute dtype, the residual stream in its own, to which the sum is rounded before it is normed. hidden may be
+// null: then the residual stream is normed, and total not written.
 struct AddNorm {
     int64_t rows, d;
     int32_t bfloat16, residual_bfloat16, threads, width;

@@ -1,5 +1,5 @@
-// The scan's arithmetic without its memory, for benchmarks: an exponential and three multiply-adds a position, channel and
-// state, in registers.
+// The scan's arithmetic without its memory, for benchmarks: an exponential and three multiply-adds a position, channel
+// and state, in registers.
 
 #ifndef WIDTH
 

@@ -13,7 +13,8 @@
 // One task is BLOCK channels of one row; it keeps its state in memory every CHUNK positions. Neither depends on the
 // vector width or the threads, and so the order of every sum is the same for any number of them.
 constexpr int64_t BLOCK = 64, CHUNK = 32, STATES = 2;
-// After so many chunks sums over positions go to double: a million additions in float lose more than float32's tolerance.
+// After so many chunks sums over positions go to double: a million additions in float lose more than float32's
+// tolerance.
 constexpr int64_t SUMMED = 64;
 
 // What a thread computes in. Rows of positions; n here is a multiple of STATES, with states of zeros added.
@@ -140,7 +141,7 @@ static void sum_over_rows(float *total, const float *rows, int64_t b, int64_t si
 }
 
 // Raised with every change to a struct or to a function's meaning, as ABI in __init__.py.
-EXPORT int32_t mamba_native_abi() { return 5; }
+EXPORT int32_t mamba_native_abi() { return 7; }
 
 int32_t mamba_scan_width() { return widest(); }
 
@@ -218,8 +219,8 @@ static void from_tile(float *rows, const float *tile, int64_t channels, int64_t 
         }
 }
 
-// What goes through the rows of a chunk is compiled for a dtype and for blocks that are WHOLE, of BLOCK channels: a vector
-// that might not be full would have the compiler keep nothing in registers.
+// What goes through the rows of a chunk is compiled for a dtype and for blocks that are WHOLE, of BLOCK channels: a
+// vector that might not be full would have the compiler keep nothing in registers.
 #define OF_ROWS(function)                                                                  \
     (channels == BLOCK ? (s.bfloat16 ? function<true, true> : function<false, true>)       \
                        : (s.bfloat16 ? function<true, false> : function<false, false>))

@@ -108,9 +108,9 @@ struct CallFrame {
 
 using namespace xla;
 
-struct BlockStep;
+struct MambaStep;
 struct LinearStep;
-EXPORT int32_t mamba_block_steps(const BlockStep *steps, int64_t count);
+EXPORT int32_t mamba_mamba_steps(const MambaStep *steps, int64_t count);
 EXPORT int32_t mamba_linear_step(const LinearStep *step);
 
 // A function of the library by the address of `count` structs; 0, or 1 where there is not the memory.
@@ -167,7 +167,8 @@ static Error *call(CallFrame &frame, Function run) {
     int64_t *structs = (int64_t *)malloc(sizeof(int64_t) * words.count + 1);
     if (!structs) return error(frame, RESOURCE_EXHAUSTED, "no memory for the arguments of a native kernel");
     if (words.count) memcpy(structs, words.data, sizeof(int64_t) * words.count);
-    bool fits = words.count && pointers.count && count.count == 1 && place_buffers(frame, structs, words.count, pointers);
+    bool fits = words.count && pointers.count && count.count == 1;
+    fits = fits && place_buffers(frame, structs, words.count, pointers);
     int32_t failed = fits && run(structs, *count.data);
     free(structs);
     if (!fits) return error(frame, INVALID_ARGUMENT, "a native kernel was called with other arguments than it takes");
@@ -188,8 +189,8 @@ HANDLER(mamba_conv_forward_xla, Conv, mamba_conv_forward)
 HANDLER(mamba_conv_backward_xla, Conv, mamba_conv_backward)
 HANDLER(mamba_linear_step_xla, LinearStep, mamba_linear_step)
 
-EXPORT Error *mamba_block_steps_xla(CallFrame *frame) {
+EXPORT Error *mamba_mamba_steps_xla(CallFrame *frame) {
     return call(*frame, [](const void *structs, int64_t count) {
-        return mamba_block_steps((const BlockStep *)structs, count);
+        return mamba_mamba_steps((const MambaStep *)structs, count);
     });
 }

@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 import pytest
 
-from mamba_core.backends import native
+from mamba_core.backends.native import library
 
 ROOT = Path(__file__).parents[2]
-SOURCES = Path(native.__file__).parent
+SOURCES = Path(library.__file__).parent
 
 pytestmark = [
-    pytest.mark.skipif(native.missing() is not None, reason=f"native library: {native.missing()}"),
+    pytest.mark.skipif(library.missing() is not None, reason=f"native library: {library.missing()}"),
     pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler"),
 ]
 
@@ -31,6 +31,9 @@ class Mutant(NamedTuple):
 
 
 SCAN, CONV, NORM, VECTORS = "selective_scan.cpp", "causal_conv.cpp", "add_norm.cpp", "vectors.h"
+STEP = "block_step.cpp"
+# The file of tests that is to reject a source's mutants, where it is not the first.
+TESTS = {STEP: "tests/unit/test_native_step.py"}
 MUTANTS = {
     "restart ignored": Mutant(SCAN, "        if (w.restart[t])\n            for (int j = 0; j < COUNT; j++) h[j] = V{};\n", ""),
     "restart ignored where the gradient recomputes": Mutant(SCAN, "h[j]);\n            if (w.restart[t]) h[j] = V{};", "h[j]);"),
@@ -71,6 +74,11 @@ MUTANTS = {
     "scan: twice as many states as there are": Mutant(SCAN, "s.n - k > STATES ?", "true ?"),
     "norm: of what was not rounded": Mutant(NORM, "if (RESIDUAL_BFLOAT16) sum =", "if (false) sum ="),
     "norm: no eps": Mutant(NORM, "square / s.d + s.eps", "square / s.d"),
+    "step: B and C normed as one": Mutant(STEP, "Range{s.r, s.n}, Range{s.r + s.n, s.n}}", "Range{s.r, 2 * s.n}}"),
+    "step: dt not normed": Mutant(STEP, "{Range{0, s.r}, ", "{"),
+    "step: the block's eps for dt, B and C": Mutant(STEP, "part.count, s.selection_eps);", "part.count, s.eps);"),
+    "step: dt, B and C always normed": Mutant(STEP, "if (s.selection_eps > 0)", ""),
+    "step: first lanes of a norm": Mutant(STEP, "lane < WIDTH; lane++) sum +=", "lane < WIDTH - 1; lane++) sum +="),
     "norm: last rows": Mutant(NORM, "k < s.rows && k < (index + 1) * NORM_ROWS", "k < s.rows && k + 1 < (index + 1) * NORM_ROWS"),
 }  # fmt: skip
 
@@ -102,9 +110,10 @@ def test_the_tests_reject(name, whole, tmp_path):
     for source in folder.glob("*.cpp"):
         if mutant.file in (source.name, VECTORS):
             compiled(source)
-    library = tmp_path / "broken.so"
-    subprocess.run(["c++", "-shared", "-pthread", *folder.glob("*.o"), "-o", library], check=True)
-    command = [sys.executable, "-m", "pytest", "-x", "-k", "not sanitizers", "tests/unit/test_native.py"]
-    environment = os.environ | {"MAMBA_CORE_NATIVE": str(library), "HYPOTHESIS_PROFILE": "unshrunk"}
+    broken = tmp_path / "broken.so"
+    subprocess.run(["c++", "-shared", "-pthread", *folder.glob("*.o"), "-o", broken], check=True)
+    tests = TESTS.get(mutant.file, "tests/unit/test_native.py")
+    command = [sys.executable, "-m", "pytest", "-x", "-k", "not sanitizers", tests]
+    environment = os.environ | {"MAMBA_CORE_NATIVE": str(broken), "HYPOTHESIS_PROFILE": "unshrunk"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1, f"not rejected:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"

@@ -8,7 +8,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from mamba_core.backends import gpu
+from mamba_core.backends.gpu import launch as gpu
 from mamba_core.backends.gpu.causal_conv import LAUNCHES, Conv
 
 HERE = Path(__file__).parent

@@ -24,11 +24,11 @@ static char *drawn(int64_t count, bool bfloat16) {
 static float *floats(int64_t count) { return (float *)drawn(count, false); }
 
 // Two blocks, the second in the memory of its states and of the residual stream.
-static bool blocks(int width, int threads, bool bfloat16, bool transposed, int64_t b) {
+static bool blocks(int width, int threads, bool bfloat16, bool transposed, int64_t b, float selection_eps) {
     const int64_t d = 200, e = 401, n = 21, k = 4, r = 13, state = b * (k - 1) * e;
     auto compute = [=](int64_t count) { return drawn(count, bfloat16); };
     char *residual = drawn(b * d, false), *after = drawn(b * d, false);
-    BlockStep steps[2];
+    MambaStep steps[2];
     for (int place = 0; place < 2; place++) {
         char *conv = compute(state);
         float *ssm = floats(b * e * n);
@@ -37,11 +37,11 @@ static bool blocks(int width, int threads, bool bfloat16, bool transposed, int64
                         {compute(2 * e * d), compute(2 * e)}, {compute(e * k), compute(e)},
                         {compute((r + 2 * n) * e), nullptr}, {compute(d * e), compute(d)}, compute(e * r),
                         floats(e), floats(e * n), floats(e),
-                        after, place ? conv : compute(state), place ? ssm : floats(b * e * n)};
+                        after, place ? conv : compute(state), place ? ssm : floats(b * e * n), selection_eps};
     }
-    bool done = !mamba_block_steps(steps, 2);
+    bool done = !mamba_mamba_steps(steps, 2);
     fwrite(after, 4, b * d, stdout);
-    for (const BlockStep &step : steps) fwrite(step.new_ssm_state, 4, b * e * n, stdout);
+    for (const MambaStep &step : steps) fwrite(step.new_ssm_state, 4, b * e * n, stdout);
     return done;
 }
 
@@ -60,7 +60,9 @@ int main(int, char **argv) {
     for (bool bfloat16 : {false, true})
         for (bool transposed : {false, true})
             for (int64_t b : {1, 15})
-                if (!blocks(width, threads, bfloat16, transposed, b) || !head(width, threads, bfloat16, transposed, b))
-                    return 1;
+                for (float selection_eps : {0.0f, 1e-6f})
+                    if (!blocks(width, threads, bfloat16, transposed, b, selection_eps) ||
+                        !head(width, threads, bfloat16, transposed, b))
+                        return 1;
     return 0;
 }

@@ -3,23 +3,23 @@
 import ml_dtypes
 import numpy as np
 
-from mamba_core.backends import native
+from mamba_core.backends.native import abi, library
 
 SEQUENCES = ("x", "delta", "z", "B", "C")
 
 
 def widths() -> list[int]:
     """Those that run on this CPU; none where there is no library."""
-    return [] if native.missing() else [width for width in (4, 8, 16) if width <= native.width()]
+    return [] if library.missing() else [width for width in (4, 8, 16) if width <= library.width()]
 
 
 def scan(threads=1, width=0, delta_softplus=False, keep=True, **arrays):
     """(y, final state, boundaries or None)."""
     b, l, e = arrays["x"].shape
     n = arrays["A"].shape[1]
-    boundaries = np.empty(native.count_boundaries(b, l, e, n), np.float32) if keep else None
+    boundaries = np.empty(library.count_boundaries(b, l, e, n), np.float32) if keep else None
     results = {"y": np.empty((b, l, e), arrays["x"].dtype), "final_state": np.empty((b, e, n), np.float32)}
-    native.scan(_scan(threads, width, delta_softplus, arrays | results | {"boundaries": boundaries}))
+    library.scan(_scan(threads, width, delta_softplus, arrays | results | {"boundaries": boundaries}))
     return *results.values(), boundaries
 
 
@@ -30,7 +30,7 @@ def scan_backward(dy, dfinal_state, boundaries, threads=1, width=0, delta_softpl
     gradients = {f"d{name}": np.empty(value.shape, value.dtype) for name, value in floats.items()}
     gradients["dinitial_state"] = np.empty((b, e, arrays["A"].shape[1]), np.float32)
     arriving = {"dy": dy, "dfinal_state": dfinal_state, "boundaries": boundaries}
-    native.scan_backward(_scan(threads, width, delta_softplus, arrays | arriving | gradients))
+    library.scan_backward(_scan(threads, width, delta_softplus, arrays | arriving | gradients))
     return {name.removeprefix("d"): value for name, value in gradients.items()}
 
 
@@ -39,7 +39,7 @@ def conv(threads=1, width=0, silu=False, **arrays):
     b, _, e = arrays["x"].shape
     results = {"y": np.empty_like(arrays["x"], order="C")}
     results["final_state"] = np.empty((b, len(arrays["weight"]) - 1, e), arrays["x"].dtype)
-    native.conv(_conv(threads, width, silu, arrays | results))
+    library.conv(_conv(threads, width, silu, arrays | results))
     return tuple(results.values())
 
 
@@ -47,7 +47,7 @@ def conv_backward(dy, dfinal_state, threads=1, width=0, silu=False, **arrays):
     """name -> gradient, as `scan_backward`."""
     floats = {name: value for name, value in arrays.items() if name not in ("mask", "restart") and value is not None}
     gradients = {f"d{name}": np.empty(value.shape, value.dtype) for name, value in floats.items()}
-    native.conv_backward(_conv(threads, width, silu, arrays | gradients | {"dy": dy, "dfinal_state": dfinal_state}))
+    library.conv_backward(_conv(threads, width, silu, arrays | gradients | {"dy": dy, "dfinal_state": dfinal_state}))
     return {name.removeprefix("d"): value for name, value in gradients.items()}
 
 
@@ -57,20 +57,20 @@ def add_norm(residual, hidden, weight, eps, threads=1, width=0):
     total = None if hidden is None else np.empty_like(residual)
     bfloat16 = [value.dtype == ml_dtypes.bfloat16 for value in (weight, residual)]
     arrays = {"residual": residual, "hidden": hidden, "weight": weight, "normed": normed, "total": total}
-    native.add_norm(_point(native.AddNorm(*residual.shape, *bfloat16, threads, width, eps), arrays))
+    library.add_norm(_point(abi.AddNorm(*residual.shape, *bfloat16, threads, width, eps), arrays))
     return normed, total
 
 
 def _scan(threads, width, delta_softplus, arrays):
     x, A = arrays["x"], arrays["A"]
     bfloat16 = x.dtype == ml_dtypes.bfloat16
-    return _point(native.Scan(*x.shape, A.shape[1], bfloat16, delta_softplus, threads, width), arrays)
+    return _point(abi.Scan(*x.shape, A.shape[1], bfloat16, delta_softplus, threads, width), arrays)
 
 
 def _conv(threads, width, silu, arrays):
     x, weight = arrays["x"], arrays["weight"]
     bfloat16 = x.dtype == ml_dtypes.bfloat16
-    return _point(native.Conv(*x.shape, len(weight), bfloat16, silu, threads, width), arrays)
+    return _point(abi.Conv(*x.shape, len(weight), bfloat16, silu, threads, width), arrays)
 
 
 def _point(arguments, arrays):
@@ -78,9 +78,9 @@ def _point(arguments, arrays):
     for name, value in arrays.items():
         if value is None:
             continue
-        if name in native.SEQUENCES:
+        if name in abi.SEQUENCES:
             strides = (stride // value.itemsize for stride in value.strides[:2])
-            setattr(arguments, name, native.Sequence(value.ctypes.data, *strides))
+            setattr(arguments, name, abi.Sequence(value.ctypes.data, *strides))
         else:
             assert value.flags.c_contiguous
             setattr(arguments, name, value.ctypes.data)

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 import mamba_core as mc
+from mamba_core import registry
 from mamba_core.architectures.minimamba import MiniMambaConfig
+from mamba_core.backends.native import library
 from mamba_core.cli import COMMANDS, main
 from mamba_core.registry import installed
 
@@ -60,6 +62,24 @@ def test_info(capsys):
     assert set(found["backends"]) >= {"torch", "mlx", "jax"}
     assert main(["info"]) == 0
     assert "kernels" in capsys.readouterr().out
+
+
+NOT_BUILT = "not built; with a C++ compiler (gcc or clang) at hand, install mamba_core from its source again"
+
+
+def test_info_says_once_that_the_cpu_kernels_are_left_out(capsys, monkeypatch):
+    monkeypatch.setattr(library, "_built", list)
+    monkeypatch.delenv("MAMBA_CORE_NATIVE", raising=False)
+    monkeypatch.setattr(library, "_find", library._find.__wrapped__)
+    kernels = {"native": NOT_BUILT, "cuda": "it runs on an NVIDIA GPU only", "chunked": None}
+    found = {name: registry.BackendInfo(name, "2.0", ("cpu",), kernels, None) for name in ("torch", "mlx")}
+    monkeypatch.setattr(registry, "backends", lambda: found)
+    assert main(["info"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert out.count("not built") == 1
+    assert f"The CPU kernels in C++, native, are left out: {NOT_BUILT}." in out
+    assert main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["backends"]["mlx"]["kernels"]["native"] == NOT_BUILT
 
 
 def test_train_inspect_convert_generate(backend, checkpoint, tmp_path, capsys):

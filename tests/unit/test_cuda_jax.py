@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import mamba_core as mc
-from mamba_core.backends import gpu
 from mamba_core.backends.gpu import causal_conv
+from mamba_core.backends.gpu import launch as gpu
 from mamba_core.spec import recurrence
 from mamba_core.spec.tolerances import relative_l2, tolerance
 from tests.unit import gpu_on_cpu

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import mamba_core as mc
-from mamba_core.backends import gpu
+from mamba_core.backends.gpu import launch as gpu
 from mamba_core.spec import recurrence
 from mamba_core.spec.tolerances import relative_l2, tolerance
 

@@ -6,8 +6,8 @@ import shutil
 import numpy as np
 import pytest
 
-from mamba_core.backends import gpu
 from mamba_core.backends.gpu import driver
+from mamba_core.backends.gpu import launch as gpu
 from mamba_core.spec import recurrence
 from tests.conformance.assertions import assert_close
 from tests.unit import gpu_on_cpu

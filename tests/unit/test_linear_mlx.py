@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import mamba_core as mc
-from mamba_core.backends import native
+from mamba_core.backends.native import library
 from mamba_core.spec.tolerances import relative_l2
 
 mx = pytest.importorskip("mlx.core")
@@ -61,7 +61,7 @@ def test_values_and_gradients_are_the_product_s(calls, dtype, rows, bias, stride
         return linear.call(made, wide[..., 1:8] if strided else wide[..., :7], "auto")
 
     (y,), (dwide, dweight) = mx.vjp(run, (wide, made.weight), (dy,))
-    few = dtype == mx.bfloat16 and np.prod(rows) <= numpy_linear.FEW_ROWS and native.missing() is None
+    few = dtype == mx.bfloat16 and np.prod(rows) <= numpy_linear.FEW_ROWS and library.missing() is None
     assert calls == ["_few" if few else "_product", "_product", "_product"]
     assert (y.dtype, dwide.dtype, dweight.dtype) == (dtype,) * 3
     x = float64(wide)[..., 1:8] if strided else float64(wide)[..., :7]
@@ -91,7 +91,7 @@ def test_all_products_of_a_model(calls, tied):
 def test_decoding(calls, dtype):
     model = mc.build(CONFIG, backend="mlx", device="cpu", dtype=dtype)
     result = mc.generate(model, [[1, 2, 3]], max_new_tokens=4, temperature=0.0)
-    native_here = dtype == "bfloat16" and native.missing() is None
+    native_here = dtype == "bfloat16" and library.missing() is None
     # Of the prompt, of few rows too and in float32 with x and z apart in the last block, and of three steps.
     assert calls == ["_few" if native_here else "_product"] * (4 * (LINEARS + 1) + (dtype == "float32"))
     plain = mc.build(CONFIG, backend="mlx", device="cpu", dtype=dtype, kernels="sequential")

@@ -14,15 +14,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mamba_core.backends import native
+from mamba_core.backends.native import library
 from mamba_core.spec import recurrence
 from tests.conformance.assertions import assert_close
 from tests.conformance.strategies import conv_cases, scan_cases
 from tests.conformance.subjects import least_norm
 from tests.unit.native_arrays import SEQUENCES, add_norm, conv, conv_backward, scan, scan_backward, widths
 
-pytestmark = pytest.mark.skipif(native.missing() is not None, reason=f"native library: {native.missing()}")
-SOURCES = Path(native.__file__).parent
+pytestmark = pytest.mark.skipif(library.missing() is not None, reason=f"native library: {library.missing()}")
+SOURCES = Path(library.__file__).parent
 every_width = pytest.mark.parametrize("width", widths())
 
 
@@ -136,7 +136,7 @@ def test_threads_change_no_bit():
 
 @given(sizes=st.tuples(*[st.integers(0, 300)] * 4))
 def test_the_count_of_boundaries_is_the_library_s(sizes):
-    assert native.count_boundaries(*sizes) == native.library().mamba_scan_boundaries(*sizes)
+    assert library.count_boundaries(*sizes) == library.loaded().mamba_scan_boundaries(*sizes)
 
 
 @every_width

@@ -13,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mamba_core as mc
-from mamba_core.backends import native
+from mamba_core.backends.native import abi, library
 from mamba_core.spec.tolerances import relative_l2, tolerance
 
 jax = pytest.importorskip("jax")
 nnx = pytest.importorskip("flax.nnx")
 jnp = jax.numpy
-if native.missing():
-    pytest.skip(f"no native kernels: {native.missing()}", allow_module_level=True)
+if library.missing():
+    pytest.skip(f"no native kernels: {library.missing()}", allow_module_level=True)
 
 from mamba_core.backends.jax import decoding  # noqa: E402 (after the packages that it needs)
 from mamba_core.backends.jax.ops.linear import product_of_one  # noqa: E402
@@ -119,7 +119,7 @@ def test_inputs_of_several_dtypes():
 
 
 def test_boundaries_are_kept_only_for_a_gradient():
-    kept = f"tensor<{native.count_boundaries(B, L, E, N)}xf32>"
+    kept = f"tensor<{library.count_boundaries(B, L, E, N)}xf32>"
     assert kept not in jax.jit(scan).lower(arguments()).as_text()
     assert kept in jax.jit(jax.grad(loss)).lower(arguments()).as_text()
 
@@ -179,8 +179,8 @@ def words(*values):
 def test_a_call_with_other_arguments_is_an_error():
     """Of every kind that the handlers look at, though our own calls never are so."""
     product_of_one(jnp.ones((1, 2)), jnp.ones((3, 2)), transposed=False, kernel="auto")  # registers the handler
-    struct = native.LinearStep(b=1, inputs=2, outputs=3, threads=1)
-    x, weight, y = (getattr(native.LinearStep, name).offset // 8 for name in ("x", "matrix", "y"))
+    struct = abi.LinearStep(b=1, inputs=2, outputs=3, threads=1)
+    x, weight, y = (getattr(abi.LinearStep, name).offset // 8 for name in ("x", "matrix", "y"))
     structs = np.frombuffer(bytes(struct), np.int64).copy()
     structs[[x, weight, y]] = 0, 1, 2
     given = {"structs": structs, "pointers": words(x, weight, y), "count": words(1)}
@@ -288,10 +288,10 @@ def stepping(config=CONFIG, batch=2, **settings):
 def calls(function, *arguments) -> set[str]:
     """The library's functions of one position that it is compiled to call."""
     text = jax.jit(function).lower(*arguments).as_text()
-    return {name for name in ("block_steps", "linear_step") if f"mamba_{name}_xla" in text}
+    return {name for name in ("mamba_steps", "linear_step") if f"mamba_{name}_xla" in text}
 
 
-BOTH = {"block_steps", "linear_step"}
+BOTH = {"mamba_steps", "linear_step"}
 
 
 def same(out, wanted, dtype="float32"):
@@ -336,7 +336,7 @@ def test_a_step_of_the_layers_alone():
     config = mc.MambaConfig(d_model=20, n_layer=3, task="layers")
     model, plain = (mc.build(config, backend="jax", device="cpu", kernels=name) for name in ("auto", "sequential"))
     x, state = jnp.arange(40.0).reshape(2, 1, 20), plain(jnp.ones((2, 3, 20))).state
-    assert calls(model, x, state) == {"block_steps"}
+    assert calls(model, x, state) == {"mamba_steps"}
     same(model(x, state), plain(x, state))
 
 
@@ -419,7 +419,7 @@ def test_an_adapted_head_is_called():
     head.kernel = model.lm_head.kernel
     head.lora.lora_a, head.lora.lora_b = nnx.Param(jnp.ones((20, 2))), nnx.Param(jnp.ones((2, 32)))
     model.lm_head = head
-    assert calls(model, ids, state) == {"block_steps"}
+    assert calls(model, ids, state) == {"mamba_steps"}
     assert relative_l2(model(ids, state).logits, wanted.logits) > 1e-3
 
 
@@ -435,7 +435,7 @@ PLAIN = {
 @pytest.mark.parametrize("call", PLAIN.values(), ids=PLAIN)
 def test_plain_operations_where_a_step_is_not_all(call):
     model, ids, state, _ = stepping()
-    assert "block_steps" not in calls(lambda ids, state: call(model, ids, state), ids, state)
+    assert "mamba_steps" not in calls(lambda ids, state: call(model, ids, state), ids, state)
 
 
 @pytest.mark.parametrize(
@@ -449,7 +449,7 @@ def test_plain_operations_where_a_step_is_not_all(call):
 )
 def test_plain_operations_for_another_model(settings):
     model, ids, state, wanted = stepping(**settings)
-    assert "block_steps" not in calls(model, ids, state)
+    assert "mamba_steps" not in calls(model, ids, state)
     same(model(ids, state), wanted, settings.get("dtype", "float32"))
 
 

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 import mamba_core as mc
 from mamba_core.backend import LayerState, State
-from mamba_core.backends import native
+from mamba_core.backends.native import abi, library
 from mamba_core.spec.reference import ReferenceModel
 from tests.conformance.assertions import assert_close
 from tests.unit.native_arrays import widths
 
-pytestmark = pytest.mark.skipif(native.missing() is not None, reason=f"native library: {native.missing()}")
+pytestmark = pytest.mark.skipif(library.missing() is not None, reason=f"native library: {library.missing()}")
 every_width = pytest.mark.parametrize("width", widths())
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
@@ -66,8 +66,35 @@ class Case:
         out = ReferenceModel(self.config, self.parameters)(self.residual.astype(np.float64), state)
         return out.hidden, out.state.layers[0]
 
-    def native(self, width=0, threads=1, transposed=False, in_place=False):
-        """(residual, state); in_place: in the memory of those before."""
+    def reference_with_norms(self, eps):
+        """(residual, state) in float64, by NumPy: with dt, B and C normed where eps is above 0."""
+        c, prefix = self.config, "backbone.layers.0."
+        own = {name.removeprefix(prefix): value.astype(np.float64) for name, value in self.parameters.items()}
+        residual, conv_state, ssm_state = (value.astype(np.float64) for value in (self.residual[:, 0], *self.state))
+
+        def norm(x, eps):
+            return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
+
+        def project(x, name):
+            return x @ own[f"mixer.{name}.weight"].T + own.get(f"mixer.{name}.bias", 0.0)
+
+        def silu(x):
+            return x / (1.0 + np.exp(-x))
+
+        x, z = np.split(project(norm(residual, c.norm_eps) * own["norm.weight"], "in_proj"), 2, -1)
+        window = np.concatenate([conv_state, x[:, None]], 1)
+        taps = own["mixer.conv1d.weight"][:, 0]
+        x = silu(np.einsum("bke,ek->be", window, taps) + own.get("mixer.conv1d.bias", 0.0))
+        mixed = np.split(project(x, "x_proj"), [c.dt_rank_size, c.dt_rank_size + c.d_state], -1)
+        dt, B, C = (norm(part, eps) for part in mixed) if eps > 0 else mixed
+        step = np.logaddexp(0.0, project(dt, "dt_proj"))
+        decay = np.exp(-step[..., None] * np.exp(own["mixer.A_log"]))
+        h = decay * ssm_state + (step * x)[..., None] * B[:, None]
+        y = ((h * C[:, None]).sum(-1) + own["mixer.D"] * x) * silu(z)
+        return (residual + project(y, "out_proj"))[:, None], LayerState(window[:, 1:], h)
+
+    def native(self, width=0, threads=1, transposed=False, in_place=False, **more):
+        """(residual, state); in_place: in the memory of those before. more: fields of the struct."""
         c, kept = self.config, []
 
         def at(array):
@@ -84,25 +111,23 @@ class Case:
             return at(value.T if transposed else value)
 
         def matrix(name):
-            return native.Matrix(weight(name), at(own(f"mixer.{name}.bias")))
+            return abi.Matrix(weight(name), at(own(f"mixer.{name}.bias")))
 
         given = self.residual, *self.state
         results = [value.copy() if in_place else np.empty_like(value) for value in given]
         given = results if in_place else given
-        native.block_steps(
-            (native.BlockStep * 1)(
-                (
-                    *(self.b, c.d_model, c.d_inner, c.d_state, c.d_conv, c.dt_rank_size),
-                    *(self.dtype != np.float32, self.residual_dtype != np.float32, transposed, threads, width),
-                    c.norm_eps,
-                    *(at(value) for value in (*given, own("norm.weight"))),
-                    *(matrix(name) for name in ("in_proj", "conv1d", "x_proj", "out_proj")),
-                    weight("dt_proj"),
-                    *(at(own(f"mixer.{name}")) for name in ("dt_proj.bias", "A_log", "D")),
-                    *(result.ctypes.data for result in results),
-                )
-            )
+        step = abi.MambaStep(
+            *(self.b, c.d_model, c.d_inner, c.d_state, c.d_conv, c.dt_rank_size),
+            *(self.dtype != np.float32, self.residual_dtype != np.float32, transposed, threads, width),
+            c.norm_eps,
+            *(at(value) for value in (*given, own("norm.weight"))),
+            *(matrix(name) for name in ("in_proj", "conv1d", "x_proj", "out_proj")),
+            weight("dt_proj"),
+            *(at(own(f"mixer.{name}")) for name in ("dt_proj.bias", "A_log", "D")),
+            *(result.ctypes.data for result in results),
+            **more,
         )
+        library.mamba_steps((abi.MambaStep * 1)(step))
         return results[0], LayerState(*results[1:])
 
 
@@ -121,8 +146,59 @@ def test_a_step_is_the_reference(width, fields, b, dtype, residual_dtype, transp
         np.testing.assert_array_equal(value, kept)
 
 
+def assert_norms(case, selection_eps, **how):
+    """That a step with these norms is the float64 one. Nothing but its results is rounded to bfloat16."""
+    residual, state = case.native(selection_eps=selection_eps, **how)
+    wanted, wanted_state = case.reference_with_norms(selection_eps)
+    told = {"selection_eps": selection_eps} | how
+    assert_close(residual, wanted, str(case.residual.dtype), "value", "residual", **told)
+    assert_close(state.conv, wanted_state.conv, str(case.state.conv.dtype), "value", "conv state", **told)
+    assert_close(state.ssm, wanted_state.ssm, "float32", "value", "ssm state", **told)
+
+
+# One or two numbers can both be almost zero. Their norm would then magnify what float32 rounds.
+several = st.tuples(options, st.integers(3, 40), st.integers(3, 40)).map(
+    lambda drawn: drawn[0] | {"dt_rank": drawn[1], "d_state": drawn[2]}
+)
+
+
+@every_width
+@given(several, rows, dtypes, dtypes, orders, st.sampled_from((1, 2, 3)), st.sampled_from((1e-6, 0.3)))
+def test_a_step_norms_dt_b_and_c(width, fields, b, dtype, residual_dtype, transposed, threads, eps):
+    case = Case(fields, b, dtype, residual_dtype)
+    assert_norms(case, eps, width=width, threads=threads, transposed=transposed)
+
+
+@every_width
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rank", "states"), [(1, 1), (1, 17), (7, 1), (13, 21), (17, 15), (33, 31)])
+def test_norms_of_odd_ranks_and_states_in_every_batch(width, transposed, dtype, rank, states):
+    for b in range(1, 9):
+        case = Case({"d_model": 19, "dt_rank": rank, "d_state": states}, b, dtype, "float32", seed=b)
+        assert_norms(case, 0.1, width=width, transposed=transposed)
+
+
 # Enough for every thread that is asked for to be started.
 LARGE = {"d_model": 256, "d_state": 16, "expand": 2.01}
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("eps", [0.0, -1.0])
+def test_without_an_eps_nothing_is_normed(transposed, dtype, eps):
+    case = Case(LARGE, 3, dtype, "float32")
+    plain, plain_state = case.native(transposed=transposed)
+    same, same_state = case.native(transposed=transposed, selection_eps=eps)
+    for value, wanted in zip((same, *same_state), (plain, *plain_state), strict=True):
+        np.testing.assert_array_equal(value, wanted)
+
+
+def test_the_reference_with_norms_is_the_reference_where_there_are_none():
+    case = Case(LARGE, 3, "bfloat16", "float32")
+    (found, found_state), (wanted, wanted_state) = case.reference_with_norms(0.0), case.reference()
+    for value, other in zip((found, *found_state), (wanted, *wanted_state), strict=True):
+        assert_close(value, other, "float64", "value", "reference")
 
 
 @every_width
@@ -163,9 +239,9 @@ def linear(x, weight, bias, width=0, threads=1, transposed=False):
     """x (b, in) times the transpose of weight (out, in), and a bias (out,)."""
     stored = np.ascontiguousarray(weight.T if transposed else weight)
     y = np.empty((len(x), len(weight)), np.float32)
-    matrix = native.Matrix(stored.ctypes.data, None if bias is None else bias.ctypes.data)
+    matrix = abi.Matrix(stored.ctypes.data, None if bias is None else bias.ctypes.data)
     sizes, settings = (*x.shape, len(weight)), (x.dtype != np.float32, transposed, threads, width)
-    native.linear_step(native.LinearStep(*sizes, *settings, x.ctypes.data, matrix, y.ctypes.data))
+    library.linear_step(abi.LinearStep(*sizes, *settings, x.ctypes.data, matrix, y.ctypes.data))
     return y
 
 
@@ -193,15 +269,16 @@ def test_threads_change_no_bit_of_a_product(width, transposed):
 
 
 def test_a_workspace_beyond_memory_is_an_error():
-    huge = native.LinearStep(2**20, 2**30, 1)
+    huge = abi.LinearStep(2**20, 2**30, 1)
     with pytest.raises(MemoryError, match="workspace"):
-        native.linear_step(huge)
+        library.linear_step(huge)
 
 
 def test_the_structs_are_as_long_as_they_are_in_c():
-    """Six and three sizes, five and four settings, a float and pointers, without a gap but one before pointers."""
-    assert ctypes.sizeof(native.BlockStep) == 6 * 8 + 6 * 4 + (4 + 4 * 2 + 4 + 3) * 8
-    assert ctypes.sizeof(native.LinearStep) == 3 * 8 + 4 * 4 + 4 * 8
+    """Six and three sizes, five and four settings, floats and pointers, each part filled up to eight bytes."""
+    assert ctypes.sizeof(abi.MambaStep) == 6 * 8 + 6 * 4 + (4 + 4 * 2 + 4 + 3) * 8 + 8
+    assert abi.MambaStep.selection_eps.offset == ctypes.sizeof(abi.MambaStep) - 8
+    assert ctypes.sizeof(abi.LinearStep) == 3 * 8 + 4 * 4 + 4 * 8
 
 
 CONFIG = mc.MambaConfig(d_model=20, n_layer=3, vocab_size=29, d_state=5, initializer_range=0.5)
@@ -215,7 +292,7 @@ def calls(monkeypatch):
     from mamba_core.backends.torch.kernels import native_step
 
     called = []
-    for name in ("block_steps", "linear_step"):
+    for name in ("mamba_steps", "linear_step"):
         function = getattr(native_step.library, name)
         monkeypatch.setattr(native_step.library, name, lambda *a, f=function, n=name: (called.append(n), f(*a))[1])
     return called
@@ -232,7 +309,7 @@ def stepping(config=CONFIG, batch=2, **settings):
     return model, ids[:, :1], torch.utils._pytree.tree_map(torch.detach, state), out
 
 
-ALL_NATIVE = ["block_steps", "linear_step"]
+ALL_NATIVE = ["mamba_steps", "linear_step"]
 
 
 @pytest.mark.parametrize("settings", [{}, {"dtype": "bfloat16"}, {"kernels": "native"}])
@@ -334,7 +411,7 @@ def test_a_changed_block_computes_what_it_was_changed_to(calls, change):
     with torch.no_grad():
         logits, wanted = model(ids, state).logits, other(ids, state).logits
     # The blocks before and after it still step natively.
-    assert calls == ["block_steps", "block_steps", "linear_step"]
+    assert calls == ["mamba_steps", "mamba_steps", "linear_step"]
     assert_close(logits.numpy(), wanted.numpy(), "float32", "node", "logits")
 
 
@@ -367,7 +444,7 @@ def test_a_layer_of_another_size_is_not_taken_for_one_of_the_first_s(calls):
         logits = [each(ids, state._replace(layers=layers)).logits.numpy() for each in (model, plain)]
     assert_close(*logits, "float32", "node", "logits")
     # One call for each run of layers of one size; the other model has the narrow layer, too, with its own kernels.
-    assert calls == ["block_steps"] * 3 + ["linear_step", "block_steps"]
+    assert calls == ["mamba_steps"] * 3 + ["linear_step", "mamba_steps"]
 
 
 def test_an_adapted_head_is_called(calls):
@@ -378,7 +455,7 @@ def test_an_adapted_head_is_called(calls):
         once = model(ids, state).logits
         model.lm_head = Adapted(model.lm_head)
         twice = model(ids, state).logits
-    assert calls == [*ALL_NATIVE, "block_steps"]
+    assert calls == [*ALL_NATIVE, "mamba_steps"]
     assert_close(twice.numpy(), 2 * once.numpy(), "float32", "node", "logits")
 
 
@@ -398,7 +475,7 @@ def test_plain_operations_where_a_step_is_not_all(calls, call):
     model, ids, state, _ = stepping()
     with torch.no_grad():
         call(model, ids, state)
-    assert "block_steps" not in calls
+    assert "mamba_steps" not in calls
 
 
 @pytest.mark.parametrize(
@@ -416,7 +493,7 @@ def test_plain_operations_for_another_model(calls, settings):
     model, ids, state, wanted = stepping(**settings)
     with torch.no_grad():
         out = model(ids, state)
-    assert "block_steps" not in calls
+    assert "mamba_steps" not in calls
     assert_close(out.logits.numpy(), wanted.logits.detach().numpy(), settings.get("dtype", "float32"), "node", "logits")
 
 
@@ -459,7 +536,7 @@ def test_changed_values_count_at_once(calls):
         state = model.init_state(2)
         logits, wanted = model(ids, state).logits, stepping_plain(model, ids, state)
     assert_close(logits.numpy(), wanted.numpy(), "bfloat16", "node", "logits")
-    assert calls.count("block_steps") == 3
+    assert calls.count("mamba_steps") == 3
 
 
 def stepping_plain(model, ids, state):
@@ -502,7 +579,7 @@ def test_vmap_over_states(calls):
         together = torch.func.vmap(lambda state: model(ids, state).logits)(stacked)
         for logits, each in zip(together, states, strict=True):
             assert_close(logits.numpy(), stepping_plain(model, ids, each).numpy(), "float32", "node", "logits")
-    assert "block_steps" in calls
+    assert "mamba_steps" in calls
 
 
 GENERATE = """
@@ -518,7 +595,7 @@ def test_greedy_tokens_are_those_of_the_plain_operations(calls, native_library, 
     import textwrap
 
     tokens = mc.generate(mc.build(CONFIG, backend="torch", device="cpu"), PROMPTS, max_new_tokens=24).tokens
-    assert calls.count("block_steps") == 23
+    assert calls.count("mamba_steps") == 23
     monkeypatch.setenv("MAMBA_CORE_NATIVE", native_library)
     code = textwrap.dedent(GENERATE)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
@@ -552,7 +629,7 @@ def test_a_hook_of_all_modules_is_called(calls):
     finally:
         handle.remove()
     assert "MambaMixer" in seen
-    assert calls.count("block_steps") == 0
+    assert calls.count("mamba_steps") == 0
 
 
 @pytest.mark.parametrize("name", ["initial_state", "D", "z", "delta_bias", "A"])

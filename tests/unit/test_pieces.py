@@ -8,7 +8,7 @@ import pytest
 
 import mamba_core as mc
 from mamba_core import registry
-from mamba_core.backends import native
+from mamba_core.backends.native import library
 from mamba_core.kernels import Kernels
 from mamba_core.spec.init import initial_values
 from mamba_core.spec.reference import ReferenceModel, cross_entropy
@@ -25,7 +25,7 @@ def place(request, monkeypatch):
     """The module that cuts, with short pieces, and which keeps in `pieces` the lengths that a block was given."""
     if missing := registry.missing_packages(request.param):
         pytest.skip(f"{', '.join(missing)} not installed")
-    if request.param == "mlx" and (why := native.missing()):
+    if request.param == "mlx" and (why := library.missing()):
         pytest.skip(f"what MLX computes lazily is not cut, and there is no native library: {why}")
     place = importlib.import_module(f"mamba_core.backends.{request.param}.{PLACES[request.param]}")
     monkeypatch.setattr(place, "PIECE_BYTES", 1)
@@ -251,7 +251,7 @@ def test_mlx_computes_a_piece_from_copies():
     """Of what has been computed before; with it MLX would go over all the pieces before at every step."""
     mx = pytest.importorskip("mlx.core")
     stack = pytest.importorskip("mamba_core.backends.mlx.stack")
-    if why := native.missing():
+    if why := library.missing():
         pytest.skip(f"needs the native library: {why}")
     seen = []
     native_only = {"selective_scan": {"native": None}, "causal_conv": {"native": None}}

@@ -5,7 +5,7 @@ import pytest
 
 import mamba_core as mc
 from mamba_core import registry
-from mamba_core.backends import native
+from mamba_core.backends.native import library
 from mamba_core.kernels import Kernels
 from mamba_core.spec.tolerances import relative_l2
 
@@ -30,7 +30,7 @@ PLAIN = {
 }
 CONFIG = mc.MambaConfig(d_model=32, n_layer=2, vocab_size=29, initializer_range=0.3)
 IDS = np.random.default_rng(0).integers(0, 29, (2, 13)).astype(np.int32)
-needs_native = pytest.mark.skipif(native.missing() is not None, reason="native library")
+needs_native = pytest.mark.skipif(library.missing() is not None, reason="native library")
 
 
 @pytest.fixture(autouse=True)

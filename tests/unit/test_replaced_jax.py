@@ -5,7 +5,7 @@ import pytest
 
 import mamba_core as mc
 from mamba_core import registry
-from mamba_core.backends import native
+from mamba_core.backends.native import library
 from mamba_core.spec.tolerances import relative_l2
 
 jax = pytest.importorskip("jax")
@@ -171,8 +171,8 @@ def test_explain_names_each_run_of_layers():
     wrapped = model.backbone.layers[2]
     wrapped.mixer = Wrapped(wrapped.mixer)
     explain = registry.get("jax").explain
-    if native.missing():
-        pytest.skip(f"no native kernels: {native.missing()}")
+    if library.missing():
+        pytest.skip(f"no native kernels: {library.missing()}")
     (first, last, way, reasons), *_ = explain(model, 2, 9)
     assert (first, last, way, list(reasons)) == (0, 4, "plain", ["native_step"])
     runs = explain(model, 2, 1)
@@ -238,6 +238,6 @@ def test_another_architecture_shares_the_fast_paths_that_it_names(change, node):
     assert relative_l2(logits(model), before) > 1e-3
     model(IDS, observe=seen.__setitem__)
     assert f"layers.1.{node}" in seen
-    if not native.missing():
+    if not library.missing():
         ways = [run[:3] for run in registry.get("jax").explain(model, 2, 1)]
         assert ways == [(0, 0, "native_step"), (1, 1, "plain")]

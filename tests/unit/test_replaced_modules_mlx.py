@@ -7,7 +7,7 @@ import pytest
 
 import mamba_core as mc
 from mamba_core import registry
-from mamba_core.backends import native
+from mamba_core.backends.native import library
 from mamba_core.spec.tolerances import relative_l2
 
 mx = pytest.importorskip("mlx.core")
@@ -266,7 +266,7 @@ def test_explain_names_the_way_of_every_layer():
 def test_positions_are_computed_once_a_call(kernels, monkeypatch):
     from mamba_core.backends.mlx import positions
 
-    if kernels == "auto" and native.missing():
+    if kernels == "auto" and library.missing():
         pytest.skip("native library")
     counts = {"restarts": 0, "compaction": 0}
     for name in counts:

@@ -8,16 +8,15 @@ import sys
 import numpy as np
 import pytest
 
-from mamba_core.backends import native
+from mamba_core.backends.native import library
 from tests.unit.native_arrays import scan
 
-pytestmark = pytest.mark.skipif(native.missing() is not None, reason=f"native library: {native.missing()}")
+pytestmark = pytest.mark.skipif(library.missing() is not None, reason=f"native library: {library.missing()}")
 
 # What is to run in a process of its own: torch in it, the scan on so many threads, and how many threads there are.
 BEGIN = """
 import os
 import numpy as np
-from mamba_core.backends import native
 from tests.unit.native_arrays import scan
 rng = np.random.default_rng(0)
 arrays = {name: rng.normal(size=(2, 512, 96)).astype("f") for name in ("x", "delta")}
@@ -85,12 +84,23 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     assert run(code) == "0"
 
 
+@pytest.mark.parametrize(
+    ("wanted", "threads"), [("3", 3), (" 3 ", 3), ("3,2", 3), ("", None), ("0", None), ("-1", None), ("many", None)]
+)
+def test_the_environment_says_how_many_threads(monkeypatch, wanted, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    cores = library.threads()
+    assert cores >= 1
+    monkeypatch.setenv("OMP_NUM_THREADS", wanted)
+    assert library.threads() == (threads or cores)
+
+
 def test_no_openmp_in_the_process_is_no_error(monkeypatch):
     def missing(*_, **__):
         raise OSError("no such file")
 
-    monkeypatch.setattr(native.ctypes, "CDLL", missing)
-    native.use_openmp()
+    monkeypatch.setattr(library.ctypes, "CDLL", missing)
+    library.use_openmp()
     x = np.ones((1, 4, 3), np.float32)
     y, *_ = scan(2, x=x, delta=x, A=-np.ones((3, 1), np.float32), B=x[..., :1], C=x[..., :1])
     assert np.isfinite(y).all()

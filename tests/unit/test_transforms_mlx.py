@@ -7,7 +7,7 @@ import pytest
 
 import mamba_core as mc
 from mamba_core import registry
-from mamba_core.backends import native
+from mamba_core.backends.native import library
 from mamba_core.spec.tolerances import relative_l2
 from tests.unit.transforms import IDS, MASK, SEGMENTS, plain, scan_arguments
 
@@ -60,7 +60,7 @@ def test_compile_training_step_is_the_plain_one():
 
 
 def test_remat_keeps_less_for_the_gradient():
-    if reason := native.missing():
+    if reason := library.missing():
         pytest.skip(f"the native kernels: {reason}")
     ids = np.zeros((1, 1025), np.int32)
     backend = registry.get("mlx")

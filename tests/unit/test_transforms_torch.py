@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import mamba_core as mc
-from mamba_core.backends import native
+from mamba_core.backends.native import library
 from mamba_core.spec.tolerances import relative_l2
 from tests.unit.transforms import CONFIG, MASK, SEGMENTS, plain, scan_arguments
 
@@ -255,7 +255,7 @@ class Seen(torch.utils._python_dispatch.TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
-@pytest.mark.skipif(native.missing() is not None, reason="needs the native library")
+@pytest.mark.skipif(library.missing() is not None, reason="needs the native library")
 def test_without_a_gradient_whoever_watches_sees_the_operators(monkeypatch):
     """Nobody else does: then they are called as functions, and the norms are computed by one that is no operator."""
     norms, add_norm = [], rms_norm.KERNELS["native"]

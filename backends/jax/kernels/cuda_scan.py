@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mamba_core.backends import gpu
+from mamba_core.backends.gpu import launch as gpu
 from mamba_core.backends.gpu import nvrtc
 from mamba_core.backends.jax.kernels.cuda_launch import capability, device, launch, takes_cubin
 from mamba_core.backends.jax.kernels.operator import Kernel, differentiable, present

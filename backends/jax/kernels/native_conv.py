@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from mamba_core.backends import native as library
 from mamba_core.backends.jax.kernels.operator import NATIVE, differentiable, library_calls
+from mamba_core.backends.native import abi
 
 ARGUMENTS = ("x", "weight", "bias", "initial_state", "mask", "restart")
 
@@ -16,7 +16,7 @@ def beside(plain: Callable) -> Callable:
     def run_plain(x, weight, bias, state, mask, restart, *, silu):
         return plain(x, weight.T, bias, state, mask, restart, activation="silu" if silu else None)
 
-    calls = library_calls("conv", library.Conv, ARGUMENTS, _settings)
+    calls = library_calls("conv", abi.Conv, ARGUMENTS, _settings)
     conv = differentiable(NATIVE, "conv", *calls, ARGUMENTS, run_plain)
 
     def native(x, weight, bias, state, mask, restart, order=None, inverse=None, *, activation, portable=False):

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from mamba_core.backends import native as library
 from mamba_core.backends.jax.kernels.operator import NATIVE, differentiable, library_calls
+from mamba_core.backends.native import abi, library
 
 ARGUMENTS = ("x", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state", "mask", "restart")
 
@@ -16,7 +16,7 @@ def beside(plain: Callable) -> Callable:
     portable: an exported module, or one for another device than a CPU, has the twin in the kernel's place. If False,
     compiling such a module raises a ValueError.
     """
-    calls = library_calls("scan", library.Scan, ARGUMENTS, _settings, kept=("boundaries",))
+    calls = library_calls("scan", abi.Scan, ARGUMENTS, _settings, kept=("boundaries",))
     scan = differentiable(NATIVE, "scan", *calls, ARGUMENTS, plain, kept=[_boundaries])
 
     def native(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, **options):

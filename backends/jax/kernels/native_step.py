@@ -9,8 +9,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from mamba_core.backends import native as library
 from mamba_core.backends.jax.kernels.operator import NATIVE, library_call, operator, pointing, reason, reversible
+from mamba_core.backends.native import abi, library
 
 # Computing more rows takes longer than reading their weights.
 MOST_ROWS = 8
@@ -77,7 +77,7 @@ def blocks_beside(plain: Callable) -> Callable:
     def run_plain(*arrays, tree, twins, **_):
         return plain(*jax.tree.unflatten(tree, arrays), twins)
 
-    blocks = _operator("block_steps", _block_results, _block_structs, run_plain, in_place=_block_states)
+    blocks = _operator("mamba_steps", _block_results, _block_structs, run_plain, in_place=_block_states)
 
     @functools.partial(jax.jit, static_argnames=("twins", "sizes", "eps", "portable"))
     def run(residual, operands, *, portable, **options):
@@ -119,7 +119,7 @@ def _block_structs(*arrays, tree, sizes, eps, **_):
     for k, block in enumerate(operands):
         results = {"new_residual": after, "new_conv_state": after + 2 * k + 1, "new_ssm_state": after + 2 * k + 2}
         numbers = block | {"residual": before} | results
-        structs.append(pointing(library.BlockStep, fixed | {"eps": eps[k]}, numbers, arrays))
+        structs.append(pointing(abi.MambaStep, fixed | {"eps": eps[k]}, numbers, arrays))
         before = after
     return structs
 
@@ -138,7 +138,7 @@ def _linear_results(x, weight, *, transposed):
 def _linear_structs(x, weight, y, *, transposed):
     sizes = {"b": x.shape[0], "inputs": x.shape[1], "outputs": y.shape[1], "transposed": transposed}
     settings = sizes | {"bfloat16": x.dtype == jnp.bfloat16, "threads": library.threads()}
-    return [pointing(library.LinearStep, settings, {"x": 0, "matrix.weight": 1, "y": 2}, (x, weight, y))]
+    return [pointing(abi.LinearStep, settings, {"x": 0, "matrix.weight": 1, "y": 2}, (x, weight, y))]
 
 
 def _operator(name, results, structs, plain, **options):

@@ -15,7 +15,7 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from mamba_core.backends import native as library
+from mamba_core.backends.native import abi, library
 
 # Stands for an absent argument.
 ABSENT = np.zeros(0, np.float32)
@@ -42,8 +42,8 @@ def reason(device: str, dtype=None) -> str | None:
     """Why the kernels cannot run on that device, for x of that dtype; None if they can."""
     if device != "cpu":
         return "it runs on a CPU only"
-    if dtype is not None and str(dtype) not in library.DTYPES:
-        return f"x is {dtype}, and it computes {' and '.join(library.DTYPES)}"
+    if dtype is not None and str(dtype) not in abi.DTYPES:
+        return f"x is {dtype}, and it computes {' and '.join(abi.DTYPES)}"
     return library.missing()
 
 
@@ -63,7 +63,7 @@ def pointing(kind: type[ctypes.Structure], settings: dict, numbers: dict[str, in
             owner = dict(owner._fields_)[key]
         words[at] = number
         pointers.append(at)
-        if owner is library.Sequence:
+        if owner is abi.Sequence:
             _, length, channels = arrays[number].shape
             words[at + 1 : at + 3] = length * channels, channels
     return words, np.array(pointers)
@@ -251,7 +251,7 @@ def _with_gradient(forward: Primitive, backward: Primitive) -> Callable:
 
 @functools.cache
 def _register(target: str) -> None:
-    jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library.library(), target)), platform="cpu")
+    jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library.loaded(), target)), platform="cpu")
 
 
 def _as_arrays(arguments):

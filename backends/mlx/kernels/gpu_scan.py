@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from mamba_core.backends import gpu
 from mamba_core.backends.gpu import driver
+from mamba_core.backends.gpu import launch as gpu
 from mamba_core.backends.mlx.arrays import dtype_name
 from mamba_core.backends.mlx.kernels.reverse_only import first_derivative_only, reverse_only
 

@@ -2,10 +2,10 @@
 
 import mlx.core as mx
 
-from mamba_core.backends import native as library
 from mamba_core.backends.mlx.kernels.native_tensors import call as run
 from mamba_core.backends.mlx.kernels.native_tensors import zeros, zeros_like
 from mamba_core.backends.mlx.kernels.reverse_only import first_derivative_only, reverse_only
+from mamba_core.backends.native import abi, library
 
 
 def native(call, x, weight, bias, activation, state):
@@ -45,4 +45,4 @@ def _named(x, weight, bias, state, mask, restart):
 
 
 def _arguments(x, weight, silu):
-    return library.Conv(*x.shape, weight.shape[0], x.dtype == mx.bfloat16, silu, library.threads())
+    return abi.Conv(*x.shape, weight.shape[0], x.dtype == mx.bfloat16, silu, library.threads())

@@ -6,10 +6,10 @@ it cannot.
 
 import mlx.core as mx
 
-from mamba_core.backends import native as library
 from mamba_core.backends.mlx.kernels.native_tensors import call as run
 from mamba_core.backends.mlx.kernels.native_tensors import zeros, zeros_like
 from mamba_core.backends.mlx.kernels.reverse_only import first_derivative_only, reverse_only
+from mamba_core.backends.native import abi, library
 
 
 def native(call, x, delta, A, B, C, D, z, delta_bias, h0, delta_softplus):
@@ -55,7 +55,7 @@ def _named(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart):
 
 
 def _arguments(x, A, delta_softplus):
-    return library.Scan(*x.shape, A.shape[1], x.dtype == mx.bfloat16, delta_softplus, library.threads())
+    return abi.Scan(*x.shape, A.shape[1], x.dtype == mx.bfloat16, delta_softplus, library.threads())
 
 
 def _float32(value):

@@ -3,10 +3,10 @@
 import mlx.core as mx
 import numpy as np
 
-from mamba_core.backends import native as library
 from mamba_core.backends.mlx.arrays import dtype_name
+from mamba_core.backends.native import abi, library
 
-DTYPES = tuple(getattr(mx, name) for name in library.DTYPES)
+DTYPES = tuple(getattr(mx, name) for name in abi.DTYPES)
 
 
 def reason(device: str, dtype: mx.Dtype | None = None, arrays=()) -> str | None:
@@ -14,7 +14,7 @@ def reason(device: str, dtype: mx.Dtype | None = None, arrays=()) -> str | None:
     if device != "cpu":
         return "it runs on a CPU only"
     if dtype is not None and dtype not in DTYPES:
-        return f"x is {dtype_name(dtype)}, and it computes {' and '.join(library.DTYPES)}"
+        return f"x is {dtype_name(dtype)}, and it computes {' and '.join(abi.DTYPES)}"
     if are_traced(arrays):
         return "it computes at once, and inside mx.compile and mx.vmap there is nothing to compute with"
     return library.missing()
@@ -28,7 +28,7 @@ def call(function, arguments, given: dict[str, mx.array | None], results: dict[s
         memory = view(named[name])
         strides = (stride // memory.itemsize for stride in memory.strides[:2])
         pointer = memory.ctypes.data
-        setattr(arguments, name, library.Sequence(pointer, *strides) if name in library.SEQUENCES else pointer)
+        setattr(arguments, name, abi.Sequence(pointer, *strides) if name in abi.SEQUENCES else pointer)
     function(arguments)
 
 
@@ -50,7 +50,7 @@ def detached_copies(values) -> list[mx.array]:
 
 def _laid_out(name, value):
     """A sequence needs its channels side by side, as in a slice of a wider array; all else must be contiguous."""
-    if name in library.SEQUENCES:
+    if name in abi.SEQUENCES:
         mx.eval(value)
         if value.shape[2] == 1 or view(value).strides[2] == value.itemsize:
             return value

@@ -9,10 +9,10 @@ import sys
 import mlx.core as mx
 import numpy as np
 
-from mamba_core.backends import native as library
 from mamba_core.backends.mlx.arrays import dtype_name
 from mamba_core.backends.mlx.kernels.native_tensors import are_traced, view, zeros
 from mamba_core.backends.mlx.kernels.reverse_only import first_derivative_only, reverse_only
+from mamba_core.backends.native import abi, library
 
 NUMPY_IS_FASTER = sys.platform != "darwin"
 # Multiply-adds from which the call pays.
@@ -76,8 +76,8 @@ def _few(x, weight):
     y, x, weight = zeros((len(x), len(weight))), mx.contiguous(x), mx.contiguous(weight)
     mx.eval(y, x, weight)
     settings = (*x.shape, len(weight), True, False, library.threads(), 0)
-    matrix = library.Matrix(_address(weight), None)
-    library.linear_step(library.LinearStep(*settings, _address(x), matrix, _address(y)))
+    matrix = abi.Matrix(_address(weight), None)
+    library.linear_step(abi.LinearStep(*settings, _address(x), matrix, _address(y)))
     return y
 
 

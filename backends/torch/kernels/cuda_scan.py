@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mamba_core.backends import gpu
 from mamba_core.backends.gpu import driver, nvrtc
+from mamba_core.backends.gpu import launch as gpu
 from mamba_core.backends.torch.kernels.native_tensors import rows
 from mamba_core.backends.torch.kernels.operator import differentiable, is_float, refuse_tangents
 

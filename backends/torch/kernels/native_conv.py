@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mamba_core.backends import native as library
+from mamba_core.backends.native import abi, library
 from mamba_core.backends.torch.kernels.native_tensors import laid_out, point, rows
 from mamba_core.backends.torch.kernels.operator import differentiable, is_float, refuse_tangents
 from mamba_core.call import Call
@@ -82,6 +82,6 @@ def _named(x, weight, bias, state, mask, restart):
     return laid_out(named)
 
 
-def _arguments(x, weight, silu, tensors) -> library.Conv:
+def _arguments(x, weight, silu, tensors) -> abi.Conv:
     sizes = (*x.shape, weight.shape[0])
-    return point(library.Conv(*sizes, x.dtype == torch.bfloat16, silu, torch.get_num_threads()), tensors)
+    return point(abi.Conv(*sizes, x.dtype == torch.bfloat16, silu, torch.get_num_threads()), tensors)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mamba_core.backends import native as library
+from mamba_core.backends.native import abi, library
 from mamba_core.backends.torch.kernels import native_tensors
 from mamba_core.backends.torch.kernels.operator import only_results
 
@@ -33,7 +33,7 @@ def add_norm(residual: Tensor, hidden: Tensor | None, weight: Tensor, eps: float
         hidden, total = hidden.contiguous(), torch.empty_like(residual)
         addend, added = hidden.data_ptr(), total.data_ptr()
     library.add_norm(
-        library.AddNorm(
+        abi.AddNorm(
             *(residual.numel() // len(weight), len(weight)),
             *(weight.dtype == torch.bfloat16, residual.dtype == torch.bfloat16, torch.get_num_threads(), 0),
             *(eps, residual.data_ptr(), addend, weight.data_ptr(), normed.data_ptr(), added),

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mamba_core.backends import native as library
+from mamba_core.backends.native import abi, library
 from mamba_core.backends.torch.kernels.native_tensors import laid_out, point, rows
 from mamba_core.backends.torch.kernels.operator import differentiable, is_float, refuse_tangents
 
@@ -101,6 +101,6 @@ def _named(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart):
     return laid_out(named | {"initial_state": h0, "mask": mask, "restart": restart})
 
 
-def _arguments(x, A, delta_softplus, tensors) -> library.Scan:
+def _arguments(x, A, delta_softplus, tensors) -> abi.Scan:
     sizes = (*x.shape, A.shape[1])
-    return point(library.Scan(*sizes, x.dtype == torch.bfloat16, delta_softplus, torch.get_num_threads()), tensors)
+    return point(abi.Scan(*sizes, x.dtype == torch.bfloat16, delta_softplus, torch.get_num_threads()), tensors)

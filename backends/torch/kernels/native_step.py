@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mamba_core.backends import native as library
+from mamba_core.backends.native import abi, library
 from mamba_core.backends.torch import private
 from mamba_core.backends.torch.kernels import native_tensors
 from mamba_core.backends.torch.kernels.operator import KINDS, one_at_a_time
@@ -112,7 +112,7 @@ def fits(dtype: torch.dtype, tensors) -> bool:
     return True
 
 
-@torch.library.custom_op("mamba_core::block_steps", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("mamba_core::mamba_steps", mutates_args=(), device_types="cpu")
 def blocks(residual: Tensor, tensors: list[Tensor | None], eps: list[float]) -> list[Tensor]:
     """The residual stream after all blocks, and each block's conv and ssm state. tensors: PER_BLOCK of each block."""
     native_tensors.share_threads()
@@ -133,9 +133,9 @@ def blocks(residual: Tensor, tensors: list[Tensor | None], eps: list[float]) -> 
         in_proj, in_bias, conv, conv_bias, x_proj, out_proj, out_bias, *float32 = weights
         matrices = ((in_proj, in_bias), (conv, conv_bias), (x_proj, None), (out_proj, out_bias))
         read = (before, conv_state, ssm_state, norm, *matrices, *float32)
-        steps.append(library.BlockStep(*fixed, block_eps, *read, after, *states[2 * k : 2 * k + 2]))
+        steps.append(abi.MambaStep(*fixed, block_eps, *read, after, *states[2 * k : 2 * k + 2]))
         before = after
-    library.block_steps((library.BlockStep * len(steps))(*steps))
+    library.mamba_steps((abi.MambaStep * len(steps))(*steps))
     return results
 
 
@@ -146,11 +146,11 @@ def head(hidden: Tensor, weight: Tensor) -> Tensor:
     hidden = hidden.contiguous()
     logits = hidden.new_empty(*hidden.shape[:-1], len(weight), dtype=torch.float32)
     library.linear_step(
-        library.LinearStep(
+        abi.LinearStep(
             *(len(hidden), weight.shape[1], len(weight)),
             *(weight.dtype == torch.bfloat16, False, torch.get_num_threads(), 0),
             hidden.data_ptr(),
-            library.Matrix(weight.data_ptr(), None),
+            abi.Matrix(weight.data_ptr(), None),
             logits.data_ptr(),
         )
     )

@@ -6,9 +6,9 @@ import os
 import torch
 from torch import Tensor
 
-from mamba_core.backends import native as library
+from mamba_core.backends.native import abi, library
 
-DTYPES = tuple(getattr(torch, name) for name in library.DTYPES)
+DTYPES = tuple(getattr(torch, name) for name in abi.DTYPES)
 # Evaluated at import, so that torch.compile never traces it.
 MISSING = library.missing()
 
@@ -18,7 +18,7 @@ def reason(device: torch.device, dtype: torch.dtype | None) -> str | None:
     if device.type != "cpu":
         return "it runs on a CPU only"
     if dtype is not None and dtype not in DTYPES:
-        return f"x is {str(dtype).removeprefix('torch.')}, and it computes {' and '.join(library.DTYPES)}"
+        return f"x is {str(dtype).removeprefix('torch.')}, and it computes {' and '.join(abi.DTYPES)}"
     return MISSING
 
 
@@ -45,7 +45,7 @@ def threads_in_force() -> str:
 def laid_out(named: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
     """The tensors by the library's names: sequences with adjacent channels, the others contiguous."""
     return {
-        name: value if value is None else rows(value) if name in library.SEQUENCES else value.contiguous()
+        name: value if value is None else rows(value) if name in abi.SEQUENCES else value.contiguous()
         for name, value in named.items()
     }
 
@@ -61,6 +61,6 @@ def point(arguments, tensors: dict[str, Tensor | None]):
     for name, value in tensors.items():
         if value is not None:
             pointer = value.data_ptr()
-            sequence = name in library.SEQUENCES
-            setattr(arguments, name, library.Sequence(pointer, *value.stride()[:2]) if sequence else pointer)
+            sequence = name in abi.SEQUENCES
+            setattr(arguments, name, abi.Sequence(pointer, *value.stride()[:2]) if sequence else pointer)
     return arguments
