@@ -3,6 +3,12 @@
 Importing this package imports no framework; a backend is imported when it is first asked for.
 """
 
+from importlib.util import find_spec
+
+# A checkout has these parts beside this folder; it is the installation that puts them into the package.
+if find_spec("mamba_core.backends") is None:
+    raise ImportError("mamba_core is imported from a checkout that is not installed; run pip install -e . in it")
+
 from mamba_core import backends
 from mamba_core.backend import Hidden, LayerState, Output, State
 from mamba_core.config import PRESETS, MambaConfig
