@@ -4,7 +4,12 @@ Importing this package imports no framework; a backend is imported when it is fi
 architecture is here under its name, such as `MambaConfig`.
 """
 
+from importlib.util import find_spec
 from typing import Any
+
+# A checkout has these parts beside this folder; it is the installation that puts them into the package.
+if find_spec("mamba_core.backends") is None:
+    raise ImportError("mamba_core is imported from a checkout that is not installed; run pip install -e . in it")
 
 from mamba_core import architectures, backends
 from mamba_core.backend import Hidden, LayerState, Output, State

@@ -29,6 +29,17 @@ def test_import_brings_in_no_framework():
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
+def test_a_checkout_that_is_not_installed_says_to_install_it(tmp_path):
+    """-S leaves out the finder of an editable installation, which knows where the package's other folders are."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", "import mamba_core"], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    fault = done.stderr.strip().splitlines()[-1]
+    assert fault.startswith("ImportError: mamba_core is imported from a checkout that is not installed")
+    assert "pip install -e ." in fault
+
+
 HIDE = """
     import sys, importlib.abc
     class Hide(importlib.abc.MetaPathFinder):
