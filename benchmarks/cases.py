@@ -8,8 +8,8 @@ import numpy as np
 
 from mamba_core.config import MambaConfig, preset
 from mamba_core.sampling import Sampling
-from mamba_core.spec import recurrence
 from mamba_core.spec.init import initial_values
+from mamba_core.spec.ops import selective_scan as scan_spec
 from mamba_core.spec.reference import ReferenceModel, cross_entropy
 
 # In the order of every scan's arguments, results and gradients.
@@ -124,14 +124,14 @@ def _expected(case: Case) -> list[np.ndarray]:
 
 def _scan(case):
     inputs = scan_inputs(case)
-    return [recurrence.selective_scan(*(inputs[name] for name in SCAN_ARGUMENTS))]
+    return [scan_spec.selective_scan(*(inputs[name] for name in SCAN_ARGUMENTS))]
 
 
 def _scan_gradient(case):
     inputs = scan_inputs(case)
     arguments = [inputs[name] for name in SCAN_ARGUMENTS]
-    gradients = recurrence.selective_scan_vjp(inputs["dy"], None, *arguments)
-    return [recurrence.selective_scan(*arguments), *(gradients[name] for name in SCAN_ARGUMENTS)]
+    gradients = scan_spec.selective_scan_vjp(inputs["dy"], None, *arguments)
+    return [scan_spec.selective_scan(*arguments), *(gradients[name] for name in SCAN_ARGUMENTS)]
 
 
 def _model(case) -> ReferenceModel:

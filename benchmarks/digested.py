@@ -143,14 +143,18 @@ def brief(backend) -> bool:
 
 def scan_kernels(backend) -> list[str]:
     """Those that run on the CPU."""
-    kernels = backend.kernels("cpu")
-    reasons = kernels.get("selective_scan", kernels)
+    reasons = backend.available_kernels("cpu")["selective_scan"] if _is_by_op(backend) else backend.kernels("cpu")
     return [name for name, reason in reasons.items() if reason is None]
 
 
 def plain(backend) -> str:
     """The name that asks for the framework's own operations."""
-    return "plain" if "selective_scan" in backend.kernels("cpu") else "sequential"
+    return "plain" if _is_by_op(backend) else "sequential"
+
+
+def _is_by_op(backend) -> bool:
+    """Whether the backend of this commit names its kernels by op."""
+    return hasattr(backend, "available_kernels")
 
 
 def op(backend, name: str):

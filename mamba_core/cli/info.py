@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--explain",
         metavar="CHECKPOINT",
-        help="say which way computes which layers of this model, and why not a faster",
+        help="say which way computes which layers of a model, and why not a faster",
     )
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="rows of the call that is explained; 1")
     parser.add_argument("--length", type=int, default=1, metavar="N", help="its positions; 1, a step of decoding")

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mamba_core.spec import recurrence
+from mamba_core.spec.ops import causal_conv as conv_spec
 from mamba_core.spec.tolerances import relative_l2, tolerance
 
 torch = pytest.importorskip("torch")
@@ -54,7 +54,7 @@ def turned(arrays):
 )
 def test_reference_equals_causal_conv1d_ref(theirs, seed, shape, activation, absent):
     arrays = {name: value for name, value in draw(seed, *shape).items() if name not in absent}
-    y, state = recurrence.causal_conv(**arrays, activation=activation, return_final_state=True)
+    y, state = conv_spec.causal_conv(**arrays, activation=activation, return_final_state=True)
     expected = theirs.causal_conv1d_ref(**turned(arrays), activation=activation, return_final_states=True)
     np.testing.assert_allclose(y, expected[0].mT.numpy(), rtol=1e-12, atol=1e-12)
     np.testing.assert_array_equal(state, expected[1].mT.numpy())
@@ -70,7 +70,7 @@ def test_segments_equal_their_seq_idx(theirs, seed, shape, carried):
     if not carried:
         del arrays["initial_state"]
     segments = np.cumsum(np.random.default_rng(seed).random(shape[:2]) < 0.2, axis=1)
-    y = recurrence.causal_conv(**arrays, activation="silu", segment_ids=segments)
+    y = conv_spec.causal_conv(**arrays, activation="silu", segment_ids=segments)
     expected = theirs.causal_conv1d_ref(**turned(arrays), activation="silu", seq_idx=torch.from_numpy(segments))
     np.testing.assert_allclose(y, expected.mT.numpy(), rtol=1e-12, atol=1e-12)
 
@@ -85,7 +85,7 @@ def test_padding_equals_their_negative_seq_idx(theirs, seed, shape):
     del arrays["initial_state"]
     ends = np.sort(np.random.default_rng(seed).integers(0, shape[1] + 1, (shape[0], 2)), axis=1)
     mask = (np.arange(shape[1]) >= ends[:, :1]) & (np.arange(shape[1]) < ends[:, 1:])
-    y = recurrence.causal_conv(**arrays, activation="silu", mask=mask)
+    y = conv_spec.causal_conv(**arrays, activation="silu", mask=mask)
     segments = torch.from_numpy(np.where(mask, 0, -1))
     expected = theirs.causal_conv1d_ref(**turned(arrays), activation="silu", seq_idx=segments)
     np.testing.assert_allclose(y, expected.mT.numpy(), rtol=1e-12, atol=1e-12)
@@ -94,7 +94,7 @@ def test_padding_equals_their_negative_seq_idx(theirs, seed, shape):
 def test_gradients_equal_autograd_of_causal_conv1d_ref(theirs):
     arrays = draw(0, 2, 23, 5, 4)
     dy, dstate = np.random.default_rng(1).normal(size=(2, 23, 5)), np.random.default_rng(2).normal(size=(2, 3, 5))
-    ours = recurrence.causal_conv_vjp(dy, dstate, **arrays, activation="silu")
+    ours = conv_spec.causal_conv_vjp(dy, dstate, **arrays, activation="silu")
     tensors = {name: torch.from_numpy(value).requires_grad_() for name, value in arrays.items()}
     y, state = theirs.causal_conv1d_ref(
         tensors["x"].mT,
@@ -113,7 +113,7 @@ def test_gradients_equal_autograd_of_causal_conv1d_ref(theirs):
 def test_step_equals_causal_conv1d_update_ref(theirs, seed, width, activation):
     arrays = draw(seed, 2, 1, 7, width)
     x, weight, bias, state = arrays["x"][:, 0], arrays["weight"], arrays["bias"], arrays["initial_state"]
-    y, after = recurrence.causal_conv_step(x, weight, bias, activation=activation, state=state)
+    y, after = conv_spec.causal_conv_step(x, weight, bias, activation=activation, state=state)
     # Theirs updates the state in place.
     carried = torch.from_numpy(state).mT.clone()
     tensors = [torch.from_numpy(value) for value in (weight, bias)]

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mamba_core.spec import recurrence
+from mamba_core.spec.ops import selective_scan as scan_spec
 from mamba_core.spec.tolerances import relative_l2, tolerance
 
 torch = pytest.importorskip("torch")
@@ -78,7 +78,7 @@ def turned(tensors):
 )
 def test_reference_equals_selective_scan_ref(selective_scan_ref, seed, shape, softplus, absent):
     arrays = {name: value for name, value in draw(seed, *shape).items() if name not in absent}
-    y, h = recurrence.selective_scan(**arrays, delta_softplus=softplus, return_final_state=True)
+    y, h = scan_spec.selective_scan(**arrays, delta_softplus=softplus, return_final_state=True)
     tensors = turned({name: torch.from_numpy(value) for name, value in arrays.items()})
     expected = in_float64(selective_scan_ref, **tensors, delta_softplus=softplus, return_last_state=True)
     np.testing.assert_allclose(y, expected[0].mT.numpy(), rtol=1e-12, atol=1e-12)
@@ -88,7 +88,7 @@ def test_reference_equals_selective_scan_ref(selective_scan_ref, seed, shape, so
 def test_gradient_equals_autograd_of_selective_scan_ref(selective_scan_ref):
     arrays = draw(0, 2, 23, 5, 4)
     dy, dh = np.random.default_rng(1).normal(size=(2, 23, 5)), np.random.default_rng(2).normal(size=(2, 5, 4))
-    ours = recurrence.selective_scan_vjp(dy, dh, **arrays, delta_softplus=True)
+    ours = scan_spec.selective_scan_vjp(dy, dh, **arrays, delta_softplus=True)
     for name, gradient in their_gradients(selective_scan_ref, arrays, dy, dh).items():
         np.testing.assert_allclose(ours[name], gradient, rtol=1e-10, atol=1e-11, err_msg=name)
 
@@ -187,7 +187,7 @@ def their_step(selective_state_update_ref, arrays):
 )
 def test_reference_step_equals_selective_state_update_ref(selective_state_update_ref, seed, channels, states, absent):
     arrays = {k: value for k, value in draw_step_as_theirs(seed, channels, states).items() if k not in absent}
-    y, h = recurrence.selective_step(**arrays, delta_softplus=True)
+    y, h = scan_spec.selective_step(**arrays, delta_softplus=True)
     expected = their_step(selective_state_update_ref, arrays)
     np.testing.assert_allclose(y, expected[0], rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(h, expected[1], rtol=1e-12, atol=1e-12)

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mamba_core.config import MambaConfig
-from mamba_core.spec import recurrence
 from mamba_core.spec.init import initial_values
+from mamba_core.spec.ops import selective_scan as scan_spec
 from mamba_core.spec.reference import ReferenceModel
 from mamba_core.spec.tolerances import relative_l2, tolerance
 
@@ -173,8 +173,8 @@ def test_reference_equals_pscan(seed, shape):
     arrays["delta"] = np.exp(rng.uniform(np.log(1e-6), np.log(20.0), (batch, length, channels)))
     arrays |= {name: rng.normal(size=(batch, length, states)) for name in ("B", "C")}
     dy, dh = rng.normal(size=(batch, length, channels)), rng.normal(size=(batch, channels, states))
-    y, h = recurrence.selective_scan(**arrays, return_final_state=True)
-    ours = recurrence.selective_scan_vjp(dy, dh, **arrays)
+    y, h = scan_spec.selective_scan(**arrays, return_final_state=True)
+    ours = scan_spec.selective_scan_vjp(dy, dh, **arrays)
 
     tensors = {name: torch.from_numpy(value).requires_grad_() for name, value in arrays.items()}
     states_of_all = their_states(**{name: value for name, value in tensors.items() if name != "C"})

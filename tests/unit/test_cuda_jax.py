@@ -10,7 +10,8 @@ import pytest
 import mamba_core as mc
 from mamba_core.backends.gpu import causal_conv
 from mamba_core.backends.gpu import launch as gpu
-from mamba_core.spec import recurrence
+from mamba_core.spec.ops import causal_conv as conv_spec
+from mamba_core.spec.ops import selective_scan as scan_spec
 from mamba_core.spec.tolerances import relative_l2, tolerance
 from tests.unit import gpu_on_cpu
 
@@ -128,13 +129,13 @@ def test_values_and_gradients_are_those_of_the_recurrence(kernel, case):
         jax_arrays["delta"] = abs(jax_arrays["delta"])
     arrays = {name: np.asarray(value) for name, value in jax_arrays.items()}
     outputs, pullback = jax.vjp(lambda arrays: scan(arrays, kernel, **given), jax_arrays)
-    wanted = recurrence.selective_scan(**arrays, **given, return_final_state=True)
+    wanted = scan_spec.selective_scan(**arrays, **given, return_final_state=True)
     for value, other in zip(outputs, wanted, strict=True):
         assert relative_l2(value.astype("float32"), other) < tolerance(dtype)
     rng = np.random.default_rng(2)
     cotangents = tuple(jnp.asarray(rng.normal(size=value.shape), value.dtype) for value in outputs)
     gradients = pullback(cotangents)[0]
-    wanted = recurrence.selective_scan_vjp(*map(np.asarray, cotangents), **arrays, **given)
+    wanted = scan_spec.selective_scan_vjp(*map(np.asarray, cotangents), **arrays, **given)
     for name, other in wanted.items():
         assert gradients[name].dtype == jax_arrays[name].dtype
         assert relative_l2(gradients[name].astype("float32"), other) < tolerance(dtype, "gradient"), name
@@ -216,14 +217,14 @@ def test_values_and_gradients_are_those_of_the_convolution(kernel, case):
     dtype = arrays["x"].dtype.name
     outputs, pullback = jax.vjp(lambda arrays: conv(arrays, kernel, **given), arrays)
     numpy_arrays = {name: np.asarray(value) for name, value in arrays.items()}
-    wanted = recurrence.causal_conv(**numpy_arrays, **given, activation="silu", return_final_state=True)
+    wanted = conv_spec.causal_conv(**numpy_arrays, **given, activation="silu", return_final_state=True)
     for value, other in zip(outputs, wanted, strict=True):
         assert value.dtype == dtype
         assert relative_l2(value.astype("float32"), other) < tolerance(dtype)
     rng = np.random.default_rng(2)
     cotangents = tuple(jnp.asarray(rng.normal(size=value.shape), dtype) for value in outputs)
     gradients = pullback(cotangents)[0]
-    wanted = recurrence.causal_conv_vjp(*map(np.asarray, cotangents), **numpy_arrays, **given, activation="silu")
+    wanted = conv_spec.causal_conv_vjp(*map(np.asarray, cotangents), **numpy_arrays, **given, activation="silu")
     for name, other in wanted.items():
         assert gradients[name].dtype == arrays[name].dtype
         assert relative_l2(gradients[name].astype("float32"), other) < tolerance(dtype, "gradient"), name

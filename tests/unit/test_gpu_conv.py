@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from mamba_core.backends.gpu.causal_conv import STEPS, WIDEST, Conv, options
-from mamba_core.spec import recurrence
+from mamba_core.spec.ops import base as base_spec
+from mamba_core.spec.ops import causal_conv as conv_spec
 from tests.conformance.assertions import assert_close
 from tests.unit import gpu_on_cpu
 
@@ -47,7 +48,7 @@ def run(arrays, positions, activation, dy, dfinal_state, multiprocessors, folder
     known |= {"bias": arrays["bias"]} if "bias" in arrays else {}
     if positions:
         counting = np.ones(x.shape[:2], bool)
-        known["restart"] = recurrence._restarts(counting, positions["segment_ids"]).astype(np.uint8)
+        known["restart"] = base_spec.restarts(counting, positions["segment_ids"]).astype(np.uint8)
     plan = (*x.shape, arrays["weight"].shape[1], x.dtype.name, options(known, activation == "silu"), multiprocessors)
     forward = gpu_on_cpu.run_conv(Conv(*plan), known, folder)
     given = known | {"dy": dy, "dfinal_state": dfinal_state}
@@ -68,10 +69,10 @@ def check(shape, dtype, given, multiprocessors, folder):
     dy, dfinal = (rng.normal(size=arrays[name].shape).astype(kind) for name in ("x", "initial_state"))
     y, state, gradients = run(arrays, positions, activation, dy, dfinal, multiprocessors, folder)
     options = {**arrays, **positions, "activation": activation}
-    wanted, wanted_state = recurrence.causal_conv(**options, return_final_state=True)
+    wanted, wanted_state = conv_spec.causal_conv(**options, return_final_state=True)
     assert_close(y, wanted, dtype, "value", "y")
     np.testing.assert_array_equal(state.astype(np.float64), wanted_state)
-    for name, value in recurrence.causal_conv_vjp(dy, dfinal, **options).items():
+    for name, value in conv_spec.causal_conv_vjp(dy, dfinal, **options).items():
         assert gradients[name].dtype == arrays[name].dtype
         limits = "float32" if name in ("weight", "bias") else dtype
         assert_close(gradients[name], value, limits, "gradient", f"gradient of {name}")

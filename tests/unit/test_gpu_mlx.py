@@ -15,7 +15,7 @@ import pytest
 
 import mamba_core as mc
 from mamba_core.backends.gpu import launch as gpu
-from mamba_core.spec import recurrence
+from mamba_core.spec.ops import selective_scan as scan_spec
 from mamba_core.spec.tolerances import relative_l2, tolerance
 
 mx = pytest.importorskip("mlx.core")
@@ -211,11 +211,9 @@ def test_values_and_gradients_are_those_of_the_recurrence(kernel, case):
     )
     plain = {name: as_numpy(value) for name, value in arrays.items()}
     given = {name: np.array(value) if isinstance(value, mx.array) else value for name, value in given.items()}
-    for value, wanted in zip(
-        outputs, recurrence.selective_scan(**plain, **given, return_final_state=True), strict=True
-    ):
+    for value, wanted in zip(outputs, scan_spec.selective_scan(**plain, **given, return_final_state=True), strict=True):
         assert relative_l2(as_numpy(value), wanted) < tolerance(dtype)
-    wanted = recurrence.selective_scan_vjp(*map(as_numpy, cotangents), **plain, **given)
+    wanted = scan_spec.selective_scan_vjp(*map(as_numpy, cotangents), **plain, **given)
     for name, value in zip(names, gradients, strict=True):
         assert value.dtype == arrays[name].dtype
         assert relative_l2(as_numpy(value), wanted[name]) < tolerance(dtype, "gradient"), name

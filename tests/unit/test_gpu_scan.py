@@ -8,7 +8,8 @@ import pytest
 
 from mamba_core.backends.gpu import driver
 from mamba_core.backends.gpu import launch as gpu
-from mamba_core.spec import recurrence
+from mamba_core.spec.ops import base as base_spec
+from mamba_core.spec.ops import selective_scan as scan_spec
 from tests.conformance.assertions import assert_close
 from tests.unit import gpu_on_cpu
 
@@ -61,7 +62,7 @@ def run(shape, dtype, multiprocessors, arrays, positions, delta_softplus, dy, df
     counting = positions.get("mask", np.ones((b, l), bool))
     known = arrays | {"mask": counting.astype(np.uint8)}
     if "segment_ids" in positions:
-        known["restart"] = recurrence._restarts(counting, positions["segment_ids"]).astype(np.uint8)
+        known["restart"] = base_spec.restarts(counting, positions["segment_ids"]).astype(np.uint8)
 
     def padded(state):
         return None if state is None else np.pad(state, ((0, 0), (0, 0), (0, scan.geometry.padded - n)))
@@ -94,10 +95,10 @@ def test_the_kernels_are_the_recurrence(case, folder):
     dfinal = rng.normal(size=(shape[0], *shape[2:])).astype(np.float32) if "dfinal_state" in given else None
     y, h, gradients = run(shape, dtype, multiprocessors, arrays, positions, delta_softplus, dy, dfinal, folder)
     options = {"delta_softplus": delta_softplus}
-    wanted, wanted_h = recurrence.selective_scan(**arrays, **positions, **options, return_final_state=True)
+    wanted, wanted_h = scan_spec.selective_scan(**arrays, **positions, **options, return_final_state=True)
     assert_close(y, wanted, dtype, "value", "y")
     assert_close(h, wanted_h, "float32", "value", "final state")
-    for name, value in recurrence.selective_scan_vjp(dy, dfinal, **arrays, **positions, **options).items():
+    for name, value in scan_spec.selective_scan_vjp(dy, dfinal, **arrays, **positions, **options).items():
         limits = dtype if gradients[name].dtype == gpu_on_cpu.DTYPES[dtype] else "float32"
         assert_close(gradients[name], value, limits, "gradient", f"gradient of {name}")
 

@@ -15,9 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mamba_core.backends.native import library
-from mamba_core.spec import recurrence
+from mamba_core.spec.ops import base as base_spec
+from mamba_core.spec.ops import causal_conv as conv_spec
+from mamba_core.spec.ops import selective_scan as scan_spec
 from tests.conformance.assertions import assert_close
-from tests.conformance.strategies import conv_cases, scan_cases
+from tests.conformance.strategies import op_cases
 from tests.conformance.subjects import least_norm
 from tests.unit.native_arrays import SEQUENCES, add_norm, conv, conv_backward, scan, scan_backward, widths
 
@@ -32,15 +34,15 @@ def native_positions(case):
     if segments is None:
         return {"mask": mask, "restart": None}
     counting = np.ones(case.shape, bool) if mask is None else mask
-    return {"mask": mask, "restart": recurrence._restarts(counting, segments)}
+    return {"mask": mask, "restart": base_spec.restarts(counting, segments)}
 
 
 @every_width
-@given(case=scan_cases(), threads=st.sampled_from((1, 2, 3)))
+@given(case=op_cases("selective_scan"), threads=st.sampled_from((1, 2, 3)))
 def test_the_scan_is_the_recurrence(width, case, threads):
     given_arrays, options = case.arrays | native_positions(case), {"delta_softplus": case.options["delta_softplus"]}
     y, h, boundaries = scan(threads, width, **options, **given_arrays)
-    wanted, wanted_h = recurrence.selective_scan(
+    wanted, wanted_h = scan_spec.selective_scan(
         **case.arrays, **case.positions, **case.options, return_final_state=True
     )
     assert_close(y, wanted, "float32", "value", "y", least_norm(case, case.arrays, "y", wanted))
@@ -48,24 +50,24 @@ def test_the_scan_is_the_recurrence(width, case, threads):
     np.testing.assert_array_equal(scan(threads, width, keep=False, **options, **given_arrays)[0], y)
     dy = np.random.default_rng(0).normal(size=y.shape).astype(y.dtype)
     gradients = scan_backward(dy, h, boundaries, threads, width, **options, **given_arrays)
-    for name, value in recurrence.selective_scan_vjp(dy, h, **case.arrays, **case.positions, **case.options).items():
+    for name, value in scan_spec.selective_scan_vjp(dy, h, **case.arrays, **case.positions, **case.options).items():
         least = least_norm(case, case.arrays, name, value)
         assert_close(gradients[name], value, "float32", "gradient", f"gradient of {name}", least)
 
 
 @every_width
-@given(case=conv_cases(), threads=st.sampled_from((1, 2, 3)))
+@given(case=op_cases("causal_conv"), threads=st.sampled_from((1, 2, 3)))
 def test_the_convolution_is_the_reference(width, case, threads):
     given_arrays = case.arrays | native_positions(case) | {"weight": np.ascontiguousarray(case.arrays["weight"].T)}
     silu = case.options["activation"] == "silu"
     y, h = conv(threads, width, silu, **given_arrays)
-    wanted, wanted_h = recurrence.causal_conv(**case.arrays, **case.positions, **case.options, return_final_state=True)
+    wanted, wanted_h = conv_spec.causal_conv(**case.arrays, **case.positions, **case.options, return_final_state=True)
     assert_close(y, wanted, "float32", "value", "y")
     assert_close(h, wanted_h, "float32", "value", "final state")
     dy = np.random.default_rng(0).normal(size=y.shape).astype(y.dtype)
     gradients = conv_backward(dy, h, threads, width, silu, **given_arrays)
     gradients["weight"] = gradients["weight"].T
-    for name, value in recurrence.causal_conv_vjp(dy, h, **case.arrays, **case.positions, **case.options).items():
+    for name, value in conv_spec.causal_conv_vjp(dy, h, **case.arrays, **case.positions, **case.options).items():
         if name in gradients:
             least = least_norm(case, case.arrays, name, value)
         assert_close(gradients[name], value, "float32", "gradient", f"gradient of {name}", least)
@@ -110,12 +112,12 @@ def drawn(b, l, e, n, names=("D", "z", "delta_bias", "initial_state")):
 def test_channels_around_a_block_of_them(width, shape, n):
     arrays, options = drawn(*shape, n), {"delta_softplus": True}
     y, h, boundaries = scan(3, width, **options, **arrays)
-    wanted, wanted_h = recurrence.selective_scan(**arrays, **options, return_final_state=True)
+    wanted, wanted_h = scan_spec.selective_scan(**arrays, **options, return_final_state=True)
     assert_close(y, wanted, "float32", "value", "y")
     assert_close(h, wanted_h, "float32", "value", "h")
     dy = np.random.default_rng(3).normal(size=y.shape).astype(np.float32)
     got = scan_backward(dy, h, boundaries, 3, width, **options, **arrays)
-    for name, value in recurrence.selective_scan_vjp(dy, h, **arrays, **options).items():
+    for name, value in scan_spec.selective_scan_vjp(dy, h, **arrays, **options).items():
         assert_close(got[name], value, "float32", "gradient", name)
 
 

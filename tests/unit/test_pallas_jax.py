@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import mamba_core as mc
-from mamba_core.spec import recurrence
+from mamba_core.spec.ops import selective_scan as scan_spec
 from mamba_core.spec.tolerances import relative_l2, tolerance
 from tests.unit.test_cuda_jax import arguments, positions
 
@@ -51,13 +51,13 @@ def test_values_and_gradients_are_those_of_the_recurrence(interpreted, case):
     jax_arrays["delta"] = abs(jax_arrays["delta"])
     arrays = {name: np.asarray(value) for name, value in jax_arrays.items()}
     outputs, pullback = jax.vjp(lambda arrays: scan(arrays, interpreted, **given), jax_arrays)
-    wanted = recurrence.selective_scan(**arrays, **given, return_final_state=True)
+    wanted = scan_spec.selective_scan(**arrays, **given, return_final_state=True)
     for value, other in zip(outputs, wanted, strict=True):
         assert relative_l2(value.astype("float32"), other) < tolerance(dtype)
     rng = np.random.default_rng(2)
     cotangents = tuple(jnp.asarray(rng.normal(size=value.shape), value.dtype) for value in outputs)
     gradients = pullback(cotangents)[0]
-    for name, other in recurrence.selective_scan_vjp(*map(np.asarray, cotangents), **arrays, **given).items():
+    for name, other in scan_spec.selective_scan_vjp(*map(np.asarray, cotangents), **arrays, **given).items():
         assert gradients[name].dtype == jax_arrays[name].dtype
         assert relative_l2(gradients[name].astype("float32"), other) < tolerance(dtype, "gradient"), name
 

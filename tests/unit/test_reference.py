@@ -5,8 +5,9 @@ import pytest
 
 from mamba_core.backend import LayerState, State
 from mamba_core.config import MambaConfig
-from mamba_core.spec import recurrence
+from mamba_core.spec import ops
 from mamba_core.spec.init import initial_values
+from mamba_core.spec.ops import selective_scan as scan_spec
 from mamba_core.spec.reference import ReferenceModel, cross_entropy
 
 STEP = 1e-6
@@ -51,10 +52,10 @@ def check(op, arrays, state_shape, **options):
     dy, dstate = RNG.normal(size=(B, L, E)), RNG.normal(size=state_shape)
 
     def total(given):
-        y, state = getattr(recurrence, op)(**given, **options, return_final_state=True)
+        y, state = ops.public()[op].forward(**given, **options, return_final_state=True)
         return (y * dy).sum() + (state * dstate).sum()
 
-    gradients = getattr(recurrence, f"{op}_vjp")(dy, dstate, **arrays, **options)
+    gradients = ops.public()[op].vjp(dy, dstate, **arrays, **options)
     assert set(gradients) == set(arrays)
     for name in arrays:
         np.testing.assert_allclose(gradients[name], differences(total, arrays, name), atol=1e-7, err_msg=name)
@@ -130,7 +131,7 @@ def test_masked_positions_are_as_if_absent():
     mask, segments = POSITIONS["both"]["mask"][0], POSITIONS["both"]["segment_ids"][0]
     row = {name: SCAN[name][:1] for name in ("x", "delta", "B", "C", "z")}
     whole = {name: SCAN[name] for name in ("A", "D", "delta_bias")}
-    y, h = recurrence.selective_scan(
+    y, h = scan_spec.selective_scan(
         **row, **whole, initial_state=SCAN["initial_state"][:1], mask=mask[None], segment_ids=segments[None],
         return_final_state=True,
     )  # fmt: skip
@@ -138,7 +139,7 @@ def test_masked_positions_are_as_if_absent():
     for segment in np.unique(segments):
         where = np.flatnonzero(mask & (segments == segment))
         piece = {name: value[:, where] for name, value in row.items()}
-        expected, state = recurrence.selective_scan(**piece, **whole, initial_state=state, return_final_state=True)
+        expected, state = scan_spec.selective_scan(**piece, **whole, initial_state=state, return_final_state=True)
         np.testing.assert_allclose(y[:, where], expected, rtol=1e-13)
         last, state = state, np.zeros_like(state)
     np.testing.assert_allclose(h, last, rtol=1e-13)

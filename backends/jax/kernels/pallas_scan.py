@@ -121,7 +121,7 @@ def _forward_kernel(*refs, restarts, keeps):
 
 
 def _backward_kernel(*refs, restarts):
-    """As `mamba_core.spec.recurrence.selective_scan_vjp`."""
+    """As `mamba_core.spec.ops.selective_scan.selective_scan_vjp`."""
     x, step, A, B, C, *refs = refs
     restart, refs = (refs[0], refs[1:]) if restarts else (None, refs)
     dlinear, boundary, dlast, dx, dstep, dB, dC, dA, dh0, passed, dA_sum, history = refs

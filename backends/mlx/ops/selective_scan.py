@@ -180,7 +180,7 @@ def _chunked_scan(x, step, A, B, C, h0, restart):
 
 @_chunked_scan.vjp
 def _chunked_scan_vjp(arguments, cotangents, outputs):
-    """As `mamba_core.spec.recurrence.selective_scan_vjp`, a block at a time from the last to the first."""
+    """As `mamba_core.spec.ops.selective_scan.selective_scan_vjp`, a block at a time from the last to the first."""
     x, step, A, B, C, _, restart = arguments
     dlinear, g, _ = cotangents
     plan = _plan(x, A)

@@ -1,7 +1,7 @@
 """The S6 recurrence in PyTorch (Gu and Dao 2023, equations 2 and 4): its plain form, a chunked one, and the choice.
 
 The chunked form is one opaque operator to autograd, the compiler and torch.func. It keeps the state at chunk
-boundaries only. Its gradient is written by hand, as in `mamba_core.spec.recurrence.selective_scan_vjp`.
+boundaries only. Its gradient is written by hand, as in `mamba_core.spec.ops.selective_scan.selective_scan_vjp`.
 """
 
 import functools
