@@ -122,7 +122,7 @@ def works(name: str) -> dict:
             if not brief(backend) or kernel == "chunked":
                 add(with_kernel, dtype, kernel, "model", kernel)
         for kernel in ("auto", plain(backend)):
-            add(conv, dtype, kernel, "conv", kernel)
+            add(conv, dtype, "auto" if kernel == "auto" else "sequential", "conv", kernel)
         add(op_steps, dtype, "auto", "steps of ops")
         for config in CONFIGS:
             for work in (positions, carried, loss_gradients, generation, training):
@@ -158,8 +158,11 @@ def _is_by_op(backend) -> bool:
 
 
 def op(backend, name: str):
-    """An op of the backend: an attribute, or what its method `op` gives."""
-    return getattr(backend, name) if hasattr(backend, name) else backend.op(name)
+    """An op of the backend: an attribute, or a function of what its method `op` gives."""
+    if hasattr(backend, name):
+        return getattr(backend, name)
+    files = (backend.op(file) for file in ("selective_scan", "causal_conv"))
+    return next(getattr(file, name) for file in files if hasattr(file, name))
 
 
 # --- ops -------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from mamba_core import registry
 from mamba_core.benchmarks import worktree
 from mamba_core.benchmarks.machine import processor
 from mamba_core.cli.output import print_table
-from mamba_core.parity import installed
+from mamba_core.registry import installed
 
 MODULE = "mamba_core.benchmarks.digested"
 # The differences that are printed, the first ones in the order of computation.

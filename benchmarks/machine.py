@@ -8,7 +8,7 @@ from typing import Any
 
 from mamba_core import registry
 from mamba_core.backends.native import library
-from mamba_core.parity import installed
+from mamba_core.registry import installed
 
 PEERS = ("transformers", "mambapy", "mamba_ssm", "minimamba")
 

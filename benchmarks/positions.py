@@ -21,7 +21,7 @@ from mamba_core.benchmarks import runner, store, worktree
 from mamba_core.benchmarks.machine import machine
 from mamba_core.benchmarks.positioned import KINDS, WORKS, Sizes
 from mamba_core.cli.output import print_table
-from mamba_core.parity import installed
+from mamba_core.registry import installed
 
 MODULE = "mamba_core.benchmarks.positioned"
 HERE, BASE = "here", "base"

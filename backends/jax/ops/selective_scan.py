@@ -207,7 +207,7 @@ def _chunk_forward(recurrence, x, step, A, B, C, h, restart):
 
 
 def _chunk_backward(recurrence, saved, cotangents):
-    """As `mamba_core.spec.ops.selective_scan.selective_scan_vjp`; sums are products, as XLA's reductions are slow on CPU."""
+    """As `mamba_core.spec.ops.selective_scan.selective_scan_vjp`. Sums are products: XLA reduces slowly on a CPU."""
     x, step, A, B, C, h, restart, decay, states = saved
     dlinear, dh = cotangents
     before = _restarted(restart, jnp.concatenate([h[None], states[:-1]]))
