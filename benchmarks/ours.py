@@ -19,6 +19,8 @@ def candidates(case: Case, names: list[str]) -> dict:
     if not case.work.startswith("scan"):
         return {name: partial(WORKS[case.work], name) for name in names}
     kernels = {name: registry.get(name).kernels("cpu") for name in names}
+    # TODO(core): every backend says them by op.
+    kernels = {name: reasons.get("selective_scan", reasons) for name, reasons in kernels.items()}
     return {
         f"{name} {kernel}": partial(_scan, name, kernel)
         for name, reasons in kernels.items()

@@ -75,6 +75,12 @@ def _info(name: str) -> BackendInfo:
         backend = get(name)
         package = PACKAGES.get(name, (None,))[0]
         found = version(package) if package else None
-        return BackendInfo(name, found, tuple(backend.devices()), backend.kernels(), None)
+        return BackendInfo(name, found, tuple(backend.devices()), _scan_kernels(backend), None)
     except ImportError as error:
         return BackendInfo(name, None, (), {}, str(error))
+
+
+def _scan_kernels(backend) -> dict[str, str | None]:
+    """TODO(core): every backend gives its kernels by op."""
+    kernels = backend.kernels()
+    return kernels.get("selective_scan", kernels)
