@@ -24,7 +24,9 @@ import torch
 import torch.nn.functional as F
 
 from mamba_core import sampling
-from mamba_core.backends.torch import decoding, ops, quantize, training
+from mamba_core.backends.torch import decoding as torch_decoding
+from mamba_core.backends.torch import ops, quantize
+from mamba_core.backends.torch import training as torch_training
 from mamba_core.backends.torch.heads import model_class
 from mamba_core.backends.torch.kernels import (
     cuda_graph,
@@ -157,7 +159,7 @@ def training(arguments):
 
     def ours():
         model = random_model(preset("mamba-130m"))
-        trainer = training.Trainer(model, TrainSettings(steps=1000, warmup_steps=10))
+        trainer = torch_training.Trainer(model, TrainSettings(steps=1000, warmup_steps=10))
 
         def step():
             with torch.autocast(DEVICE, BF16):
@@ -278,18 +280,18 @@ def decode_ours(config, batch: int, arguments, bits: int = 0) -> dict:
     if bits:
         model = quantize(model, bits)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (batch, PROMPT)).astype(np.int32)
-    prefilled = decoding.prefill(model, tokens, np.ones(tokens.shape, bool))
+    prefilled = torch_decoding.prefill(model, tokens, np.ones(tokens.shape, bool))
     greedy = sampling.Sampling()
     # Two runs at once would need two graphs; the second run finds the first's.
     for _ in range(2):
-        steps = decoding.decode(model, prefilled, greedy)
-        list(islice(steps, 2 * graph.AT_ONCE))
+        steps = torch_decoding.decode(model, prefilled, greedy)
+        list(islice(steps, 2 * cuda_graph.AT_ONCE))
         torch.cuda.synchronize()
         started = time.perf_counter()
         list(islice(steps, TOKENS))
         wall = 1e3 * (time.perf_counter() - started) / TOKENS
         steps.close()
-    ((_, captured),) = decoding._captured._kept.values()
+    ((_, captured),) = torch_decoding._captured._kept.values()
 
     @torch.inference_mode()
     def replay():
@@ -303,7 +305,7 @@ def decode_ours(config, batch: int, arguments, bits: int = 0) -> dict:
     weights = sum(value.nbytes for value in (*model.parameters(), *model.buffers()))
     # A row of the embedding is read for each token, where the head is not the embedding.
     weights -= model.backbone.embeddings.weight.nbytes if bits else 0
-    decoding._captured = cuda_graph.CapturedCache()
+    torch_decoding._captured = cuda_graph.CapturedCache()
     return found | {"bytes": weights + 2 * state}
 
 
@@ -493,7 +495,7 @@ def check(arguments):
             model = random_model(config, kernels=kernel)
             started = time.perf_counter()
             with torch.autocast(DEVICE, BF16, enabled=dtype == BF16):
-                value, found[kernel] = training.loss_and_gradients(model, tokens)
+                value, found[kernel] = torch_training.loss_and_gradients(model, tokens)
             found[kernel]["loss"] = np.float64(value)
         apart = {
             name: np.linalg.norm(value - found["chunked"][name]) / np.linalg.norm(found["chunked"][name])
@@ -505,16 +507,16 @@ def check(arguments):
 
     def decoded(dtype, batch):
         model = random_model(config, dtype)
-        prefilled = decoding.prefill(model, tokens[:1, :40].repeat(batch, 0), np.ones((batch, 40), bool))
+        prefilled = torch_decoding.prefill(model, tokens[:1, :40].repeat(batch, 0), np.ones((batch, 40), bool))
         greedy, started = sampling.Sampling(), time.perf_counter()
-        found = list(islice(decoding.decode(model, prefilled, greedy), 40))
-        carry, apart = decoding.begin(prefilled, None, None, greedy), []
+        found = list(islice(torch_decoding.decode(model, prefilled, greedy), 40))
+        carry, apart = torch_decoding.begin(prefilled, None, None, greedy), []
         with torch.no_grad():
             for choice in found:
                 # Along the same tokens, also where two are as likely.
                 same = carry.choice._replace(tokens=torch.from_numpy(choice.tokens).to(DEVICE))
                 apart.append(np.abs(choice.logprobs - carry.choice.logprobs.float().cpu().numpy()).max())
-                carry = decoding.advance(model, carry._replace(choice=same), None, greedy)
+                carry = torch_decoding.advance(model, carry._replace(choice=same), None, greedy)
         return {"ms": 1e3 * (time.perf_counter() - started), "error_rel": float(max(apart))}
 
     for dtype in (torch.float32, BF16):
