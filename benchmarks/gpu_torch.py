@@ -10,7 +10,6 @@ stands their floor, the bytes that must move at the bandwidth of a copy, which i
 
 import argparse
 import dataclasses
-import importlib
 import json
 import statistics
 import time
@@ -25,25 +24,26 @@ import torch
 import torch.nn.functional as F
 
 from mamba_core import sampling
-from mamba_core.backends.torch import quantize, train
+from mamba_core.backends.torch import decoding as torch_decoding
+from mamba_core.backends.torch import ops, quantize
+from mamba_core.backends.torch import training as torch_training
+from mamba_core.backends.torch.heads import model_class
 from mamba_core.backends.torch.kernels import (
+    cuda_graph,
     cuda_scan,
-    fused,
-    fused_conv,
-    fused_linear,
-    fused_loss,
-    fused_norm,
-    graph,
+    triton,
+    triton_conv,
+    triton_linear,
+    triton_loss,
+    triton_norm,
 )
-from mamba_core.backends.torch.model import MODELS
 from mamba_core.benchmarks.machine import cores, processor
+from mamba_core.call import Call
 from mamba_core.config import preset
-from mamba_core.observe import unobserved
+from mamba_core.kernels import Kernels
 from mamba_core.spec.params import parameter_table
 from mamba_core.training import TrainSettings
 
-# The package has a function of that name.
-decode = importlib.import_module("mamba_core.backends.torch.decode")
 DEVICE = "cuda"
 BF16 = torch.bfloat16
 BATCH, LENGTH = 8, 2048
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     if arguments.no_overlap:
-        fused.OVERLAP = False
+        triton.OVERLAP = False
     report = {
         "gpu": torch.cuda.get_device_name(),
         "processor": processor(),
@@ -131,10 +131,10 @@ def copy_bandwidth() -> float:
     return 2 * source.nbytes / median_ms(lambda: target.copy_(source)) / 1e9
 
 
-def random_model(config, dtype=torch.float32):
+def random_model(config, dtype=torch.float32, kernels="auto"):
     """Values of the right size, drawn on the device: billions would take minutes on the host."""
     with torch.device("meta"):
-        model = MODELS[config.task](config, "auto")
+        model = model_class(config.task)(config, Kernels.read(kernels, ops.kernels(DEVICE)))
     model.to_empty(device=DEVICE)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -159,7 +159,7 @@ def training(arguments):
 
     def ours():
         model = random_model(preset("mamba-130m"))
-        trainer = train.Trainer(model, TrainSettings(steps=1000, warmup_steps=10))
+        trainer = torch_training.Trainer(model, TrainSettings(steps=1000, warmup_steps=10))
 
         def step():
             with torch.autocast(DEVICE, BF16):
@@ -245,7 +245,7 @@ def block(arguments):
     def ours(backward):
         model = random_model(config)
         mixer, state = model.backbone.layers[0].mixer, model.init_state(BATCH).layers[0]
-        return run(lambda x: mixer(x, state, None, None, unobserved)[0], list(mixer.parameters()), backward)
+        return run(lambda x: mixer(x, state, Call())[0], list(mixer.parameters()), backward)
 
     def theirs(backward):
         from mamba_ssm import Mamba
@@ -280,18 +280,18 @@ def decode_ours(config, batch: int, arguments, bits: int = 0) -> dict:
     if bits:
         model = quantize(model, bits)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (batch, PROMPT)).astype(np.int32)
-    prefilled = decode.prefill(model, tokens, np.ones(tokens.shape, bool))
+    prefilled = torch_decoding.prefill(model, tokens, np.ones(tokens.shape, bool))
     greedy = sampling.Sampling()
     # Two runs at once would need two graphs; the second run finds the first's.
     for _ in range(2):
-        steps = decode.decode(model, prefilled, greedy)
-        list(islice(steps, 2 * graph.AT_ONCE))
+        steps = torch_decoding.decode(model, prefilled, greedy)
+        list(islice(steps, 2 * cuda_graph.AT_ONCE))
         torch.cuda.synchronize()
         started = time.perf_counter()
         list(islice(steps, TOKENS))
         wall = 1e3 * (time.perf_counter() - started) / TOKENS
         steps.close()
-    ((_, captured),) = decode._idle._kept.values()
+    ((_, captured),) = torch_decoding._captured._kept.values()
 
     @torch.inference_mode()
     def replay():
@@ -305,7 +305,7 @@ def decode_ours(config, batch: int, arguments, bits: int = 0) -> dict:
     weights = sum(value.nbytes for value in (*model.parameters(), *model.buffers()))
     # A row of the embedding is read for each token, where the head is not the embedding.
     weights -= model.backbone.embeddings.weight.nbytes if bits else 0
-    decode._idle = graph.Idle()
+    torch_decoding._captured = cuda_graph.CapturedCache()
     return found | {"bytes": weights + 2 * state}
 
 
@@ -353,15 +353,15 @@ def kernels(arguments):
     rows = BATCH * LENGTH
     residual, hidden = torch.randn(rows, d, device=DEVICE), torch.randn(rows, d, device=DEVICE, dtype=BF16)
     scale = torch.ones(d, device=DEVICE)
-    normed, total, factors = fused_norm._forward(residual, hidden, scale, 1e-5, BF16)
+    normed, total, factors = triton_norm._forward(residual, hidden, scale, 1e-5, BF16)
     norm = (residual, hidden, scale, 1e-5, BF16)
     yield attempt(
-        "add_norm forward", lambda: {"ms": median_ms(lambda: fused_norm._forward(*norm)), "bytes": rows * d * 12}
+        "add_norm forward", lambda: {"ms": median_ms(lambda: triton_norm._forward(*norm)), "bytes": rows * d * 12}
     )
     yield attempt(
         "add_norm backward",
         lambda: {
-            "ms": median_ms(lambda: fused_norm._backward(normed, total, total, factors, *norm)),
+            "ms": median_ms(lambda: triton_norm._backward(normed, total, total, factors, *norm)),
             "bytes": rows * d * 16,
         },
     )
@@ -370,12 +370,12 @@ def kernels(arguments):
     taps, bias = torch.randn(e, 4, device=DEVICE), torch.randn(e, device=DEVICE)
     conv = (x, taps, bias, torch.zeros(BATCH, 3, e, device=DEVICE), None, True)
     size = BATCH * LENGTH * e * 2
-    yield attempt("conv forward", lambda: {"ms": median_ms(lambda: fused_conv.conv(*conv)), "bytes": 2 * size})
+    yield attempt("conv forward", lambda: {"ms": median_ms(lambda: triton_conv.conv(*conv)), "bytes": 2 * size})
     dy, dz, dxz = torch.randn_like(x), torch.randn_like(x), torch.empty_like(xz)
     yield attempt(
         "conv backward, and a copy",
         lambda: {
-            "ms": median_ms(lambda: fused_conv.conv_backward(dy, None, *conv, dxz[..., :e], dz)),
+            "ms": median_ms(lambda: triton_conv.conv_backward(dy, None, *conv, dxz[..., :e], dz)),
             "bytes": 5 * size,
         },
     )
@@ -394,11 +394,11 @@ def kernels(arguments):
     for limit in (27, 28, 29):
 
         def loss(limit=limit):
-            fused_loss.BYTES = 1 << limit
-            return {"ms": median_ms(lambda: fused_loss._forward(normed, weight, targets, True), 5, 2)}
+            triton_loss.BYTES = 1 << limit
+            return {"ms": median_ms(lambda: triton_loss._forward(normed, weight, targets, True), 5, 2)}
 
         yield attempt(f"head and loss, logits of {1 << limit - 20} MiB at once", loss)
-    fused_loss.BYTES = 1 << 28
+    triton_loss.BYTES = 1 << 28
     yield from products(arguments)
 
 
@@ -419,7 +419,9 @@ def products(arguments):
             y = torch.empty(1, outputs, device=DEVICE)
 
             def ours(weights=weights, x=x, y=y):
-                return graph_ms(lambda: [fused_linear.multiply(x, weight, None, y) for weight in weights], len(weights))
+                return graph_ms(
+                    lambda: [triton_linear.multiply(x, weight, None, y) for weight in weights], len(weights)
+                )
 
             def cublas(weights=weights, x=x):
                 return graph_ms(lambda: [F.linear(x, weight) for weight in weights], len(weights))
@@ -454,24 +456,24 @@ def tune(arguments):
     taps, bias = torch.randn(e, 4, device=DEVICE), torch.randn(e, device=DEVICE)
     conv = (x, taps, bias, torch.zeros(BATCH, 3, e, device=DEVICE), None, True)
     for walk in ((128, 16, 4), (128, 32, 4), (128, 64, 4), (128, 32, 8), (256, 32, 2), (256, 32, 4)):
-        fused_conv.FORWARD = fused_conv.Walk(*walk)
-        yield attempt(f"conv forward {walk}", lambda: {"ms": median_ms(lambda: fused_conv.conv(*conv))})
+        triton_conv.FORWARD = triton_conv.Walk(*walk)
+        yield attempt(f"conv forward {walk}", lambda: {"ms": median_ms(lambda: triton_conv.conv(*conv))})
     for walk in ((128, 32, 2), (128, 64, 2), (128, 64, 4), (128, 128, 4), (256, 64, 2), (256, 64, 4)):
-        fused_conv.BACKWARD = fused_conv.Walk(*walk)
-        call = partial(fused_conv.conv_backward, dy, None, *conv, dxz[..., :e], dz)
+        triton_conv.BACKWARD = triton_conv.Walk(*walk)
+        call = partial(triton_conv.conv_backward, dy, None, *conv, dxz[..., :e], dz)
         yield attempt(f"conv backward {walk}", lambda call=call: {"ms": median_ms(call)})
     for outputs, inputs in ((10240, 2560), (2560, 5120), (3072, 768), (768, 1536), (50280, 768)):
         weights = [torch.randn(outputs, inputs, device=DEVICE, dtype=BF16) for _ in range(8 if outputs > 4000 else 24)]
         residual, norm = torch.randn(1, inputs, device=DEVICE), torch.ones(inputs, device=DEVICE, dtype=BF16)
         y = torch.empty(1, outputs, device=DEVICE)
         for each, lines in ((4, 4), (4, 8), (2, 4), (2, 8), (1, 6), (1, 10)):
-            fused_linear._outputs_of_program = lambda n, rows, each=each: each
-            fused_linear.LINES = lines
+            triton_linear._outputs_of_program = lambda n, rows, each=each: each
+            triton_linear.LINES = lines
 
             def measured(weights=weights, residual=residual, norm=norm, y=y):
                 def call():
                     for weight in weights:
-                        fused_linear.multiply(residual, weight, None, y, norm=norm, eps=1e-5)
+                        triton_linear.multiply(residual, weight, None, y, norm=norm, eps=1e-5)
 
                 return graph_ms(call, len(weights)) | {"bytes": weights[0].nbytes}
 
@@ -490,13 +492,10 @@ def check(arguments):
     def gradients(dtype):
         found = {}
         for kernel in ("auto", "chunked"):
-            model = random_model(config)
-            model.chosen_kernels = model.backbone.kernels = kernel
-            for layer in model.backbone.layers:
-                layer.mixer.kernels = kernel
+            model = random_model(config, kernels=kernel)
             started = time.perf_counter()
             with torch.autocast(DEVICE, BF16, enabled=dtype == BF16):
-                value, found[kernel] = train.loss_and_gradients(model, tokens)
+                value, found[kernel] = torch_training.loss_and_gradients(model, tokens)
             found[kernel]["loss"] = np.float64(value)
         apart = {
             name: np.linalg.norm(value - found["chunked"][name]) / np.linalg.norm(found["chunked"][name])
@@ -508,16 +507,16 @@ def check(arguments):
 
     def decoded(dtype, batch):
         model = random_model(config, dtype)
-        prefilled = decode.prefill(model, tokens[:1, :40].repeat(batch, 0), np.ones((batch, 40), bool))
+        prefilled = torch_decoding.prefill(model, tokens[:1, :40].repeat(batch, 0), np.ones((batch, 40), bool))
         greedy, started = sampling.Sampling(), time.perf_counter()
-        found = list(islice(decode.decode(model, prefilled, greedy), 40))
-        carry, apart = decode.begin(prefilled, None, None, greedy), []
+        found = list(islice(torch_decoding.decode(model, prefilled, greedy), 40))
+        carry, apart = torch_decoding.begin(prefilled, None, None, greedy), []
         with torch.no_grad():
             for choice in found:
                 # Along the same tokens, also where two are as likely.
                 same = carry.choice._replace(tokens=torch.from_numpy(choice.tokens).to(DEVICE))
                 apart.append(np.abs(choice.logprobs - carry.choice.logprobs.float().cpu().numpy()).max())
-                carry = decode.advance(model, carry._replace(choice=same), None, greedy)
+                carry = torch_decoding.advance(model, carry._replace(choice=same), None, greedy)
         return {"ms": 1e3 * (time.perf_counter() - started), "error_rel": float(max(apart))}
 
     for dtype in (torch.float32, BF16):
