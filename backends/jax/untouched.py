@@ -1,5 +1,7 @@
 """Whether modules are as this library or flax made them: the one test, which every way asks."""
 
+import functools
+
 import jax
 from flax import nnx
 from jax import lax
@@ -19,9 +21,13 @@ def has_only_parameters(module: nnx.Module) -> bool:
 
 
 def _has_no_other_variables(module):
-    return not any(
-        isinstance(value, nnx.Variable) and not isinstance(value, nnx.Param) for value in vars(module).values()
-    )
+    return not any(_is_other_variable(type(value)) for value in vars(module).values())
+
+
+# Every token asks it of every module.
+@functools.cache
+def _is_other_variable(kind: type) -> bool:
+    return issubclass(kind, nnx.Variable) and not issubclass(kind, nnx.Param)
 
 
 def _multiplies(module):
