@@ -270,8 +270,12 @@ def test_parts_side_by_side_have_the_sizes_of_the_parameters_parts():
     row = Row("backbone.layers.{layer}.w", ("q", "k", "v"))
     value, written = joined(row, parameter((8, 5), (("q", 4), ("k", 2), ("v", 2))))
     assert np.array_equal(written["k"], value[4:6])
-    value, written = joined(row._replace(axis=1), parameter((8, 6)))
+    # The parts are those of the first axis, so along another axis the stored tensors are of equal size.
+    value, written = joined(row._replace(axis=1), parameter((8, 6), (("q", 4), ("k", 2), ("v", 2))))
     assert np.array_equal(written["k"], value[:, 2:4])
+    stack = row._replace(stored=("q.{expert}", "k.{expert}", "v.{expert}"))
+    value, written = joined(stack, parameter((8, 6), (("q", 4), ("k", 2), ("v", 2))))
+    assert np.array_equal(written["k.7"], value[7, 2:4])
 
 
 def test_each_part_is_transformed():
