@@ -174,6 +174,11 @@ def test_a_vocabulary_that_transformers_resized():
     assert resized == dataclasses.replace(CHANGED, vocab_size=120, pad_vocab_size_multiple=1)
 
 
+def test_without_a_model_type_it_is_mamba():
+    assert from_dict({"hidden_size": 64}) == from_dict({"hidden_size": 64, "model_type": "mamba"})
+    assert from_dict({"hidden_size": 64}).architecture == "mamba"
+
+
 def test_the_class_that_transformers_names_is_the_task():
     assert from_dict({"model_type": "mamba", "architectures": ["MambaModel"]}).task == "features"
     assert from_dict({"model_type": "mamba", "architectures": ["MambaForCausalLM"]}).task == "lm"
@@ -205,7 +210,7 @@ def test_another_architecture_is_not_written_for_mamba_ssm():
 @pytest.mark.parametrize(
     ("expand", "inner"), [(2, 192), (16, 8192), (2, 100), (3, 64), (1.5, 97), (2, 1), (2, 12345), ("many", 128)]
 )
-@pytest.mark.parametrize("d", [64, 7, 4096])
+@pytest.mark.parametrize("d", [64, 7, 49, 4096])
 def test_an_intermediate_size_counts_whatever_expand_is(expand, inner, d):
     """As transformers has it."""
     config = from_dict({"model_type": "mamba", "hidden_size": d, "expand": expand, "intermediate_size": inner})

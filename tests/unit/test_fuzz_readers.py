@@ -214,7 +214,7 @@ def open_or_refuse(path):
     return None
 
 
-@pytest.mark.parametrize("layout", ["hf", "mamba_ssm", "mambapy"])
+@pytest.mark.parametrize("layout", ["hf", "mamba_ssm", "mambapy", "mlx_lm"])
 @given(data=st.data())
 def test_any_value_in_a_config(folder, layout, data):
     path = folder / layout
