@@ -15,8 +15,9 @@ from mamba_core import registry
 from mamba_core.benchmarks.machine import machine
 from mamba_core.registry import installed
 from mamba_core.spec.init import initial_values
-from mamba_core.spec.reference import ReferenceModel, cross_entropy
+from mamba_core.spec.reference import ReferenceModel
 from mamba_core.spec.tolerances import relative_l2
+from mamba_core.tasks.lm import cross_entropy
 
 CONFIG = mc.MambaConfig(d_model=256, n_layer=4, vocab_size=1000)
 DTYPES = ("float32", "bfloat16", "float16")

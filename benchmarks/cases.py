@@ -10,7 +10,8 @@ from mamba_core.config import MambaConfig, preset
 from mamba_core.sampling import Sampling
 from mamba_core.spec.init import initial_values
 from mamba_core.spec.ops import selective_scan as scan_spec
-from mamba_core.spec.reference import ReferenceModel, cross_entropy
+from mamba_core.spec.reference import ReferenceModel
+from mamba_core.tasks.lm import cross_entropy
 
 # In the order of every scan's arguments, results and gradients.
 SCAN_ARGUMENTS = ("x", "delta", "A", "B", "C", "D")

@@ -28,7 +28,7 @@ def candidates(case: Case, names: list[str]) -> dict:
 
 
 def _scan(name: str, kernel: str, case: Case) -> Timed:
-    return SCANS[name](partial(registry.get(name).selective_scan, kernel=kernel), case)
+    return SCANS[name](partial(registry.get(name).op("selective_scan").selective_scan, kernel=kernel), case)
 
 
 def _model(name: str, case: Case):

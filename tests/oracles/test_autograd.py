@@ -23,7 +23,7 @@ def test_reference_gradients_equal_autograd_of_the_sequential_kernel(case, seed)
 
     def scan(*values):
         named = dict(zip(arrays, values, strict=True))
-        return backend.selective_scan(
+        return backend.op("selective_scan").selective_scan(
             **named, **positions, **case.options, return_final_state=True, kernel="sequential"
         )
 

@@ -125,7 +125,9 @@ def test_backend_equals_selective_scan_ref(selective_scan_ref, backend, length, 
     kernels = backend.available_kernels()["selective_scan"]
     running = [kernel for kernel, reason in kernels.items() if reason is None]
     for kernel in running if dtype == "float32" else ("auto",):
-        y, h = backend.selective_scan(**stored, delta_softplus=True, return_final_state=True, kernel=kernel)
+        y, h = backend.op("selective_scan").selective_scan(
+            **stored, delta_softplus=True, return_final_state=True, kernel=kernel
+        )
         assert relative_l2(backend.to_numpy(y), expected[0].mT.numpy()) <= tolerance(dtype), kernel
         # On GPUs 1.15e-6 (float32) and 1.36e-6 (half precision) were seen at length 128, in all three frameworks alike:
         # likely of the GPU's own 2^x, which is right to 2 units in the last place, in states that decay slowly.
@@ -145,7 +147,7 @@ def test_backend_gradients_equal_selective_scan_ref(selective_scan_ref, backend,
 
     def scan(*values):
         named = dict(zip(stored, values, strict=True))
-        return backend.selective_scan(**named, delta_softplus=True, return_final_state=True)
+        return backend.op("selective_scan").selective_scan(**named, delta_softplus=True, return_final_state=True)
 
     _, gradients = backend.vjp(scan, list(stored.values()), cotangents)
     expected = their_gradients(selective_scan_ref, rounded, dy, dh)
@@ -199,7 +201,7 @@ def test_backend_step_equals_selective_state_update_ref(selective_state_update_r
     """Their sizes and dtypes. They allow (rtol, atol) (3e-4, 1e-3) in float32; this is relative, and 1e-6."""
     arrays = draw_step_as_theirs(states, 2064, states)
     stored, rounded = rounded_as_stored(backend, arrays, dtype)
-    y, h = backend.selective_step(**stored, delta_softplus=True)
+    y, h = backend.op("selective_scan").selective_step(**stored, delta_softplus=True)
     expected = their_step(selective_state_update_ref, rounded)
     assert relative_l2(backend.to_numpy(y), expected[0]) <= tolerance(dtype)
     assert relative_l2(backend.to_numpy(h), expected[1]) <= tolerance("float32")

@@ -95,7 +95,7 @@ def test_scan(theirs, backend, length, states, dtype):
     arrays, _ = mamba_ssm.rounded_as_stored(backend, drawn, dtype)
     assert_same(
         backend,
-        lambda named: backend.selective_scan(**named, delta_softplus=True),
+        lambda named: backend.op("selective_scan").selective_scan(**named, delta_softplus=True),
         lambda leaves: theirs.scan(**mamba_ssm.turned(leaves), delta_softplus=True).mT,
         arrays,
         dtype,
@@ -107,7 +107,7 @@ def test_final_state(theirs, backend):
     arrays, _ = mamba_ssm.rounded_as_stored(
         backend, mamba_ssm.draw_as_theirs(np.random.default_rng(0), 2, 3000, 24, 16), "float32"
     )
-    _, state = backend.selective_scan(**arrays, delta_softplus=True, return_final_state=True)
+    _, state = backend.op("selective_scan").selective_scan(**arrays, delta_softplus=True, return_final_state=True)
     leaves = mamba_ssm.turned(on_gpu(backend, arrays))
     _, expected = theirs.scan(**leaves, delta_softplus=True, return_last_state=True)
     assert relative_l2(backend.to_numpy(state), TORCH.to_numpy(expected)) <= limit("float32")
@@ -117,7 +117,7 @@ def test_final_state(theirs, backend):
 @pytest.mark.parametrize("states", [16, 64])
 def test_scan_step(theirs, backend, states, dtype):
     arrays, _ = mamba_ssm.rounded_as_stored(backend, mamba_ssm.draw_step_as_theirs(states, 2064, states), dtype)
-    y, state = backend.selective_step(**arrays, delta_softplus=True)
+    y, state = backend.op("selective_scan").selective_step(**arrays, delta_softplus=True)
     their_names = {"delta": "dt", "delta_bias": "dt_bias"}
     leaves = {their_names.get(name, name): leaf.detach() for name, leaf in on_gpu(backend, arrays).items()}
     expected = theirs.step(**leaves, dt_softplus=True)
@@ -140,7 +140,13 @@ def test_conv(theirs, backend, carried, width, dtype):
             names["initial_states"] = leaves["initial_state"].mT
         return theirs.conv(**names, activation="silu").mT
 
-    assert_same(backend, lambda named: backend.causal_conv(**named, activation="silu"), their_conv, arrays, dtype)
+    assert_same(
+        backend,
+        lambda named: backend.op("causal_conv").causal_conv(**named, activation="silu"),
+        their_conv,
+        arrays,
+        dtype,
+    )
 
 
 # --- the model -------------------------------------------------------------------------------------

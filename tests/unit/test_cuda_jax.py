@@ -193,7 +193,7 @@ def conv_arguments(b, l, e, k, dtype="float32", without=(), seed=0) -> dict:
 
 
 def conv(arrays, kernel="cuda", **given):
-    causal_conv = mc.registry.get("jax").causal_conv
+    causal_conv = mc.registry.get("jax").op("causal_conv").causal_conv
     return causal_conv(**arrays, activation="silu", **given, return_final_state=True, kernel=kernel)
 
 

@@ -225,7 +225,7 @@ def test_no_memory_is_an_error():
     assert "no memory for the workspace of a native kernel" in python(code, JAX_PLATFORMS="cpu")
 
 
-causal_conv = mc.registry.get("jax").causal_conv
+causal_conv = mc.registry.get("jax").op("causal_conv").causal_conv
 
 
 def conv_arguments(seed=0) -> dict:

@@ -11,8 +11,9 @@ from mamba_core import registry
 from mamba_core.backends.native import library
 from mamba_core.kernels import Kernels
 from mamba_core.spec.init import initial_values
-from mamba_core.spec.reference import ReferenceModel, cross_entropy
+from mamba_core.spec.reference import ReferenceModel
 from mamba_core.spec.tolerances import relative_l2, tolerance
+from mamba_core.tasks.lm import cross_entropy
 
 CONFIG = mc.MambaConfig(d_model=16, n_layer=2, vocab_size=29, initializer_range=0.1)
 PLACES = dict.fromkeys(("torch", "jax", "mlx"), "stack")

@@ -8,7 +8,8 @@ from mamba_core.config import MambaConfig
 from mamba_core.spec import ops
 from mamba_core.spec.init import initial_values
 from mamba_core.spec.ops import selective_scan as scan_spec
-from mamba_core.spec.reference import ReferenceModel, cross_entropy
+from mamba_core.spec.reference import ReferenceModel
+from mamba_core.tasks.lm import cross_entropy
 
 STEP = 1e-6
 RNG = np.random.default_rng(0)
