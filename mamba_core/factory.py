@@ -73,7 +73,8 @@ def load(
         dtype: the compute dtype; by default that of the checkpoint's embedding.
         layout: one of `mamba_core.weights.layouts.names()`; detected by default.
         revision: of the hub repository.
-        compat: "minimamba" to read MiniMamba's checkpoints, with their own arithmetic.
+        compat: the architecture to read a checkpoint as, where a plain conversion would change its function. The error
+            for such a checkpoint names it.
         backend, device, kernels: as in `build`.
 
     Raises:

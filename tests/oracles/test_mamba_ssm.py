@@ -122,7 +122,7 @@ def test_backend_equals_selective_scan_ref(selective_scan_ref, backend, length, 
     stored, rounded = rounded_as_stored(backend, arrays, dtype)
     tensors = turned({name: torch.from_numpy(value) for name, value in rounded.items()})
     expected = in_float64(selective_scan_ref, **tensors, delta_softplus=True, return_last_state=True)
-    kernels = backend.available_kernels()["selective_scan"]
+    kernels, op = backend.available_kernels()["selective_scan"], backend.op("selective_scan")
     running = [kernel for kernel, reason in kernels.items() if reason is None]
     for kernel in running if dtype == "float32" else ("auto",):
         y, h = backend.op("selective_scan").selective_scan(
@@ -131,9 +131,7 @@ def test_backend_equals_selective_scan_ref(selective_scan_ref, backend, length, 
         assert relative_l2(backend.to_numpy(y), expected[0].mT.numpy()) <= tolerance(dtype), kernel
         # On GPUs 1.15e-6 (float32) and 1.36e-6 (half precision) were seen at length 128, in all three frameworks alike:
         # likely of the GPU's own 2^x, which is right to 2 units in the last place, in states that decay slowly.
-        on_gpu = kernel == "cuda" or (
-            kernel == "auto" and backend.available_kernels()["selective_scan"]["cuda"] is None
-        )
+        on_gpu = kernel == "cuda" or (kernel == "auto" and kernels["cuda"] is None)
         limit = tolerance("float32") * (2 if on_gpu else 1)
         assert relative_l2(backend.to_numpy(h), expected[1].numpy()) <= limit, kernel
 

@@ -58,7 +58,8 @@ before = count()
 scan(2, delta_softplus=True, **arrays)
 assert count() == before, "the import changes nothing"
 x = torch.ones(1, 2, 3)
-backend.op("selective_scan").selective_scan(x, x, -torch.ones(3, 4), torch.ones(1, 2, 4), torch.ones(1, 2, 4), kernel="native")
+op = backend.op("selective_scan")
+op.selective_scan(x, x, -torch.ones(3, 4), torch.ones(1, 2, 4), torch.ones(1, 2, 4), kernel="native")
 together = scan(2, delta_softplus=True, **arrays)
 print(count() - before, all(np.array_equal(a, b) for a, b in zip(alone, together)))
 """
