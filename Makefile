@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint bench bench-quick clean
+.PHONY: demo test check lint bench bench-quick clean
 
 demo: $(VENV)/.demo
 	$(BIN)/mamba-core demo --backends torch,mlx,jax
@@ -13,6 +13,13 @@ test: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n auto $(PYTEST)
+
+# A minute: lint, types, and a slice of the laws.
+check: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest tests/unit/test_types.py tests/unit/test_signatures.py tests/meta/test_house.py
+	EXAMPLES=3 $(BIN)/python -m pytest -n auto tests/conformance --backend torch -k "test_laws or test_model"
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check --fix .

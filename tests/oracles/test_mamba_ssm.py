@@ -125,9 +125,7 @@ def test_backend_equals_selective_scan_ref(selective_scan_ref, backend, length, 
     kernels, op = backend.available_kernels()["selective_scan"], backend.op("selective_scan")
     running = [kernel for kernel, reason in kernels.items() if reason is None]
     for kernel in running if dtype == "float32" else ("auto",):
-        y, h = backend.op("selective_scan").selective_scan(
-            **stored, delta_softplus=True, return_final_state=True, kernel=kernel
-        )
+        y, h = op.selective_scan(**stored, delta_softplus=True, return_final_state=True, kernel=kernel)
         assert relative_l2(backend.to_numpy(y), expected[0].mT.numpy()) <= tolerance(dtype), kernel
         # On GPUs 1.15e-6 (float32) and 1.36e-6 (half precision) were seen at length 128, in all three frameworks alike:
         # likely of the GPU's own 2^x, which is right to 2 units in the last place, in states that decay slowly.
