@@ -160,6 +160,30 @@ def test_another_packages_architecture_is_converted(toy, tmp_path, no_framework,
         assert contents(tmp_path / "out") == contents(tmp_path / "toy")
 
 
+def test_another_packages_architecture_in_the_nested_config_of_another_library(toy, tmp_path):
+    values = saved(tmp_path / "toy", dataclasses.replace(toy, width=3), "mamba_ssm")
+    fields = json.loads((tmp_path / "toy" / "config.json").read_text())
+    assert fields["ssm_cfg"] == {"layer": "Toy", "toy_width": 3}, "what has its default is not written, the kind is"
+    opened = open_model(tmp_path / "toy")
+    assert (opened.layout, opened.config.width, opened.config.experts) == ("mamba_ssm", 3, 3)
+    assert_holds(opened, values)
+    plain = write(tmp_path / "plain", CONFIG, "mamba_ssm")
+    assert json.loads((plain / "config.json").read_text())["ssm_cfg"] == {"d_state": 3, "dt_rank": 2}
+    with pytest.raises(ValueError, match=r"ssm_cfg\.toy_width=3, a field of architecture 'toy'"):
+        from_dict({"ssm_cfg": {"toy_width": 3}})
+
+
+def test_another_packages_layout(toy, tmp_path, no_framework):
+    saved(tmp_path / "toy", toy)
+    done = mc.convert(tmp_path / "toy", tmp_path / "out", to="toy-layout", verify=True)
+    assert done.target_layout == "toy_layout"
+    assert [path.name for path in open_checkpoint(tmp_path / "out").files] == ["weights.npz"]
+    assert {row.transform for row in done.tensors if "gate_up" in row.target} == {"6 tensors -> as is"}
+    assert open_model(tmp_path / "out").config == toy
+    mc.convert(tmp_path / "out", tmp_path / "back", to="hf", verify=True)
+    assert contents(tmp_path / "back") == contents(tmp_path / "toy")
+
+
 @pytest.mark.parametrize("prefix", ["module.", "model."])
 def test_names_that_begin_like_a_wrapper(toy, tmp_path, prefix):
     """Without the head every name of the toy begins with "model.", which is no wrapper there."""

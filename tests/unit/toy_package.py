@@ -90,8 +90,31 @@ TABLES = {
         kinds=("toy",),
         fixed={"toy_activation": ("relu",)},
         constants={"toy_activation": "relu"},
-    )
+    ),
+    "mamba_ssm": Table(
+        schemes=(Scheme("lm", ROWS),),
+        fields={
+            "d_model": Field("d_model", 2560),
+            "n_layer": Field("n_layer", 64),
+            "vocab_size": "vocab_size",
+            "experts": "ssm_cfg.experts",
+            "width": "ssm_cfg.toy_width",
+            "tie_embeddings": "tie_embeddings",
+        },
+        kinds=("Toy",),
+    ),
+    "toy_layout": Table(
+        schemes=(Scheme("lm", tuple(Row(row.canonical, row.canonical, mark=row.mark) for row in ROWS)),),
+        fields={"d_model": "d", "n_layer": "n", "vocab_size": "v", "experts": "e", "width": "w"},
+        kinds=("toy",),
+    ),
 }
+"""
+
+LAYOUT = """
+from mamba_core.weights.layouts.base import Layout
+
+LAYOUT = Layout(file_format="npz", keys=("toy_kind",), kind=("toy_kind",), hides="changed")
 """
 
 TASK = """
@@ -123,6 +146,7 @@ FILES = {
     "architectures/toy.py": ARCHITECTURE.replace("NAME", "toy"),
     "architectures/bare.py": ARCHITECTURE.replace("NAME", "bare"),
     "weights/tables/toy.py": TABLE,
+    "weights/layouts/toy_layout.py": LAYOUT,
     "tasks/scores.py": TASK,
 }
 
