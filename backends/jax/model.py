@@ -69,6 +69,7 @@ class Model(nnx.Module):
 
     def __init__(self, config, options: Options):
         self.config = config
+        self.task = tasks.of(config)
         self.dtype = options.dtype
         self.policy = options.kernels
         self.backbone = Backbone(config, options)
@@ -98,7 +99,7 @@ class Model(nnx.Module):
 
     def _run(self, inputs, state, mask, segment_ids, observe) -> tuple[jax.Array, State, Call]:
         """What comes before the head, the state after it, and the facts of the call."""
-        tasks.of(self.config).check(self.config, inputs, mask, segment_ids)
+        self.task.check(self.config, inputs, mask, segment_ids)
         batch, length = inputs.shape[:2]
         if state is None:
             state = self.init_state(batch, length)

@@ -95,6 +95,7 @@ class Model(nn.Module):
         super().__init__()
         keep_float32()
         self.config = config
+        self.task = tasks.of(config)
         self.policy = policy
         self.device = device
         self.backbone = Backbone(config, Options(policy))
@@ -128,7 +129,7 @@ class Model(nn.Module):
 
     def _run(self, inputs, state, mask, segment_ids, observe) -> tuple[mx.array, State]:
         """The backbone's output and the state after it."""
-        tasks.of(self.config).check(self.config, inputs, mask, segment_ids)
+        self.task.check(self.config, inputs, mask, segment_ids)
         batch, length = inputs.shape[:2]
         if state is None:
             state = self.init_state(batch, length)

@@ -92,6 +92,7 @@ class Model(nn.Module):
     def __init__(self, config, policy: Kernels):
         super().__init__()
         self.config = config
+        self.task = tasks.of(config)
         self.policy = policy
         self.backbone = Backbone(config, policy)
 
@@ -123,7 +124,7 @@ class Model(nn.Module):
 
     def _run(self, inputs, state, mask, segment_ids, observe) -> tuple[Tensor, State]:
         """The backbone's output, and the state after it."""
-        tasks.of(self.config).check(self.config, inputs, mask, segment_ids)
+        self.task.check(self.config, inputs, mask, segment_ids)
         batch, length = inputs.shape[:2]
         if state is None:
             state = self.init_state(batch, length)
