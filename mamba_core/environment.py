@@ -43,7 +43,7 @@ VARIABLES = (
         "MAMBA_CORE_TUNE",
         "whether malloc is told to keep freed memory for the next arrays",
         "0 to leave malloc alone",
-        "it is told so, on Linux with glibc, when the torch backend is imported",
+        "it is told so, on Linux with glibc, when torch's first model on a CPU is built",
     ),
     Variable(
         "MAMBA_CORE_OPENMP",
@@ -91,7 +91,7 @@ VARIABLES = (
         "MLX_ENABLE_TF32",
         "whether MLX rounds the factors of float32 products to TF32 on GPUs that have it",
         "0 or 1",
-        "0, set when the MLX backend is imported",
+        "0, set by the first model or op of the MLX backend",
     ),
 )
 

@@ -117,3 +117,9 @@ def test_kernels_by_op_are_a_line_each(monkeypatch, capsys):
     told = capsys.readouterr().out
     assert "selective_scan: native" in told
     assert "causal_conv: plain" in told
+
+
+def test_the_readme_lists_every_variable():
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    missing = [name for name in NAMES if f"| `{name}` |" not in readme]
+    assert not missing
