@@ -94,5 +94,5 @@ def _named(kernel: str, ops: Mapping[str, Mapping[str, str | None]]):
         if op == APART:
             yield op, "auto"
         elif op != NAMED:
-            running = [name for name in (kernel, ALONG.get(kernel)) if name in names and names[name] is None]
+            running = [name for name in (kernel, ALONG.get(kernel, kernel)) if name in names and names[name] is None]
             yield from ((op, name) for name in running[:1])

@@ -247,7 +247,8 @@ def _meaningful(layout: str, architecture: str) -> set[str]:
     """Names of fields that a reader of the layout, or of our own fields, would not take for unknown."""
     shape, table = layouts.find(layout), tables.find(architecture, layout)
     names = table.theirs() - set(table.ignored) | set(tables.foreign(layout, architecture))
-    return names | {*shape.dtype, *shape.kind_name, shape.classes, HIDDEN, "architecture"}
+    classes = () if shape.classes is None else (shape.classes,)
+    return names | {*shape.dtype, *shape.kind_name, *classes, HIDDEN, "architecture"}
 
 
 def _has_outer_tensors(config: BaseConfig, scheme: Scheme) -> bool:

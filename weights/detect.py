@@ -120,7 +120,9 @@ def _names_itself(layout: str, fields: Mapping | None) -> bool:
 
 def _unknown_kind(fields: Mapping | None, by_config: Collection[str]) -> str:
     """What a config.json says that it is of, if no table is of that."""
-    for layout in by_config if fields is not None else ():
+    if fields is None:
+        return ""
+    for layout in by_config:
         try:
             tables.architecture_of(layout, fields)
         except ValueError as fault:
@@ -147,9 +149,9 @@ def _prefixes(names: Collection[str], layout: str | None) -> Iterator[str]:
     """What wrappers may have put before every name, the shortest first: "", "module.", "module.model." and so on."""
     wrappers = {word for name in layouts.names() if layout in (None, name) for word in layouts.find(name).wrappers}
     one = re.compile("|".join(map(re.escape, sorted(wrappers))))
-    chain = re.compile(f"(?:{one.pattern})*")
+    chain = re.compile(f"((?:{one.pattern})*).*", re.DOTALL)
     # Of characters, then cut back to whole words.
-    shared = os.path.commonprefix([chain.match(name)[0] for name in names])  # noqa: RUF071
-    words = one.findall(chain.match(shared)[0])
+    shared = os.path.commonprefix([chain.sub(r"\1", name) for name in names])  # noqa: RUF071
+    words = one.findall(chain.sub(r"\1", shared))
     for count in range(min(len(words), MOST_WRAPPERS) + 1):
         yield "".join(words[:count])

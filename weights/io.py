@@ -44,7 +44,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
     def __init__(self, tensors: dict[str, StoredTensor], files: tuple[Path, ...], metadata: dict[str, str]) -> None:
         self._tensors = tensors
-        self._last = None
+        self._last: StoredTensor | None = None
         self.files = files
         self.metadata = metadata
 

@@ -195,7 +195,7 @@ def _pieces(row: Row, wildcards: Mapping[str, str], parameter: Parameter) -> Ite
         raise ValueError(f"{parameter.name} has shape {parameter.shape}; its row joins along axis {row.axis}")
     sizes = _sizes(row, entry[row.axis], parameter)
     for index in (None,) if row.stacks is None else range(parameter.shape[0]):
-        known = wildcards if index is None else {**wildcards, row.stacks: index}
+        known = wildcards if row.stacks is None else {**wildcards, row.stacks: str(index)}
         start = 0
         for name, size in zip(row.names, sizes, strict=True):
             where = (slice(None),) * row.axis + (slice(start, start + size),) if len(row.names) > 1 else ()
@@ -216,7 +216,7 @@ def _sizes(row: Row, whole: int, parameter: Parameter) -> tuple[int, ...]:
 
 
 def _grouped(pairs: Iterator[tuple[str, Row]]) -> dict[str, list[Row]]:
-    grouped = {}
+    grouped: dict[str, list[Row]] = {}
     for key, row in pairs:
         grouped.setdefault(key, []).append(row)
     return grouped

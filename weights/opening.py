@@ -147,10 +147,11 @@ def _shapes(checkpoint: Checkpoint, detected: Detected) -> dict[str, tuple[int, 
 
 def _told(checkpoint: Checkpoint, detected: Detected) -> dict[str, Any]:
     """The fields of our config that names and bytes tell."""
-    told = {"task": detected.scheme.task}
-    if (head := detected.scheme.name(HEAD)) is not None:
+    told: dict[str, Any] = {"task": detected.scheme.task}
+    names = detected.scheme.name(HEAD), detected.scheme.name(EMBEDDING)
+    if names[0] is not None and names[1] is not None:
         # Torch saves a tied head as a copy of the embedding, so a head that is there need not be one of its own.
-        head, embedding = detected.prefix + head, detected.prefix + detected.scheme.name(EMBEDDING)
+        head, embedding = detected.prefix + names[0], detected.prefix + names[1]
         both = head in checkpoint and embedding in checkpoint
         told["tie_embeddings"] = not both or checkpoint.have_same_bytes(head, embedding)
     return told
@@ -172,8 +173,8 @@ def _checked(path: Path, folder: Path, config, checkpoint: Checkpoint, detected:
     }
     left_out = tuple(prefix + name for name in scheme.left_out if prefix + name in checkpoint)
     tied_head = None
-    if tasks.of(config).generates and config.tie_embeddings and scheme.name(HEAD) is not None:
-        tied_head = prefix + scheme.name(HEAD)
+    if tasks.of(config).generates and config.tie_embeddings and (head := scheme.name(HEAD)) is not None:
+        tied_head = prefix + head
     _check_tensors(path, checkpoint, stored, left_out, tied_head, detected.layout)
     evidence = detected.evidence + (f"; not read: {', '.join(left_out)}" if left_out else "")
     for name, only in detected.table.required.items():
@@ -201,7 +202,7 @@ def _check_tensors(
     faults = [f"missing {name}" for tensor in stored.values() for name in tensor.names if name not in checkpoint]
     faults += [f"unexpected {name}" for name in checkpoint if name not in allowed]
     for canonical, tensor in stored.items():
-        dtypes = {}
+        dtypes: dict[str, str] = {}
         for piece in tensor.pieces:
             if piece.name not in checkpoint:
                 continue
@@ -214,7 +215,7 @@ def _check_tensors(
         if len(dtypes) > 1:
             found = " and ".join(f"{name} has {dtype}" for dtype, name in dtypes.items())
             faults.append(f"{canonical} is joined of tensors of several dtypes: {found}")
-    if not faults and tied_head in checkpoint:
+    if not faults and tied_head is not None and tied_head in checkpoint:
         embedding = stored[EMBEDDING].pieces[0].name
         if not checkpoint.have_same_bytes(tied_head, embedding):
             faults.append(f"{tied_head} differs from {embedding}, but the config ties them")

@@ -59,8 +59,9 @@ def _download(repository: str, revision: str | None) -> Path:
         for patterns in _HUB_PATTERNS:
             wanted = ["*.json", *TOKENIZER_FILES, *patterns]
             # Patterns match in subfolders too, where other checkpoints lie.
-            options = {"allow_patterns": wanted, "ignore_patterns": ["*/*"]}
-            folder = Path(snapshot_download(repository, revision=revision, **options))
+            folder = Path(
+                snapshot_download(repository, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"])
+            )
             if any(found for pattern in patterns for found in folder.glob(pattern)):
                 break
         return folder

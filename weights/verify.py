@@ -39,7 +39,7 @@ def verify_bytes(target: str | Path, checkpoint: Checkpoint, checksums: dict[str
     for name in checkpoint:
         checksum = 0
         for block in blocks(checkpoint[name]):
-            checksum = zlib.crc32(block.view(np.uint8), checksum)
+            checksum = zlib.crc32(block.view(np.uint8).data, checksum)
         if f"{checksum:08x}" != checksums[name]:
             raise CheckpointError(f"{target}: the verification failed: {name} was read otherwise than it was written")
 

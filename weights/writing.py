@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ def write_model(folder: Path, config, parameters: Mapping[str, np.ndarray], *, l
     parameters: by canonical name, asked for one at a time. dtype: their compute dtype.
     """
     sources = [
-        TensorSource(name, parameter.shape, parameter.dtype(dtype), lambda name=name: parameters[name])
+        TensorSource(name, parameter.shape, parameter.dtype(dtype), partial(parameters.__getitem__, name))
         for name, parameter in parameter_table(config).items()
     ]
     write_layout(folder, config, sources, layout)
@@ -107,7 +108,8 @@ class _Shared:
     """A canonical tensor that is read once for all its parts, and let go with the last."""
 
     def __init__(self, read: Callable[[], np.ndarray], uses: int) -> None:
-        self._read, self._uses, self._left, self._value = read, uses, uses, None
+        self._read, self._uses, self._left = read, uses, uses
+        self._value: np.ndarray | None = None
 
     def __call__(self) -> np.ndarray:
         value = self._read() if self._value is None else self._value

@@ -15,7 +15,7 @@ from mamba_core.weights.formats.base import CheckpointError
 try:
     import fcntl
 except ModuleNotFoundError:  # on Windows, where what a killed process leaves stays
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 SYNC_SECONDS = 0.1
 _PARTIAL, _OLD = ".partial", ".old"

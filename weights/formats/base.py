@@ -7,8 +7,9 @@ import reprlib
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import NamedTuple, Self
 
 import ml_dtypes
 import numpy as np
@@ -119,9 +120,9 @@ class Progress:
     def __init__(self) -> None:
         self._checksums: Counter[str] = Counter()
         self._thread = ThreadPoolExecutor(1)
-        self._pending = deque()
+        self._pending: deque[Future[None]] = deque()
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_) -> None:
@@ -141,14 +142,14 @@ class Progress:
         return self._checksums[name]
 
     def _record(self, name: str, block: np.ndarray) -> None:
-        self._checksums[name] = zlib.crc32(block.view(np.uint8), self._checksums[name])
+        self._checksums[name] = zlib.crc32(block.view(np.uint8).data, self._checksums[name])
 
 
 def sources_of(arrays: Mapping[str, np.ndarray]) -> Iterator[TensorSource]:
     """The sources of a mapping of arrays. Of an opened checkpoint they touch no data until written."""
     for name in arrays:
         array = arrays[name]
-        yield TensorSource(name, array.shape, array.dtype.name, lambda name=name: arrays[name])
+        yield TensorSource(name, array.shape, array.dtype.name, partial(arrays.__getitem__, name))
 
 
 def checked_sources(target, tensors: Iterable[TensorSource]) -> list[TensorSource]:
@@ -169,7 +170,7 @@ def checked_sources(target, tensors: Iterable[TensorSource]) -> list[TensorSourc
     return sources
 
 
-def write_tensor(file, source: TensorSource, progress: Progress | None = None) -> None:
+def write_tensor(file, source: TensorSource, progress: Callable[[str, np.ndarray], None] | None = None) -> None:
     """Write the bytes of a source, row-major and little-endian, a block at a time."""
     array = np.asarray(source.read())
     expected = source.cast_from or source.dtype

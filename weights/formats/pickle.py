@@ -10,7 +10,7 @@ import pickle
 import pickletools
 import struct
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mamba_core.weights.formats.base import DTYPES, TensorSource, count_bytes, list_names
 
@@ -47,7 +47,9 @@ _TENSOR_OF_BYTES = Global("torch._utils", "_rebuild_tensor_v3")
 _PARAMETER = Global("torch._utils", "_rebuild_parameter")
 _PARAMETER_WITH_STATE = Global("torch._utils", "_rebuild_parameter_with_state")
 _BYTES = Global("torch.storage", "UntypedStorage")
-_STORAGES = {Global("torch", dtype.torch_storage): name for name, dtype in DTYPES.items() if dtype.torch_storage}
+_STORAGES: dict[Global, str | None] = {
+    Global("torch", dtype.torch_storage): name for name, dtype in DTYPES.items() if dtype.torch_storage
+}
 _STORAGES[_BYTES] = None
 _TORCH_DTYPES = {Global("torch", name): name for name in DTYPES}
 _KNOWN_GLOBALS = {
@@ -81,9 +83,9 @@ def _opcodes(data: bytes) -> Iterator[tuple[str, object]]:
 
 class _Machine:
     def __init__(self) -> None:
-        self.stack = []
-        self.marks = []
-        self.memo = {}
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, Any] = {}
 
     def step(self, opcode: str, argument) -> None:
         stack = self.stack

@@ -7,6 +7,7 @@ https://github.com/huggingface/safetensors#format
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from mamba_core.weights.formats.base import (
     DTYPES,
@@ -165,7 +166,8 @@ def _check(
 
 
 def _plan_shards(sources: list[TensorSource], shard_bytes: int) -> list[list[TensorSource]]:
-    shards, filled = [[]], 0
+    shards: list[list[TensorSource]] = [[]]
+    filled = 0
     for source in sources:
         nbytes = count_bytes(source.shape, source.dtype)
         if shards[-1] and filled + nbytes > shard_bytes:
@@ -184,7 +186,7 @@ def _write_file(
     offsets, reached = {}, 0
     for source in laid_out:
         offsets[source.name] = [reached, reached := reached + count_bytes(source.shape, source.dtype)]
-    header = {_METADATA: metadata} if metadata else {}
+    header: dict[str, Any] = {_METADATA: metadata} if metadata else {}
     for source in sources:
         code = DTYPES[source.dtype].safetensors
         header[source.name] = {"dtype": code, "shape": source.shape, "data_offsets": offsets[source.name]}

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from mamba_core.architectures.base import MAX_SIZE, is_number, is_size
@@ -129,8 +130,10 @@ MLX_LM = dataclasses.replace(
 
 # --- mamba_ssm -------------------------------------------------------------------------------------
 
-_SSM = ("d_state", "d_conv", "expand", "dt_rank", "dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor")
-_SSM += ("bias", "conv_bias")
+_SSM = (
+    *("d_state", "d_conv", "expand", "dt_rank", "dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor"),
+    *("bias", "conv_bias"),
+)
 MAMBA_SSM = Table(
     schemes=(scheme("lm", outer=_HF_OUTER | {EMBEDDING: "backbone.embedding.weight"}),),
     fields={
@@ -212,10 +215,10 @@ MAMBAPY = Table(
     completed=library_completed,
     derived=_mambapy_derived,
 )
-_DENSE = {"conv": DENSE, "conv_name": "mixer.conv1d.conv1d."}
+_dense = partial(scheme, conv=DENSE, conv_name="mixer.conv1d.conv1d.")
 MAMBAPY_MLX = dataclasses.replace(
     MAMBAPY,
-    schemes=(scheme("lm", "mamba.layers", _MAMBAPY_OUTER, **_DENSE), scheme("layers", "layers", **_DENSE)),
+    schemes=(_dense("lm", "mamba.layers", _MAMBAPY_OUTER), _dense("layers", "layers")),
     fields=_MAMBAPY_MLX_FIELDS,
     required={"norm_eps": 1e-5, "conv_bias": True},  # for which it has no choice
 )

@@ -21,7 +21,7 @@ TABLES = {
         mamba.HF,
         kinds=("mamba_core_minimamba",),
         assumed=False,
-        fixed=mamba.HF.fixed | {"hidden_act": ("minimamba",)},
+        fixed={**mamba.HF.fixed, "hidden_act": ("minimamba",)},
         constants={"hidden_act": "minimamba"},
     ),
     "minimamba": Table(
