@@ -22,7 +22,10 @@ jnp = jax.numpy
 if library.missing():
     pytest.skip(f"no native kernels: {library.missing()}", allow_module_level=True)
 
-from mamba_core.backends.jax import decoding  # noqa: E402 (after the packages that it needs)
+from mamba_core.backend import LayerState  # noqa: E402 (after the packages that it needs)
+from mamba_core.backends.jax import decoding  # noqa: E402
+from mamba_core.backends.jax.blocks import Options  # noqa: E402
+from mamba_core.backends.jax.mixers import s6  # noqa: E402
 from mamba_core.backends.jax.ops.linear import product_of_one  # noqa: E402
 
 B, L, E, N = 2, 70, 10, 5
@@ -412,6 +415,67 @@ def test_each_norm_has_its_own_eps():
     same(model(ids, state), plain(ids, state))
 
 
+class Normed(nnx.Module):
+    """Mamba-1's mixer, with norms without weight of dt, B and C."""
+
+    def __init__(self, old, eps):
+        s6.add_parameters(self, CONFIG, Options("float32", old.kernels, nnx.Rngs(0)))
+        nnx.update(self, nnx.state(old))
+        self.eps = eps
+
+    def __call__(self, hidden, state, call):
+        x, z = s6.project_in(self, hidden, call)
+        x, conv = s6.convolve(self, x, state, call)
+        dt, B, C = s6.norm_selection(*s6.project_x(self, x, call), self.eps, call)
+        y, ssm = s6.recur(self, x, dt, B, C, z, s6.delta_bias(self), state, call)
+        return self.out_proj(y), LayerState(conv, ssm)
+
+    def native_step(self):
+        return s6.native_step(self, self.eps)
+
+
+def with_norms(*eps):
+    """A change: the mixers of the layers with an eps norm dt, B and C."""
+
+    def change(model):
+        for block, of_block in zip(model.backbone.layers, eps, strict=True):
+            if of_block is not None:
+                block.mixer = Normed(block.mixer, of_block)
+
+    return change
+
+
+@pytest.mark.parametrize("eps", [(1e-6, 1e-6, 1e-6), (None, 0.3, None), (1e-6, 3.0, 0.01)])
+def test_each_mixer_norms_dt_b_and_c_with_its_own_eps(eps):
+    """In one call of the library, whether or not the other blocks of the run norm theirs."""
+    unchanged, ids, state, _ = stepping()
+    model, plain = both(with_norms(*eps))
+    assert ways(model) == ["native_step"]
+    assert calls(model, ids, state) == BOTH
+    wanted = plain(ids, state)
+    same(jax.jit(model)(ids, state), wanted)
+    assert relative_l2(wanted.logits, unchanged(ids, state).logits) > 1e-3
+
+    def gradient(model):
+        return jax.grad(lambda layers: model(ids, state._replace(layers=layers)).logits.var())(state.layers)
+
+    close(gradient(model), gradient(plain), 1e-4)
+
+
+@pytest.mark.parametrize("eps", [0.0, -1.0, 1e-39])
+def test_an_eps_that_says_no_norm_to_the_library_is_left_to_the_plain_way(eps):
+    _, ids, state, _ = stepping()
+    model, plain = both(with_norms(None, eps, None))
+    assert ways(model) == ["native_step", "plain", "native_step"]
+    np.testing.assert_allclose(model(ids, state).logits, plain(ids, state).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_subclass_of_a_mixer_that_norms_is_left_to_the_plain_way():
+    model, _ = both(with_norms(1e-6, 1e-6, 1e-6))
+    model.backbone.layers[0].mixer.__class__ = type("Changed", (Normed,), {})
+    assert ways(model) == ["plain", "native_step"]
+
+
 def test_an_adapted_head_is_called():
     config = mc.MambaConfig(d_model=20, n_layer=1, vocab_size=32, tie_embeddings=False)
     model, ids, state, wanted = stepping(config)
@@ -444,7 +508,7 @@ def test_plain_operations_where_a_step_is_not_all(call):
         {"kernels": "chunked"},
         {"dtype": "float16"},
         {"batch": 9},
-        {"config": mc.MambaConfig(d_model=20, n_layer=3, vocab_size=29, compat="minimamba", bias=True)},
+        {"config": mc.MiniMambaConfig(d_model=20, n_layer=3, vocab_size=29, bias=True)},
     ],
 )
 def test_plain_operations_for_another_model(settings):

@@ -16,7 +16,6 @@ from mamba_core.backend import LayerState  # noqa: E402 (after the package that 
 from mamba_core.backends.mlx import blocks, stack  # noqa: E402
 from mamba_core.backends.mlx.mixers import Options, s6  # noqa: E402
 from mamba_core.backends.mlx.mixers.mamba import MambaMixer  # noqa: E402
-from mamba_core.backends.mlx.ops.rms_norm import rms_norm  # noqa: E402
 from mamba_core.backends.mlx.ways import Taken, ways  # noqa: E402
 
 BACKEND = registry.get("mlx")
@@ -25,7 +24,7 @@ IDS = np.random.default_rng(0).integers(0, 29, (2, 50)).astype(np.int32)
 
 
 class NormedMixer(nn.Module):
-    """As FalconMamba's: norms without weights of dt, B and C."""
+    """Mamba-1's, with norms without weight of dt, B and C."""
 
     last_position = True
     width = s6.width
@@ -37,8 +36,7 @@ class NormedMixer(nn.Module):
     def __call__(self, hidden, state, call):
         x, z = s6.project_in(self, hidden, call)
         x, conv = s6.convolve(self, x, state.conv, call)
-        parts = zip(("dt", "B", "C"), s6.select(self, x, call), strict=True)
-        dt, B, C = (call.observe(f"{name}_norm", rms_norm(part, None, 1e-6)) for name, part in parts)
+        dt, B, C = s6.norm_selection(self, *s6.select(self, x, call), 1e-6, call)
         delta, bias = s6.project_step(self, dt, call)
         y, ssm = s6.scan(self, x, delta, B, C, z, bias, state.ssm, call)
         return s6.project_out(self, y, call), LayerState(conv, ssm)

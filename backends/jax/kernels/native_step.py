@@ -5,6 +5,7 @@ For small batches a step is bound by reading the weights; as XLA's operations it
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,17 @@ MOST_ROWS = 8
 # A block's operands as the library names them: those that may be absent, and those that are always float32.
 OPTIONAL = {"in_proj.bias", "conv.bias", "out_proj.bias"}
 FLOAT32 = {"delta_bias", "A_log", "D", "ssm_state"}
+
+
+class MixerStep(NamedTuple):
+    """How the library computes a mixer.
+
+    paths: of its parameters, by their names in the library.
+    selection_eps: of the norms without weight that dt, B and C pass before dt_proj; 0 where there are none.
+    """
+
+    paths: dict[str, tuple[str, ...]]
+    selection_eps: float = 0.0
 
 
 def why_not(kernel: str, x: jax.Array, dtype) -> str | None:
@@ -67,11 +79,13 @@ def fits(operands: dict, sizes, dtype) -> bool:
 
 
 def blocks_beside(plain: Callable) -> Callable:
-    """run(residual, operands, twins=, sizes=, eps=, portable=) -> (residual, (conv state, ssm state) of each block).
+    """run(residual, operands, *, twins, sizes, eps, selection_eps, portable) -> (residual, states of each block).
 
     plain(residual, operands, twins): the twin, which gives the residual stream and a list of all states.
     operands: of each block, named as the library names them, the states included.
-    twins: a hashable value that the twin is given. eps: of each block's norm.
+    twins: a hashable value that the twin is given.
+    eps: of each block's norm. selection_eps: of each block, as in `MixerStep`.
+    A block's states are the convolution's and the recurrence's.
     """
 
     def run_plain(*arrays, tree, twins, **_):
@@ -79,7 +93,7 @@ def blocks_beside(plain: Callable) -> Callable:
 
     blocks = _operator("mamba_steps", _block_results, _block_structs, run_plain, in_place=_block_states)
 
-    @functools.partial(jax.jit, static_argnames=("twins", "sizes", "eps", "portable"))
+    @functools.partial(jax.jit, static_argnames=("twins", "sizes", "eps", "selection_eps", "portable"))
     def run(residual, operands, *, portable, **options):
         arrays, tree = jax.tree.flatten((residual, operands))
         after, *states = blocks(portable, options | {"tree": tree}, *arrays)
@@ -109,7 +123,7 @@ def _block_results(*arrays, tree, **_):
     return [jax.core.ShapedArray(value.shape, value.dtype) for value in (residual, *states)]
 
 
-def _block_structs(*arrays, tree, sizes, eps, **_):
+def _block_structs(*arrays, tree, sizes, eps, selection_eps, **_):
     before, operands = jax.tree.unflatten(tree, range(tree.num_leaves))
     after = tree.num_leaves
     residual, dtype = arrays[before], arrays[operands[0]["norm"]].dtype
@@ -119,7 +133,8 @@ def _block_structs(*arrays, tree, sizes, eps, **_):
     for k, block in enumerate(operands):
         results = {"new_residual": after, "new_conv_state": after + 2 * k + 1, "new_ssm_state": after + 2 * k + 2}
         numbers = block | {"residual": before} | results
-        structs.append(pointing(abi.MambaStep, fixed | {"eps": eps[k]}, numbers, arrays))
+        settings = fixed | {"eps": eps[k], "selection_eps": selection_eps[k]}
+        structs.append(pointing(abi.MambaStep, settings, numbers, arrays))
         before = after
     return structs
 

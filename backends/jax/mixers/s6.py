@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mamba_core.backends.jax.kernels.native_step import MixerStep
 from mamba_core.backends.jax.ops.causal_conv import causal_conv_step, conv
 from mamba_core.backends.jax.ops.linear import precision
+from mamba_core.backends.jax.ops.rms_norm import rms_norm
 from mamba_core.backends.jax.ops.selective_scan import scan, selective_step
 from mamba_core.backends.jax.untouched import untouched
 from mamba_core.call import Call
@@ -72,6 +74,13 @@ def project_x(mixer, x: jax.Array, call: Call) -> tuple[jax.Array, jax.Array, ja
     return call.observe("dt", dt), call.observe("B", B), call.observe("C", C)
 
 
+def norm_selection(dt, B, C, eps: float, call: Call) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """dt, B and C after an RMS norm without weight of each."""
+    named = {"dt_norm": dt, "B_norm": B, "C_norm": C}
+    dt, B, C = (call.observe(name, rms_norm(value, None, eps, value.dtype)) for name, value in named.items())
+    return dt, B, C
+
+
 def delta_bias(mixer) -> jax.Array:
     """(e,) float32, the bias of dt_proj, which enters inside the scan, before the softplus."""
     return _read(mixer, "dt_proj", nnx.Linear).bias[...]
@@ -96,13 +105,20 @@ def recur(mixer, x, dt, B, C, z, bias, state, call: Call) -> tuple[jax.Array, ja
 # --- what a mixer made of them may have in its own class -------------------------------------------
 
 
-def native_step(mixer) -> dict[str, tuple[str, ...]] | str:
-    """For the way of that name: the parameters' paths, where all layers are those that `add_parameters` made."""
+def native_step(mixer, selection_eps: float | None = None) -> MixerStep | str:
+    """For the way of that name, where all layers are those that `add_parameters` made.
+
+    selection_eps: the eps of `norm_selection`; None for a mixer that does not call it.
+    """
     linears = {name: getattr(mixer, name) for name in ("in_proj", "x_proj", "dt_proj", "out_proj")}
     replaced = [name for name, layer in linears.items() if not untouched(nnx.Linear, layer)]
     if replaced or not untouched(nnx.Conv, mixer.conv1d) or not untouched(type(mixer), mixer):
         return f"{', '.join(replaced) or 'the mixer or its convolution'} was replaced or changed"
-    return NATIVE_STEP
+    if selection_eps is None:
+        return MixerStep(NATIVE_STEP)
+    if not selection_eps >= jnp.finfo("float32").tiny:
+        return f"the eps of its norms, {selection_eps}, is too small for float32"
+    return MixerStep(NATIVE_STEP, selection_eps)
 
 
 def widest(mixer) -> int:

@@ -1,7 +1,7 @@
 """One position of many blocks in one native call on a CPU.
 
-A mixer for which it was written has in its own class a function `native_step(mixer)`: the path of each parameter in the
-mixer by its name in the library, or why the library cannot compute this mixer.
+A mixer for which it was written has in its own class a function `native_step(mixer)`. It returns a
+`kernels.native_step.MixerStep`, or why the library cannot compute this mixer.
 """
 
 import functools
@@ -28,11 +28,12 @@ def take(blocks, residual, states, call) -> Taken | str:
     if (why := _why_not_first(blocks[0], residual)) is not None:
         return why
     dtype, kernel = blocks[0].norm.scale.dtype, blocks[0].mixer.kernels.of("block_step")
-    sizes, operands, twins, eps = None, [], [], []
+    sizes, operands, twins, eps, selection_eps = None, [], [], [], []
     for block, state in zip(blocks, states, strict=True):
-        paths = _paths(block)
-        if isinstance(paths, str) or block.mixer.kernels.of("block_step") != kernel:
+        step = _step_of(block)
+        if isinstance(step, str) or block.mixer.kernels.of("block_step") != kernel:
             break
+        paths = _paths(step)
         graph, parameters = nnx.split(block)
         named, names = dict(nnx.to_flat_state(parameters)), {path: name for name, path in paths}
         if not set(named) <= set(names):
@@ -45,16 +46,18 @@ def take(blocks, residual, states, call) -> Taken | str:
         operands.append(of_block)
         twins.append((graph, paths))
         eps.append(block.norm.eps)
+        selection_eps.append(step.selection_eps)
     if not operands:
         return "its parameters or its state are not those of the library's block"
-    options = {"twins": tuple(twins), "sizes": sizes, "eps": tuple(eps), "portable": kernel == "auto"}
+    options = {"twins": tuple(twins), "sizes": sizes, "eps": tuple(eps), "selection_eps": tuple(selection_eps)}
+    options["portable"] = kernel == "auto"
     return Taken(len(operands), functools.partial(_run, operands, options))
 
 
 def _why_not_first(block, residual) -> str | None:
     """Why the library does not compute this block of this residual stream, as far as can be told without its arrays."""
-    if isinstance(paths := _paths(block), str):
-        return paths
+    if isinstance(step := _step_of(block), str):
+        return step
     dtype = block.norm.scale.dtype
     if residual.dtype not in ("float32", dtype):
         return f"the residual stream is {residual.dtype}"
@@ -66,19 +69,21 @@ def _run(operands, options, residual, pending, states):
     return residual, None, tuple(LayerState(*state) for state in states)
 
 
-def _paths(block) -> tuple[tuple[str, tuple[str, ...]], ...] | str:
-    """The path in the block of each parameter that the library reads: (its name there, path); or why it reads none."""
+def _step_of(block) -> native_step.MixerStep | str:
+    """How the library computes the block's mixer, or why it does not compute this block."""
     if not untouched(Block, block) or block.feed_forward is not None:
         return "the block is not norm and mixer alone"
     if not untouched(RMSNorm, block.norm):
         return "the norm was replaced"
-    paths_of = vars(type(block.mixer)).get("native_step")
-    if paths_of is None:
+    step_of = vars(type(block.mixer)).get("native_step")
+    if step_of is None:
         return f"it was not written for {type(block.mixer).__name__}"
-    found = paths_of(block.mixer)
-    if isinstance(found, str):
-        return found
-    return (("norm", ("norm", "scale")), *((name, ("mixer", *path)) for name, path in found.items()))
+    return step_of(block.mixer)
+
+
+def _paths(step) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """(name in the library, path in the block) of each parameter."""
+    return (("norm", ("norm", "scale")), *((name, ("mixer", *path)) for name, path in step.paths.items()))
 
 
 def _plain(residual, operands, twins):

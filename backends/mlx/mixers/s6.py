@@ -9,6 +9,7 @@ import mlx.nn as nn
 
 from mamba_core.backends.mlx.mixers import Options
 from mamba_core.backends.mlx.ops import causal_conv, linear, selective_scan
+from mamba_core.backends.mlx.ops.rms_norm import rms_norm
 from mamba_core.backends.mlx.untouched import untouched
 from mamba_core.call import Call
 
@@ -92,6 +93,13 @@ def select(mixer: nn.Module, x: mx.array, call: Call) -> tuple[mx.array, mx.arra
     dtbc = call.observe("x_proj", _linear(mixer, mixer.x_proj, x))
     dt, B, C = mx.split(dtbc, [mixer.dt_rank, mixer.dt_rank + mixer.d_state], axis=-1)
     return call.observe("dt", dt), call.observe("B", B), call.observe("C", C)
+
+
+def norm_selection(mixer: nn.Module, dt, B, C, eps: float, call: Call) -> tuple[mx.array, mx.array, mx.array]:
+    """dt, B and C after an RMS norm without weight of each."""
+    named, kernel = {"dt_norm": dt, "B_norm": B, "C_norm": C}, mixer.kernels.of("rms_norm")
+    dt, B, C = (call.observe(name, rms_norm(value, None, eps, kernel=kernel)) for name, value in named.items())
+    return dt, B, C
 
 
 def project_step(mixer: nn.Module, dt: mx.array, call: Call) -> tuple[mx.array, mx.array | None]:
