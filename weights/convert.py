@@ -127,7 +127,7 @@ def convert(
         verify: read the target again, compare checksums, and compare the results of one forward bit for bit.
         overwrite: replace an existing folder.
         revision: of a hub repository.
-        compat: the architecture to read the source as, such as "minimamba"; see `open_model`.
+        compat: the architecture to read the source as; see `open_model`.
         progress: called with the bytes written so far and those of all tensors.
 
     Raises:

@@ -88,7 +88,7 @@ def open_model(
         layout: a file of `weights/layouts`, hyphens allowed; detected by default, from the config and the tensor names
             together.
         revision: of the hub repository.
-        compat: the architecture that the checkpoint is to be read as, such as "minimamba". Checkpoints that a plain
+        compat: the architecture that the checkpoint is to be read as. Checkpoints that a plain
             conversion would change are read only so.
 
     Raises:
