@@ -166,7 +166,7 @@ def parity(
         raise ValueError("no backend to compare; name one, or install a framework")
     opened = open_model(source, layout=layout, revision=revision, compat=compat)
     if grad:
-        tasks.check_generates(opened.config, "grad")
+        tasks.check_trains(opened.config, "grad")
     inputs = _inputs(opened, length, tokens, text, seed, least=2 if grad else 1)
     log = log or (lambda line: None)
     log("reference")

@@ -15,6 +15,7 @@ def from_dict(fields: Mapping[str, Any]) -> BaseConfig:
     """A config from a parsed JSON object in our own fields, those of transformers or those of mamba_ssm.
 
     Raises:
+        TypeError: it is not an object.
         ValueError: the fields are of none of the three, or a value is out of range.
     """
     from mamba_core.weights import tables

@@ -1,6 +1,6 @@
 """Generation: prompts of any form to rows, the decode loop, when a row ends, and how tokens become text.
 
-How a token is chosen is `mamba_core.sampling`'s, the arithmetic each backend's `decode.py`.
+How a token is chosen is `mamba_core.sampling`'s, the arithmetic each backend's `decoding.py`.
 """
 
 import math

@@ -1,7 +1,7 @@
 """What training has in common on every backend: the settings, the schedule, the data and the checkpoints.
 
-The arithmetic of a step (loss, gradients, AdamW) is native: see `train.py` of each backend. A batch depends on the seed
-and the number of the step alone, and the optimizer's moments are saved under canonical parameter names, so a run
+The arithmetic of a step (loss, gradients, AdamW) is native: see `training.py` of each backend. A batch depends on the
+seed and the number of the step alone, and the optimizer's moments are saved under canonical parameter names, so a run
 resumes exactly, on the same backend or on another.
 """
 

@@ -48,8 +48,9 @@ def read_config(
     hidden, shadowed = _pop_hidden(shape, table, kind, rest)
     values |= _defaults(shape, table, kind) | sizes | dict(told or {})
     present = {ours: rest.pop(row.theirs) for ours, row in table.rows().items() if row.theirs in rest}
-    if sizes.get("vocab_size") not in (None, present.get("vocab_size", sizes.get("vocab_size"))):
-        values["pad_vocab_size_multiple"] = kind.pad_vocab_size_multiple  # of the classes that pad
+    stored, named = sizes.get("vocab_size"), present.get("vocab_size")
+    if None not in (stored, named) and stored != named:  # the tensors have rows of padding, as the class makes them
+        values["pad_vocab_size_multiple"] = kind.pad_vocab_size_multiple
     rows = present.get("vocab_size", values.get("vocab_size"))
     values = table.completed(values | present | hidden, rest, sizes)
     if shape.nested is not None and (unknown := sorted(field for field in rest if field.startswith(shape.nested))):

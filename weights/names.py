@@ -4,6 +4,7 @@ Canonical names are those of the parameter table. A scheme translates every name
 in a file whether it belongs there.
 """
 
+import functools
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -222,12 +223,8 @@ def _grouped(pairs: Iterator[tuple[str, Row]]) -> dict[str, list[Row]]:
     return grouped
 
 
-_PATTERNS: dict[str, re.Pattern] = {}
-
-
+@functools.cache
 def _pattern(name: str) -> re.Pattern:
-    if name not in _PATTERNS:
-        parts = _WILDCARD.split(name)  # text and wildcards by turns
-        text = "".join(f"(?P<{part}>[0-9]+)" if i % 2 else re.escape(part) for i, part in enumerate(parts))
-        _PATTERNS[name] = re.compile(text)
-    return _PATTERNS[name]
+    parts = _WILDCARD.split(name)  # text and wildcards by turns
+    text = "".join(f"(?P<{part}>[0-9]+)" if i % 2 else re.escape(part) for i, part in enumerate(parts))
+    return re.compile(text)

@@ -14,7 +14,7 @@ from mamba_core.backends.jax.ops.cross_entropy import linear_cross_entropy
 from mamba_core.backends.jax.weights import canonical, entering, named, path, place
 from mamba_core.spec.checks import check_targets
 from mamba_core.spec.params import parameter_table
-from mamba_core.tasks import check_generates
+from mamba_core.tasks import check_trains
 
 
 def loss(model, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -33,7 +33,7 @@ def loss(model, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
 
 
 def loss_and_gradients(model, tokens, mask=None) -> tuple[float, dict[str, np.ndarray]]:
-    check_generates(model.config, "its loss")
+    check_trains(model.config, "its loss")
     tokens, mask = (None if given is None else from_numpy(given, device=model.device) for given in (tokens, mask))
     value, gradients = _loss_and_gradients(model, tokens, mask)
     return float(value), {name: canonical(model, name, gradient) for name, gradient in named(model, gradients).items()}
@@ -46,7 +46,7 @@ class Trainer:
     """AdamW with the decay of the parameter table; the moments are float32."""
 
     def __init__(self, model, settings):
-        check_generates(model.config, "training")
+        check_trains(model.config, "training")
         self.model = model
         self.settings = settings
         self._compile()

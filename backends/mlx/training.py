@@ -14,7 +14,7 @@ from mamba_core.backends.mlx.stack import recomputed
 from mamba_core.backends.mlx.weights import canonical, convolution_weights, swap_axes
 from mamba_core.spec.checks import check_targets
 from mamba_core.spec.params import parameter_table
-from mamba_core.tasks import check_generates
+from mamba_core.tasks import check_trains
 
 
 def loss(model, tokens, mask=None) -> mx.array:
@@ -40,7 +40,7 @@ def _cross_entropy(model, logits, targets):
 
 
 def loss_and_gradients(model, tokens, mask=None) -> tuple[float, dict[str, np.ndarray]]:
-    check_generates(model.config, "its loss")
+    check_trains(model.config, "its loss")
     tokens, mask = _checked(model, tokens), None if mask is None else from_numpy(mask)
     with model.on_device():
         value, gradients = nn.value_and_grad(model, loss)(model, tokens, mask)
@@ -51,7 +51,7 @@ class Trainer:
     """AdamW with the decay of the parameter table, its moments and its arithmetic in float32."""
 
     def __init__(self, model, settings):
-        check_generates(model.config, "training")
+        check_trains(model.config, "training")
         self.model = model
         self.settings = settings
         self.count = 0

@@ -84,7 +84,7 @@ def _first_counting(mask, segment_ids) -> tuple[Tensor, Tensor]:
 
 
 def _rows(keep, value):
-    return torch.where(keep.view(-1, *(1,) * (value.ndim - 1)), value, 0.0)
+    return torch.where(keep.view(-1, *(1,) * (value.ndim - 1)), value, value.new_zeros(()))
 
 
 def _padded(value: Tensor, axis: int, count: int) -> Tensor:

@@ -12,7 +12,7 @@ from mamba_core.backends.torch.ops.cross_entropy import cross_entropy, fuses_hea
 from mamba_core.backends.torch.ops.selective_scan import kernel_for
 from mamba_core.spec.checks import check_targets
 from mamba_core.spec.params import parameter_table
-from mamba_core.tasks import check_generates
+from mamba_core.tasks import check_trains
 
 
 def loss(model, tokens, mask=None) -> torch.Tensor:
@@ -28,7 +28,7 @@ def loss(model, tokens, mask=None) -> torch.Tensor:
 
 
 def loss_and_gradients(model, tokens, mask=None) -> tuple[float, dict[str, np.ndarray]]:
-    check_generates(model.config, "its loss")
+    check_trains(model.config, "its loss")
     tokens = from_numpy(tokens, device=model.device)
     value = loss(model, tokens, None if mask is None else from_numpy(mask, device=model.device))
     names = list(parameter_table(model.config))
@@ -40,7 +40,7 @@ class Trainer:
     """AdamW with the decay of the parameter table, its moments and its arithmetic in float32."""
 
     def __init__(self, model, settings):
-        check_generates(model.config, "training")
+        check_trains(model.config, "training")
         self.model = model
         self.settings = settings
         # The optimizer's view: the parameters themselves, or float32 copies of those in half precision.

@@ -50,9 +50,7 @@ PRESETS = {
 
 
 def graph(config: FalconMambaConfig, residual: str) -> Iterator[Node]:
-    for layer in range(config.n_layer):
-        yield from mamba.layer_graph(layer, residual, config, _scan)
-        residual = f"layers.{layer}.residual"
+    return mamba.graph(config, residual, _scan)
 
 
 def _scan(layer: int, config: FalconMambaConfig) -> Iterator[Node]:

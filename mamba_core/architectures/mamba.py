@@ -141,12 +141,6 @@ def layer_parameters(layer: int, config: MambaConfig) -> Iterator[Parameter]:
         yield Parameter(mixer + "out_proj.bias", "d", (d,), zeros, decay=False)
 
 
-def graph(config: MambaConfig, residual: str) -> Iterator[Node]:
-    for layer in range(config.n_layer):
-        yield from layer_graph(layer, residual, config)
-        residual = f"layers.{layer}.residual"
-
-
 def linear(layer: int, name: str, source: str, bias: bool = False) -> Node:
     """A projection of a mixer."""
     weights = f"backbone.layers.{layer}.mixer.{name}."
@@ -173,7 +167,7 @@ Scan = Callable[[int, Any], Iterator[Node]]
 
 
 def layer_graph(layer: int, residual: str, config: MambaConfig, scan: Scan = scan) -> Iterator[Node]:
-    """The nodes of one block. A variant gives another `scan`."""
+    """The nodes of one block."""
     e, n, r = config.d_inner, config.d_state, config.dt_rank_size
     here, weights = f"layers.{layer}.", f"backbone.layers.{layer}."
     mixer = weights + "mixer."
@@ -194,3 +188,10 @@ def layer_graph(layer: int, residual: str, config: MambaConfig, scan: Scan = sca
     yield columns("C", "x_proj", r + n, r + 2 * n)
     yield from scan(layer, config)
     yield Node(here + "residual", "add", (residual, here + "out_proj"))
+
+
+def graph(config: MambaConfig, residual: str, scan: Scan = scan) -> Iterator[Node]:
+    """The nodes of all blocks. A variant gives another `scan`: those from dt, B and C to out_proj."""
+    for layer in range(config.n_layer):
+        yield from layer_graph(layer, residual, config, scan)
+        residual = f"layers.{layer}.residual"

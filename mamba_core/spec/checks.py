@@ -24,14 +24,17 @@ def check_state(config: Any, batch: int, state: Any) -> None:
     """Check the state that a model's call goes on from.
 
     Raises:
-        TypeError: it is not a `State` of as many layers as the config has.
-        ValueError: it is of another batch, or a layer carries other arrays than the config says.
+        TypeError: it is no `State`.
+        ValueError: the architecture carries no state, the state is of another depth or batch, or a layer carries other
+            arrays than the config says.
     """
     if not architectures.traits(config).steps:
         raise ValueError(f"{config.architecture} carries no state; give none")
     layers, segment = getattr(state, "layers", None), getattr(state, "segment", None)
-    if segment is None or not isinstance(layers, tuple) or len(layers) != config.n_layer:
+    if segment is None or not isinstance(layers, tuple):
         raise TypeError(f"state is {type(state).__name__}; expected a State of {config.n_layer} layers")
+    if len(layers) != config.n_layer:
+        raise ValueError(f"state has {len(layers)} layers; expected {config.n_layer}")
     # No set of shapes: torch.export's symbolic sizes have no hash.
     if any(shape != (batch,) for shape in (segment.shape, *(value.shape[:1] for layer in layers for value in layer))):
         raise ValueError(f"state is of another batch than input_ids, {batch}; its segment has shape {segment.shape}")

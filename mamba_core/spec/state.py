@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 from mamba_core.backend import LayerState, State
 
 FILLED = "filled"
+# Before the names of the fields, in the name of the type that `layer_type` makes of them.
+PREFIX = "Layer"
 # The least capacity that is made.
 LEAST_CAPACITY = 16
 
@@ -67,18 +69,24 @@ def layer_types(config) -> tuple:
 
 @functools.cache
 def layer_type(names: tuple[str, ...]) -> Any:
-    """The NamedTuple of a layer with these fields."""
+    """The NamedTuple of a layer with these fields.
+
+    Raises:
+        ValueError: a name has two underscores in a row, which separate the names.
+    """
     if names == LayerState._fields:
         return LayerState
-    kind = namedtuple("_".join(("LayerState", *names)), names)  # type: ignore[misc]
+    if any("__" in name for name in names):
+        raise ValueError(f"fields are {', '.join(names)}; expected names without two underscores in a row")
+    kind = namedtuple("__".join((PREFIX, *names)), names)  # type: ignore[misc]
     # Pickle finds a class by its module's attribute; `__getattr__` below makes it anew in another process.
     kind.__module__ = __name__
     return kind
 
 
 def __getattr__(name: str) -> type:
-    prefix, *names = name.split("_")
-    if prefix != "LayerState" or not all(part.isidentifier() for part in names):
+    prefix, *names = name.split("__")
+    if prefix != PREFIX or not all(part.isidentifier() for part in names):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return layer_type(tuple(names))
 

@@ -39,7 +39,21 @@ def check_generates(config: Any, use: str) -> None:
         ValueError: it does not.
     """
     if not of(config).generates:
-        raise ValueError(f"the model is of task {config.task!r}, without a head; {use} needs one of task 'lm'")
+        raise ValueError(f"the model is of task {config.task!r}, without a head; {use} needs {_those('generates')}")
+
+
+def check_trains(config: Any, use: str) -> None:
+    """Check that a model has a loss, for a use that needs it.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if not of(config).trains:
+        raise ValueError(f"the model is of task {config.task!r}, without a loss; {use} needs {_those('trains')}")
+
+
+def _those(trait: str) -> str:
+    return "one of task " + " or ".join(repr(name) for name in names() if getattr(find(name).Task, trait))
 
 
 @functools.lru_cache(maxsize=64)

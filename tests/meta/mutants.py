@@ -77,7 +77,7 @@ CAUGHT_BY = {
         "A stored in half precision": Mutant("weights.py", "dtype=parameter.dtype(dtype)", "dtype=dtype"),
     },
     "test_initial_state": {
-        "state in half precision": Mutant("state.py", "dtype=torch.float32, device=device)\n    segment", "dtype=dtype, device=device)\n    segment"),
+        "state in half precision": Mutant("state.py", 'kind == "compute"', 'kind != "int32"'),
     },
     "test_split_with_the_carried_state": {
         "segment not carried": Mutant("state.py", "keep = ~counts | (first == state.segment)", "keep = ~counts | (first == first)"),
@@ -124,7 +124,7 @@ CAUGHT_BY = {
         "forked in another order": Mutant("decoding.py", "torch.as_tensor(rows,", "torch.as_tensor(rows[::-1].copy(),"),
     },
     "test_turns_go_on_from_the_state": {
-        "prefill forgets the state": Mutant("decoding.py", "if state is None else state\n    positions", "if True else state\n    positions"),
+        "prefill forgets the state": Mutant("decoding.py", "if state is None else states", "if True else states"),
     },
     "test_ties_in_a_large_vocabulary": {
         "likeliest in any order": Mutant("decoding.py", "logprobs.sort(dim=-1, descending=True, stable=True)", "(value.flip(-1) for value in logprobs.sort(dim=-1))"),

@@ -62,7 +62,7 @@ CAUGHT_BY = {
         "conv weight's axes as MLX has them": Mutant("weights.py", "swap_axes(value) if name in convolutions", "value if name in convolutions"),
     },
     "test_initial_state": {
-        "state in half precision": Mutant("state.py", "config.d_state), mx.float32)", "config.d_state), dtype)"),
+        "state in half precision": Mutant("state.py", 'kind == "compute"', 'kind != "int32"'),
     },
     "test_split_with_the_carried_state": {
         "segment not carried": Mutant("state.py", "keep = ~counts | (first == state.segment)", "keep = ~counts | (first == first)"),
@@ -92,7 +92,7 @@ CAUGHT_BY = {
         "generated tokens not counted": Mutant("decoding.py", "counts=counts", "counts=context.counts"),
     },
     "test_turns_go_on_from_the_state": {
-        "prefill forgets the state": Mutant("decoding.py", "if state is None else state\n    with", "if True else state\n    with"),
+        "prefill forgets the state": Mutant("decoding.py", "if state is None else states", "if True else states"),
     },
     "test_twenty_steps_equal_the_reference": {
         "decay of every parameter": Mutant("training.py", "table[name].decay]", "True]"),

@@ -55,7 +55,6 @@ assert whole.tokens == chunked.tokens, (whole.tokens, chunked.tokens)
 first = mc.generate(again, prompts, max_new_tokens=20, return_state=True)
 mc.save_state(first.state, folder / "state.safetensors", again)
 state = mc.load_state(folder / "state.safetensors", again)
-rest = mc.generate(again, [[row[-1]] for row in whole.tokens], max_new_tokens=0)
 second = mc.generate(again, [[row[20]] for row in whole.tokens], max_new_tokens=24, state=state)
 assert [row[21:] for row in whole.tokens] == second.tokens
 print(json.dumps({"tokens": whole.tokens, "explained": str(mc.explain(again))}))

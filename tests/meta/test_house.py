@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from mamba_core import architectures
+from mamba_core.spec import state as states
+from mamba_core.spec.dims import LETTERS
+from mamba_core.spec.params import parameter_table
 
 ROOT = Path(__file__).parents[2]
 # Where an architecture's own files are. The name of a library's layout may be one of an architecture too.
@@ -45,7 +48,7 @@ def names_of_others() -> list[str]:
 
 @pytest.mark.parametrize("name", names_of_others())
 def test_an_architecture_is_named_in_its_own_files_only(name):
-    spelled = re.compile(rf"\b{name}\b|\b{name.replace('_', '')}config\b", re.IGNORECASE)
+    spelled = re.compile(rf"\b{name}\b|\b{name.replace('_', '')}", re.IGNORECASE)
     found = {
         f"{path.relative_to(ROOT)}:{number}"
         for path in sources("mamba_core", "backends", "weights")
@@ -109,3 +112,14 @@ def test_the_backends_have_the_same_public_functions():
     for name in sorted(shared - set(DIFFERENT)):
         functions = {backend: public(ROOT / "backends" / backend / name) for backend in BACKENDS}
         assert functions["torch"] == functions["mlx"] == functions["jax"], f"{name}: {functions}"
+
+
+@pytest.mark.parametrize("name", architectures.names())
+def test_every_axis_has_a_letter_that_is_documented(name):
+    config = architectures.find(name).Config(d_model=8, n_layer=1, vocab_size=16)
+    for parameter in parameter_table(config).values():
+        assert set(parameter.axes) <= set(LETTERS), parameter.name
+        assert len(parameter.axes) == len(parameter.shape), parameter.name
+    for layer, field in states.table(config):
+        assert set(field.axes) <= set(LETTERS), (layer, field.name)
+        assert len(field.axes) == len(field.shape), (layer, field.name)

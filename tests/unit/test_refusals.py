@@ -86,9 +86,10 @@ def test_extreme_temperatures_give_tokens_of_the_distribution(model, temperature
 
 def test_states_of_another_batch_or_model(backend, model):
     ids = backend.from_numpy(np.ones((2, 3), np.int32), device=model.device)
-    for state in (3, model.init_state(2)._replace(layers=model.init_state(2).layers[:1])):
-        with pytest.raises(TypeError, match="expected a State of 2 layers"):
-            model(ids, state)
+    with pytest.raises(TypeError, match="state is int; expected a State of 2 layers"):
+        model(ids, 3)
+    with pytest.raises(ValueError, match="state has 1 layers; expected 2"):
+        model(ids, model.init_state(2)._replace(layers=model.init_state(2).layers[:1]))
     for state in (model.init_state(1), model.init_state(2)._replace(segment=model.init_state(1).segment)):
         with pytest.raises(ValueError, match="another batch"):
             model(ids, state)

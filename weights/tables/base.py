@@ -53,8 +53,8 @@ class Table:
         required: our field -> the one value that the library can run.
         required_of: task -> the same for models of that task.
         unread: the end of a tensor's name -> why a file that has one is not read.
-        consent: why a plain conversion would change the function. Who reads such a checkpoint must name the
-            architecture (`compat`).
+        consent: why a plain conversion would change the function. The user must then name the architecture
+            (`compat`).
         hides: our fields that `derived` may hide, beside those without a row.
         sizes: shapes by canonical name -> the fields of our config that they tell; for layouts that need it. Raises
             ValueError where they tell none.

@@ -168,7 +168,9 @@ def sizes(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     first = f"{LAYERS}.0."
     mixer = first + "mixer."
     if first + "norm.weight" not in shapes:
-        raise ValueError(f"{first}norm.weight is missing; mambapy's models of mup=True have none, and are not read")
+        raise ValueError(
+            f"{first}norm.weight is missing, which tells d_model; mambapy's models of mup=True have no norms, and are not read"
+        )
     (d,) = _shape(shapes, first + "norm.weight", "d")
     e, n = _shape(shapes, mixer + "A_log", "en")
     _, _, k = _shape(shapes, first + CONV, "e1k")
@@ -190,10 +192,10 @@ def sizes(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     return found
 
 
-def library_completed(values: dict[str, Any], rest: dict[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
+def library_completed(values: dict[str, Any], rest: dict[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
     if values["dt_rank"] == "auto":  # of which each library has an idea of its own
-        values["dt_rank"] = told["dt_rank"]
-    return _automatic_rank(values, told["d_model"])
+        values["dt_rank"] = sizes["dt_rank"]
+    return _automatic_rank(values, sizes["d_model"])
 
 
 def _mambapy_derived(config: Any) -> dict[str, Any]:
