@@ -1,23 +1,12 @@
 """The norm and the residual block, as `flax.nnx` modules with flax's own parameter names."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mamba_core import discovery
+from mamba_core.backends.jax.mixers import Options, mixer_class
 from mamba_core.backends.jax.ops.rms_norm import rms_norm
 from mamba_core.call import Call
-from mamba_core.kernels import Kernels
-
-
-class Options(NamedTuple):
-    """What a module is made with beside the config. dtype: the compute dtype. kernels: the policy."""
-
-    dtype: str
-    kernels: Kernels
-    rngs: nnx.Rngs
 
 
 class RMSNorm(nnx.Module):
@@ -39,7 +28,7 @@ class Block(nnx.Module):
 
     def __init__(self, config, layer: int, mixer: str, feed_forward: str | None, options: Options):
         def part(kind):
-            return discovery.find("backends.jax.mixers", kind).Mixer(config, layer, options)
+            return mixer_class(kind)(config, layer, options)
 
         def norm():
             return RMSNorm(config.d_model, config.norm_eps, options.dtype)

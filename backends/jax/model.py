@@ -9,7 +9,8 @@ from mamba_core import architectures, tasks
 from mamba_core.backend import State
 from mamba_core.backends.jax import ops, stack
 from mamba_core.backends.jax import state as states
-from mamba_core.backends.jax.blocks import Block, Options, RMSNorm
+from mamba_core.backends.jax.blocks import Block, RMSNorm
+from mamba_core.backends.jax.mixers import Options
 from mamba_core.backends.jax.positions import call_of
 from mamba_core.backends.jax.untouched import untouched
 from mamba_core.call import Call

@@ -16,7 +16,7 @@ def call_of(
     return Call(
         mask=mask,
         segment_ids=segment_ids,
-        restart=None if segment_ids is None else restarts(mask, segment_ids),
+        restart=None if segment_ids is None else _restarts(mask, segment_ids),
         order=order,
         inverse=inverse,
         one=isinstance(length, int) and length == 1 and mask is None,
@@ -27,7 +27,19 @@ def call_of(
 
 
 @jax.jit
-def restarts(mask, segment_ids):
+def compaction(mask):
+    """(order, inverse), each (b, l): order[i] is the position of the i-th that counts, then come those that do not."""
+    order = jnp.argsort(~mask, axis=1, stable=True)
+    return order, jnp.argsort(order, axis=1)
+
+
+def where_counting(mask: jax.Array | None, value: jax.Array | None) -> jax.Array | None:
+    """(b, l, channels), zero where masked: a masked value may be NaN, and 0 * NaN is not 0."""
+    return value if mask is None or value is None else jnp.where(mask[..., None], value, 0)
+
+
+@jax.jit
+def _restarts(mask, segment_ids):
     """(b, l) bool: this position counts and its segment is not that of the last one that counted."""
     valid = jnp.ones(segment_ids.shape, bool) if mask is None else mask
     index = jnp.where(valid, jnp.arange(valid.shape[1]), -1)
@@ -35,10 +47,3 @@ def restarts(mask, segment_ids):
     previous = lax.cummax(index, axis=1)
     segment_before = jnp.take_along_axis(segment_ids, jnp.maximum(previous, 0), axis=1)
     return valid & (previous >= 0) & (segment_ids != segment_before)
-
-
-@jax.jit
-def compaction(mask):
-    """(order, inverse), each (b, l): order[i] is the position of the i-th that counts, then come those that do not."""
-    order = jnp.argsort(~mask, axis=1, stable=True)
-    return order, jnp.argsort(order, axis=1)

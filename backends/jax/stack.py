@@ -9,8 +9,8 @@ from jax import lax
 
 from mamba_core.backends.jax.blocks import Block
 from mamba_core.backends.jax.positions import call_of
-from mamba_core.backends.jax.untouched import has_only_parameters, untouched
-from mamba_core.backends.jax.ways import Taken, by_rank, plain
+from mamba_core.backends.jax.untouched import untouched
+from mamba_core.backends.jax.ways import Taken, own, plain, ranked
 from mamba_core.call import Call
 
 # Bytes of a mixer's widest array that are computed at once on a CPU: much more leaves the cache, and is taken from the
@@ -57,7 +57,7 @@ def _asked(blocks, residual, states, call, device=None) -> tuple[Taken | None, s
     device: where known, the one that the program will run on.
     """
     reasons = {}
-    for name, way in by_rank():
+    for name, way in ranked():
         if way is plain:
             break
         if device is not None and getattr(way, "DEVICE", device) != device:
@@ -89,12 +89,17 @@ def _called(block, *arguments):
 
 def _last_only(block, residual, state, call):
     """Like the block, but where its mixer can, the residual stream of the last position only, (b, 1, d)."""
-    of_last = vars(type(block.mixer)).get("last_position") if untouched(Block, block) else None
-    if of_last is not None and block.feed_forward is None and has_only_parameters(block):
+    of_last = own(block.mixer, "last_position") if untouched(Block, block) else None
+    if of_last is not None and block.feed_forward is None and _has_only_parameters(block):
         found = of_last(block.mixer, block.norm(residual), state, call)
         if found is not None:
             return residual[:, -1:] + found[0], found[1]
     return _called(block, residual, state, call)
+
+
+def _has_only_parameters(block) -> bool:
+    """Whether a call changes nothing in the block or in what is inside it, such as a count of draws."""
+    return not jax.tree.leaves(nnx.state(block, nnx.Not(nnx.Param)))
 
 
 def _piece(block, residual) -> int | None:
@@ -103,8 +108,8 @@ def _piece(block, residual) -> int | None:
     # An exported program may be for any length.
     if not (isinstance(batch, int) and isinstance(length, int)) or length <= FEWEST:
         return None
-    features = vars(type(block.mixer)).get("widest") if untouched(Block, block) else None
-    if features is None or not has_only_parameters(block):
+    features = own(block.mixer, "width") if untouched(Block, block) else None
+    if features is None or not _has_only_parameters(block):
         return None
     width = features(block.mixer) * residual.dtype.itemsize
     piece = max(FEWEST, PIECE_BYTES // (width * max(1, batch)))

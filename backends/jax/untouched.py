@@ -2,7 +2,6 @@
 
 import functools
 
-import jax
 from flax import nnx
 from jax import lax
 
@@ -13,11 +12,6 @@ def untouched(kind: type, *modules: nnx.Module) -> bool:
     It is of exactly that class, multiplies as JAX does, and has no variables but parameters.
     """
     return all(type(module) is kind and _has_no_other_variables(module) and _multiplies(module) for module in modules)
-
-
-def has_only_parameters(module: nnx.Module) -> bool:
-    """Whether a call changes nothing in the module or in those inside it, such as a count of draws."""
-    return not jax.tree.leaves(nnx.state(module, nnx.Not(nnx.Param)))
 
 
 def _has_no_other_variables(module):

@@ -7,10 +7,10 @@ import jax
 import numpy as np
 from flax import nnx
 
-from mamba_core import discovery
 from mamba_core.backends.jax import ops
 from mamba_core.backends.jax.arrays import devices, from_numpy, to_numpy
-from mamba_core.backends.jax.blocks import Options
+from mamba_core.backends.jax.heads import model_class
+from mamba_core.backends.jax.mixers import Options
 from mamba_core.kernels import Kernels
 from mamba_core.spec.checks import choose_device
 from mamba_core.spec.params import Values, checked, parameter_table
@@ -60,7 +60,7 @@ def build(config, parameters: Iterable[tuple[str, np.ndarray]], *, dtype="float3
     device = choose_device(device, devices())
     # "auto" stays so: the model may be compiled for another device, or exported.
     policy = Kernels.read(kernels, ops.available_kernels(device, dtype))
-    kind = discovery.find("backends.jax.heads", config.task).Model
+    kind = model_class(config.task)
     model = nnx.eval_shape(lambda: kind(config, Options(dtype, policy, nnx.Rngs(0))))
     for parameter, value in checked(config, parameters):
         module, leaf = place(model, parameter.name)

@@ -3,8 +3,7 @@
 import mlx.core as mx
 import mlx.nn as nn
 
-from mamba_core import discovery
-from mamba_core.backends.mlx.mixers import FOLDER, Options
+from mamba_core.backends.mlx.mixers import Options, mixer_class
 from mamba_core.backends.mlx.ops.rms_norm import rms_norm
 from mamba_core.call import Call
 
@@ -29,10 +28,10 @@ class Block(nn.Module):
     def __init__(self, config, layer: int, mixer: str, feed_forward: str | None, options: Options):
         super().__init__()
         self.norm = RMSNorm(config.d_model, config.norm_eps, options)
-        self.mixer = discovery.find(FOLDER, mixer).Mixer(config, layer, options)
+        self.mixer = mixer_class(mixer)(config, layer, options)
         if feed_forward is not None:
             self.norm2 = RMSNorm(config.d_model, config.norm_eps, options)
-            self.feed_forward = discovery.find(FOLDER, feed_forward).Mixer(config, layer, options)
+            self.feed_forward = mixer_class(feed_forward)(config, layer, options)
 
     def __call__(self, residual: mx.array, state: tuple, call: Call) -> tuple[mx.array, tuple]:
         """The residual stream after the block, at the positions that the mixer returns, and the state."""

@@ -16,13 +16,27 @@ def call_of(
     in_place: bool = False,
 ) -> Call:
     """The facts of a call of `length` positions, computed once for all layers."""
-    restart = restarts(mask, segment_ids)
+    restart = _restarts(mask, segment_ids)
     order, inverse = (None, None) if mask is None else compaction(mask)
     one = length == 1 and mask is None
     return Call(mask, segment_ids, restart, order, inverse, one, last, observe, in_place)
 
 
-def restarts(mask: mx.array | None, segment_ids: mx.array | None) -> mx.array | None:
+def compaction(mask: mx.array) -> tuple[mx.array, mx.array]:
+    """(order, inverse), both (b, l): row[order] has the counting positions first, row[order][inverse] is row."""
+    counting = mask.astype(mx.int32)
+    rank = mx.cumsum(counting, axis=1) - 1
+    rank_of_others = counting.sum(axis=1, keepdims=True) + mx.cumsum(1 - counting, axis=1) - 1
+    inverse = mx.where(mask, rank, rank_of_others)
+    return mx.argsort(inverse, axis=1), inverse
+
+
+def where_counting(mask: mx.array | None, value: mx.array | None) -> mx.array | None:
+    """(b, l, channels), zero where masked: a masked value may be NaN, and 0 * NaN is not 0."""
+    return value if mask is None or value is None else mx.where(mask[..., None], value, mx.array(0, value.dtype))
+
+
+def _restarts(mask: mx.array | None, segment_ids: mx.array | None) -> mx.array | None:
     """(b, l) bool: the position counts, and its segment is another than that of the counting position before it."""
     if segment_ids is None:
         return None
@@ -34,12 +48,3 @@ def restarts(mask: mx.array | None, segment_ids: mx.array | None) -> mx.array | 
     previous = mx.take_along_axis(segment_ids, mx.maximum(before, 0), axis=1)
     restart = (before >= 0) & (segment_ids != previous)
     return restart if mask is None else restart & mask
-
-
-def compaction(mask: mx.array) -> tuple[mx.array, mx.array]:
-    """(order, inverse), both (b, l): row[order] has the counting positions first, row[order][inverse] is row."""
-    counting = mask.astype(mx.int32)
-    rank = mx.cumsum(counting, axis=1) - 1
-    rank_of_others = counting.sum(axis=1, keepdims=True) + mx.cumsum(1 - counting, axis=1) - 1
-    inverse = mx.where(mask, rank, rank_of_others)
-    return mx.argsort(inverse, axis=1), inverse

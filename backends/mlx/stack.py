@@ -9,11 +9,10 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mamba_core.backends.mlx.blocks import Block, RMSNorm
 from mamba_core.backends.mlx.kernels.native_tensors import detached_copies
 from mamba_core.backends.mlx.kernels.reverse_only import first_derivative_only, reverse_only
-from mamba_core.backends.mlx.mixers import own
 from mamba_core.backends.mlx.ops import causal_conv, selective_scan
 from mamba_core.backends.mlx.positions import call_of
 from mamba_core.backends.mlx.untouched import untouched
-from mamba_core.backends.mlx.ways import Taken, ways
+from mamba_core.backends.mlx.ways import Taken, own, ranked
 from mamba_core.call import Call
 from mamba_core.kernels import Kernels
 
@@ -64,8 +63,8 @@ def explain(model, batch: int, length: int) -> list[tuple[int, int, str, dict[st
 def _ask(blocks, residual, states, call) -> tuple[str, Taken, dict[str, str]]:
     """The first way that takes the first block, and why those before it do not."""
     reasons = {}
-    for name, take in ways():
-        taken = take(blocks, residual, states, call)
+    for name, way in ranked():
+        taken = way.take(blocks, residual, states, call)
         if not isinstance(taken, str):
             return name, taken, reasons
         reasons[name] = taken

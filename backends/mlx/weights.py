@@ -7,8 +7,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mamba_core import discovery
 from mamba_core.backends.mlx.arrays import check_device, default_device, dtype_named, from_numpy, to_numpy
+from mamba_core.backends.mlx.heads import model_class
 from mamba_core.backends.mlx.model import Model
 from mamba_core.backends.mlx.ops import available_kernels
 from mamba_core.kernels import Kernels
@@ -21,7 +21,7 @@ def build(config, parameters: Iterable[tuple[str, np.ndarray]], *, dtype="float3
     device = device or default_device()
     # "auto" stays "auto": inside mx.compile another kernel is the fastest.
     policy = Kernels.read(kernels, available_kernels(device, dtype_named(dtype)))
-    model = discovery.find("backends.mlx.heads", config.task).Model(config, policy, device)
+    model = model_class(config.task)(config, policy, device)
     convolutions = convolution_weights(model)
     weights = []
     for parameter, value in checked(config, parameters):

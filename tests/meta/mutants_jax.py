@@ -25,7 +25,7 @@ CAUGHT_BY = {
         "conv: state of the run before": Mutant(CONV, "state = jnp.where(in_last_run[..., None], state, 0)", "state = state"),
     },
     "test_masked_positions_do_not_leak_what_is_not_finite": {
-        "what is masked not cleared": Mutant(SCAN, "x, delta, B, C, z = (_where_valid(mask, value) for", "x, delta, B, C, z = (value for"),
+        "what is masked not cleared": Mutant(SCAN, "x, delta, B, C, z = (where_counting(mask, value) for", "x, delta, B, C, z = (value for"),
     },
     "test_every_node_equals_the_reference": {
         "B and C swapped": Mutant(S6, 'call.observe("B", B), call.observe("C", C)', 'call.observe("B", C), call.observe("C", B)'),

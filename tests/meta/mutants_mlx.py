@@ -38,13 +38,13 @@ CAUGHT_BY = {
         "D missing in the step": Mutant(SCAN, "_output(_contract(h, C), x, D, z).astype(dtype), h", "_output(_contract(h, C), x, None, z).astype(dtype), h"),
     },
     "test_each_row_alone": {
-        "decay runs on padding": Mutant(SCAN, "step = _where_valid(mask, _step_size(delta, delta_bias, delta_softplus))", "step = _step_size(delta, delta_bias, delta_softplus)"),
+        "decay runs on padding": Mutant(SCAN, "step = where_counting(mask, _step_size(delta, delta_bias, delta_softplus))", "step = _step_size(delta, delta_bias, delta_softplus)"),
         "conv over padding": Mutant(CONV, "x = _permute(mx.where(mask[..., None], x, mx.array(0, x.dtype)), call.order)", "x = mx.where(mask[..., None], x, mx.array(0, x.dtype))"),
         "conv state from the end of a padded row": Mutant(CONV, "inputs.shape[1] if mask is None else", "inputs.shape[1] if True else"),
         "logits of masked positions": Mutant("model.py", "        if mask is not None and values.size:\n", "        if False:\n"),
     },
     "test_masked_positions_do_not_leak_what_is_not_finite": {
-        "masked inputs not cleared": Mutant(SCAN, "x, delta, B, C, z = (_where_valid(mask, value) for", "x, delta, B, C, z = (value for"),
+        "masked inputs not cleared": Mutant(SCAN, "x, delta, B, C, z = (where_counting(mask, value) for", "x, delta, B, C, z = (value for"),
     },
     "test_the_whole": {
         "restart ignored by the scan": Mutant(SCAN, "decay * (value if restart is None else", "decay * (value if True else"),

@@ -20,7 +20,7 @@ nnx = pytest.importorskip("flax.nnx")
 jnp = jax.numpy
 
 from mamba_core.backends.jax import stack  # noqa: E402 (after the packages that it needs)
-from mamba_core.backends.jax.blocks import Options  # noqa: E402
+from mamba_core.backends.jax.mixers import Options  # noqa: E402
 from mamba_core.backends.jax.mixers.falcon_mamba import FalconMambaMixer  # noqa: E402
 from mamba_core.backends.jax.mixers.mamba import MambaMixer  # noqa: E402
 

@@ -24,8 +24,7 @@ if library.missing():
 
 from mamba_core.backend import LayerState  # noqa: E402 (after the packages that it needs)
 from mamba_core.backends.jax import decoding  # noqa: E402
-from mamba_core.backends.jax.blocks import Options  # noqa: E402
-from mamba_core.backends.jax.mixers import s6  # noqa: E402
+from mamba_core.backends.jax.mixers import Options, s6  # noqa: E402
 from mamba_core.backends.jax.ops.linear import product_of_one  # noqa: E402
 
 B, L, E, N = 2, 70, 10, 5
@@ -426,12 +425,13 @@ class Normed(nnx.Module):
     def __call__(self, hidden, state, call):
         x, z = s6.project_in(self, hidden, call)
         x, conv = s6.convolve(self, x, state, call)
-        dt, B, C = s6.norm_selection(*s6.project_x(self, x, call), self.eps, call)
-        y, ssm = s6.recur(self, x, dt, B, C, z, s6.delta_bias(self), state, call)
+        dt, B, C = s6.norm_selection(*s6.select(self, x, call), self.eps, call)
+        delta = s6.step_sizes(self, dt, call)
+        y, ssm = s6.recur(self, x, delta, B, C, z, s6.delta_bias(self), state, call)
         return self.out_proj(y), LayerState(conv, ssm)
 
     def native_step(self):
-        return s6.native_step(self, self.eps)
+        return s6.native_operands(self, self.eps)
 
 
 def with_norms(*eps):

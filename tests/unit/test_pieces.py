@@ -1,6 +1,5 @@
 """Blocks of long sequences on a CPU, computed a piece of the positions after the other."""
 
-import dataclasses
 import importlib
 
 import numpy as np
@@ -84,10 +83,10 @@ def assert_same(place, output, expected, dtype="float32"):
         assert relative_l2(to_numpy(layer.ssm), other.ssm) <= tolerance(dtype)
 
 
-@pytest.mark.parametrize("compat", [None, "minimamba"])
+@pytest.mark.parametrize("kind", [mc.MambaConfig, mc.MiniMambaConfig])
 @pytest.mark.parametrize("length", [128, LENGTH])
-def test_a_long_sequence_is_computed_in_pieces(place, length, compat):
-    model, reference = built(place, dataclasses.replace(CONFIG, compat=compat))
+def test_a_long_sequence_is_computed_in_pieces(place, length, kind):
+    model, reference = built(place, kind(**vars(CONFIG)))
     output, expected = called(place, model, tokens(length)), reference(tokens(length))
     assert_same(place, output, expected)
     assert set(place.pieces) == {64, *({length % 64} if length % 64 else ())}

@@ -14,8 +14,8 @@ jnp = jax.numpy
 
 from mamba_core.backend import LayerState  # noqa: E402 (after the packages that they need)
 from mamba_core.backends.jax import weights  # noqa: E402
-from mamba_core.backends.jax.blocks import Options, RMSNorm  # noqa: E402
-from mamba_core.backends.jax.mixers import s6  # noqa: E402
+from mamba_core.backends.jax.blocks import RMSNorm  # noqa: E402
+from mamba_core.backends.jax.mixers import Options, s6  # noqa: E402
 from mamba_core.backends.jax.ops.rms_norm import rms_norm as normalised  # noqa: E402
 
 CONFIG = mc.MambaConfig(d_model=16, n_layer=2, vocab_size=24, initializer_range=0.3)
@@ -162,7 +162,7 @@ def test_positions_are_computed_once_a_call():
         return nnx.merge(graph, parameters)(ids, mask=mask, segment_ids=segment_ids).logits
 
     text = jax.jit(forward).lower(parameters, IDS, IDS > 2, IDS // 3).as_text(dialect="stablehlo")
-    assert text.count("call @restarts") == 1
+    assert text.count("call @_restarts") == 1
     assert text.count("call @compaction") == 1
 
 
@@ -185,7 +185,7 @@ def test_explain_names_each_run_of_layers():
 class Falcon(nnx.Module):
     """A mixer made of the functions of `s6`, with norms between x_proj and dt_proj."""
 
-    widest = s6.widest
+    width = s6.width
 
     def __init__(self, config, options):
         s6.add_parameters(self, config, options)
@@ -196,7 +196,7 @@ class Falcon(nnx.Module):
         return call.observe("out_proj", self.out_proj(y)), state
 
     def last_position(self, hidden, state, call):
-        if (projected := s6.project_in_last(self, hidden)) is None:
+        if (projected := s6.project_for_last(self, hidden)) is None:
             return None
         x, z = projected
         y, state = self._mix(x, None, state, call)
@@ -204,9 +204,10 @@ class Falcon(nnx.Module):
 
     def _mix(self, x, z, state, call):
         x, conv = s6.convolve(self, x, state, call)
-        projected = zip(("dt", "B", "C"), s6.project_x(self, x, call), strict=True)
+        projected = zip(("dt", "B", "C"), s6.select(self, x, call), strict=True)
         dt, B, C = (call.observe(f"{name}_norm", normalised(v, None, 1e-6, v.dtype)) for name, v in projected)
-        y, ssm = s6.recur(self, x, dt, B, C, z, s6.delta_bias(self), state, call)
+        delta = s6.step_sizes(self, dt, call)
+        y, ssm = s6.recur(self, x, delta, B, C, z, s6.delta_bias(self), state, call)
         return y, LayerState(conv, ssm)
 
 

@@ -16,7 +16,7 @@ from mamba_core.backend import LayerState  # noqa: E402 (after the package that 
 from mamba_core.backends.mlx import blocks, stack  # noqa: E402
 from mamba_core.backends.mlx.mixers import Options, s6  # noqa: E402
 from mamba_core.backends.mlx.mixers.mamba import MambaMixer  # noqa: E402
-from mamba_core.backends.mlx.ways import Taken, ways  # noqa: E402
+from mamba_core.backends.mlx.ways import Taken, ranked  # noqa: E402
 
 BACKEND = registry.get("mlx")
 CONFIG = mc.MambaConfig(d_model=16, n_layer=4, vocab_size=29, initializer_range=0.3)
@@ -31,14 +31,14 @@ class NormedMixer(nn.Module):
 
     def __init__(self, config, layer, options):
         super().__init__()
-        s6.set_up(self, config, layer, options)
+        s6.add_parameters(self, config, layer, options)
 
     def __call__(self, hidden, state, call):
         x, z = s6.project_in(self, hidden, call)
         x, conv = s6.convolve(self, x, state.conv, call)
         dt, B, C = s6.norm_selection(self, *s6.select(self, x, call), 1e-6, call)
-        delta, bias = s6.project_step(self, dt, call)
-        y, ssm = s6.scan(self, x, delta, B, C, z, bias, state.ssm, call)
+        delta, bias = s6.step_sizes(self, dt, call)
+        y, ssm = s6.recur(self, x, delta, B, C, z, bias, state.ssm, call)
         return s6.project_out(self, y, call), LayerState(conv, ssm)
 
 
@@ -73,14 +73,8 @@ def _on_the_cpu(monkeypatch):
 def parts(monkeypatch):
     """Three more files in `mixers/`."""
     more = {"normed": NormedMixer, "feed_forward": FeedForward, "attention": Attention}
-    find = blocks.discovery.find
-    monkeypatch.setattr(
-        blocks,
-        "discovery",
-        SimpleNamespace(
-            find=lambda folder, name: SimpleNamespace(Mixer=more[name]) if name in more else find(folder, name)
-        ),
-    )
+    find = blocks.mixer_class
+    monkeypatch.setattr(blocks, "mixer_class", lambda kind: more.get(kind) or find(kind))
 
 
 def built(dtype="float32"):
@@ -201,7 +195,7 @@ def test_a_way_takes_runs_of_its_own_blocks_and_plain_takes_the_rest(parts, monk
     model = built()
     with_block(model, 2, "normed")
     wanted, few = model(mx.array(IDS)), model(mx.array(IDS[:, :8]))
-    monkeypatch.setattr(stack, "ways", lambda: (("fast", fast), *ways()))
+    monkeypatch.setattr(stack, "ranked", lambda: (("fast", SimpleNamespace(take=fast)), *ranked()))
     why = {"fast": "the mixer is NormedMixer"}
     assert BACKEND.explain(model, 2, 8) == [(0, 1, "fast", {}), (2, 2, "plain", why), (3, 3, "fast", {})]
     assert BACKEND.explain(model, 2, 50) == [(0, 3, "plain", {"fast": "it computes few positions"})]

@@ -7,12 +7,12 @@ from mamba_core.backends.jax import model
 
 
 class FeatureModel(model.Model):
-    """See `mamba_core.backend.Backend.build`."""
+    """The backbone's output, from input_ids or, for task "layers", from inputs_embeds."""
 
     def __call__(
-        self, input_ids: jax.Array, state: State | None = None, *, mask=None, segment_ids=None, observe=None
+        self, inputs: jax.Array, state: State | None = None, *, mask=None, segment_ids=None, observe=None
     ) -> Hidden:
-        hidden, state, call = self._run(input_ids, state, mask, segment_ids, observe)
+        hidden, state, call = self._run(inputs, state, mask, segment_ids, observe)
         return Hidden(call.observe("hidden", self._masked(hidden, mask)), state)
 
 

@@ -6,7 +6,7 @@ from flax import nnx
 
 from mamba_core.backend import Output, State
 from mamba_core.backends.jax import model
-from mamba_core.backends.jax.blocks import Options
+from mamba_core.backends.jax.mixers import Options
 from mamba_core.backends.jax.ops.linear import precision, product, product_of_one
 from mamba_core.backends.jax.untouched import untouched
 

@@ -11,8 +11,8 @@ from mamba_core.call import Call
 class MambaMixer(nnx.Module):
     """hidden (b, l, d) -> (b, l, d), and the state after the last position."""
 
-    native_step = s6.native_step
-    widest = s6.widest
+    native_step = s6.native_operands
+    width = s6.width
 
     def __init__(self, config, layer: int, options):
         s6.add_parameters(self, config, options)
@@ -24,7 +24,7 @@ class MambaMixer(nnx.Module):
 
     def last_position(self, hidden: jax.Array, state: LayerState, call: Call) -> tuple[jax.Array, LayerState] | None:
         """Like a call, but returns only the last position's output, (b, 1, d); gates of others are not computed."""
-        if (projected := s6.project_in_last(self, hidden)) is None:
+        if (projected := s6.project_for_last(self, hidden)) is None:
             return None
         x, z = projected
         y, state = self._mix(x, None, state, call)
@@ -32,8 +32,9 @@ class MambaMixer(nnx.Module):
 
     def _mix(self, x, z, state, call):
         x, conv = s6.convolve(self, x, state, call)
-        dt, B, C = s6.project_x(self, x, call)
-        y, ssm = s6.recur(self, x, dt, B, C, z, s6.delta_bias(self), state, call)
+        dt, B, C = s6.select(self, x, call)
+        delta = s6.step_sizes(self, dt, call)
+        y, ssm = s6.recur(self, x, delta, B, C, z, s6.delta_bias(self), state, call)
         return y, LayerState(conv, ssm)
 
 

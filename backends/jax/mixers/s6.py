@@ -66,7 +66,7 @@ def convolve(mixer, x: jax.Array, state, call: Call) -> tuple[jax.Array, jax.Arr
     return call.observe("conv", y), after
 
 
-def project_x(mixer, x: jax.Array, call: Call) -> tuple[jax.Array, jax.Array, jax.Array]:
+def select(mixer, x: jax.Array, call: Call) -> tuple[jax.Array, jax.Array, jax.Array]:
     """x (b, l, e) -> dt (b, l, r), B and C (b, l, n)."""
     dtbc, n = call.observe("x_proj", mixer.x_proj(x)), mixer.A_log.shape[1]
     r = dtbc.shape[-1] - 2 * n
@@ -81,15 +81,19 @@ def norm_selection(dt, B, C, eps: float, call: Call) -> tuple[jax.Array, jax.Arr
     return dt, B, C
 
 
+def step_sizes(mixer, dt: jax.Array, call: Call) -> jax.Array:
+    """(b, l, e) without the bias of dt_proj."""
+    layer = _read(mixer, "dt_proj", nnx.Linear)
+    return call.observe("dt_proj", jnp.matmul(dt, layer.kernel[...], precision=layer.precision))
+
+
 def delta_bias(mixer) -> jax.Array:
     """(e,) float32, the bias of dt_proj, which enters inside the scan, before the softplus."""
     return _read(mixer, "dt_proj", nnx.Linear).bias[...]
 
 
-def recur(mixer, x, dt, B, C, z, bias, state, call: Call) -> tuple[jax.Array, jax.Array]:
+def recur(mixer, x, delta, B, C, z, bias, state, call: Call) -> tuple[jax.Array, jax.Array]:
     """(y (b, l, e) of the recurrence, gated where there is a z; its state). bias: what enters as delta_bias."""
-    layer = _read(mixer, "dt_proj", nnx.Linear)
-    delta = call.observe("dt_proj", jnp.matmul(dt, layer.kernel[...], precision=layer.precision))
     A, D = -jnp.exp(mixer.A_log[...]), mixer.D[...]
     options = {"delta_bias": bias, "delta_softplus": True}
     if call.one:
@@ -105,7 +109,7 @@ def recur(mixer, x, dt, B, C, z, bias, state, call: Call) -> tuple[jax.Array, ja
 # --- what a mixer made of them may have in its own class -------------------------------------------
 
 
-def native_step(mixer, selection_eps: float | None = None) -> MixerStep | str:
+def native_operands(mixer, selection_eps: float | None = None) -> MixerStep | str:
     """For the way of that name, where all layers are those that `add_parameters` made.
 
     selection_eps: the eps of `norm_selection`; None for a mixer that does not call it.
@@ -121,12 +125,12 @@ def native_step(mixer, selection_eps: float | None = None) -> MixerStep | str:
     return MixerStep(NATIVE_STEP, selection_eps)
 
 
-def widest(mixer) -> int:
+def width(mixer) -> int:
     """For pieces of long sequences: the features of its widest array, the product with in_proj."""
     return 2 * mixer.A_log.shape[0]
 
 
-def project_in_last(mixer, hidden: jax.Array) -> tuple[jax.Array, jax.Array] | None:
+def project_for_last(mixer, hidden: jax.Array) -> tuple[jax.Array, jax.Array] | None:
     """x (b, l, e), and z (b, 1, e) of the last position only; None where a call would compute other values.
 
     In a half precision a call rounds before the gate.

@@ -16,7 +16,7 @@ from mamba_core.backends.jax.arrays import PLATFORMS
 from mamba_core.backends.jax.kernels import cuda_scan, native_scan, pallas_scan
 from mamba_core.backends.jax.kernels.operator import HOMES
 from mamba_core.backends.jax.kernels.operator import reason as why_not_native
-from mamba_core.backends.jax.positions import call_of
+from mamba_core.backends.jax.positions import call_of, where_counting
 from mamba_core.kernels import choose
 from mamba_core.spec.ops.selective_scan import check_scan, check_step
 
@@ -162,7 +162,7 @@ def _scan(x, delta, A, B, C, D, z, delta_bias, initial_state, mask, restart, *, 
         h0 = jnp.zeros((x.shape[0], *A.shape), A.dtype)
     run = _auto if kernel == "auto" else KERNELS[kernel]
     y, h = run(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, delta_softplus=delta_softplus)
-    return _where_valid(mask, y).astype(x.dtype), h
+    return where_counting(mask, y).astype(x.dtype), h
 
 
 def _by_chunks(recurrence, longest, x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, delta_softplus):
@@ -301,14 +301,10 @@ def _in_compute_dtype(dtype, *values):
 def _prepare(x, delta, B, C, z, delta_bias, mask, delta_softplus):
     """(x, step, B, C, z) to compute with: zero at masked positions, which may hold NaN, and 0 * NaN is not 0."""
     values = _in_compute_dtype(x.dtype, x, delta, B, C, z)
-    x, delta, B, C, z = (_where_valid(mask, value) for value in values)
+    x, delta, B, C, z = (where_counting(mask, value) for value in values)
     step = delta if delta_bias is None else delta + delta_bias
     step = jax.nn.softplus(step) if delta_softplus else step
-    return x, _where_valid(mask, step), B, C, z
-
-
-def _where_valid(mask, value):
-    return value if mask is None or value is None else jnp.where(mask[..., None], value, 0)
+    return x, where_counting(mask, step), B, C, z
 
 
 def _restarted(restart, h):

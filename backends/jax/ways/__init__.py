@@ -10,7 +10,7 @@ which says how many of the first blocks it computes here and now, or why not eve
 import functools
 from collections.abc import Callable
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mamba_core import discovery
 
@@ -26,11 +26,11 @@ class Taken(NamedTuple):
 
 
 @functools.cache
-def by_rank() -> tuple[tuple[str, ModuleType], ...]:
+def ranked() -> tuple[tuple[str, ModuleType], ...]:
     """(name, way) of each, the fastest first."""
     return tuple(sorted(discovery.modules("backends.jax.ways").items(), key=lambda item: item[1].RANK))
 
 
-def added(residual, pending):
-    """The residual stream with what was still to be added."""
-    return residual if pending is None else residual + pending
+def own(module, name: str) -> Any:
+    """What the module's very class, not a base of it, says under this name; None where it says nothing."""
+    return vars(type(module)).get(name)

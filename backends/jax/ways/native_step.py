@@ -12,7 +12,7 @@ from mamba_core.backend import LayerState
 from mamba_core.backends.jax.blocks import Block, RMSNorm
 from mamba_core.backends.jax.kernels import native_step
 from mamba_core.backends.jax.untouched import untouched
-from mamba_core.backends.jax.ways import Taken, added
+from mamba_core.backends.jax.ways import Taken, own
 from mamba_core.call import Call
 
 RANK = 20
@@ -65,7 +65,8 @@ def _why_not_first(block, residual) -> str | None:
 
 
 def _run(operands, options, residual, pending, states):
-    residual, states = _native(added(residual, pending), operands, **options)
+    residual = residual if pending is None else residual + pending
+    residual, states = _native(residual, operands, **options)
     return residual, None, tuple(LayerState(*state) for state in states)
 
 
@@ -75,8 +76,7 @@ def _step_of(block) -> native_step.MixerStep | str:
         return "the block is not norm and mixer alone"
     if not untouched(RMSNorm, block.norm):
         return "the norm was replaced"
-    step_of = vars(type(block.mixer)).get("native_step")
-    if step_of is None:
+    if (step_of := own(block.mixer, "native_step")) is None:
         return f"it was not written for {type(block.mixer).__name__}"
     return step_of(block.mixer)
 

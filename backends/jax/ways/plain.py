@@ -2,7 +2,7 @@
 
 import functools
 
-from mamba_core.backends.jax.ways import Taken, added
+from mamba_core.backends.jax.ways import Taken
 
 RANK = 100
 
@@ -12,5 +12,6 @@ def take(blocks, residual, states, call) -> Taken:
 
 
 def _run(block, call, residual, pending, states):
-    residual, state = block(added(residual, pending), states[0], call)
+    residual = residual if pending is None else residual + pending
+    residual, state = block(residual, states[0], call)
     return residual, None, (state,)

@@ -7,6 +7,8 @@ from mamba_core.backends.mlx import model
 
 
 class FeatureModel(model.Model):
+    """The backbone's output, from input_ids or, for task "layers", from inputs_embeds."""
+
     def __call__(
         self, inputs: mx.array, state: State | None = None, *, mask=None, segment_ids=None, observe=None
     ) -> Hidden:

@@ -13,11 +13,10 @@ A class may say in its own body what else it was written for; a subclass does no
                              computed in pieces, each from the state that the one before has left
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from mamba_core import discovery
 from mamba_core.kernels import Kernels
-
-FOLDER = "backends.mlx.mixers"
 
 
 class Options(NamedTuple):
@@ -29,6 +28,5 @@ class Options(NamedTuple):
     kernels: Kernels
 
 
-def own(module, name: str) -> Any:
-    """What the module's very class says under this name; None where it says nothing."""
-    return vars(type(module)).get(name)
+def mixer_class(kind: str) -> type:
+    return discovery.find("backends.mlx.mixers", kind).Mixer

@@ -14,15 +14,15 @@ class MambaMixer(nn.Module):
 
     def __init__(self, config, layer: int, options: Options):
         super().__init__()
-        s6.set_up(self, config, layer, options)
+        s6.add_parameters(self, config, layer, options)
 
     def __call__(self, hidden: mx.array, state: LayerState, call: Call) -> tuple[mx.array, LayerState]:
         """hidden (b, l, d) -> (b, l, d) and the state after the last position."""
         x, z = s6.project_in(self, hidden, call)
         x, conv = s6.convolve(self, x, state.conv, call)
         dt, B, C = s6.select(self, x, call)
-        delta, bias = s6.project_step(self, dt, call)
-        y, ssm = s6.scan(self, x, delta, B, C, z, bias, state.ssm, call)
+        delta, bias = s6.step_sizes(self, dt, call)
+        y, ssm = s6.recur(self, x, delta, B, C, z, bias, state.ssm, call)
         return s6.project_out(self, y, call), LayerState(conv, ssm)
 
 

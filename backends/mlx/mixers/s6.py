@@ -30,7 +30,7 @@ class StepProjection(nn.Module):
         return linear.linear(dt, self.weight, self.kernel)
 
 
-def set_up(mixer: nn.Module, config, layer: int, options: Options) -> None:
+def add_parameters(mixer: nn.Module, config, layer: int, options: Options) -> None:
     """Give the mixer its submodules, parameters and sizes."""
     d, e, n, k, r = config.d_model, config.d_inner, config.d_state, config.d_conv, config.dt_rank_size
     mixer.layer = layer
@@ -102,7 +102,7 @@ def norm_selection(mixer: nn.Module, dt, B, C, eps: float, call: Call) -> tuple[
     return dt, B, C
 
 
-def project_step(mixer: nn.Module, dt: mx.array, call: Call) -> tuple[mx.array, mx.array | None]:
+def step_sizes(mixer: nn.Module, dt: mx.array, call: Call) -> tuple[mx.array, mx.array | None]:
     """delta (b, l, e), and the bias that the scan still has to add to it.
 
     A `StepProjection` leaves its bias to the scan; so does a module that has one inside, such as an adapter. Any other
@@ -115,7 +115,7 @@ def project_step(mixer: nn.Module, dt: mx.array, call: Call) -> tuple[mx.array, 
     return delta, inside[0].bias if inside else None
 
 
-def scan(mixer: nn.Module, x, delta, B, C, z, bias, state, call: Call) -> tuple[mx.array, mx.array]:
+def recur(mixer: nn.Module, x, delta, B, C, z, bias, state, call: Call) -> tuple[mx.array, mx.array]:
     """The recurrence and, where z is given, the gate silu(z): the output at z's positions, and the new state."""
     settings = {"delta_bias": bias, "delta_softplus": True}
     A, D = -mx.exp(mixer.A_log), mixer.D

@@ -13,7 +13,7 @@ from mamba_core.backends.mlx.arrays import default_device, keep_float32
 from mamba_core.backends.mlx.kernels import gpu_scan, native_tensors
 from mamba_core.backends.mlx.kernels.native_scan import native
 from mamba_core.backends.mlx.kernels.reverse_only import first_derivative_only
-from mamba_core.backends.mlx.positions import call_of
+from mamba_core.backends.mlx.positions import call_of, where_counting
 from mamba_core.call import Call
 from mamba_core.kernels import choose
 from mamba_core.spec.ops.selective_scan import check_scan, check_step
@@ -116,13 +116,13 @@ def _prepared(scan):
         dtype, mask = x.dtype, call.mask
         if mask is not None:
             # Not by a factor of zero: a masked position may hold Inf or NaN.
-            x, delta, B, C, z = (_where_valid(mask, value) for value in (x, delta, B, C, z))
+            x, delta, B, C, z = (where_counting(mask, value) for value in (x, delta, B, C, z))
         x, A, B, C, D, z = (_float32(value) for value in (x, A, B, C, D, z))
-        step = _where_valid(mask, _step_size(delta, delta_bias, delta_softplus))
+        step = where_counting(mask, _step_size(delta, delta_bias, delta_softplus))
         y, h = x, mx.zeros((x.shape[0], *A.shape)) if h0 is None else _float32(h0)
         if x.shape[1] > 0:
             y, h = scan(x, step, A, B, C, D, z, h, call.restart)
-        return _where_valid(mask, y).astype(dtype), h
+        return where_counting(mask, y).astype(dtype), h
 
     return kernel
 
@@ -374,10 +374,6 @@ def _step_size(delta, delta_bias, delta_softplus):
     delta = _float32(delta)
     delta = delta if delta_bias is None else delta + _float32(delta_bias)
     return mx.logaddexp(delta, 0.0) if delta_softplus else delta
-
-
-def _where_valid(mask, value):
-    return value if mask is None or value is None else mx.where(mask[..., None], value, mx.array(0, value.dtype))
 
 
 def _float32(value):

@@ -10,7 +10,8 @@ how many of the first of these blocks it computes here and now, or why not even 
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 from mamba_core import discovery
 
@@ -26,7 +27,11 @@ class Taken(NamedTuple):
 
 
 @functools.cache
-def ways() -> tuple[tuple[str, Callable], ...]:
-    """(name, take) of every way, the fastest first."""
-    found = discovery.modules("backends.mlx.ways")
-    return tuple((name, found[name].take) for name in sorted(found, key=lambda name: found[name].RANK))
+def ranked() -> tuple[tuple[str, ModuleType], ...]:
+    """(name, way) of each, the fastest first."""
+    return tuple(sorted(discovery.modules("backends.mlx.ways").items(), key=lambda item: item[1].RANK))
+
+
+def own(module, name: str) -> Any:
+    """What the module's very class, not a base of it, says under this name; None where it says nothing."""
+    return vars(type(module)).get(name)
