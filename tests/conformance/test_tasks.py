@@ -113,10 +113,8 @@ def test_the_residual_stream_has_its_dtype_whatever_is_given(backend, name):
 
 @pytest.mark.parametrize("name", HEADLESS)
 def test_what_needs_a_head_is_refused(backend, name):
-    model, message = (
-        built(backend, name),
-        f"task '{CONFIGS[name].task}', without a (head|loss); .* needs one of task 'lm'",
-    )
+    model = built(backend, name)
+    message = f"task '{CONFIGS[name].task}', without a (head|loss); .* needs one of task 'lm'"
     tokens = np.zeros((1, 4), np.int32)
     with pytest.raises(ValueError, match=message):
         backend.loss_and_gradients(model, tokens)

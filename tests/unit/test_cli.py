@@ -71,7 +71,7 @@ def test_info_says_once_that_the_cpu_kernels_are_left_out(capsys, monkeypatch):
     monkeypatch.setattr(library, "_built", list)
     monkeypatch.delenv("MAMBA_CORE_NATIVE", raising=False)
     monkeypatch.setattr(library, "_find", library._find.__wrapped__)
-    kernels = {"native": NOT_BUILT, "cuda": "it runs on an NVIDIA GPU only", "chunked": None}
+    kernels = {"selective_scan": {"native": NOT_BUILT, "cuda": "it runs on an NVIDIA GPU only", "chunked": None}}
     found = {name: registry.BackendInfo(name, "2.0", ("cpu",), kernels, None) for name in ("torch", "mlx")}
     monkeypatch.setattr(registry, "backends", lambda: found)
     assert main(["info"]) == 0
@@ -79,7 +79,8 @@ def test_info_says_once_that_the_cpu_kernels_are_left_out(capsys, monkeypatch):
     assert out.count("not built") == 1
     assert f"The CPU kernels in C++, native, are left out: {NOT_BUILT}." in out
     assert main(["info", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["backends"]["mlx"]["kernels"]["native"] == NOT_BUILT
+    kernels = json.loads(capsys.readouterr().out)["backends"]["mlx"]["kernels"]
+    assert kernels["selective_scan"]["native"] == NOT_BUILT
 
 
 def test_train_inspect_convert_generate(backend, checkpoint, tmp_path, capsys):
@@ -185,18 +186,18 @@ def test_an_interrupt_ends_with_what_there_is(backend, checkpoint, monkeypatch, 
     assert main([*command, "def ", "--json"]) == 0
     whole = json.loads(capsys.readouterr().out)
     real = backend.decode
-    monkeypatch.setattr(type(backend), "decode", Interrupting(real, 4))
+    monkeypatch.setattr(backend, "decode", Interrupting(real, 4))
     assert main([*command, "def "]) == 130
     shown = capsys.readouterr()
     assert shown.out.startswith("def ")
     assert shown.out.endswith("\n")
     assert "4 tokens: the first after" in shown.err
-    monkeypatch.setattr(type(backend), "decode", Interrupting(real, 4))
+    monkeypatch.setattr(backend, "decode", Interrupting(real, 4))
     assert main([*command, "def ", "--json"]) == 130
     result = json.loads(capsys.readouterr().out)
     assert result["tokens"] == [whole["tokens"][0][:4]]
     assert result["finish_reasons"] == [None]
-    monkeypatch.setattr(type(backend), "decode", Interrupting(real, 4))
+    monkeypatch.setattr(backend, "decode", Interrupting(real, 4))
     monkeypatch.setattr("sys.stdin", io.StringIO("def \nclass\n"))
     assert main([*command, "--interactive"]) == 0
     shown = capsys.readouterr()

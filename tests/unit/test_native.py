@@ -20,7 +20,7 @@ from mamba_core.spec.ops import causal_conv as conv_spec
 from mamba_core.spec.ops import selective_scan as scan_spec
 from tests.conformance.assertions import assert_close
 from tests.conformance.strategies import op_cases
-from tests.conformance.subjects import least_norm
+from tests.conformance.subjects import SUBJECTS
 from tests.unit.native_arrays import SEQUENCES, add_norm, conv, conv_backward, scan, scan_backward, widths
 
 pytestmark = pytest.mark.skipif(library.missing() is not None, reason=f"native library: {library.missing()}")
@@ -37,6 +37,12 @@ def native_positions(case):
     return {"mask": mask, "restart": base_spec.restarts(counting, segments)}
 
 
+def close_in(op, case, name, found, wanted):
+    """y, or the gradient of an array, against the reference; as precise as the law of the op asks."""
+    kind, what = ("value", name) if name == "y" else ("gradient", f"gradient of {name}")
+    assert_close(found, wanted, "float32", kind, what, SUBJECTS[op].least_norm(case, case.arrays, name, wanted))
+
+
 @every_width
 @given(case=op_cases("selective_scan"), threads=st.sampled_from((1, 2, 3)))
 def test_the_scan_is_the_recurrence(width, case, threads):
@@ -45,14 +51,13 @@ def test_the_scan_is_the_recurrence(width, case, threads):
     wanted, wanted_h = scan_spec.selective_scan(
         **case.arrays, **case.positions, **case.options, return_final_state=True
     )
-    assert_close(y, wanted, "float32", "value", "y", least_norm(case, case.arrays, "y", wanted))
+    close_in("selective_scan", case, "y", y, wanted)
     assert_close(h, wanted_h, "float32", "value", "final state")
     np.testing.assert_array_equal(scan(threads, width, keep=False, **options, **given_arrays)[0], y)
     dy = np.random.default_rng(0).normal(size=y.shape).astype(y.dtype)
     gradients = scan_backward(dy, h, boundaries, threads, width, **options, **given_arrays)
     for name, value in scan_spec.selective_scan_vjp(dy, h, **case.arrays, **case.positions, **case.options).items():
-        least = least_norm(case, case.arrays, name, value)
-        assert_close(gradients[name], value, "float32", "gradient", f"gradient of {name}", least)
+        close_in("selective_scan", case, name, gradients[name], value)
 
 
 @every_width
@@ -69,8 +74,7 @@ def test_the_convolution_is_the_reference(width, case, threads):
     gradients["weight"] = gradients["weight"].T
     for name, value in conv_spec.causal_conv_vjp(dy, h, **case.arrays, **case.positions, **case.options).items():
         if name in gradients:
-            least = least_norm(case, case.arrays, name, value)
-        assert_close(gradients[name], value, "float32", "gradient", f"gradient of {name}", least)
+            close_in("causal_conv", case, name, gradients[name], value)
 
 
 @every_width

@@ -149,6 +149,6 @@ def test_ops_on_numpy_take_a_kernel_by_name():
     with pytest.raises(ValueError, match="no kernel 'chunked' for NumPy"):
         mc.selective_scan(*arguments, kernel="chunked")
     with pytest.raises(TypeError, match="expected an array of numpy"):
-        mc.selective_scan([[1.0]])
+        mc.selective_scan([[1.0]], *arguments[1:])
     with pytest.raises(ValueError, match="at least one of each"):
         mc.selective_scan(x[..., :0], x[..., :0], -np.ones((0, 2)), np.ones((1, 2, 2)), np.ones((1, 2, 2)))

@@ -169,7 +169,7 @@ def sizes(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     mixer = first + "mixer."
     if first + "norm.weight" not in shapes:
         raise ValueError(
-            f"{first}norm.weight is missing, which tells d_model; mambapy's models of mup=True have no norms, and are not read"
+            f"{first}norm.weight is missing, which tells d_model; mambapy's models of mup=True are not read"
         )
     (d,) = _shape(shapes, first + "norm.weight", "d")
     e, n = _shape(shapes, mixer + "A_log", "en")

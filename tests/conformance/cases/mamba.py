@@ -9,7 +9,7 @@ CONFIGS = {
         tie_embeddings=False, pad_vocab_size_multiple=16, residual_in_fp32=False, initializer_range=0.3, norm_eps=1e-3,
     ),
     "narrow": MambaConfig(
-        d_model=8, n_layer=1, vocab_size=17, d_state=1, d_conv=2, expand=1, dt_rank=1, pad_vocab_size_multiple=1,
+        d_model=8, n_layer=1, vocab_size=17, d_state=1, d_conv=2, expand=1, pad_vocab_size_multiple=1,
         initializer_range=0.3,
     ),
 }  # fmt: skip
