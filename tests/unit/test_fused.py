@@ -24,8 +24,9 @@ from mamba_core.backends.torch.kernels import (
     triton_mixer,
     triton_norm,
     triton_product,
+    triton_step,
 )
-from mamba_core.backends.torch.ops import causal_conv
+from mamba_core.backends.torch.ops import causal_conv, rms_norm, selective_scan
 from mamba_core.backends.torch.quantization import GROUP, pack, unpack
 from mamba_core.backends.torch.ways import cuda_step
 from mamba_core.call import Call
@@ -95,6 +96,69 @@ def test_add_norm(dtype, given):
         return triton_norm.add_norm(residual, hidden, weight, 1e-5, dtype)
 
     compare(ours, plain, (residual, weight, hidden), CLOSE[dtype])
+
+
+def normed_parts(dtbc, rank, states, eps):
+    """dt, B and C, each normed, in plain operations."""
+    return [rms_norm.rms_norm(value, None, eps) for value in dtbc.split((rank, states, states), dim=-1)]
+
+
+@here
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [F32, BF16, torch.float16])
+@pytest.mark.parametrize(("rank", "states"), [(1, 1), (5, 3), (16, 16), (70, 9), (3, 40)])
+@pytest.mark.parametrize("rows", [0, 1, 70])
+@pytest.mark.parametrize("eps", [1e-6, 0.3])
+def test_norms_of_dt_b_and_c(dtype, rank, states, rows, eps):
+    dtbc, dnormed = (random(2, rows, rank + 2 * states, dtype=dtype, seed=seed) for seed in (0, 1))
+    dtbc.requires_grad_()
+    expected = torch.cat(normed_parts(dtbc, rank, states, eps), dim=-1)
+    (gradient,) = torch.autograd.grad(expected, dtbc, dnormed)
+    # A gradient may be the little that is left of large terms of this size: all of it, where a part has one entry.
+    size = (dnormed * expected / dtbc).abs().float()
+    with torch.no_grad():
+        normed = triton_norm.unit_norms(dtbc, states, eps)
+        triton_norm.unit_norms_backward_(dnormed, dtbc, states, eps)
+    torch.testing.assert_close(normed, expected.detach(), rtol=CLOSE[dtype], atol=1e-6)
+    apart, gradient = (dnormed.float() - gradient.float()).abs(), gradient.float().abs()
+    assert (apart <= CLOSE[dtype] * gradient + CLOSE[F32] * size + 1e-7).all()
+
+
+def mixer_arguments(e=12, n=4, r=2, length=9, dtype=F32, scale=1.0):
+    x_proj, dt_proj = random(r + 2 * n, e) * scale / e**0.5, random(e, r) / r**0.5
+    weights = (random(e, 4), random(e), x_proj, dt_proj, random(e), -random(e, n).abs(), random(e))
+    return (random(2, length, 2 * e, dtype=dtype), *weights, random(2, 3, e, dtype=dtype), random(2, e, n))
+
+
+def plain_mixer(xz, conv, conv_bias, x_proj, dt_proj, delta_bias, A, D, conv_state, ssm_state, restart, eps):
+    """`triton_mixer.inner` in plain operations."""
+    x, z = xz.chunk(2, dim=-1)
+    call, n = Call(restart=restart), A.shape[1]
+    told = {"initial_state": conv_state, "kernel": "plain"}
+    x, conv_state = causal_conv.conv(call, x, conv, conv_bias, activation="silu", **told)
+    dtbc = torch.nn.functional.linear(x, x_proj.to(x.dtype))
+    rank = len(x_proj) - 2 * n
+    dt, B, C = normed_parts(dtbc, rank, n, eps) if eps > 0 else dtbc.split((rank, n, n), dim=-1)
+    delta = torch.nn.functional.linear(dt, dt_proj.to(x.dtype))
+    told = {"delta_bias": delta_bias, "delta_softplus": True, "initial_state": ssm_state, "kernel": "plain"}
+    y, ssm_state = selective_scan.scan(call, x, delta, A, B, C, D, z=z, **told)
+    return y, conv_state, ssm_state
+
+
+@here
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize(
+    ("n", "r", "eps", "scale"), [(4, 2, 0.0, 1.0), (3, 5, 1e-6, 1.0), (16, 17, 0.1, 0.3), (1, 3, 0.1, 1.0)]
+)
+def test_a_mixer_as_one_operator(dtype, segments, n, r, eps, scale):
+    """Its results and all gradients, with dt, B and C normed or not. Where x_proj is small, the eps counts."""
+    restart = None
+    if segments:
+        restart = torch.from_numpy(np.random.default_rng(0).random((2, 9)) < 0.2).to(DEVICE)
+    arguments = (*mixer_arguments(n=n, r=r, dtype=dtype, scale=scale), restart, eps)
+    compare(triton_mixer.inner, plain_mixer, arguments, 1e-5 if dtype == F32 else 3e-2)
 
 
 @here
@@ -221,6 +285,49 @@ def test_a_position_in_fused_kernels(dtype, batch):
     for own, other in zip(state.layers, expected.state.layers, strict=True):
         for one, two in zip(own, other, strict=True):
             assert relative_l2(one.float().cpu().numpy(), two.float().cpu().numpy()) <= limit
+
+
+@here
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("batch", [1, 4, 19])
+@pytest.mark.parametrize(("n", "r", "eps", "scale"), [(3, 5, 1e-6, 1.0), (5, 17, 0.1, 0.3)])
+def test_a_position_with_norms_of_dt_b_and_c(dtype, batch, n, r, eps, scale):
+    """Against the same block in float64, so that a norm that is left out or has another eps is seen."""
+    d, e = 40, 48
+    conv, conv_bias, x_proj, dt_proj, delta_bias, A, D = mixer_arguments(e, n, r, scale=scale)[1:8]
+    weights = (random(d), 1e-5, random(2 * e, d) / d**0.5, None, conv, conv_bias, x_proj, dt_proj)
+    weights = [value.to(dtype) if isinstance(value, torch.Tensor) else value for value in weights]
+    out_proj = (random(d, e) / e**0.5).to(dtype)
+    layer = triton_step.Layer(*weights, delta_bias, (-A).log(), D, out_proj, None, eps)
+    residual, conv_state, ssm_state = random(batch, d), random(batch, 3, e, dtype=dtype), random(batch, e, n)
+    after = conv_state.clone(), ssm_state.clone()
+    counters = triton_product.new_counters(residual.device)
+    total, hidden = triton_step.block(layer, residual, None, *after, after, counters)
+    total = total.double() if hidden is None else total.double() + hidden.double()
+
+    norm, _, in_proj, _, *others = (value.double() if isinstance(value, torch.Tensor) else value for value in weights)
+    wide = residual.double()
+    xz = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5) * norm @ in_proj.mT
+    wide = (xz, *others, delta_bias, A, D, conv_state, ssm_state)
+    expected = [residual.double() + 0, *plain_step(*(value.double() for value in wide), eps)]
+    expected[0] += expected.pop(1) @ out_proj.double().mT
+    limit = 1e-5 if dtype == F32 else 4e-2
+    for one, other in zip((total, *after), expected, strict=True):
+        assert relative_l2(one.double().cpu().numpy(), other.cpu().numpy()) <= limit
+
+
+def plain_step(xz, conv, conv_bias, x_proj, dt_proj, delta_bias, A, D, conv_state, ssm_state, eps):
+    """(y, conv state, ssm state) of one position, (b, 2e), in float64."""
+    x, z = xz.chunk(2, dim=-1)
+    n, window = A.shape[1], torch.cat([conv_state, x[:, None]], dim=1)
+    x = torch.nn.functional.silu(torch.einsum("bke,ek->be", window, conv) + conv_bias)
+    parts = (x @ x_proj.mT).split((len(x_proj) - 2 * n, n, n), dim=-1)
+    dt, B, C = (value * torch.rsqrt(value.square().mean(-1, keepdim=True) + eps) for value in parts)
+    step = torch.nn.functional.softplus(dt @ dt_proj.mT + delta_bias)
+    h = torch.exp(step[..., None] * A) * ssm_state + (step * x)[..., None] * B[:, None]
+    y = (h * C[:, None]).sum(-1) + D * x
+    return y * torch.nn.functional.silu(z), window[:, 1:], h
 
 
 @here
@@ -365,24 +472,22 @@ def test_training_steps_as_graphs(dtype, autocast, remat):
 
 
 def operator_arguments():
-    e, n, r = 12, 4, 2
-    mixer = (random(2, 9, 2 * e), random(e, 4), random(e), random(r + 2 * n, e), random(e, r), random(e))
-    mixer += (-random(e, n).abs(), random(e), random(2, 3, e), random(2, e, n))
     targets = torch.arange(10, device=DEVICE)
-    return {
-        triton_norm._forward: (random(3, 24), random(3, 24, seed=1), random(24), 1e-5, F32),
-        triton_conv._forward: (random(2, 9, e), random(e, 4), random(e), random(2, 3, e), None, True),
-        triton_mixer._forward: (*mixer, None, True),
-        triton_loss._forward: (random(10, 16), random(53, 16), targets, True),
-    }
+    return [
+        (triton_norm._forward, (random(3, 24), random(3, 24, seed=1), random(24), 1e-5, F32)),
+        (triton_conv._forward, (random(2, 9, 12), random(12, 4), random(12), random(2, 3, 12), None, True)),
+        (triton_mixer._forward, (*mixer_arguments(), None, 0.0, True)),
+        (triton_mixer._forward, (*mixer_arguments(), None, 1e-3, True)),
+        (triton_loss._forward, (random(10, 16), random(53, 16), targets, True)),
+    ]
 
 
 @here
 @pytest.mark.gpu
-@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("index", range(5))
 def test_operators_are_as_pytorch_wants_them(index):
     """Their schemas, what they say of shapes without computing, and their gradients in a compiled graph."""
-    operator, arguments = list(operator_arguments().items())[index]
+    operator, arguments = operator_arguments()[index]
     given = [
         value.requires_grad_() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
         for value in arguments

@@ -68,6 +68,16 @@ def test_add_norm():
 
 
 @here
+@pytest.mark.parametrize(("rank", "states"), [(R, N), (256, N), (5, 3), (1, 256)])
+def test_norms_of_dt_b_and_c(rank, states):
+    dtbc = empty(3, 64, rank + 2 * states)
+    with compiled(triton_norm) as found:
+        triton_norm.unit_norms(dtbc, states, 1e-6)
+        triton_norm.unit_norms_backward_(dtbc, dtbc, states, 1e-6)
+    check(found, ["_unit_norms_kernel", "_unit_norms_backward_kernel"], 64)
+
+
+@here
 @pytest.mark.parametrize("runs", [False, True])
 def test_conv(runs):
     x, taps, bias, state = empty(1, 64, 2 * E)[..., :E], floats(E, 4), floats(E), floats(1, 3, E)
@@ -98,7 +108,8 @@ def test_the_likeliest_token():
 @pytest.mark.parametrize(
     "rows", [1, triton_linear.MOST_ROWS, 64, triton_product.MOST_ROWS, triton_product.MOST_ROWS + 1]
 )
-def test_a_position(bits, rows):
+@pytest.mark.parametrize("selection_eps", [0.0, 1e-6])
+def test_a_position(bits, rows, selection_eps):
     def weight(outputs, inputs):
         if not bits:
             return empty(outputs, inputs)
@@ -106,7 +117,7 @@ def test_a_position(bits, rows):
         return Packed(words, empty(outputs, inputs // 32), bits, 32)
 
     small = (empty(E, 4), empty(E), empty(R + 2 * N, E), empty(E, R), floats(E), floats(E, N), floats(E))
-    layer = triton_step.Layer(empty(D), 1e-5, weight(2 * E, D), None, *small, weight(D, E), None)
+    layer = triton_step.Layer(empty(D), 1e-5, weight(2 * E, D), None, *small, weight(D, E), None, selection_eps)
     conv, ssm = empty(rows, 3, E), floats(rows, E, N)
     counters = triton_product.new_counters(conv.device)
     with compiled(triton_linear, triton_norm, triton_product, triton_step) as found:

@@ -484,7 +484,7 @@ def test_plain_operations_where_a_step_is_not_all(calls, call):
         {"kernels": "chunked"},
         {"dtype": "float16"},
         {"batch": 9},
-        {"config": mc.MambaConfig(d_model=20, n_layer=3, vocab_size=29, compat="minimamba", bias=True)},
+        {"config": mc.MiniMambaConfig(d_model=20, n_layer=3, vocab_size=29, bias=True)},
     ],
 )
 def test_plain_operations_for_another_model(calls, settings):

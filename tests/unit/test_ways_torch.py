@@ -5,18 +5,20 @@ import copy
 import pytest
 
 import mamba_core as mc
-from mamba_core.backends import native
+from mamba_core.backends.native import library
 
 torch = pytest.importorskip("torch")
 
+from mamba_core.backend import LayerState  # noqa: E402
 from mamba_core.backends.torch import explain, positions, private  # noqa: E402
 from mamba_core.backends.torch.kernels import native_tensors  # noqa: E402
+from mamba_core.backends.torch.mixers import s6  # noqa: E402
 from mamba_core.backends.torch.untouched import untouched  # noqa: E402
 from mamba_core.kernels import Kernels  # noqa: E402
 
 CONFIG = mc.MambaConfig(d_model=20, n_layer=5, vocab_size=29, d_state=5, initializer_range=0.3)
 IDS = torch.arange(18).reshape(2, 9)
-needs_native = pytest.mark.skipif(native.missing() is not None, reason=f"native library: {native.missing()}")
+needs_native = pytest.mark.skipif(library.missing() is not None, reason=f"native library: {library.missing()}")
 
 
 def built(config=CONFIG, **settings):
@@ -45,6 +47,28 @@ def subclassed(mixer):
     mixer = copy.copy(mixer)
     mixer.__class__ = Subclassed
     return mixer
+
+
+class Normed(type(built().backbone.layers[0].mixer)):
+    """A mixer of the same parameters that norms dt, B and C, and says so to the native step."""
+
+    def native_step(self):
+        return s6.native_operands(self, self.selection_eps)
+
+    def forward(self, hidden, state, call):
+        x, z = s6.project(self, "in_proj", hidden).chunk(2, dim=-1)
+        x, conv = s6.convolve(self, x, state.conv, call)
+        dt, B, C = s6.norm_selection(*s6.select(self, x, call), self.selection_eps, call)
+        delta = s6.step_sizes(self, dt, call)
+        y, ssm = s6.recur(self, x, delta, B, C, z, self.dt_proj.bias, state.ssm, call)
+        return self.out_proj(y), LayerState(conv, ssm)
+
+
+def norm_selections(model, *eps):
+    """Norms dt, B and C of the first layers with these numbers, and leaves a layer where it is 0."""
+    for block, number in zip(model.backbone.layers, eps, strict=False):
+        if number:
+            block.mixer.__class__, block.mixer.selection_eps = Normed, number
 
 
 CHANGES = {
@@ -91,6 +115,36 @@ def test_the_native_step_takes_the_blocks_around_another(name):
     assert [run[2] for run in runs[::2]] == ["native_step"] * 2
     assert runs[1][2] in ("fused", "plain")
     assert runs[1][3]["native_step"]
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("batch", [1, 2, 7])
+def test_the_native_step_norms_dt_b_and_c_of_the_blocks_that_do(dtype, batch):
+    models = [built(dtype=dtype, kernels=kernels) for kernels in ("auto", "plain")]
+    ids = torch.arange(9 * batch).reshape(batch, 9) % 29
+    with torch.no_grad():
+        state = models[0](ids).state
+        unlike = models[0](ids[:, :1], state).logits
+        for model in models:
+            norm_selections(model, 0, 1e-3, 0.3)
+        assert explain(models[0], batch, 1) == [(0, 4, "native_step", {})]
+        found, wanted = (model(ids[:, :1], state) for model in models)
+    limits = {"rtol": 1e-4, "atol": 1e-5} if dtype == "float32" else {"rtol": 2e-2, "atol": 2e-2}
+    for value, other in zip(private.tree_leaves(found), private.tree_leaves(wanted), strict=True):
+        torch.testing.assert_close(value, other, **limits)
+    assert (found.logits - unlike).abs().max() > 0.05
+
+
+@needs_native
+def test_the_native_step_leaves_an_eps_that_float32_has_not():
+    """It would be 0 there, and 0 says that nothing is normed."""
+    model = built()
+    norm_selections(model, 0, 0, 1e-50)
+    runs = explain(model)
+    assert [run[:2] for run in runs] == [(0, 1), (2, 2), (3, 4)]
+    assert runs[0][2] == runs[2][2] == "native_step"
+    assert "1e-50, is too small" in runs[1][3]["native_step"]
 
 
 @needs_native
@@ -168,4 +222,4 @@ def test_modes_and_transforms_are_found():
 def test_the_private_names_are_there():
     assert private.onednn_linear is not None or not torch.backends.mkldnn.is_available()
     assert private.tree_leaves(private.tree_map(lambda x: x + 1, (1, [2]))) == [2, 3]
-    assert native.missing() == native_tensors.MISSING
+    assert library.missing() == native_tensors.MISSING

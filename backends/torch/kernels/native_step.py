@@ -15,10 +15,15 @@ from mamba_core.backends.torch.kernels.operator import KINDS, one_at_a_time
 
 # With more rows, computing takes longer than reading the weights.
 MOST_ROWS = 8
+# A smaller eps may be 0 in C, which says that nothing is normed.
+SMALLEST_EPS = torch.finfo(torch.float32).tiny
 
 
 class Operands(NamedTuple):
-    """The weights of a Mamba-1 mixer; the biases of in_proj, conv1d and out_proj may be None."""
+    """The weights of a Mamba-1 mixer; the biases of in_proj, conv1d and out_proj may be None.
+
+    selection_eps: above 0, each of dt, B and C is divided by its root mean square, with this added to the mean square.
+    """
 
     in_proj: Tensor
     in_bias: Tensor | None
@@ -31,11 +36,12 @@ class Operands(NamedTuple):
     dt_bias: Tensor
     A_log: Tensor
     D: Tensor
+    selection_eps: float = 0.0
 
 
-# Where a block's tensors stand in the list that `blocks` takes: its states, its norm's weight, then its `Operands`.
+# Where a block's tensors stand in the list that `blocks` takes: its states, its norm's weight, then its weights.
 CONV_STATE, SSM_STATE, NORM, WEIGHTS = 0, 1, 2, 3
-PER_BLOCK = WEIGHTS + len(Operands._fields)
+PER_BLOCK = WEIGHTS + Operands._fields.index("selection_eps")
 
 
 def reason(x: Tensor) -> str | None:
@@ -79,7 +85,7 @@ def block_tensors(norm: Tensor, operands: Operands, state, b: int) -> list[Tenso
     )
     if norm.dtype not in native_tensors.DTYPES or not (fits(norm.dtype, stored) and fits(torch.float32, float32)):
         return None
-    return [state.conv, state.ssm, norm, *operands]
+    return [state.conv, state.ssm, norm, *operands[:-1]]
 
 
 def same_sizes(tensors: list[Tensor | None], first: list[Tensor | None]) -> bool:
@@ -113,8 +119,13 @@ def fits(dtype: torch.dtype, tensors) -> bool:
 
 
 @torch.library.custom_op("mamba_core::mamba_steps", mutates_args=(), device_types="cpu")
-def blocks(residual: Tensor, tensors: list[Tensor | None], eps: list[float]) -> list[Tensor]:
-    """The residual stream after all blocks, and each block's conv and ssm state. tensors: PER_BLOCK of each block."""
+def blocks(
+    residual: Tensor, tensors: list[Tensor | None], eps: list[float], selection_eps: list[float]
+) -> list[Tensor]:
+    """The residual stream after all blocks, and each block's conv and ssm state.
+
+    Of each block: PER_BLOCK of tensors, the eps of its norm, and its `Operands.selection_eps`.
+    """
     native_tensors.share_threads()
     residual = residual.contiguous()
     results = _empty(residual, tensors)
@@ -128,12 +139,12 @@ def blocks(residual: Tensor, tensors: list[Tensor | None], eps: list[float]) -> 
     after, *states = (value.data_ptr() for value in results)
     before, pointers = residual.data_ptr(), [None if value is None else value.data_ptr() for value in tensors]
     steps = []
-    for k, block_eps in enumerate(eps):
+    for k, (norm_eps, own_eps) in enumerate(zip(eps, selection_eps, strict=True)):
         conv_state, ssm_state, norm, *weights = pointers[k * PER_BLOCK : (k + 1) * PER_BLOCK]
         in_proj, in_bias, conv, conv_bias, x_proj, out_proj, out_bias, *float32 = weights
         matrices = ((in_proj, in_bias), (conv, conv_bias), (x_proj, None), (out_proj, out_bias))
         read = (before, conv_state, ssm_state, norm, *matrices, *float32)
-        steps.append(abi.MambaStep(*fixed, block_eps, *read, after, *states[2 * k : 2 * k + 2]))
+        steps.append(abi.MambaStep(*fixed, norm_eps, *read, after, *states[2 * k : 2 * k + 2], own_eps))
         before = after
     library.mamba_steps((abi.MambaStep * len(steps))(*steps))
     return results
@@ -158,7 +169,7 @@ def head(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 @blocks.register_fake
-def _(residual, tensors, eps):
+def _(residual, tensors, eps, selection_eps):
     return _empty(residual, tensors)
 
 

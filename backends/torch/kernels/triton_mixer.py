@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mamba_core.backends.torch.kernels import cuda_scan, native_scan, triton_conv
+from mamba_core.backends.torch.kernels import cuda_scan, native_scan, triton_conv, triton_norm
 from mamba_core.backends.torch.kernels.operator import differentiable, is_float, refuse_tangents
 from mamba_core.backends.torch.kernels.triton import product
 
 
-def inner(xz, conv_weight, conv_bias, x_proj, dt_proj, delta_bias, A, D, conv_state, ssm_state, restart):
+def inner(
+    xz, conv_weight, conv_bias, x_proj, dt_proj, delta_bias, A, D, conv_state, ssm_state, restart, selection_eps=0.0
+):
     """(y (b, l, e) before out_proj, conv state, ssm state) from what in_proj gives, (b, l, 2e).
 
     The weights are cast to the dtype of xz, under autocast too; restart is (b, l) bool for the segments. In plain
@@ -24,11 +26,12 @@ def inner(xz, conv_weight, conv_bias, x_proj, dt_proj, delta_bias, A, D, conv_st
         x, z = xz.chunk(2, -1)
         x, conv_state = causal_conv(x, conv_weight, conv_bias, activation="silu", initial_state=conv_state)
         dt, B, C = linear(x, x_proj).split((r, n, n), -1)
+        dt, B, C = (rms_norm(value, None, selection_eps) for value in (dt, B, C))  # where selection_eps > 0
         y, ssm_state = selective_scan(x, linear(dt, dt_proj), A, B, C, D, z=z, delta_bias, softplus, ssm_state)
     """
     tensors = (xz, conv_weight, conv_bias, x_proj, dt_proj, delta_bias, A, D, conv_state, ssm_state, restart)
     keep = torch.is_grad_enabled() and any(is_float(value) and value.requires_grad for value in tensors)
-    return _inner(*tensors, keep)
+    return _inner(*tensors, selection_eps, keep)
 
 
 @torch.library.custom_op("mamba_core::mixer", mutates_args=())
@@ -44,6 +47,7 @@ def _forward(
     conv_state: Tensor,
     ssm_state: Tensor,
     restart: Tensor | None,
+    selection_eps: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(y, conv state, ssm state, x_proj's output, the scan's kept states)."""
@@ -52,7 +56,7 @@ def _forward(
         x, z = xz.chunk(2, dim=-1)
         conv, conv_state = _conv(x, conv_weight, conv_bias, conv_state, restart)
         dtbc = F.linear(conv, x_proj.to(xz.dtype))
-        dt, B, C = _split(dtbc, A)
+        dt, B, C = _select(dtbc, A, selection_eps)
         delta = F.linear(dt, dt_proj.to(xz.dtype))
         scan = _scans(xz)._scan
         y, ssm_state, kept = scan(conv, delta, A, B, C, D, z, delta_bias, ssm_state, None, restart, True, keep)
@@ -77,12 +81,13 @@ def _backward(
     conv_state: Tensor,
     ssm_state: Tensor,
     restart: Tensor | None,
+    selection_eps: float,
     keep: bool,
 ) -> list[Tensor]:
     with torch.autocast(xz.device.type, enabled=False):
         x, z = xz.chunk(2, dim=-1)
         e = x.shape[-1]
-        dt, B, C = _split(dtbc, A)
+        dt, B, C = _select(dtbc, A, selection_eps)
         conv, _ = _conv(x, conv_weight, conv_bias, conv_state, restart)
         delta = F.linear(dt, dt_proj.to(xz.dtype))
         given = (conv, delta, A, B, C, D, z, delta_bias, ssm_state, None, restart, True, keep)
@@ -91,6 +96,8 @@ def _backward(
         ddelta, dt = ddelta.flatten(0, 1), dt.flatten(0, 1)
         ddt = ddelta @ dt_proj.to(xz.dtype)
         ddtbc = torch.cat([ddt, dB.flatten(0, 1), dC.flatten(0, 1)], dim=1)
+        if selection_eps > 0:
+            triton_norm.unit_norms_backward_(ddtbc, dtbc, A.shape[1], selection_eps)
         ddt_proj = product(ddelta.mT, dt)
         del delta, ddelta
         dconv.flatten(0, 1).addmm_(ddtbc, x_proj.to(xz.dtype))
@@ -107,7 +114,9 @@ def _backward(
 
 
 @_forward.register_fake
-def _(xz, conv_weight, conv_bias, x_proj, dt_proj, delta_bias, A, D, conv_state, ssm_state, restart, keep):
+def _(
+    xz, conv_weight, conv_bias, x_proj, dt_proj, delta_bias, A, D, conv_state, ssm_state, restart, selection_eps, keep
+):
     b, l, _ = xz.shape
     x, z = xz.chunk(2, dim=-1)
     B = xz.new_empty(b, l, A.shape[1])
@@ -132,6 +141,9 @@ def _conv(x, weight, bias, state, restart):
     return triton_conv.conv(x, weight, bias, state, triton_conv.runs_of(restart), True)
 
 
-def _split(dtbc, A):
+def _select(dtbc, A, selection_eps):
+    """dt, B and C, normed where selection_eps is above 0."""
     n = A.shape[1]
+    if selection_eps > 0:
+        dtbc = triton_norm.unit_norms(dtbc, n, selection_eps)
     return dtbc.split((dtbc.shape[-1] - 2 * n, n, n), dim=-1)

@@ -1,4 +1,4 @@
-"""The sum of a residual block and the norm of the next, in Triton: one pass over the residual stream."""
+"""Norms in Triton: of the sum of a residual block, in one pass over the residual stream, and of dt, B and C."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from mamba_core.backends.torch.kernels.triton import (
 PROGRAMS = 1024
 # A row is held in registers.
 WIDEST = 16384
+# Entries of dt, or of B and C, that a program holds at once.
+ENTRIES = 1024
 
 
 def reason(device: torch.device, dtype: torch.dtype | None, d: int) -> str | None:
@@ -133,6 +135,37 @@ def _(dnormed, dtotal, total, scale, residual, hidden, weight, eps, dtype):
 _add_norm = differentiable(_forward, _backward, kept=(1, 2), unread=(0, 1))
 
 
+def unit_norms(dtbc: Tensor, states: int, eps: float) -> Tensor:
+    """dt, B and C, which lie side by side in dtbc (..., r + 2n), each times rsqrt(mean(itself^2) + eps)."""
+    normed = torch.empty_like(dtbc)
+    _on_parts(_unit_norms_kernel, (dtbc, normed), states, eps)
+    return normed
+
+
+def unit_norms_backward_(dnormed: Tensor, dtbc: Tensor, states: int, eps: float) -> None:
+    """Makes the gradient of `unit_norms` of its result's gradient, in its memory."""
+    _on_parts(_unit_norms_backward_kernel, (dtbc, dnormed), states, eps)
+
+
+def _on_parts(kernel, arrays, states, eps):
+    """Launches a kernel on the rows of contiguous arrays."""
+    width = arrays[0].shape[-1]
+    rank, rows = width - 2 * states, arrays[0].numel() // width
+    each = max(1, ENTRIES // power_of_2(max(rank, states)))
+    if rows:
+        with launching(arrays[0]):
+            kernel[(blocks_of(rows, each),)](
+                *arrays,
+                rows,
+                eps,
+                RANK=rank,
+                STATES=states,
+                ROWS=each,
+                BLOCK_RANK=power_of_2(rank),
+                BLOCK_STATES=power_of_2(states),
+            )
+
+
 def _empty_results(residual, dtype):
     shape = residual.shape
     scale = residual.new_empty(shape[:-1], dtype=torch.float32)
@@ -213,3 +246,67 @@ def _add_norm_backward_kernel(
         if HIDDEN:
             tl.store(dhidden + row * D + k, dx.to(dhidden.dtype.element_ty), mask=here)
     tl.store(parts + program * D + k, dw, mask=inside)
+
+
+@jit
+def unit_normed(x, eps, COUNT: tl.constexpr):
+    """x in float32 times rsqrt(mean(x^2) + eps) along its last axis, of COUNT entries and zeros after them."""
+    return x * tl.rsqrt(tl.sum(x * x, -1, keep_dims=True) / COUNT + eps)
+
+
+@jit
+def _unit_norms_kernel(
+    dtbc,
+    normed,
+    rows,
+    eps,
+    RANK: tl.constexpr,
+    STATES: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    BLOCK_STATES: tl.constexpr,
+):
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    place = row * (RANK + 2 * STATES)
+    _norm_part(dtbc, normed, place, row < rows, eps, RANK, BLOCK_RANK)
+    _norm_part(dtbc, normed, place + RANK, row < rows, eps, STATES, BLOCK_STATES)
+    _norm_part(dtbc, normed, place + RANK + STATES, row < rows, eps, STATES, BLOCK_STATES)
+
+
+@jit
+def _norm_part(values, normed, place, known, eps, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    k = tl.arange(0, BLOCK)[None, :]
+    inside = known & (k < COUNT)
+    x = tl.load(values + place + k, mask=inside, other=0.0).to(tl.float32)
+    tl.store(normed + place + k, unit_normed(x, eps, COUNT).to(normed.dtype.element_ty), mask=inside)
+
+
+@jit
+def _unit_norms_backward_kernel(
+    dtbc,
+    gradient,
+    rows,
+    eps,
+    RANK: tl.constexpr,
+    STATES: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    BLOCK_STATES: tl.constexpr,
+):
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    place = row * (RANK + 2 * STATES)
+    _norm_part_backward(dtbc, gradient, place, row < rows, eps, RANK, BLOCK_RANK)
+    _norm_part_backward(dtbc, gradient, place + RANK, row < rows, eps, STATES, BLOCK_STATES)
+    _norm_part_backward(dtbc, gradient, place + RANK + STATES, row < rows, eps, STATES, BLOCK_STATES)
+
+
+@jit
+def _norm_part_backward(values, gradient, place, known, eps, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    k = tl.arange(0, BLOCK)[None, :]
+    inside = known & (k < COUNT)
+    x = tl.load(values + place + k, mask=inside, other=0.0).to(tl.float32)
+    dy = tl.load(gradient + place + k, mask=inside, other=0.0).to(tl.float32)
+    factor = tl.rsqrt(tl.sum(x * x, -1, keep_dims=True) / COUNT + eps)
+    x = x * factor
+    dx = factor * (dy - x * (tl.sum(dy * x, -1, keep_dims=True) / COUNT))
+    tl.store(gradient + place + k, dx.to(gradient.dtype.element_ty), mask=inside)

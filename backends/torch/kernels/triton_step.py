@@ -30,7 +30,10 @@ from mamba_core.backends.torch.quantization import Packed, unpack
 
 
 class Layer(NamedTuple):
-    """The weights of a residual block; in_bias, conv_bias and out_bias may be None."""
+    """The weights of a residual block; in_bias, conv_bias and out_bias may be None.
+
+    selection_eps: above 0, each of dt, B and C is divided by its root mean square, with this added to the mean square.
+    """
 
     norm: Tensor
     eps: float
@@ -45,6 +48,7 @@ class Layer(NamedTuple):
     D: Tensor
     out_proj: Tensor | Packed
     out_bias: Tensor | None
+    selection_eps: float = 0.0
 
 
 def block(layer: Layer, residual: Tensor, hidden: Tensor | None, conv_state, ssm_state, after, counters: Tensor):
@@ -166,6 +170,7 @@ def _recurrence(layer, x, z, dtbc, ssm_state, ssm_after, y):
         BLOCK=channels,
         BLOCK_STATES=power_of_2(n),
         BLOCK_RANK=max(16, power_of_2(r)),
+        SELECTION_EPS=layer.selection_eps,
         # The interpreter multiplies matrices of bfloat16 as if they were whole numbers.
         WIDENS=INTERPRETED,
         num_warps=warps,
@@ -246,6 +251,7 @@ def _recurrence_kernel(
     BLOCK: tl.constexpr,
     BLOCK_STATES: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
+    SELECTION_EPS: tl.constexpr,
     OVERLAP: tl.constexpr,
     WIDENS: tl.constexpr,
 ):
@@ -276,6 +282,10 @@ def _recurrence_kernel(
         dt = tl.load(row + r, mask=(r < RANK) & (b < batch), other=0.0).to(tl.float32)
         B = tl.load(row + RANK + n, mask=(n < STATES) & (b < batch), other=0.0).to(tl.float32)
         C = tl.load(row + RANK + STATES + n, mask=(n < STATES) & (b < batch), other=0.0).to(tl.float32)
+        if SELECTION_EPS > 0:
+            dt = triton_norm.unit_normed(dt, SELECTION_EPS, RANK)
+            B = triton_norm.unit_normed(B, SELECTION_EPS, STATES)
+            C = triton_norm.unit_normed(C, SELECTION_EPS, STATES)
         u = tl.load(x + b * E + c, mask=here, other=0.0).to(tl.float32)
         gate = tl.load(z + b * z_stride + c, mask=here, other=0.0).to(tl.float32)
         step = _softplus(tl.sum(own * dt[None, :], 1) + bias)
@@ -306,6 +316,7 @@ def _recurrences_kernel(
     BLOCK: tl.constexpr,
     BLOCK_STATES: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
+    SELECTION_EPS: tl.constexpr,
     OVERLAP: tl.constexpr,
     WIDENS: tl.constexpr,
 ):
@@ -332,6 +343,10 @@ def _recurrences_kernel(
     given = (b < batch)[:, None] & state_of[None, :]
     B = tl.load(row + RANK + n[None, :], mask=given, other=0.0).to(tl.float32)
     C = tl.load(row + RANK + STATES + n[None, :], mask=given, other=0.0).to(tl.float32)
+    if SELECTION_EPS > 0:
+        dt = triton_norm.unit_normed(dt.to(tl.float32), SELECTION_EPS, RANK).to(dt.dtype)
+        B = triton_norm.unit_normed(B, SELECTION_EPS, STATES)
+        C = triton_norm.unit_normed(C, SELECTION_EPS, STATES)
     u = tl.load(x + (b * E)[:, None] + c[None, :], mask=here, other=0.0).to(tl.float32)
     gate = tl.load(z + (b * z_stride)[:, None] + c[None, :], mask=here, other=0.0).to(tl.float32)
     if WIDENS:

@@ -7,7 +7,7 @@ from mamba_core.backend import LayerState
 from mamba_core.backends.torch.kernels import native_step
 from mamba_core.backends.torch.kernels.operator import KINDS
 from mamba_core.backends.torch.mixers import Options
-from mamba_core.backends.torch.ops import causal_conv, fused_mixer, linear, selective_scan
+from mamba_core.backends.torch.ops import causal_conv, fused_mixer, linear, rms_norm, selective_scan
 from mamba_core.backends.torch.quantization import QuantizedLinear, stored_weight
 from mamba_core.backends.torch.untouched import untouched
 from mamba_core.call import Call
@@ -52,6 +52,13 @@ def select(mixer, x: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     return call.observe("dt", dt), call.observe("B", B), call.observe("C", C)
 
 
+def norm_selection(dt, B, C, eps: float, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """dt, B and C after an RMS norm without weight of each."""
+    named = {"dt_norm": dt, "B_norm": B, "C_norm": C}
+    dt, B, C = (call.observe(name, rms_norm.rms_norm(value, None, eps)) for name, value in named.items())
+    return dt, B, C
+
+
 def step_sizes(mixer, dt: Tensor, call: Call) -> Tensor:
     """(b, l, e) without the bias of dt_proj, which the scan adds in float32 before the softplus."""
     delta = linear.linear(dt, mixer.dt_proj.weight, kernel=mixer.kernels.of("linear"))
@@ -72,6 +79,7 @@ def recur(mixer, x, delta, B, C, z, delta_bias, state: Tensor, call: Call) -> tu
 
 
 # --- one operator between in_proj and out_proj ---------------------------------------------------
+# Here and below, selection_eps is the eps of `norm_selection`; 0 for a mixer that does not call it.
 
 
 def is_fused(mixer, xz: Tensor, call: Call) -> bool:
@@ -86,7 +94,7 @@ def is_fused(mixer, xz: Tensor, call: Call) -> bool:
     )
 
 
-def fused(mixer, xz: Tensor, state: LayerState, call: Call) -> tuple[Tensor, LayerState]:
+def fused(mixer, xz: Tensor, state: LayerState, call: Call, selection_eps: float = 0.0) -> tuple[Tensor, LayerState]:
     """y (b, l, e), and the state."""
     y, conv, ssm = fused_mixer.KERNELS["triton"](
         xz,
@@ -100,6 +108,7 @@ def fused(mixer, xz: Tensor, state: LayerState, call: Call) -> tuple[Tensor, Lay
         state.conv,
         state.ssm,
         call.restart,
+        selection_eps,
     )
     return y, LayerState(conv, ssm)
 
@@ -131,7 +140,7 @@ def project_for_last(mixer, hidden: Tensor) -> tuple[Tensor, Tensor]:
 # --- for the ways: the weights that they read without calling the mixer's layers -----------------
 
 
-def native_operands(mixer) -> native_step.Operands | None:
+def native_operands(mixer, selection_eps: float = 0.0) -> native_step.Operands | None:
     """For the way native_step; None if a layer was changed."""
     in_proj, x_proj, dt_proj, out_proj = mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj
     conv = mixer.conv1d
@@ -141,11 +150,11 @@ def native_operands(mixer) -> native_step.Operands | None:
         return None
     return native_step.Operands(
         *(in_proj.weight, in_proj.bias, conv.weight, conv.bias, x_proj.weight, out_proj.weight, out_proj.bias),
-        *(dt_proj.weight, dt_proj.bias, mixer.A_log, mixer.D),
+        *(dt_proj.weight, dt_proj.bias, mixer.A_log, mixer.D, selection_eps),
     )
 
 
-def cuda_operands(mixer) -> tuple | None:
+def cuda_operands(mixer, selection_eps: float = 0.0) -> tuple | None:
     """For the way cuda_step, as `kernels.triton_step.Layer` after the norm; None if a layer was changed."""
     in_proj, x_proj, dt_proj, out_proj = mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj
     if not (untouched(nn.Linear, x_proj, dt_proj) and untouched(nn.Conv1d, mixer.conv1d)) or x_proj.bias is not None:
@@ -156,5 +165,5 @@ def cuda_operands(mixer) -> tuple | None:
     return (
         *(stored_weight(in_proj), in_proj.bias, mixer.conv1d.weight[:, 0], mixer.conv1d.bias),
         *(x_proj.weight, dt_proj.weight, dt_proj.bias, mixer.A_log, mixer.D),
-        *(stored_weight(out_proj), out_proj.bias),
+        *(stored_weight(out_proj), out_proj.bias, selection_eps),
     )

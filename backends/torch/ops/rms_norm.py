@@ -8,11 +8,12 @@ from mamba_core.backends.torch.kernels.triton import linear_dtype
 from mamba_core.kernels import Kernels
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight in float32, returned in the dtype of the weight."""
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight in float32, returned in the dtype of the weight; without one, in that of x."""
+    dtype = x.dtype if weight is None else weight.dtype
     x = x.float()
-    scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-    return (x * scale * weight.float()).to(weight.dtype)
+    normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return (normed if weight is None else normed * weight.float()).to(dtype)
 
 
 def kernels(device: torch.device, dtype: torch.dtype | None = None, size: int = 0) -> dict[str, str | None]:

@@ -14,7 +14,7 @@ def take(blocks, residual, states, call) -> Taken | str:
         return "it computes one position that counts, unobserved"
     if (why := native_step.reason(residual)) is not None:
         return why
-    tensors, eps = [], []
+    tensors, eps, selection_eps = [], [], []
     for block, state in zip(blocks, states, strict=True):
         if type(operands := _operands(block)) is str:
             why = operands
@@ -28,12 +28,13 @@ def take(blocks, residual, states, call) -> Taken | str:
             break
         tensors += found
         eps.append(norm.eps)
+        selection_eps.append(operands.selection_eps)
     if not eps:
         return why
 
     def run(residual, pending, states):
         residual = residual if pending is None else residual + pending
-        residual, *after = native_step.blocks(residual, tensors, eps)
+        residual, *after = native_step.blocks(residual, tensors, eps, selection_eps)
         return residual, None, tuple(LayerState(*after[k : k + 2]) for k in range(0, len(after), 2))
 
     return Taken(len(eps), run)
@@ -49,5 +50,8 @@ def _operands(block) -> native_step.Operands | str:
         return "the norm or the mixer was changed"
     if mixer.kernels.of("block_step") not in ("auto", "native"):
         return f"kernels has {mixer.kernels.of('block_step')!r} for block_step"
-    operands = read(mixer)
-    return "a layer of the mixer was changed" if operands is None else operands
+    if (operands := read(mixer)) is None:
+        return "a layer of the mixer was changed"
+    if 0 < operands.selection_eps < native_step.SMALLEST_EPS:
+        return f"the eps of its norms of dt, B and C, {operands.selection_eps}, is too small for float32"
+    return operands
