@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mamba_core import discovery
-from mamba_core.backends.jax.arrays import precision
+from mamba_core.backends.jax.ops.linear import precision
 from mamba_core.spec.state import layer_type
 
 ops = discovery.find("backends.jax.ops", "leaky_sum")
