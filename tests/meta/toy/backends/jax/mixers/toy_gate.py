@@ -3,7 +3,7 @@
 import jax
 from flax import nnx
 
-from mamba_core.backends.jax.arrays import precision
+from mamba_core.backends.jax.ops.linear import precision
 
 
 class Gate(nnx.Module):

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from flax import nnx
 
-from mamba_core.backends.jax.arrays import precision
+from mamba_core.backends.jax.ops.linear import precision
 from mamba_core.spec.state import layer_type
 
 
