@@ -93,6 +93,7 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.task = tasks.of(config)
+        states.register(config.facts.types)
         self.policy = policy
         self.backbone = Backbone(config, policy)
 

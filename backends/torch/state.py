@@ -1,7 +1,5 @@
 """The decode state: `mamba_core.backend.State` of torch tensors. Pickles, and moves with `torch.utils._pytree`."""
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -17,7 +15,6 @@ for kind in (State, Output, Hidden):
 torch.serialization.add_safe_globals([State])
 
 
-@functools.cache
 def register(kinds: tuple[type, ...]) -> None:
     """Makes the layers' NamedTuples known to torch: for trees, exported programs and pickles."""
     for kind in set(kinds) - _registered:
@@ -36,7 +33,6 @@ def init_state(config, batch: int, dtype: torch.dtype, device: torch.device, roo
     def zeros(shape, kind):
         return torch.zeros(shape, dtype=dtype if kind == "compute" else dtype_of(kind), device=device)
 
-    register(states.layer_types(config))
     return states.initial(config, batch, zeros, room)
 
 

@@ -34,7 +34,7 @@ def of(config: BaseConfig) -> Any:
 
 
 def traits(config: BaseConfig) -> Traits:
-    return of(config).TRAITS
+    return config.facts.traits
 
 
 def configs() -> Iterator[type[BaseConfig]]:

@@ -15,11 +15,14 @@ What stands before and behind the blocks is the task's: see `mamba_core.tasks.ba
 """
 
 import dataclasses
+import functools
 import hashlib
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Self
+
+from mamba_core.spec.state import Field, layer_type
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 MAX_SIZE = 2**31 - 1  # of any size: what indexes of 32 bits can count
@@ -46,6 +49,18 @@ class Traits(NamedTuple):
     causal: bool = True
     steps: bool = True
     packs: bool = True
+
+
+class Facts(NamedTuple):
+    """What an architecture's file says of one config.
+
+    fields, types: of what each layer carries, and the NamedTuple of it. grows: whether any field has a capacity.
+    """
+
+    traits: Traits
+    fields: tuple[tuple[Field, ...], ...]
+    types: tuple[type, ...]
+    grows: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +126,17 @@ class BaseConfig:
         for name in names:
             if not holds(value := getattr(self, name)):
                 raise ValueError(f"{name} is {value!r}; expected {expected}")
+
+    @functools.cached_property
+    def facts(self) -> Facts:
+        """What the architecture's file says of this config. Once asked for, a compiler finds it without a search."""
+        from mamba_core import architectures
+
+        file = architectures.of(self)
+        fields = tuple(file.state(self, layer) for layer in range(self.n_layer))
+        types = tuple(layer_type(tuple(field.name for field in of_layer)) for of_layer in fields)
+        grows = any(field.grows is not None for of_layer in fields for field in of_layer)
+        return Facts(file.TRAITS, fields, types, grows)
 
     @property
     def padded_vocab_size(self) -> int:

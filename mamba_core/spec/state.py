@@ -43,9 +43,7 @@ class Field(NamedTuple):
 
 def fields(config, layer: int) -> tuple[Field, ...]:
     """What a layer carries: () for one that carries nothing."""
-    from mamba_core import architectures
-
-    return architectures.of(config).state(config, layer)
+    return config.facts.fields[layer]
 
 
 def table(config) -> Iterator[tuple[int, Field]]:
@@ -55,16 +53,14 @@ def table(config) -> Iterator[tuple[int, Field]]:
             yield layer, field
 
 
-@functools.lru_cache(maxsize=64)
 def grows(config) -> bool:
     """Whether any field has a capacity."""
-    return any(field.grows is not None for _, field in table(config))
+    return config.facts.grows
 
 
-@functools.lru_cache(maxsize=64)
 def layer_types(config) -> tuple:
     """The NamedTuple of what each layer carries."""
-    return tuple(layer_type(tuple(field.name for field in fields(config, layer))) for layer in range(config.n_layer))
+    return config.facts.types
 
 
 @functools.cache
