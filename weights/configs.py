@@ -125,13 +125,13 @@ def _pop_fixed(rest: dict[str, Any], table: Table) -> None:
             raise ValueError(f"config has {name}={value!r}; this version reads {name}={allowed[0]!r} only")
 
 
-def _refuse_foreign(layout: str, architecture: str, rest: Mapping[str, Any]) -> None:
-    for name, other in tables.foreign(layout, architecture).items():
-        if rest.get(name) is not None:
-            raise ValueError(
-                f"config has {name}={rest[name]!r}, a field of architecture {other!r}; as {architecture!r}, which it "
-                "claims to be, it would be another function"
-            )
+def _refuse_foreign(layout: str, architecture: str, fields: Mapping[str, Any]) -> None:
+    if (claim := tables.claim_of_another(layout, architecture, fields)) is not None:
+        name, other = claim
+        raise ValueError(
+            f"config has {name}={fields[name]!r}, which is of architecture {other!r}; as {architecture!r}, which it "
+            "claims to be, it would be another function"
+        )
 
 
 def _pop_task(layout: str, architecture: str, rest: dict[str, Any]) -> str:

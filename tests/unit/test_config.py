@@ -146,7 +146,7 @@ def test_transformers_must_not_rescale_what_it_loads():
 def test_unknown_fields_never_change_what_is_written_as_hf():
     """Fields that mean nothing to mamba_ssm, but something to transformers or mlx-lm."""
     extra = {"layer_norm_epsilon": 0.1, "hidden_size": 3, "hidden_act": "gelu", "vocab_size_note": 1}
-    extra |= {"use_bcdt_rms": True, "dtype": "float16", "torch_dtype": "float16", "mamba_core": {"vocab_size": 7}}
+    extra |= {"use_bcdt_rms": False, "dtype": "float16", "torch_dtype": "float16", "mamba_core": {"vocab_size": 7}}
     extra |= {"architecture": "mamba"}  # by which this project's own fields are told
     config = MambaConfig.from_mamba_ssm({"d_model": 64, "n_layer": 2, "vocab_size": 50, "rms_norm": True} | extra)
     written = config.to_hf()

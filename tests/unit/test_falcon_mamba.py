@@ -100,7 +100,7 @@ def test_other_libraries_would_compute_something_else(tmp_path, layout):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"mixer_rms_eps": 1e-6}, "mixer_rms_eps=1e-06, a field of architecture 'falcon_mamba'; as 'mamba'"),
+        ({"mixer_rms_eps": 1e-6}, "mixer_rms_eps=1e-06, which is of architecture 'falcon_mamba'; as 'mamba'"),
         ({"use_bcdt_rms": True}, "use_bcdt_rms=True; this version reads use_bcdt_rms=False only"),
         ({"architectures": ["FalconMambaForCausalLM"]}, "a class of architecture 'falcon_mamba'"),
         ({"architectures": ["FalconMambaModel"]}, "a class of architecture 'falcon_mamba'"),
@@ -115,6 +115,24 @@ def test_a_file_that_claims_to_be_two_things_is_refused(tmp_path, layout, fields
     (folder / "config.json").write_text(json.dumps(own | fields))
     with pytest.raises(CheckpointError, match=words):
         open_model(folder)
+
+
+@pytest.mark.parametrize("layout", ["mamba_ssm", "mambapy", "mambapy_mlx"])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("mixer_rms_eps", 1e-6), ("use_bcdt_rms", True), ("architectures", ["FalconMambaForCausalLM"]),
+        ("model_type", "falcon_mamba"),
+    ],
+)  # fmt: skip
+def test_a_layout_without_such_fields_refuses_them_too(tmp_path, layout, field, value):
+    folder = write(tmp_path / "out", MAMBA, layout)
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | {field: value}))
+    with pytest.raises(CheckpointError, match=f"{field}=.*, which is of architecture 'falcon_mamba'; as 'mamba'"):
+        open_model(folder)
+    (folder / "config.json").write_text(json.dumps(fields | {field: None}))
+    assert open_model(folder).config == MAMBA
 
 
 def test_the_model_type_alone_tells(tmp_path):

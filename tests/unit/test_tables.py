@@ -169,7 +169,7 @@ def test_another_packages_architecture_in_the_nested_config_of_another_library(t
     assert_holds(opened, values)
     plain = write(tmp_path / "plain", CONFIG, "mamba_ssm")
     assert json.loads((plain / "config.json").read_text())["ssm_cfg"] == {"d_state": 3, "dt_rank": 2}
-    with pytest.raises(ValueError, match=r"ssm_cfg\.toy_width=3, a field of architecture 'toy'"):
+    with pytest.raises(ValueError, match=r"ssm_cfg\.toy_width=3, which is of architecture 'toy'"):
         from_dict({"ssm_cfg": {"toy_width": 3}})
 
 
@@ -364,7 +364,7 @@ def test_a_field_of_another_architecture_is_not_plain(toy, tmp_path):
     fields = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(fields | {"toy_width": 3}))
     with pytest.raises(
-        CheckpointError, match=r"toy_width=3, a field of architecture 'toy'; as 'mamba', which it claims"
+        CheckpointError, match=r"toy_width=3, which is of architecture 'toy'; as 'mamba', which it claims"
     ):
         open_model(folder)
     (folder / "config.json").write_text(json.dumps(fields | {"toy_width": None}))

@@ -92,12 +92,35 @@ def foreign(layout: str, architecture: str) -> dict[str, str]:
     """Fields of a layout's configs that mean something to another architecture alone -> that architecture."""
     own = of(architecture)[layout].theirs()
     return {
-        row.theirs: name
-        for name in discovery.names(FOLDER)
-        if name != architecture and layout in of(name)
-        for row in of(name)[layout].rows().values()
-        if row.theirs not in own
+        field: name
+        for name, table in holding(layout).items()
+        if name != architecture
+        for field in (*(row.theirs for row in table.rows().values()), *table.fixed)
+        if field not in own
     }
+
+
+def claim_of_another(layout: str, architecture: str, fields: Mapping[str, Any]) -> tuple[str, str] | None:
+    """(field, architecture): a field that says, in some library's words, that a model is of another architecture.
+
+    A folder may say so in fields that its layout does not have. The fields are flat.
+    """
+    own, mine = of(architecture), layouts.find(layout)
+    known = {field for table in own.values() for field in table.theirs()}
+    fixed = {field: values for table in own.values() for field, values in table.fixed.items()}
+    for name in (name for name in discovery.names(FOLDER) if name != architecture):
+        for where, table in of(name).items():
+            shape = layouts.find(where)
+            claims = [row.theirs for row in table.rows().values() if row.theirs not in known]
+            claims += [field for field in shape.kind_name if fields.get(field) in table.kinds]
+            if mine.classes is None and _classes_of(shape, fields) & set(table.classes()):
+                claims.append(str(shape.classes))
+            for field, values in table.fixed.items():
+                if fields.get(field) in values and fields[field] not in fixed.get(field, ()):
+                    claims.append(field)
+            if found := next((field for field in claims if fields.get(field) is not None), None):
+                return found, name
+    return None
 
 
 def owner_of(name: str) -> str | None:
