@@ -4,11 +4,11 @@ Importing this package imports no framework; a backend is imported when it is fi
 architecture is here under its name, such as `MambaConfig`.
 """
 
-from importlib.util import find_spec
+from importlib import util as _util
 from typing import Any
 
 # A checkout has these parts beside this folder; it is the installation that puts them into the package.
-if find_spec("mamba_core.backends") is None:
+if _util.find_spec("mamba_core.backends") is None:
     raise ImportError("mamba_core is imported from a checkout that is not installed; run pip install -e . in it")
 
 from mamba_core import architectures, backends

@@ -49,9 +49,12 @@ def explain(model: Any, batch: int = 1, length: int = 1) -> Explanation:
         batch, length: the shape of the call; a length of 1 is a step of decoding.
 
     Raises:
-        ValueError: batch or length is below 1.
+        TypeError: the model is not of `build` or `load`.
+        ValueError: batch or length is no integer from 1.
     """
-    if batch < 1 or length < 1:
-        raise ValueError(f"batch is {batch} and length {length}; expected at least 1 of each")
+    if not isinstance(getattr(model, "backend", None), str):
+        raise TypeError(f"model is {type(model).__name__}; expected one of mc.build or mc.load")
+    if not all(type(size) is int and size > 0 for size in (batch, length)):
+        raise ValueError(f"batch is {batch!r} and length {length!r}; expected integers from 1")
     layers = tuple(Explained(*part) for part in registry.get(model.backend).explain(model, batch, length))
     return Explanation(model.backend, model.device, model.dtype, batch, length, dict(model.kernels), layers)

@@ -25,10 +25,10 @@ class Kernels:
 
         Args:
             given: "auto", "plain", or a mapping from ops to kernels, where ops that it does not name are "auto". Or the
-                name of a scan kernel: every op that has a kernel of this name, or of its
-                family (`ALONG`), that runs uses it, linear layers stay "auto", and
-                the other ops are "plain". "sequential", the plain scan, is "plain".
-            ops: op -> its kernels by name -> None where it runs, or why it does not: `Backend.kernels`.
+                name of a scan kernel: every op that has a kernel of this name, or of its family (`ALONG`), that runs
+                uses it, linear layers stay "auto", and the other ops are "plain". "sequential", the plain scan, is
+                "plain".
+            ops: op -> its kernels by name -> None where it runs, or why it does not: `Backend.available_kernels`.
 
         Raises:
             TypeError: it is neither a text nor a mapping from texts to texts.
@@ -37,7 +37,9 @@ class Kernels:
         if isinstance(given, Kernels):
             return given
         if isinstance(given, Mapping):
-            policy = cls(tuple((str(op), name) for op, name in given.items()))
+            if not all(isinstance(text, str) for pair in given.items() for text in pair):
+                raise TypeError(f"kernels is {given!r}; expected a mapping from ops to kernels, both by name")
+            policy = cls(tuple(given.items()))
         elif not isinstance(given, str):
             raise TypeError(f"kernels is {given!r}; expected 'auto', 'plain', a kernel's name, or a mapping by op")
         elif given in ("auto", "plain", "sequential"):

@@ -7,6 +7,7 @@ none. $OMP_NUM_THREADS, read again at each call of `threads`, is how many thread
 import ctypes
 import functools
 import os
+import warnings
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -155,6 +156,8 @@ def _find() -> ctypes.CDLL | str:
     try:
         return _load(paths[0])
     except (OSError, AttributeError, ValueError) as error:
+        if chosen:
+            warnings.warn(f"MAMBA_CORE_NATIVE={chosen} cannot be loaded, so none is used: {error}", stacklevel=2)
         return f"{paths[0].name} cannot be loaded: {error}"
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mamba_core import environment
+from mamba_core.backends.native import library
 from mamba_core.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -123,3 +124,9 @@ def test_the_readme_lists_every_variable():
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     missing = [name for name in NAMES if f"| `{name}` |" not in readme]
     assert not missing
+
+
+def test_a_library_that_was_named_and_cannot_be_loaded_is_told(monkeypatch):
+    monkeypatch.setenv("MAMBA_CORE_NATIVE", "/nowhere/kernels.so")
+    with pytest.warns(UserWarning, match=r"MAMBA_CORE_NATIVE=/nowhere/kernels\.so cannot be loaded, so none is used"):
+        assert "cannot be loaded" in library._find.__wrapped__()

@@ -152,3 +152,17 @@ def test_ops_on_numpy_take_a_kernel_by_name():
         mc.selective_scan([[1.0]], *arguments[1:])
     with pytest.raises(ValueError, match="at least one of each"):
         mc.selective_scan(x[..., :0], x[..., :0], -np.ones((0, 2)), np.ones((1, 2, 2)), np.ones((1, 2, 2)))
+
+
+def test_a_policy_of_kernels_that_is_none(backend):
+    for kernels in (3, {"selective_scan": ["plain"]}, {1: "plain"}):
+        with pytest.raises(TypeError, match="kernels is .*; expected"):
+            mc.build(CONFIG, backend=backend.name, kernels=kernels)
+
+
+def test_explaining_what_is_no_model_or_no_size(model):
+    with pytest.raises(TypeError, match=r"model is NoneType; expected one of mc\.build or mc\.load"):
+        mc.explain(None)
+    for sizes in ((0, 1), (1, 1.5), ("x", 1)):
+        with pytest.raises(ValueError, match="expected integers from 1"):
+            mc.explain(model, *sizes)

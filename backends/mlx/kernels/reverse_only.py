@@ -12,7 +12,7 @@ def reverse_only(function: mx.custom_function) -> None:
 def _refuse(*_):
     raise NotImplementedError(
         "all kernels but the plain ones have a first gradient in reverse mode only, and no vmap; "
-        "pass kernel='plain' (a scan's is called 'sequential'), to a model kernels='sequential'"
+        "pass kernel='plain', to a model kernels='plain'"
     )
 
 

@@ -11,8 +11,8 @@ from mamba_core.backends.torch.private import in_forward_mode, intercepted, tran
 # Plain tensor classes, without __torch_function__ overrides.
 KINDS = (nn.Parameter, Tensor)
 REVERSE_ONLY = (
-    'the kernels but "sequential" have first derivatives in reverse mode only: no second derivative and no jvp; '
-    'for them pass kernel="sequential", to a model kernels="sequential"'
+    "all kernels but the plain ones have first derivatives in reverse mode only: no second derivative and no jvp; "
+    'for them pass kernel="plain", to a model kernels="plain"'
 )
 
 

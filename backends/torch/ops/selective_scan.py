@@ -41,7 +41,7 @@ def selective_scan(
     segment_ids=None,
     kernel="auto",
 ):
-    """Gradients of gradients and forward mode need kernel="sequential", which keeps every state."""
+    """Gradients of gradients and forward mode need kernel="plain", which keeps every state."""
     arrays = (x, delta, A, B, C, D, z, delta_bias, initial_state)
     _check(*arrays, mask, segment_ids)
     y, h = _run(call_of(mask, segment_ids, length=x.shape[1]), *arrays, delta_softplus, kernel)
