@@ -156,7 +156,7 @@ def test_ops_on_numpy_take_a_kernel_by_name():
 
 def test_a_policy_of_kernels_that_is_none(backend):
     for kernels in (3, {"selective_scan": ["plain"]}, {1: "plain"}):
-        with pytest.raises(TypeError, match="kernels is .*; expected"):
+        with pytest.raises(TypeError, match=r"kernels is .*; expected"):
             mc.build(CONFIG, backend=backend.name, kernels=kernels)
 
 
