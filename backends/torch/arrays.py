@@ -37,6 +37,10 @@ def devices() -> list[str]:
     return [name for name, present in available.items() if present]
 
 
+def dtype_name(array: Tensor) -> str:
+    return str(array.dtype).removeprefix("torch.")
+
+
 def from_numpy(value, dtype: str | None = None, device: str | None = None) -> Tensor:
     """MPS has no float64: ask for dtype="float32" there."""
     value = np.array(value, order="C")
@@ -63,10 +67,6 @@ def dtype_of(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise ValueError(f"dtype is {name!r}; expected one of {', '.join(DTYPES)}")
     return DTYPES[name]
-
-
-def dtype_name(array: Tensor) -> str:
-    return str(array.dtype).removeprefix("torch.")
 
 
 def check_devices(x: Tensor, **others: Tensor | None) -> None:
