@@ -134,7 +134,7 @@ def copy_bandwidth() -> float:
 def random_model(config, dtype=torch.float32, kernels="auto"):
     """Values of the right size, drawn on the device: billions would take minutes on the host."""
     with torch.device("meta"):
-        model = model_class(config.task)(config, Kernels.read(kernels, ops.kernels(DEVICE)))
+        model = model_class(config.task)(config, Kernels.read(kernels, ops.available_kernels(DEVICE)))
     model.to_empty(device=DEVICE)
     torch.manual_seed(0)
     with torch.no_grad():
