@@ -41,6 +41,8 @@ class Backbone(nnx.Module):
         """hidden (b, l, d), or where only the last position is asked for perhaps (b, 1, d); and the state after it."""
         residual = inputs if self.embeddings is None else call.observe("embedding", self._embed(inputs))
         residual, entering = residual.astype(self.residual_dtype), states.entering(state, call)
+        if call.last and self.norm_f is not None and not untouched(RMSNorm, self.norm_f):
+            call = call._replace(last=False)
         residual, pending, layers = stack.run(self.layers, residual, entering, call, self.remat)
         residual = residual if pending is None else residual + pending
         hidden = residual.astype(self.dtype) if self.norm_f is None else call.observe("norm_f", self.norm_f(residual))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from mamba_core.backends.jax.blocks import Block
+from mamba_core.backends.jax.blocks import Block, RMSNorm
 from mamba_core.backends.jax.positions import call_of
 from mamba_core.backends.jax.untouched import untouched
 from mamba_core.backends.jax.ways import Taken, own, plain, ranked
@@ -108,12 +108,24 @@ def _piece(block, residual) -> int | None:
     # An exported program may be for any length.
     if not (isinstance(batch, int) and isinstance(length, int)) or length <= FEWEST:
         return None
-    features = own(block.mixer, "width") if untouched(Block, block) else None
-    if features is None or not _has_only_parameters(block):
+    if (width := _width(block)) is None or not _has_only_parameters(block):
         return None
-    width = features(block.mixer) * residual.dtype.itemsize
-    piece = max(FEWEST, PIECE_BYTES // (width * max(1, batch)))
+    piece = max(FEWEST, PIECE_BYTES // (width * residual.dtype.itemsize * max(1, batch)))
     return piece if length > piece else None
+
+
+def _width(block) -> int | None:
+    """Elements of the widest array of a block for each position; None where a part may look along the sequence."""
+    if not untouched(Block, block):
+        return None
+    norms, parts = [block.norm], [block.mixer]
+    if block.feed_forward is not None:
+        norms, parts = [*norms, block.norm2], [*parts, block.feed_forward]
+    if not untouched(RMSNorm, *norms):
+        return None
+    # A part without a width does not say that it goes on exactly from a state.
+    widths = [width(part) if (width := own(part, "width")) else None for part in parts]
+    return None if None in widths else max(widths)
 
 
 def _piecewise(run, block, residual, state, call, *, piece):

@@ -54,6 +54,8 @@ class Backbone(nn.Module):
         dtype = self.dtype
         residual = inputs if self.embeddings is None else call.observe("embedding", self._embed(inputs))
         residual = residual.astype(mx.float32 if self.residual_in_fp32 else dtype)
+        if call.last and self.norm_f is not None and not untouched(RMSNorm, self.norm_f):
+            call = call._replace(last=False)
         residual, pending, layers = stack.run(self.layers, residual, states.entering(state, call), call, self.remat)
         residual = residual if pending is None else residual + pending
         hidden = residual.astype(dtype) if self.norm_f is None else call.observe("norm_f", self._normalise(residual))

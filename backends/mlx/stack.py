@@ -104,17 +104,28 @@ def _piece(block, residual, call) -> int | None:
     Only with the native kernels, which compute when they are called: MLX would order lazy operations by itself.
     """
     batch, length, _ = residual.shape
-    if length <= FEWEST or not call.plain or call.observed or not untouched(Block, block):
-        return None
-    width = own(block.mixer, "width")
-    if width is None:
+    if length <= FEWEST or not call.plain or call.observed or (width := _width(block)) is None:
         return None
     dtype = _compute_dtype(block, residual)
-    piece = max(FEWEST, PIECE_BYTES // (width(block.mixer) * dtype.size * max(1, batch)))
+    piece = max(FEWEST, PIECE_BYTES // (width * dtype.size * max(1, batch)))
     if length <= piece:
         return None
     kernel = selective_scan.chosen(block.mixer.kernels.of("selective_scan"), dtype, (residual,))
     return piece if kernel == "native" else None
+
+
+def _width(block) -> int | None:
+    """Elements of the widest array of a block for each position; None where a part may look along the sequence."""
+    if not untouched(Block, block):
+        return None
+    norms, parts = [block.norm], [block.mixer]
+    if "feed_forward" in block:
+        norms, parts = [*norms, block.norm2], [*parts, block.feed_forward]
+    if not untouched(RMSNorm, *norms):
+        return None
+    # A part without a width does not say that it goes on exactly from a state.
+    widths = [width(part) if (width := own(part, "width")) else None for part in parts]
+    return None if None in widths else max(widths)
 
 
 def _piecewise(run_block, piece, residual, state):
@@ -174,7 +185,8 @@ def _recomputed(block, run_block, residual, state):
         residual, after = run_block(residual, _like(state, values))
         return residual, *after
 
-    values, kernels = (residual, *state), getattr(block.mixer, "kernels", None)
+    # A wrapper of a block or of a mixer need not know about kernels.
+    values, kernels = (residual, *state), getattr(getattr(block, "mixer", None), "kernels", None)
     kernels = kernels if isinstance(kernels, Kernels) else Kernels()
     dtype = _compute_dtype(block, residual)
     residual, *after = recomputed_module(block, run, kernels, dtype, *values, copied=len(values))

@@ -46,6 +46,8 @@ class Backbone(nn.Module):
         """The output (b, l, d) and the state after it; with call.last, (b, 1, d) may be the last position's output."""
         residual = inputs if self.embeddings is None else call.observe("embedding", self._embed(inputs))
         residual = residual.to(self.residual_dtype)
+        if call.last and self.norm_f is not None and not untouched(RMSNorm, self.norm_f):
+            call = call._replace(last=False)
         layers = states.entering(state, call)
         residual, pending, layers = stack.run(list(self.layers), residual, layers, call, self.remat, piece)
         if self.norm_f is not None:
@@ -55,9 +57,11 @@ class Backbone(nn.Module):
         return hidden, states.leaving(layers, state, call)
 
     def is_untouched(self) -> bool:
-        """Whether all blocks, norms and mixers are of the classes that were built, and no module has hooks."""
+        """Whether embedding, blocks, norms and mixers are of the classes that were built, and no module has hooks."""
         blocks = list(self.layers)
         if len(blocks) != len(self.built) or not untouched(Block, *blocks) or private.hooked(*self.modules()):
+            return False
+        if self.embeddings is not None and not untouched(nn.Embedding, self.embeddings):
             return False
         norms = [norm for block in blocks for norm in (block.norm, block.norm2) if norm is not None]
         kinds = zip(blocks, self.built, strict=True)

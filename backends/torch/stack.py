@@ -8,7 +8,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mamba_core.backends.torch import ways
+from mamba_core.backends.torch.blocks import Block, RMSNorm
 from mamba_core.backends.torch.positions import call_of
+from mamba_core.backends.torch.untouched import untouched
 from mamba_core.backends.torch.ways import fused
 from mamba_core.call import Call
 
@@ -123,13 +125,26 @@ def _piece(backbone, inputs) -> int | None:
         return None
     if inputs.shape[1] <= FEWEST or not backbone.is_untouched():
         return None
-    # A mixer without a width does not say that it goes on exactly from a state.
-    widths = [getattr(block.mixer, "width", None) for block in backbone.layers]
+    widths = [_width(block) for block in backbone.layers]
     if None in widths:
         return None
     width = max(widths)
     piece = max(FEWEST, PIECE_BYTES // (width * backbone.dtype.itemsize * max(1, len(inputs))))
     return piece if inputs.shape[1] > piece else None
+
+
+def _width(block) -> int | None:
+    """Elements of the widest array of a block for each position; None where a part may look along the sequence."""
+    if not untouched(Block, block):
+        return None
+    norms, parts = [block.norm], [block.mixer]
+    if block.feed_forward is not None:
+        norms, parts = [*norms, block.norm2], [*parts, block.feed_forward]
+    if not untouched(RMSNorm, *norms):
+        return None
+    # A part without a width does not say that it goes on exactly from a state.
+    widths = [width(part) if (width := ways.own(part, "width")) else None for part in parts]
+    return None if None in widths else max(widths)
 
 
 def _split(positions: Tensor | None, piece: int, inputs: Tensor) -> Sequence[Tensor | None]:

@@ -1,5 +1,6 @@
 """Blocks of long sequences on a CPU, computed a piece of the positions after the other."""
 
+import dataclasses
 import importlib
 
 import numpy as np
@@ -145,6 +146,109 @@ def test_half_precision(place):
 
 
 # --- what must not be cut ------------------------------------------------------------------------
+
+
+def leaning(place, inner):
+    """A module that calls another, and takes the mean over the sequence from what that returns."""
+    package = {"torch": "torch.nn", "jax": "flax.nnx", "mlx": "mlx.nn"}[backend_of(place).name]
+    kind = importlib.import_module(package).Module
+
+    class Leaning(kind):
+        def __init__(self):
+            super().__init__()
+            self.inner = inner
+
+        def __call__(self, *arguments):
+            y = self.inner(*arguments)
+            return y - y.mean(1, keepdims=True)
+
+    return Leaning()
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("path", ["norm", "mixer.in_proj", "mixer.x_proj", "mixer.dt_proj", "mixer.out_proj"])
+def test_what_looks_along_the_sequence_sees_the_whole(place, path, remat, monkeypatch):
+    if path == "mixer.dt_proj" and backend_of(place).name != "mlx":
+        pytest.skip("its weights are read")
+    model, _ = built(place, remat=remat)
+    owner = model.backbone.layers[1]
+    *owners, name = path.split(".")
+    for attribute in owners:
+        owner = getattr(owner, attribute)
+    setattr(owner, name, leaning(place, getattr(owner, name)))
+    assert_same_in_pieces_and_whole(place, model, monkeypatch)
+    assert (64 in place.pieces) == (backend_of(place).name != "torch"), "the other block is cut"
+
+
+@pytest.mark.parametrize("name", ["embeddings", "norm_f"])
+def test_so_does_what_is_around_the_blocks(place, name, monkeypatch):
+    model, _ = built(place, dataclasses.replace(CONFIG, tie_embeddings=False))
+    setattr(model.backbone, name, leaning(place, getattr(model.backbone, name)))
+    assert_same_in_pieces_and_whole(place, model, monkeypatch)
+
+
+@pytest.mark.parametrize("place", ["jax", "mlx"], indirect=True)
+def test_so_does_a_feed_forward(place, monkeypatch):
+    model, _ = built(place)
+    package = "flax.nnx" if place.__name__.split(".")[2] == "jax" else "mlx.nn"
+    block, modules = model.backbone.layers[1], importlib.import_module(package)
+
+    class Mean(modules.Module):
+        def __call__(self, hidden, call):
+            return hidden.mean(1, keepdims=True) + hidden
+
+    wrap = getattr(modules, "data", lambda module: module)
+    block.norm2, block.feed_forward = wrap(model.backbone.layers[0].norm), wrap(Mean())
+    assert_same_in_pieces_and_whole(place, model, monkeypatch)
+
+
+@pytest.mark.parametrize("place", ["torch"], indirect=True)
+@pytest.mark.parametrize("name", ["in_proj", "x_proj", "out_proj"])
+def test_so_does_a_patched_layer_of_torch(place, name, monkeypatch):
+    model, _ = built(place)
+    layer = getattr(model.backbone.layers[1].mixer, name)
+    layer.forward = lambda x, forward=layer.forward: forward(x - x.mean(1, keepdim=True))
+    assert_same_in_pieces_and_whole(place, model, monkeypatch)
+
+
+@pytest.mark.parametrize("path", ["layers.1.mixer.out_proj", "norm_f"])
+def test_a_prompt_s_last_position_is_what_the_whole_gives(place, path):
+    """A prefill computes the last position alone only where nothing looks along the sequence."""
+    model, _ = built(place)
+    owner = model.backbone
+    *owners, name = path.split(".")
+    for attribute in owners:
+        owner = owner[int(attribute)] if attribute.isdecimal() else getattr(owner, attribute)
+    setattr(owner, name, leaning(place, getattr(owner, name)))
+    backend, ids = backend_of(place), tokens(64)
+    whole = backend.to_numpy(called(place, model, ids).logits)[:, -1]
+    last = backend.to_numpy(backend.prefill(model, ids, np.ones(ids.shape, bool)).logits)
+    assert relative_l2(last, whole[:, : last.shape[-1]]) <= tolerance("float32")
+
+
+def differentiated(place, model, ids):
+    """The mean square of the logits, computed for a gradient."""
+    backend, loss = backend_of(place), lambda model: (model(ids).logits ** 2).mean()
+    ids = backend.from_numpy(ids, device="cpu")
+    if backend.name == "torch":
+        value = loss(model)
+        value.backward()
+        return value.item()
+    if backend.name == "jax":
+        return float(importlib.import_module("flax.nnx").value_and_grad(loss)(model)[0])
+    return importlib.import_module("mlx.nn").value_and_grad(model, loss)(model)[0].item()
+
+
+def assert_same_in_pieces_and_whole(place, model, monkeypatch):
+    """Of a call, and of a gradient's loss."""
+    backend, found = backend_of(place), []
+    for fewest in (10**6, 64):
+        place.pieces.clear()
+        monkeypatch.setattr(place, "FEWEST", fewest)
+        logits = backend.to_numpy(called(place, model, tokens()).logits)
+        found.append((logits, differentiated(place, model, tokens()) if model.remat else 0.0))
+    assert relative_l2(found[0][0], found[1][0]) <= tolerance("float32")
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-5)
 
 
 @pytest.mark.parametrize("place", ["torch"], indirect=True)

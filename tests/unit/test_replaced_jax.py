@@ -119,6 +119,81 @@ def test_layers_whose_weights_are_read_are_refused_by_name(name):
             model(IDS[:, :length])
 
 
+# --- a layer of flax with another setting --------------------------------------------------------------
+
+
+def doubling(arrays, dtype=None):
+    """A `promote_dtype` that doubles a layer's first operand, its input."""
+    first, *rest = arrays
+    return (2 * first, *rest)
+
+
+@pytest.mark.parametrize("name", ["in_proj", "x_proj", "out_proj"])
+@pytest.mark.parametrize("length", [1, 5])
+def test_a_layer_that_is_called_computes_with_its_settings(name, length):
+    model = mc.build(CONFIG, backend="jax", device="cpu")
+    whole = model(IDS[:, :length]).logits
+    layer = getattr(model.backbone.layers[1].mixer, name)
+    layer.promote_dtype = doubling
+    changed = logits(model)[:, :length]
+    assert relative_l2(changed, whole) > 1e-4
+    assert relative_l2(model(IDS[:, :length]).logits, changed) < 1e-5
+    scaled = mc.build(CONFIG, backend="jax", device="cpu")
+    getattr(scaled.backbone.layers[1].mixer, name).kernel[...] *= 2
+    assert relative_l2(logits(scaled)[:, :length], changed) < 1e-5
+
+
+@pytest.mark.parametrize("settings", [{"dtype": jnp.bfloat16}, {"precision": None}, {"preferred_element_type": "f2"}])
+def test_no_way_reads_the_weights_of_a_layer_with_another_setting(settings):
+    model = mc.build(CONFIG, backend="jax", device="cpu")
+    for name, value in settings.items():
+        setattr(model.backbone.layers[0].mixer.in_proj, name, value)
+    assert registry.get("jax").explain(model, 2, 1)[0][:3] == (0, 0, "plain")
+
+
+CONVOLUTIONS = {"kernel_dilation": 2, "padding": "SAME", "strides": 2, "feature_group_count": 1, "mask": jnp.ones(())}
+CONVOLUTIONS |= {"input_dilation": 2, "promote_dtype": doubling, "dtype": "bfloat16", "conv_general_dilated": doubling}
+
+
+@pytest.mark.parametrize(
+    ("layer", "setting", "value"),
+    [
+        *(("conv1d", *item) for item in CONVOLUTIONS.items()),
+        ("dt_proj", "promote_dtype", doubling),
+        ("dt_proj", "precision", None),
+        ("dt_proj", "dot_general", doubling),
+    ],
+)
+def test_another_setting_of_a_layer_whose_weights_are_read_is_refused_by_name(layer, setting, value):
+    model = mc.build(CONFIG, backend="jax", device="cpu")
+    value = nnx.data(value) if setting == "mask" else value
+    setattr(getattr(model.backbone.layers[1].mixer, layer), setting, value)
+    for length in (1, 5):
+        with pytest.raises(TypeError, match=rf"mixer\.{layer} is \w+, subclassed or changed"):
+            model(IDS[:, :length])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_with_another_setting_is_called(tied):
+    model = mc.build(CONFIG if tied else UNTIED, backend="jax", device="cpu")
+    assert model.head_weight() is not None
+    (model.backbone.embeddings if tied else model.lm_head).promote_dtype = doubling
+    assert model.head_weight() is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_modes_and_jit_of_flax_change_no_way(dtype):
+    model = mc.build(CONFIG, backend="jax", device="cpu", dtype=dtype)
+    ways = registry.get("jax").explain(model, 2, 1)
+    for change in (model.eval, model.train):
+        change()
+        assert registry.get("jax").explain(model, 2, 1) == ways
+    wanted = model(IDS[:, :1]).logits
+    assert relative_l2(nnx.jit(lambda model: model(IDS[:, :1]).logits)(model), wanted) < 2e-2
+    if not library.missing():
+        assert [way[:3] for way in ways] == [(0, 1, "native_step")]
+
+
 def test_a_module_whose_weight_nobody_knows_is_named():
     model = mc.build(CONFIG, backend="jax", device="cpu")
     adapter("in_proj", 64)(model)

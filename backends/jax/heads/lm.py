@@ -54,7 +54,7 @@ class LanguageModel(model.Model):
 
 
 def _only_multiplies(head) -> bool:
-    return untouched(nnx.Linear, head) and head.bias is None
+    return untouched(nnx.Linear, head, preferred_element_type=jnp.float32) and head.bias is None
 
 
 def _head(config, options) -> nnx.Linear:

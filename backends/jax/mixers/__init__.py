@@ -10,8 +10,9 @@ A class may say in its own body what else it was written for; a subclass does no
 
     native_step = s6.native_operands    for the way of that name
     last_position                       a method: like a call, but it returns the last position's output only, or None
-    width = s6.width                    a function: elements of its widest array for each position. Long sequences are
-                                        then computed in pieces, each from the state that the one before has left
+    width = s6.width                    a function: elements of its widest array for each position, or None where a
+                                        layer was replaced. Long sequences are then computed in pieces, each from the
+                                        state that the one before has left. A feed-forward says it too
 """
 
 from typing import NamedTuple

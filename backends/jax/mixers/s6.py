@@ -125,9 +125,13 @@ def native_operands(mixer, selection_eps: float | None = None) -> MixerStep | st
     return MixerStep(NATIVE_STEP, selection_eps)
 
 
-def width(mixer) -> int:
-    """For pieces of long sequences: the features of its widest array, the product with in_proj."""
-    return 2 * mixer.A_log.shape[0]
+def width(mixer) -> int | None:
+    """Elements of its widest array, in_proj's output, for each position; None if a layer was replaced or changed.
+
+    Another layer may look along the sequence.
+    """
+    linears = (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj)
+    return 2 * mixer.A_log.shape[0] if untouched(nnx.Linear, *linears) and untouched(nnx.Conv, mixer.conv1d) else None
 
 
 def project_for_last(mixer, hidden: jax.Array) -> tuple[jax.Array, jax.Array] | None:
@@ -137,7 +141,9 @@ def project_for_last(mixer, hidden: jax.Array) -> tuple[jax.Array, jax.Array] | 
     """
     layer, length = mixer.in_proj, hidden.shape[1]
     # An exported program may be for any length.
-    if not untouched(nnx.Linear, layer) or not isinstance(length, int) or length < 2 or hidden.dtype != jnp.float32:
+    if not isinstance(length, int) or length < 2 or hidden.dtype != jnp.float32:
+        return None
+    if not untouched(nnx.Linear, layer, mixer.out_proj):
         return None
     kernel, bias = (None if value is None else value[...] for value in (layer.kernel, layer.bias))
     e = kernel.shape[1] // 2

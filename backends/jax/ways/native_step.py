@@ -6,6 +6,7 @@ A mixer for which it was written has in its own class a function `native_step(mi
 
 import functools
 
+import jax.numpy as jnp
 from flax import nnx
 
 from mamba_core.backend import LayerState
@@ -76,6 +77,8 @@ def _step_of(block) -> native_step.MixerStep | str:
         return "the block is not norm and mixer alone"
     if not untouched(RMSNorm, block.norm):
         return "the norm was replaced"
+    if jnp.dtype(block.norm.dtype) != block.norm.scale.dtype:
+        return "the norm was given another dtype"
     if (step_of := own(block.mixer, "native_step")) is None:
         return f"it was not written for {type(block.mixer).__name__}"
     return step_of(block.mixer)

@@ -9,8 +9,9 @@ A mixer file exports `Mixer`:
 A class may say in its own body what else it was written for; a subclass does not inherit that:
 
     last_position = True     where `call.last`, it may return the last position's output only, (b, 1, d)
-    width = s6.width         a function: elements of its widest array for each position. Long sequences are then
-                             computed in pieces, each from the state that the one before has left
+    width = s6.width     a function: elements of its widest array for each position, or None where a
+                         layer was replaced. Long sequences are then computed in pieces, each from the
+                         state that the one before has left. A feed-forward says it too
 """
 
 from typing import NamedTuple

@@ -46,16 +46,22 @@ def add_parameters(mixer: nn.Module, config, layer: int, options: Options) -> No
     mixer.out_proj = nn.Linear(e, d, bias=config.bias)
 
 
-def width(mixer: nn.Module) -> int:
-    """Elements of its widest array, in_proj's output, for each position."""
-    return 2 * len(mixer.A_log)
+def width(mixer: nn.Module) -> int | None:
+    """Elements of its widest array, in_proj's output, for each position; None if a layer was replaced.
+
+    Another layer may look along the sequence.
+    """
+    linears = [mixer.in_proj, mixer.x_proj, mixer.out_proj]
+    own = untouched(StepProjection, mixer.dt_proj) and untouched(nn.Conv1d, mixer.conv1d)
+    known = all(untouched(nn.Linear, layer) or untouched(nn.QuantizedLinear, layer) for layer in linears)
+    return 2 * len(mixer.A_log) if own and known else None
 
 
 def project_in(mixer: nn.Module, hidden: mx.array, call: Call) -> tuple[mx.array, mx.array]:
     """x (b, l, e), and the gate z for those positions whose output is wanted: (b, l, e), or (b, 1, e) of the last."""
     # In bfloat16 the scan without z would round its output before the gate.
     last_only = call.last and not call.observed and hidden.shape[1] > 1 and hidden.dtype == mx.float32
-    if last_only and untouched(nn.Linear, mixer.in_proj):
+    if last_only and untouched(nn.Linear, mixer.in_proj, mixer.out_proj):
         return _project_in_last(mixer, hidden)
     x, z = mx.split(call.observe("in_proj", _linear(mixer, mixer.in_proj, hidden)), 2, axis=-1)
     return call.observe("x", x), call.observe("z", z)

@@ -5,8 +5,12 @@ A mixer's file exports `Mixer`, a module class with
     __init__(config, layer: int, options: Options)
     forward(hidden (b, l, d), state, call) -> (hidden (b, l, d), state after the last position)
 
-and the attribute `width`, the entries of its widest array a position. A feed-forward's file exports `Mixer` too, with
-forward(hidden, call) -> hidden. The class may say for which ways it was written: see `ways`.
+A feed-forward's file exports `Mixer` too, with forward(hidden, call) -> hidden. The class may say in its own body for
+which ways it was written: see `ways`. It may also say there
+
+    width = s6.width    a function: elements of its widest array for each position, or None where a layer was replaced.
+                        Long sequences are then computed in pieces, each from the state that the one before has left.
+                        A feed-forward says it too
 """
 
 from typing import NamedTuple

@@ -11,6 +11,7 @@ class MambaMixer(nn.Module):
     native_step = s6.native_operands
     cuda_step = s6.cuda_operands
     can_compute_last_only = s6.can_compute_last_only
+    width = s6.width
 
     def __init__(self, config, layer: int, options):
         super().__init__()

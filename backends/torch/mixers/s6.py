@@ -17,7 +17,7 @@ def add_parameters(mixer: nn.Module, config, options: Options) -> None:
     """Gives the mixer the layers and parameters of Mamba-1, and its kernels."""
     d, e, n, k, r = config.d_model, config.d_inner, config.d_state, config.d_conv, config.dt_rank_size
     mixer.kernels = options.kernels
-    mixer.width, mixer.sizes = 2 * e, (r, n, n)
+    mixer.sizes = (r, n, n)
     mixer.in_proj = nn.Linear(d, 2 * e, bias=config.bias)
     mixer.conv1d = nn.Conv1d(e, e, k, groups=e, padding=k - 1, bias=config.conv_bias)
     mixer.x_proj = nn.Linear(e, r + 2 * n, bias=False)
@@ -113,6 +113,22 @@ def fused(mixer, xz: Tensor, state: LayerState, call: Call, selection_eps: float
     return y, LayerState(conv, ssm)
 
 
+# --- in pieces -----------------------------------------------------------------------------------
+
+
+def width(mixer) -> int | None:
+    """Elements of its widest array, in_proj's output, for each position; None if a layer was changed.
+
+    Another layer may look along the sequence.
+    """
+    small = untouched(nn.Linear, mixer.x_proj, mixer.dt_proj) and untouched(nn.Conv1d, mixer.conv1d)
+    return 2 * len(mixer.A_log) if small and all(map(_is_ours, (mixer.in_proj, mixer.out_proj))) else None
+
+
+def _is_ours(large) -> bool:
+    return untouched(QuantizedLinear if type(large) is QuantizedLinear else nn.Linear, large)
+
+
 # --- the last position alone ---------------------------------------------------------------------
 
 
@@ -159,9 +175,8 @@ def cuda_operands(mixer, selection_eps: float = 0.0) -> tuple | None:
     in_proj, x_proj, dt_proj, out_proj = mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj
     if not (untouched(nn.Linear, x_proj, dt_proj) and untouched(nn.Conv1d, mixer.conv1d)) or x_proj.bias is not None:
         return None
-    for large in (in_proj, out_proj):
-        if not untouched(QuantizedLinear if type(large) is QuantizedLinear else nn.Linear, large):
-            return None
+    if not (_is_ours(in_proj) and _is_ours(out_proj)):
+        return None
     return (
         *(stored_weight(in_proj), in_proj.bias, mixer.conv1d.weight[:, 0], mixer.conv1d.bias),
         *(x_proj.weight, dt_proj.weight, dt_proj.bias, mixer.A_log, mixer.D),
