@@ -94,7 +94,8 @@ def initial(config, batch: int, zeros: Callable[[tuple[int, ...], str], Any], ro
         zeros: (shape, dtype) -> an array of zeros; the dtype is "compute" or a name.
         room: positions that growing fields have room for.
     """
-    capacity = capacity_for(room)
+    # A program that is exported for any length has no number for `room`.
+    capacity = capacity_for(room) if grows(config) else 0
     layers = tuple(
         kind(*(zeros(field.stored_shape(batch, capacity), field.dtype) for field in fields(config, layer)))
         for layer, kind in enumerate(layer_types(config))
