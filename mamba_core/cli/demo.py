@@ -212,7 +212,7 @@ def _show(arguments, report: dict, history: list[dict], texts: dict) -> None:
         [
             name,
             row["device"],
-            row["kernels"],
+            "\n".join(f"{op}: {kernel}" for op, kernel in row["kernels"].items()),
             f"{row['tokens_per_second']:.0f}",
             f"{row['largest_error']:.1e}",
             row["where"],
