@@ -15,7 +15,8 @@ from mamba_core.spec.reference import ReferenceModel
 from mamba_core.spec.tolerances import relative_l2, tolerance
 from mamba_core.tasks.lm import cross_entropy
 
-CONFIG = mc.MambaConfig(d_model=16, n_layer=2, vocab_size=29, initializer_range=0.1)
+FIELDS = {"d_model": 16, "n_layer": 2, "vocab_size": 29, "initializer_range": 0.1}
+CONFIG = mc.MambaConfig(**FIELDS)
 PLACES = dict.fromkeys(("torch", "jax", "mlx"), "stack")
 # Pieces have 64 positions here: two of them, and a rest.
 LENGTH = 150
@@ -84,10 +85,10 @@ def assert_same(place, output, expected, dtype="float32"):
         assert relative_l2(to_numpy(layer.ssm), other.ssm) <= tolerance(dtype)
 
 
-@pytest.mark.parametrize("kind", [mc.MambaConfig, mc.MiniMambaConfig])
+@pytest.mark.parametrize("kind", [mc.MambaConfig, mc.MiniMambaConfig, mc.FalconMambaConfig])
 @pytest.mark.parametrize("length", [128, LENGTH])
 def test_a_long_sequence_is_computed_in_pieces(place, length, kind):
-    model, reference = built(place, kind(**vars(CONFIG)))
+    model, reference = built(place, kind(**FIELDS))
     output, expected = called(place, model, tokens(length)), reference(tokens(length))
     assert_same(place, output, expected)
     assert set(place.pieces) == {64, *({length % 64} if length % 64 else ())}
