@@ -15,7 +15,6 @@ What stands before and behind the blocks is the task's: see `mamba_core.tasks.ba
 """
 
 import dataclasses
-import functools
 import hashlib
 import sys
 from collections.abc import Callable, Mapping
@@ -63,8 +62,14 @@ class Facts(NamedTuple):
     grows: bool
 
 
+class _Kept:
+    """A place beside the fields, which `vars` and copies do not see."""
+
+    __slots__ = ("_facts",)
+
+
 @dataclass(frozen=True, kw_only=True)
-class BaseConfig:
+class BaseConfig(_Kept):
     """The fields that every architecture has.
 
     Attributes:
@@ -127,16 +132,18 @@ class BaseConfig:
             if not holds(value := getattr(self, name)):
                 raise ValueError(f"{name} is {value!r}; expected {expected}")
 
-    @functools.cached_property
+    @property
     def facts(self) -> Facts:
         """What the architecture's file says of this config. Once asked for, a compiler finds it without a search."""
-        from mamba_core import architectures
+        try:
+            return self._facts
+        except AttributeError:
+            object.__setattr__(self, "_facts", _facts(self))
+            return self._facts
 
-        file = architectures.of(self)
-        fields = tuple(file.state(self, layer) for layer in range(self.n_layer))
-        types = tuple(layer_type(tuple(field.name for field in of_layer)) for of_layer in fields)
-        grows = any(field.grows is not None for of_layer in fields for field in of_layer)
-        return Facts(file.TRAITS, fields, types, grows)
+    def __getstate__(self) -> dict[str, Any]:
+        """Of copies and pickles: the fields alone."""
+        return vars(self)
 
     @property
     def padded_vocab_size(self) -> int:
@@ -221,3 +228,13 @@ def is_number(value: Any) -> bool:
 
 def is_positive(value: Any) -> bool:
     return is_number(value) and value > 0
+
+
+def _facts(config: BaseConfig) -> Facts:
+    from mamba_core import architectures
+
+    file = architectures.of(config)
+    fields = tuple(file.state(config, layer) for layer in range(config.n_layer))
+    types = tuple(layer_type(tuple(field.name for field in of_layer)) for of_layer in fields)
+    grows = any(field.grows is not None for of_layer in fields for field in of_layer)
+    return Facts(file.TRAITS, fields, types, grows)

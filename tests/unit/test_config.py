@@ -1,7 +1,9 @@
 """Configs: sizes, translation to and from the other libraries' fields, and refusals."""
 
+import copy
 import dataclasses
 import json
+import pickle
 
 import pytest
 
@@ -234,3 +236,11 @@ def test_the_tables_of_the_tasks():
     assert tables["lm"] - tables["features"] == {"lm_head.weight"}
     assert tables["features"] - tables["layers"] == {"backbone.embeddings.weight", "backbone.norm_f.weight"}
     assert tables["layers"] < tables["features"] < tables["lm"]
+
+
+def test_what_the_architecture_says_is_no_field():
+    config = MambaConfig(d_model=8, n_layer=1, vocab_size=16)
+    assert config.facts.traits.steps
+    for other in (MambaConfig(**vars(config)), pickle.loads(pickle.dumps(config)), copy.deepcopy(config)):
+        assert other == config
+        assert other.facts == config.facts
