@@ -10,6 +10,8 @@ from mamba_core import architectures
 from mamba_core.spec import state as states
 from mamba_core.spec.dims import LETTERS
 from mamba_core.spec.params import parameter_table
+from tests.conformance.cases import cases
+from tests.conformance.subjects import SUBJECTS
 
 ROOT = Path(__file__).parents[2]
 # Where an architecture's own files are. The name of a library's layout may be one of an architecture too.
@@ -134,3 +136,8 @@ def test_every_axis_has_a_letter_that_is_documented(name):
     for layer, field in states.table(config):
         assert set(field.axes) <= set(LETTERS), (layer, field.name)
         assert len(field.axes) == len(field.shape), (layer, field.name)
+
+
+def test_every_architecture_is_under_the_laws():
+    assert set(architectures.names()) <= set(cases())
+    assert {f"{name} model" for name in architectures.names()} <= set(SUBJECTS)

@@ -12,7 +12,7 @@ import mamba_core as mc
 
 ROOT = Path(__file__).parents[2]
 # The folders of the top level that the installation maps into the package.
-MAPPED = {"backends": "backends", "benchmarks": "benchmarks", "weights": "weights", "conformance": "tests/conformance"}
+MAPPED = {"backends": "backends", "benchmarks": "benchmarks", "weights": "weights"}
 SCRIPT = """
 from pathlib import Path
 

@@ -4,6 +4,8 @@ A file exports `CONFIGS`, small configs by name that together reach every switch
 with every size and switch drawn but those that are fixed; choose(values) picks one.
 """
 
+import importlib
+import pkgutil
 from types import ModuleType
 
 from mamba_core import discovery
@@ -13,7 +15,8 @@ FOLDER = "conformance.cases"
 
 def cases() -> dict[str, ModuleType]:
     """The case file of every architecture that has one, ours and those of extensions."""
-    return discovery.modules(FOLDER)
+    ours = (module.name for module in pkgutil.iter_modules(__path__))
+    return {name: importlib.import_module(f"{__name__}.{name}") for name in ours} | discovery.modules(FOLDER)
 
 
 def configs() -> dict[str, object]:
