@@ -46,17 +46,6 @@ def add_parameters(mixer: nn.Module, config, layer: int, options: Options) -> No
     mixer.out_proj = nn.Linear(e, d, bias=config.bias)
 
 
-def width(mixer: nn.Module) -> int | None:
-    """Elements of its widest array, in_proj's output, for each position; None if a layer was replaced.
-
-    Another layer may look along the sequence.
-    """
-    linears = [mixer.in_proj, mixer.x_proj, mixer.out_proj]
-    own = untouched(StepProjection, mixer.dt_proj) and untouched(nn.Conv1d, mixer.conv1d)
-    known = all(untouched(nn.Linear, layer) or untouched(nn.QuantizedLinear, layer) for layer in linears)
-    return 2 * len(mixer.A_log) if own and known else None
-
-
 def project_in(mixer: nn.Module, hidden: mx.array, call: Call) -> tuple[mx.array, mx.array]:
     """x (b, l, e), and the gate z for those positions whose output is wanted: (b, l, e), or (b, 1, e) of the last."""
     # In bfloat16 the scan without z would round its output before the gate.
@@ -158,3 +147,14 @@ def name(mixer: nn.Module, module: str) -> str:
 
 def _linear(mixer, layer, x):
     return linear.call(layer, x, mixer.kernels.of("linear"))
+
+
+def width(mixer: nn.Module) -> int | None:
+    """Elements of its widest array, in_proj's output, for each position; None if a layer was replaced.
+
+    Another layer may look along the sequence.
+    """
+    linears = [mixer.in_proj, mixer.x_proj, mixer.out_proj]
+    own = untouched(StepProjection, mixer.dt_proj) and untouched(nn.Conv1d, mixer.conv1d)
+    known = all(untouched(nn.Linear, layer) or untouched(nn.QuantizedLinear, layer) for layer in linears)
+    return 2 * len(mixer.A_log) if own and known else None
