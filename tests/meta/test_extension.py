@@ -83,7 +83,7 @@ def environment(tmp_path_factory):
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 0.1\n")
     (metadata / "entry_points.txt").write_text("[mamba_core.extensions]\ntoy = toy_package\n")
-    return os.environ | {"PYTHONPATH": str(folder), "EXAMPLES": "4"}
+    return os.environ | {"PYTHONPATH": str(folder)}
 
 
 def run(environment, *command, **settings):
@@ -103,8 +103,10 @@ def test_it_is_used_as_ours_are(backend, environment, tmp_path):
 
 
 def test_it_is_under_every_law(backend, environment):
+    # JAX compiles every shape that is drawn.
+    few = environment | {"EXAMPLES": "2" if backend.name == "jax" else "4"}
     printed = run(
-        environment, "-m", "pytest", "tests/conformance", "--backend", backend.name, "-vv", "-k", "toy or leaky", "-x"
+        few, "-m", "pytest", "tests/conformance", "--backend", backend.name, "-vv", "-k", "toy or leaky", "-x"
     )
     passed = set(re.findall(r"test_laws\.py::test_(\w+)\[(.*)-\w+\] PASSED", printed))
     laws = {"the_whole", "split_with_the_carried_state", "steps", "each_row_alone", "causal"}
