@@ -4,6 +4,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -116,4 +117,5 @@ def test_the_tests_reject(name, whole, tmp_path):
     command = [sys.executable, "-m", "pytest", "-x", "-k", "not sanitizers", tests]
     environment = os.environ | {"MAMBA_CORE_NATIVE": str(broken), "HYPOTHESIS_PROFILE": "unshrunk"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1, f"not rejected:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+    # A mutant that reads outside its arrays may end the process instead of failing a test.
+    assert done.returncode in (1, -signal.SIGSEGV), f"not rejected:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
