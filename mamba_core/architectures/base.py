@@ -66,6 +66,7 @@ class _Kept:
     """A place beside the fields, which `vars` and copies do not see."""
 
     __slots__ = ("_facts",)
+    _facts: Facts
 
 
 @dataclass(frozen=True, kw_only=True)

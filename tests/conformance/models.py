@@ -5,7 +5,7 @@ import functools
 import numpy as np
 
 import mamba_core as mc
-from mamba_core import tasks
+from mamba_core import registry, tasks
 from mamba_core.spec import state as states
 from mamba_core.spec.init import initial_values
 from mamba_core.spec.reference import ReferenceModel
@@ -13,12 +13,22 @@ from mamba_core.spec.reference import ReferenceModel
 from .assertions import assert_close
 
 
-@functools.lru_cache(maxsize=64)
+def by_backend(function):
+    """Caches what was computed of a backend, which need not be hashable, and further arguments."""
+
+    @functools.lru_cache(maxsize=64)
+    def compute(name, *arguments):
+        return function(registry.get(name), *arguments)
+
+    return lambda backend, *arguments: compute(backend.name, *arguments)
+
+
+@by_backend
 def built(backend, config, dtype="float32", seed=1):
     return mc.build(config, backend=backend.name, dtype=dtype, seed=seed)
 
 
-@functools.lru_cache(maxsize=64)
+@by_backend
 def reference_of(backend, config, dtype="float32"):
     """Of the values as that backend rounded them."""
     return ReferenceModel(config, dict(backend.parameters(built(backend, config, dtype))))

@@ -42,7 +42,7 @@ def values(name):
     return {key: value + np.float32(2.0) if key.endswith("dt_proj.bias") else value for key, value in drawn.items()}
 
 
-@functools.cache
+@models.by_backend
 def built(backend, name, dtype="float32"):
     return backend.build(CONFIGS[name], values(name).items(), dtype=dtype)
 
