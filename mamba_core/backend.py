@@ -144,6 +144,21 @@ class Explained(NamedTuple):
     passed_over: Mapping[str, str]
 
 
+class Foreign(NamedTuple):
+    """What makes a model another than its parameter table says.
+
+    names: of parameters and persistent buffers that the table does not have, outside the changed layers.
+    changed: path of a module that has parameters of the table inside, and is of another class, or has not just those
+        parameters -> what stands there.
+    hooked: path of a layer that is of the right class with the right parameters, and is patched or has hooks -> what
+        was done to it. The table holds its parameters.
+    """
+
+    names: tuple[str, ...] = ()
+    changed: Mapping[str, str] = {}
+    hooked: Mapping[str, str] = {}
+
+
 class Backend(Protocol):
     """The functions of a backend: a module, or any object that has them.
 
@@ -215,19 +230,24 @@ class Backend(Protocol):
         The model has `backend` (the backend's name), `config`, `dtype` and `device` (strings), `policy` (the `Kernels`
         that was asked for), `kernels` (op -> the kernel that is chosen now), `init_state(batch) -> State`, and
 
-            model(input_ids, state=None, *, mask=None, segment_ids=None, observe=None) -> Output
+            model(input_ids, state=None, *, inputs_embeds=None, mask=None, segment_ids=None, observe=None) -> Output
 
-        input_ids (b, l) int, mask and segment_ids as in `selective_scan`; with a state it goes on exactly where that
-        left off, and without segment_ids in the segment where that left off. logits are zero at masked positions;
-        a row of input_ids outside the vocabulary raises or gives NaN, never numbers. observe(name, array) is called
-        with the value of every node of the block graph.
+        input_ids (b, l) int; or inputs_embeds (b, l, d) in any float dtype in their place, which are what the embedding
+        would give, and in which the output is differentiable. mask and segment_ids as in `selective_scan`. With a state
+        it goes on exactly where that left off, and without segment_ids in the segment where that left off. logits are
+        zero at masked positions; a row of input_ids outside the vocabulary raises or gives NaN, never numbers.
+        observe(name, array) is called with the value of every node of the block graph.
 
         `model.remat`, False at first, may be set to True: a gradient then keeps no more of a block than its inputs, and
         computes the block again.
 
         The inputs and the output are the task's (`mamba_core.tasks`). A model without a head is called the same way,
         model(inputs, state=None, ...) -> Hidden, with hidden zero at masked positions: inputs are input_ids for task
-        "features", and for task "layers" inputs_embeds (b, l, d) in any float dtype, in which it is differentiable.
+        "features", and for task "layers" inputs_embeds.
+
+        A module that is not as it was built (replaced, wrapped, subclassed, patched or hooked) is called, on every
+        path, or refused with a TypeError that names it; that of the model itself too. `mamba_core.wrappers` names what
+        may be wrapped around a model.
         """
 
     def explain(
@@ -235,8 +255,20 @@ class Backend(Protocol):
     ) -> Sequence[tuple[int, int, str, Mapping[str, str]]]:
         """The fields of an `Explained` for each run of layers, for a call without gradients. Nothing is run."""
 
-    def parameters(self, model: Model) -> Mapping[str, Any]:
-        """Canonical name -> NumPy array in the stored dtype, in the table's order; copied when it is asked for."""
+    def parameters(self, model: Model, merge: bool = False) -> Mapping[str, Any]:
+        """Canonical name -> NumPy array in the stored dtype, in the table's order; copied when it is asked for.
+
+        merge: give layers that were changed as the weights that compute the same: `mamba_core.merging.merged`.
+
+        Raises:
+            ValueError: the table cannot hold all of the model: `mamba_core.merging.check_held`.
+        """
+
+    def foreign(self, model: Model) -> Foreign:
+        """What the model has beside its table."""
+
+    def layer(self, model: Model, path: str, inputs: Any) -> Any:
+        """The output of the layer at a canonical path, NumPy to NumPy, as `mamba_core.merging.merged` calls it."""
 
     def loss_and_gradients(self, model: Model, tokens, mask=None) -> tuple[float, dict[str, Any]]:
         """Mean cross-entropy of tokens[:, 1:] given tokens[:, :-1], and its gradient by canonical name, as NumPy.
@@ -251,7 +283,8 @@ class Backend(Protocol):
         """Logits (b, v) float32 at the last column, padded vocabulary removed, and the state after it; compiled.
 
         Args:
-            tokens: (b, l) NumPy ints, l at least 1, left-padded; mask: (b, l) bool, False at the padding.
+            tokens: (b, l) NumPy ints, or (b, l, d) float32 in the place of their embeddings; l at least 1, left-padded.
+            mask: (b, l) bool, False at the padding.
             state: what the tokens go on from. A row that is all padding leaves it as it was; its logits mean nothing.
         """
 

@@ -17,6 +17,7 @@ from mamba_core.weights.formats import FLOATS, CheckpointError, atomic_file, ato
 from mamba_core.weights.io import open_checkpoint
 from mamba_core.weights.opening import open_model
 from mamba_core.weights.writing import copy_tokenizer, write_model
+from mamba_core.wrappers import unwrap
 
 
 def build(
@@ -90,20 +91,30 @@ def load(
     return model
 
 
-def save(model: Any, path: str | Path, *, layout: str = "hf", overwrite: bool = False) -> None:
+def save(model: Any, path: str | Path, *, layout: str = "hf", overwrite: bool = False, merge: bool = False) -> None:
     """Write a model as a folder of safetensors and config.json, which appears only when complete.
 
     Args:
+        model: may be wrapped by torch.compile, DistributedDataParallel, AveragedModel or PEFT.
         layout: "hf" (transformers reads it) or another one of `mamba_core.weights.layouts.names()`.
         overwrite: replace an existing folder.
+        merge: write layers that were changed, such as those with adapters, as the weights that compute the same;
+            see `mamba_core.merging`.
+
+    Raises:
+        TypeError: this is no model of this library.
+        ValueError: the model holds what the layout cannot, such as a parameter that somebody added, or an adapter
+            without `merge`; or a layer cannot be merged. Also an unknown layout.
+        CheckpointError: the folder exists, or cannot be written.
     """
+    model = unwrap(model, "saving")
     with atomic_folder(path, overwrite=overwrite) as folder:
-        save_into(folder, model, layout)
+        save_into(folder, model, layout, merge)
 
 
-def save_into(folder: Path, model: Any, layout: str = "hf") -> None:
+def save_into(folder: Path, model: Any, layout: str = "hf", merge: bool = False) -> None:
     """Write a model's files into a folder that exists."""
-    parameters = registry.get(model.backend).parameters(model)
+    parameters = registry.get(model.backend).parameters(model, merge=merge)
     write_model(folder, model.config, parameters, layout=layout, dtype=model.dtype)
     if (source := getattr(model, "source", None)) is not None:
         copy_tokenizer(source, folder)
@@ -119,6 +130,7 @@ def save_state(state: State, path: str | Path, model: Any) -> None:
     """
     if Path(path).suffix != ".safetensors":
         raise ValueError(f"{path}: a state is written as safetensors; give a name that ends in .safetensors")
+    model = unwrap(model, "saving its state")
     backend = registry.get(model.backend)
     _check_kind(state, model)
     arrays = {name: backend.to_numpy(value) for name, value in states.named(state).items()}
@@ -134,6 +146,7 @@ def load_state(path: str | Path, model: Any) -> State:
     Raises:
         CheckpointError: the file is broken, or is the state of a model with another config.
     """
+    model = unwrap(model, "loading its state")
     backend = registry.get(model.backend)
     stored = open_checkpoint(path)
     if stored.metadata.get("mamba_core_state") != model.config.fingerprint:

@@ -16,6 +16,7 @@ from mamba_core.backend import Choice, Output, State
 from mamba_core.sampling import Sampling, Uniforms, first_context, integer
 from mamba_core.spec.checks import check_state
 from mamba_core.tokenizer import tokenizer_of
+from mamba_core.wrappers import unwrap
 
 # Positions of a prompt that are computed at once: enough to be fast, and few enough to need little memory.
 PREFILL_CHUNK = 1024
@@ -189,6 +190,7 @@ class Run:
         prefill_chunk: int = PREFILL_CHUNK,
         tokenizer=None,
     ):
+        model = unwrap(model, "generating")
         tasks.check_generates(model.config, "generating")
         tokenizer = tokenizer or tokenizer_of(model)
         self._model, self._backend, self._sampling = model, registry.get(model.backend), sampling

@@ -23,6 +23,7 @@ from mamba_core.spec.params import parameter_table
 from mamba_core.weights.formats import CheckpointError, atomic_folder, parse_json
 from mamba_core.weights.io import open_checkpoint
 from mamba_core.weights.opening import open_model
+from mamba_core.wrappers import unwrap
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 PROGRESS_FILE = "training.json"
@@ -120,6 +121,7 @@ def train(
         CheckpointError: the checkpoint's folder holds something else, or what is resumed is broken.
         FloatingPointError: the loss is no longer finite.
     """
+    model = unwrap(model, "training")
     data = _checked(data, model.config)
     if not (isinstance(checkpoint_every, int) and checkpoint_every >= 0):
         raise ValueError(f"checkpoint_every is {checkpoint_every!r}; expected an integer >= 0")

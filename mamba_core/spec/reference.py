@@ -13,6 +13,9 @@ from mamba_core.spec.graph import Node, block_graph
 from mamba_core.spec.ops.base import Positions, counting
 from mamba_core.spec.params import parameter_table
 
+# The node that embeddings given as such stand for.
+EMBEDDED = "embedding"
+
 
 class ReferenceModel:
     """A model of NumPy float64 arrays. Call it as the models of the backends are called.
@@ -39,14 +42,33 @@ class ReferenceModel:
 
         return states.initial(self.config, batch, zeros, room)
 
-    def __call__(self, inputs, state=None, *, mask=None, segment_ids=None, observe: Observe | None = None):
-        values, after = self._run(inputs, state, Positions(mask, segment_ids))
+    def __call__(
+        self,
+        inputs=None,
+        state=None,
+        *,
+        inputs_embeds=None,
+        mask=None,
+        segment_ids=None,
+        observe: Observe | None = None,
+    ):
+        values, after = self._run(*self.task.given(inputs, inputs_embeds), state, Positions(mask, segment_ids))
         if observe is not None:
             for node in self.graph:
                 observe(node.name, values[node.name])
         return self.task.output(values[self.graph[-1].name], after)
 
-    def vjp(self, doutput, inputs, state=None, *, mask=None, segment_ids=None, dstate: State | None = None):
+    def vjp(
+        self,
+        doutput,
+        inputs=None,
+        state=None,
+        *,
+        inputs_embeds=None,
+        mask=None,
+        segment_ids=None,
+        dstate: State | None = None,
+    ):
         """Gradients of sum(doutput * output), plus that of the final state if given.
 
         Returns:
@@ -54,12 +76,13 @@ class ReferenceModel:
             "inputs_embeds" where these are given. The second has zeros for a count, which has no gradient.
         """
         positions = Positions(mask, segment_ids)
-        values, _ = self._run(inputs, state, positions)
+        inputs, kind = self.task.given(inputs, inputs_embeds)
+        values, _ = self._run(inputs, kind, state, positions)
         before, same = self._entering(inputs, state, positions)
         dvalues = {self.graph[-1].name: np.asarray(doutput, np.float64)}
         dparameters = {name: np.zeros_like(value) for name, value in self.parameters.items()}
         dlayers = [{name: np.zeros(np.shape(value)) for name, value in _named(layer)} for layer in before]
-        for node in reversed(self.graph):
+        for node in reversed(self._nodes(kind)):
             arguments, named = self._arguments(node, values)
             carried = _carried(node, before)
             dcarried = (None,) * len(carried) if dstate is None else _carried(node, dstate.layers)
@@ -78,14 +101,19 @@ class ReferenceModel:
                     if gradient is not None:
                         dlayers[layer][name] = np.where(_rows(same, gradient), gradient, 0.0)
         # What is left is the gradient of what was given, if that has one.
+        dvalues = {kind if name == EMBEDDED else name: value for name, value in dvalues.items()}
         return dparameters | dvalues, tuple(type(own)(**layer) for own, layer in zip(before, dlayers, strict=True))
 
-    def _run(self, inputs, state, positions: Positions) -> tuple[dict[str, np.ndarray], State]:
-        self.task.check(self.config, np.asarray(inputs), *positions)
-        values = {self.task.inputs: self.task.given(self.config, inputs)}
+    def _nodes(self, kind: str) -> tuple[Node, ...]:
+        """The nodes that are computed: not the embedding where embeddings are given in its place."""
+        return self.graph if kind == self.task.inputs else self.graph[1:]
+
+    def _run(self, inputs, kind: str, state, positions: Positions) -> tuple[dict[str, np.ndarray], State]:
+        self.task.check(self.config, np.asarray(inputs), *positions, kind)
+        values = {kind if kind == self.task.inputs else EMBEDDED: self.task.beginning(self.config, inputs, kind)}
         before, _ = self._entering(inputs, state, positions)
         layers = [dict(_named(layer)) for layer in before]
-        for node in self.graph:
+        for node in self._nodes(kind):
             arguments, named = self._arguments(node, values)
             carried = _carried(node, before)
             values[node.name], after = ops.nodes()[node.op].forward(arguments, named, node.settings, carried, positions)

@@ -56,14 +56,27 @@ class Task:
         yield Node("norm_f", "rms_norm", (residual,), {"weight": FINAL_NORM}, {"eps": config.norm_eps})
         yield Node("hidden", "masked", ("norm_f",))
 
-    def check(self, config: Any, inputs: Any, mask: Any, segment_ids: Any) -> None:
+    def given(self, inputs: Any, inputs_embeds: Any) -> tuple[Any, str]:
+        """What a model is called with, of its first argument and of `inputs_embeds`; and which of the two it is.
+
+        Raises:
+            TypeError: both are there, or neither.
+        """
+        if (inputs is None) == (inputs_embeds is None):
+            count = "neither" if inputs is None else "both"
+            raise TypeError(f"expected {self.inputs} or {EMBEDS}; {count} given")
+        return (inputs_embeds, EMBEDS) if inputs is None else (inputs, self.inputs)
+
+    def check(self, config: Any, inputs: Any, mask: Any, segment_ids: Any, kind: str | None = None) -> None:
         """Check the arguments of a model's call.
+
+        kind: of the inputs, `IDS` or `EMBEDS`; by default the task's.
 
         Raises:
             TypeError: the inputs or segment_ids have another kind of dtype, or `mask` is not boolean.
             ValueError: a shape does not fit, or the batch is empty.
         """
-        if self.inputs == EMBEDS:
+        if (kind or self.inputs) == EMBEDS:
             batch, length, _ = shape_of(EMBEDS, inputs, ("b", "l", "d"))
             expect_shape(EMBEDS, inputs, (batch, length, config.d_model), "(b, l, d)")
             expect_floats({EMBEDS: inputs})
@@ -76,10 +89,10 @@ class Task:
         if segment_ids is not None and not architectures.traits(config).packs:
             raise ValueError(f"{config.architecture} cannot separate packed sequences; give no segment_ids")
 
-    def given(self, config: Any, inputs: Any) -> np.ndarray:
-        """The value that the graph begins with, for the reference."""
+    def beginning(self, config: Any, inputs: Any, kind: str) -> np.ndarray:
+        """The value that the graph begins with, for the reference; kind as in `check`."""
         inputs = np.asarray(inputs)
-        if self.inputs == EMBEDS:
+        if kind == EMBEDS:
             return inputs.astype(np.float64)
         if inputs.size and not (inputs.min() >= 0 and inputs.max() < config.padded_vocab_size):
             raise ValueError(f"{IDS} holds ids outside 0..{config.padded_vocab_size - 1}")
