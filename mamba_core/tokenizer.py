@@ -163,9 +163,7 @@ class SubwordTokenizer(AnyTokenizer):
             tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as fault:  # tokenizers raises the bare class
             raise ValueError(f"{path}: not a tokenizer that can be read: {fault}") from None
-        # The file may have those of somebody's training.
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
+        tokenizer.no_truncation()  # the file may have that of somebody's training
         super().__init__(tokenizer)
 
 
