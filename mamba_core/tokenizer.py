@@ -213,9 +213,7 @@ class _Decoder:
         """What is new in the text of the tokens up to `end`. The next decodes begin with tokens that are given now."""
         new = text[_common(self._text, text) :]
         start, kept = 0, text
-        # What was shortened before shows at the beginning of a decode.
-        least = 0 if self._raw is None else CONTEXT
-        for later in (max(min(self._given, end - least), 0), max(end - LONGEST, 0)):
+        for later in (self._given, max(end - LONGEST, 0)):
             if known := self._decode(self._ids[later:end]):
                 start, kept = later, known
                 break

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import mamba_core as mc
-from mamba_core import registry
+from mamba_core import chat, registry
 from mamba_core.architectures.minimamba import MiniMambaConfig
 from mamba_core.backends.native import library
 from mamba_core.cli import COMMANDS, main
@@ -171,6 +171,13 @@ def test_generate_turn_by_turn(backend, checkpoint, tmp_path, monkeypatch, capsy
 TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}<assistant>"
 
 
+def rendered(monkeypatch) -> list[str]:
+    """What the chat template makes from now on."""
+    texts, real = [], chat.render
+    monkeypatch.setattr(chat, "render", lambda *arguments: texts.append(real(*arguments)) or texts[-1])
+    return texts
+
+
 def test_generate_answers_messages(backend, checkpoint, tmp_path, monkeypatch, capsys):
     shutil.copytree(checkpoint, tmp_path / "model")
     command = ["generate", str(tmp_path / "model"), "--chat", "--max-new-tokens", "5", "--backend", backend.name]
@@ -186,8 +193,10 @@ def test_generate_answers_messages(backend, checkpoint, tmp_path, monkeypatch, c
     assert capsys.readouterr().out == f"{wanted.text[0]}\n"
     mc.load_state(state, model)
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
+    read = rendered(monkeypatch)
     assert main([*command, "-", "--system", "Be kind.", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["tokens"] == wanted.tokens
+    assert read == ["<system>Be kind.\n<user>Hello\n<assistant>"]
     assert main([*command, "Hello", "--system", "Be kind.", "-n", "2"]) == 0
     assert capsys.readouterr().out == "".join(f"--- {k}\n{wanted.text[0]}\n" for k in range(2))
     assert main([*command, "Hello", "--state", str(state)]) == 2
@@ -204,7 +213,9 @@ def test_generate_talks(backend, checkpoint, tmp_path, monkeypatch, capsys):
     second = mc.generate(model, messages=talk, max_new_tokens=5)
     monkeypatch.setattr("sys.stdin", io.StringIO("a\nb\n"))
     command = ["generate", str(tmp_path / "model"), "--interactive", "--chat", "--max-new-tokens", "5"]
+    read = rendered(monkeypatch)
     assert main([*command, "--backend", backend.name]) == 0
+    assert read == ["<user>a\n<assistant>", f"<user>a\n<assistant>{first.text[0]}\n<user>b\n<assistant>"]
     assert capsys.readouterr().out == f"> {first.text[0]}\n> {second.text[0]}\n> \n"
 
 

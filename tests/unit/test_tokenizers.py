@@ -10,6 +10,7 @@ import pytest
 
 import mamba_core as mc
 from mamba_core import chat
+from mamba_core.data import read_tokens
 from mamba_core.prompts import of_messages
 from mamba_core.registry import installed
 from mamba_core.tokenizer import ByteTokenizer, SubwordTokenizer, as_tokenizer, ids_of
@@ -22,6 +23,7 @@ decoders, models, normalizers, pre = (
 TEXT = ["def main(x): return x", "Hello world, it's a test. don't!", "größe 漢字 😀😀 e\u0301", "two  spaces\n\nlines"]
 # What texts are made of: what takes several tokens, spaces, and what is shortened when spaces are cleaned up.
 PIECES = ("the", "wor", "hello", "漢", "😀", "ö", "\n", "  ", " '", " ' ", "s", " n't", " .", "!", "x", " ")
+SHORTENED = ("'", "n", "t", "s", ".", "!", "ö", "the")
 
 
 def begins(tokenizer):
@@ -129,10 +131,11 @@ def continued(tokenizer, prompt, new) -> list[str]:
 def test_text_goes_on_as_in_a_decode_of_the_whole(tokenizer):
     rng, defined = random.Random(0), 0
     known = [token for piece in PIECES for token in tokenizer.encode_more(piece)]
+    shortened = [token for piece in SHORTENED for token in tokenizer.encode_more(piece)]
     for _ in range(400):
         ids = tokenizer.encode("".join(rng.choices(PIECES, k=14))) + tokenizer.encode_more(rng.choice(PIECES))
         if rng.random() < 0.5:
-            ids = rng.choices(known, k=12)
+            ids = rng.choices(rng.choice((known, shortened)), k=12)
         cut = rng.randint(0, len(ids))
         before, whole = tokenizer.decode(ids[:cut]), tokenizer.decode(ids)
         if whole.startswith(before) and "\N{REPLACEMENT CHARACTER}" not in whole:
@@ -239,6 +242,12 @@ def test_what_is_no_tokenizer():
             TypeError, match=r"tokenizer is .*; expected an object with encode\(text\) and decode\(ids\)"
         ):
             as_tokenizer(wrong)
+
+
+def test_training_data_by_any_tokenizer(tmp_path):
+    (tmp_path / "text").write_text("the wor")
+    made = byte_level()
+    assert read_tokens(tmp_path / "text", made).tolist() == made.encode("the wor").ids
 
 
 def test_a_file_s_truncation_and_padding_are_of_somebody_s_training(tmp_path):
