@@ -30,7 +30,7 @@ CAUGHT_BY = {
         "conv taps reversed": Mutant(CONV, "* weight[:, j]", "* weight[:, -1 - j]"),
         "conv without its SiLU": Mutant(CONV, "nn.silu(total) if activation", "total if activation"),
         "norm eps ignored": Mutant(NORM, "factor, eps)", "factor, 1e-5)"),
-        "head of the embedding when untied": Mutant("heads/lm.py", '        if "lm_head" in self:\n', "        if False:\n"),
+        "head of the embedding when untied": Mutant("heads/lm.py", "if head is not None:", "if False:"),
         "nodes under another layer's name": Mutant("stack.py", 'f"layers.{done}."', 'f"layers.{len(blocks) - 1 - done}."'),
     },
     "test_steps": {
@@ -48,7 +48,7 @@ CAUGHT_BY = {
     },
     "test_the_whole": {
         "restart ignored by the scan": Mutant(SCAN, "decay * (value if restart is None else", "decay * (value if True else"),
-        "restart ignored by the conv": Mutant(CONV, "    if runs is None:\n        taps", "    if True:\n        taps"),
+        "restart ignored by the conv": Mutant(CONV, "        if runs is None:\n            taps", "        if True:\n            taps"),
         "restart ignored by the conv state": Mutant(CONV, "if runs is None or carried == 0:", "if True:"),
         "restart at masked positions": Mutant("positions.py", "return restart if mask is None else restart & mask", "return restart"),
         "last position of another segment": Mutant("positions.py", "mx.where(mask, position, -1)", "position"),
@@ -75,7 +75,7 @@ CAUGHT_BY = {
         "gate of the first position": Mutant(S6, "hidden[:, -1:], to_z", "hidden[:, :1], to_z"),
         "residual stream of the first position": Mutant("blocks.py", "residual[:, -hidden.shape[1] :]", "residual[:, : hidden.shape[1]]"),
         "scan's output at the first position": Mutant(S6, "y[:, -z.shape[1] :]", "y[:, : z.shape[1]]"),
-        "bias missing in MiniMamba's scan": Mutant("mixers/minimamba.py", "2 * bias,", "bias,"),
+        "bias missing in MiniMamba's scan": Mutant("mixers/minimamba.py", "else 2 * bias", "else bias"),
         "MiniMamba's gate with a SiLU": Mutant("mixers/minimamba.py", "s6.at_positions_of(z, y) * z", "s6.at_positions_of(z, y) * nn.silu(z)"),
     },
     "test_padded_vocabulary_is_never_produced": {

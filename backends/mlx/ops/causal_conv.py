@@ -67,9 +67,26 @@ def _conv(call, x, weight, bias, activation, state, kernel):
 
 def shifted(call, x, weight, bias, activation, state):
     """A multiply-add of the whole length for each tap."""
+    carried = weight.shape[1] - 1
+
+    def compute(inputs, runs):
+        if runs is None:
+            taps = [inputs[:, tap : tap + x.shape[1]] for tap in range(carried + 1)]
+        else:
+            taps = taps_in_run(inputs, runs, carried)
+        return _filter(taps, weight, bias, activation)
+
+    return in_order(call, x, state, carried, compute)
+
+
+def in_order(call, x, state, carried, compute):
+    """(y, final state) of a convolution that reaches so many inputs back; x (b, l, e).
+
+    compute: (inputs, runs) -> (b, l, e). inputs (b, carried + l, e) are the state's and then x's, the counting ones
+        first. runs are the numbers of their segments, (b, carried + l); None where all are of one.
+    """
     mask, restart = call.mask, call.restart
     batch, length, channels = x.shape
-    carried = weight.shape[1] - 1
     state = mx.zeros((batch, carried, channels), x.dtype) if state is None else state.astype(x.dtype)
     if length == 0:
         return x, state
@@ -81,15 +98,17 @@ def shifted(call, x, weight, bias, activation, state):
     inputs = mx.concatenate([state, x], axis=1)
     # The initial state's inputs belong to the first run.
     runs = None if run is None else mx.pad(run, ((0, 0), (carried, 0)))
-    windows = [slice(tap, tap + length) for tap in range(carried + 1)]
-    if runs is None:
-        taps = [inputs[:, window] for window in windows]
-    else:
-        taps = [_in_run(inputs[:, window], runs[:, window], runs[:, carried:]) for window in windows]
-    y = _filter(taps, weight, bias, activation).astype(x.dtype)
+    y = compute(inputs, runs).astype(x.dtype)
     if mask is not None:
         y = mx.where(mask[..., None], _permute(y, call.inverse), mx.array(0, y.dtype))
     return y, _last_inputs(inputs, runs, mask, carried)
+
+
+def taps_in_run(inputs, runs, carried) -> list:
+    """The inputs that each position sees at each tap, (b, l, e), zero where they belong to another run."""
+    length = inputs.shape[1] - carried
+    windows = [slice(tap, tap + length) for tap in range(carried + 1)]
+    return [_in_run(inputs[:, window], runs[:, window], runs[:, carried:]) for window in windows]
 
 
 # Fastest first, the plain one last.
@@ -107,7 +126,7 @@ def _filter(taps, weight, bias, activation):
 
 def _in_run(inputs, run, current):
     """The inputs, but zero where an input belongs to another run than the position or state that it is for."""
-    return inputs if run is None else mx.where((run == current)[..., None], inputs, mx.array(0, inputs.dtype))
+    return mx.where((run == current)[..., None], inputs, mx.array(0, inputs.dtype))
 
 
 def _last_inputs(inputs, runs, mask, carried):

@@ -10,9 +10,12 @@ from mamba_core.kernels import choose
 
 
 def call(layer: nn.Module, x: mx.array, kernel: str = "auto") -> mx.array:
-    """layer(x), by a kernel where the layer is an `nn.Linear`; any other module is called."""
+    """layer(x), by a kernel where the layer is an `nn.Linear` as it was built.
+
+    Any other module is called with (b, l, i), also where x is (b, i).
+    """
     if not untouched(nn.Linear, layer):
-        return layer(x)
+        return layer(x[:, None])[:, 0] if x.ndim == 2 else layer(x)
     y = linear(x, layer.weight, kernel)
     return y + layer.bias if "bias" in layer else y
 
