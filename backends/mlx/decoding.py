@@ -93,7 +93,7 @@ def _after(model, inputs: mx.array, state: State, mask: mx.array | None = None, 
         output = model(None, state, inputs_embeds=inputs, **given)
     else:
         output = model(inputs, state, **given)
-    return Output(output.logits[:, -1, : model.config.vocab_size], output.state)
+    return Output(output.logits[:, -1, : model.config.vocab_size].astype(mx.float32), output.state)
 
 
 def choose(logits: mx.array, context: Context | None, uniform: mx.array | None, sampling: Sampling) -> Choice:

@@ -22,7 +22,8 @@ from mamba_core.tasks import check_trains
 def loss(model, tokens, mask=None) -> mx.array:
     """Mean cross-entropy of tokens[:, 1:] given tokens[:, :-1] over the targets that count; tokens (b, l+1)."""
     check_targets(tokens)
-    logits = model(tokens[:, :-1], mask=None if mask is None else mask[:, :-1]).logits
+    given = {} if mask is None else {"mask": mask[:, :-1]}
+    logits = model(tokens[:, :-1], **given).logits
     losses = _cross_entropy(model, logits, tokens[:, 1:])
     if mask is None:
         return losses.mean()

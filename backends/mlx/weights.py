@@ -22,9 +22,10 @@ from mamba_core.backends.mlx.arrays import (
     to_numpy,
 )
 from mamba_core.backends.mlx.heads import model_class
-from mamba_core.backends.mlx.layers import StepProjection, called_conv
+from mamba_core.backends.mlx.layers import StepProjection
 from mamba_core.backends.mlx.model import Model
 from mamba_core.backends.mlx.ops import available_kernels
+from mamba_core.backends.mlx.ops.causal_conv import by_module
 from mamba_core.backends.mlx.positions import call_of
 from mamba_core.backends.mlx.untouched import patched
 from mamba_core.kernels import Kernels
@@ -102,7 +103,7 @@ def layer(model: Model, path: str, inputs: np.ndarray) -> np.ndarray:
                 inner._set_training_mode(False)
             if len(shape) == 3:
                 state = mx.zeros((len(x), shape[2] - 1, x.shape[2]), x.dtype)
-                y, _ = called_conv(module, x, state, call_of(None, None, length=x.shape[1]), path)
+                y, _ = by_module(module, x, state, call_of(None, None, length=x.shape[1]), name=path)
             else:
                 y = module(x)
             return to_numpy(y.astype(mx.float32))

@@ -4,7 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mamba_core.backend import Output, State
-from mamba_core.backends.mlx import model
+from mamba_core.backends.mlx import layers, model
 from mamba_core.backends.mlx.ops import linear
 from mamba_core.backends.mlx.untouched import patched, untouched
 from mamba_core.kernels import Kernels
@@ -43,7 +43,7 @@ class LanguageModel(model.Model):
         # Also a head that somebody gave to a model whose embedding was its head.
         head = self.get("lm_head", vars(self).get("lm_head"))
         if head is not None:
-            return linear.call(head, hidden, kernel)
+            return layers.linear(head, hidden, kernel)
         if not self.config.tie_embeddings:
             raise TypeError("lm_head is missing, and the model's config does not tie it to the embedding")
         embeddings = self.inner_backbone("the head, which is the embedding,").embeddings

@@ -24,7 +24,7 @@ class MiniMambaMixer(nn.Module):
         dt, B, C = s6.select(self, x, call)
         delta, bias = s6.step_sizes(self, dt, call)
         # The bias once more: a layer that is called has added it to delta.
-        bias = layers.step_bias(self.dt_proj, dt) if bias is None else 2 * bias
+        bias = layers.bias(self.dt_proj, dt) if bias is None else 2 * bias
         y, ssm = s6.recur(self, x, delta, B, C, None, bias, state.ssm, call)
         y = call.observe("gate", s6.at_positions_of(z, y) * z)
         return s6.project_out(self, y, call), LayerState(conv, ssm)

@@ -54,7 +54,7 @@ def _project_in_last(mixer, hidden):
 def convolve(mixer: nn.Module, x: mx.array, state: mx.array, call: Call) -> tuple[mx.array, mx.array]:
     """The causal convolution and its SiLU; x (b, l, e) -> (b, l, e) and the convolution's state."""
     kernel = mixer.kernels.of("causal_conv")
-    y, state = layers.causal_conv(mixer.conv1d, x, state, call, kernel, name(mixer, "conv1d"))
+    y, state = layers.convolution(mixer.conv1d, x, state, call, kernel, name(mixer, "conv1d"))
     return call.observe("conv", y), state
 
 
@@ -114,7 +114,7 @@ def name(mixer: nn.Module, module: str) -> str:
 
 
 def _linear(mixer, layer, x):
-    return linear.call(layer, x, mixer.kernels.of("linear"))
+    return layers.linear(layer, x, mixer.kernels.of("linear"))
 
 
 def width(mixer: nn.Module) -> int | None:
@@ -123,6 +123,6 @@ def width(mixer: nn.Module) -> int | None:
     Another layer may look along the sequence.
     """
     linears = [mixer.in_proj, mixer.x_proj, mixer.out_proj]
-    own = layers.is_built_as_linear(mixer.dt_proj) and untouched(nn.Conv1d, mixer.conv1d)
+    own = layers.is_step_projection(mixer.dt_proj) and layers.is_convolution(mixer.conv1d)
     known = all(untouched(nn.Linear, layer) or untouched(nn.QuantizedLinear, layer) for layer in linears)
     return 2 * len(mixer.A_log) if own and known else None
