@@ -37,19 +37,19 @@ def step_projection(layer: Any, dt: mx.array, kernel: str = "auto") -> tuple[mx.
 
     Of a layer that is called, the step sizes have the bias inside, and there is none to add.
     """
-    if not is_step_projection(layer):
+    if not _is_step_projection(layer):
         return layer(dt), None
     return product(dt, layer.weight, kernel), layer.get("bias")
 
 
 def bias(layer: Any, dt: mx.array) -> mx.array:
     """The bias of a step projection, (e,) float32: what it gives for zeros."""
-    if is_step_projection(layer) and "bias" in layer:
+    if _is_step_projection(layer) and "bias" in layer:
         return layer.bias.astype(mx.float32)
     return layer(mx.zeros((1, 1, dt.shape[-1]), dt.dtype))[0, 0].astype(mx.float32)
 
 
-def is_step_projection(layer: Any) -> bool:
+def _is_step_projection(layer: Any) -> bool:
     """Whether this is an untouched `StepProjection`, or the `nn.Linear` into which mlx-lm fuses its adapters."""
     return untouched(StepProjection, layer) or untouched(nn.Linear, layer)
 

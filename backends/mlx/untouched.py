@@ -6,7 +6,7 @@ from typing import Any
 _WRITTEN: dict[tuple[type, str], Any] = {}
 
 
-def untouched(kind: type, *modules: Any) -> bool:
+def untouched(kind: type, *modules: Any, method: str = "__call__") -> bool:
     """Whether nobody has replaced, subclassed, wrapped or patched these modules, which were built as this class.
 
     MLX's modules have no hooks, and Python looks up `__call__` on the class: there is nothing else to look at.
@@ -15,21 +15,18 @@ def untouched(kind: type, *modules: Any) -> bool:
     for module in modules:
         if type(module) is not kind:
             return False
-    return not patched(kind)
+    return _WRITTEN.get((kind, method), _WRITTEN) is getattr(kind, method) or _is_as_written(kind, method)
 
 
-def patched(kind: type, name: str = "__call__") -> bool:
-    """Whether somebody has put another function in the place of a class's method."""
-    function = getattr(kind, name)
-    if _WRITTEN.get((kind, name)) is function:
-        return False
-    owner = next((base for base in kind.__mro__ if name in vars(base)), None)
+def _is_as_written(kind: type, method: str) -> bool:
+    """Whether the method is the function that the class's own body, or that of a base, defines."""
+    function = getattr(kind, method)
+    owner = next((base for base in kind.__mro__ if method in vars(base)), None)
     code = getattr(function, "__code__", None)
-    if owner is None or code is None:
-        return True
-    # Of the code, because functools.wraps copies the names of a function.
-    written = code.co_qualname == f"{owner.__qualname__}.{name}"
-    if written and function.__globals__.get("__name__") == owner.__module__:
-        _WRITTEN[kind, name] = function
+    # The names of the code, because functools.wraps copies those of a function.
+    if owner is None or code is None or code.co_qualname != f"{owner.__qualname__}.{method}":
         return False
+    if function.__globals__.get("__name__") != owner.__module__:
+        return False
+    _WRITTEN[kind, method] = function
     return True

@@ -27,7 +27,7 @@ from mamba_core.backends.mlx.model import Model
 from mamba_core.backends.mlx.ops import available_kernels
 from mamba_core.backends.mlx.ops.causal_conv import by_module
 from mamba_core.backends.mlx.positions import call_of
-from mamba_core.backends.mlx.untouched import patched
+from mamba_core.backends.mlx.untouched import untouched
 from mamba_core.kernels import Kernels
 from mamba_core.merging import check_held, merged
 from mamba_core.spec.params import Values, checked, parameter_table
@@ -83,7 +83,7 @@ def foreign(model: Model) -> Foreign:
         elif (numbers := _numbers(module) if "weight" in arrays else settings) != settings:
             differ = ", ".join(f"{name} {value}" for name, value in numbers.items() if settings.get(name) != value)
             changed[path] = f"{kind.__name__} with {differ}"
-        elif "weight" in arrays and patched(kind):
+        elif "weight" in arrays and not untouched(kind):
             hooked[path] = f"{kind.__name__} with another __call__"
     table = parameter_table(model.config)
     names = (name for name, _ in tree_flatten(model.parameters()))

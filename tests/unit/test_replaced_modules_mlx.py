@@ -476,6 +476,14 @@ def test_a_patched_class_acts_on_every_path(name, monkeypatch):
     assert relative_l2(np.array(prefilled), np.array(last)) < 1e-5
 
 
+def test_a_patched_as_linear_acts(monkeypatch):
+    model, original = built(), nn.Embedding.as_linear
+    wanted = called(model)
+    monkeypatch.setattr(nn.Embedding, "as_linear", lambda self, x: 2 * original(self, x))
+    for value, other in zip(called(model), wanted, strict=True):
+        assert relative_l2(value, 2 * other) < 1e-6
+
+
 def test_a_patched_mixer_is_neither_cut_nor_asked_for_the_last_position(monkeypatch):
     """It adds what it sees of the whole sequence."""
     model = built()

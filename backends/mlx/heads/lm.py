@@ -6,7 +6,7 @@ import mlx.nn as nn
 from mamba_core.backend import Output, State
 from mamba_core.backends.mlx import layers, model
 from mamba_core.backends.mlx.ops import linear
-from mamba_core.backends.mlx.untouched import patched, untouched
+from mamba_core.backends.mlx.untouched import untouched
 from mamba_core.kernels import Kernels
 from mamba_core.observe import reporting
 
@@ -47,7 +47,7 @@ class LanguageModel(model.Model):
         if not self.config.tie_embeddings:
             raise TypeError("lm_head is missing, and the model's config does not tie it to the embedding")
         embeddings = self.inner_backbone("the head, which is the embedding,").embeddings
-        if untouched(nn.Embedding, embeddings):
+        if untouched(nn.Embedding, embeddings) and untouched(nn.Embedding, method="as_linear"):
             return linear.linear(hidden, embeddings.weight, kernel)
         if _projects(embeddings):
             return embeddings.as_linear(hidden)
@@ -66,7 +66,7 @@ def _projects(embeddings) -> bool:
     )
     if project is object or not issubclass(project, call):
         return False
-    return patched(kind, "as_linear") or not patched(kind)
+    return untouched(kind) or not untouched(kind, method="as_linear")
 
 
 Model = LanguageModel

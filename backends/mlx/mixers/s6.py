@@ -14,6 +14,9 @@ from mamba_core.backends.mlx.ops.rms_norm import rms_norm
 from mamba_core.backends.mlx.untouched import untouched
 from mamba_core.call import Call
 
+# Linear layers that look at each position alone.
+LINEAR = (nn.Linear, layers.StepProjection, nn.QuantizedLinear)
+
 
 def add_parameters(mixer: nn.Module, config, layer: int, options: Options) -> None:
     """Give the mixer its submodules, parameters and sizes."""
@@ -122,7 +125,6 @@ def width(mixer: nn.Module) -> int | None:
 
     Another layer may look along the sequence.
     """
-    linears = [mixer.in_proj, mixer.x_proj, mixer.out_proj]
-    own = layers.is_step_projection(mixer.dt_proj) and layers.is_convolution(mixer.conv1d)
-    known = all(untouched(nn.Linear, layer) or untouched(nn.QuantizedLinear, layer) for layer in linears)
-    return 2 * len(mixer.A_log) if own and known else None
+    linears = (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj)
+    known = all(any(untouched(kind, layer) for kind in LINEAR) for layer in linears)
+    return 2 * len(mixer.A_log) if known and layers.is_convolution(mixer.conv1d) else None
