@@ -325,11 +325,24 @@ def test_an_embedding_that_is_the_head_too_is_the_head_with_what_it_gives_for_ev
 
 
 def test_an_embedding_with_its_own_as_linear_is_asked_for_that():
-    model = built()
-    wrapper = Counted(model.backbone.embeddings)
-    model.backbone.embeddings = wrapper
-    model(mx.array(IDS))
-    assert wrapper.calls == 2
+    class Own(Shown):
+        def as_linear(self, hidden):
+            return 6 * self.inner.as_linear(hidden)
+
+    model, rows = built(), built()
+    model.backbone.embeddings = Own(model.backbone.embeddings)
+    rows.backbone.embeddings = Shown(rows.backbone.embeddings)
+    for value, other in zip(called(model), called(rows), strict=True):
+        assert relative_l2(value, 3 * other) < 1e-5
+
+
+def test_another_head_is_always_shown_three_axes():
+    model = built(tied=False)
+    wanted, inner, axes = called(model), model.lm_head, []
+    model.lm_head = Called(lambda x: axes.append(x.ndim) or inner(x))
+    for value, other in zip(called(model), wanted, strict=True):
+        assert relative_l2(value, other) < 1e-5
+    assert axes == [3, 3, 3]
 
 
 def test_a_missing_head_is_not_replaced_by_the_embedding():
