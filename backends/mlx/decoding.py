@@ -44,7 +44,7 @@ def decode(
     step = partial(advance, model, sampling=sampling)
     # Not on a CPU where NumPy multiplies: that does not work inside mx.compile.
     if model.device != "cpu" or not numpy_linear.NUMPY_IS_FASTER:
-        step = mx.compile(step, inputs=model.state)
+        step = mx.compile(step, inputs=[model.state, mx.random.state], outputs=[mx.random.state])
     uniforms = _uniforms(draw)
     with model.on_device():
         context = tree_map(lambda value: None if value is None else from_numpy(value), context)

@@ -14,6 +14,8 @@ nn = pytest.importorskip("mlx.nn")
 
 from mlx.utils import tree_flatten  # noqa: E402 (after the package that it needs)
 
+from mamba_core.backends.mlx import decoding  # noqa: E402
+
 BACKEND = registry.get("mlx")
 CONFIG = mc.MambaConfig(d_model=16, n_layer=2, vocab_size=32, initializer_range=0.3)
 IDS = np.random.default_rng(0).integers(0, 32, (2, 21)).astype(np.int32)
@@ -178,6 +180,19 @@ def test_dropout_that_cannot_draw_the_same_mask_is_refused_by_name():
     model.remat = True
     state = [model.state, mx.random.state]
     assert mx.compile(lambda: nn.value_and_grad(model, loss)(model)[0], inputs=state, outputs=state)().item() > 0
+
+
+def test_compiled_decoding_draws_a_mask_for_each_step(monkeypatch):
+    """As steps that are not compiled do. Of a small model, because what is compiled for a CPU takes seconds."""
+    config = mc.MambaConfig(d_model=8, n_layer=1, vocab_size=16, initializer_range=0.3)
+    model, found = mc.build(config, backend="mlx", device="cpu", kernels="plain"), []
+    model.backbone.norm_f = nn.Sequential(model.backbone.norm_f, nn.Dropout(0.5))
+    for compiled in (False, True):
+        monkeypatch.setattr(decoding.numpy_linear, "NUMPY_IS_FASTER", not compiled)
+        mx.random.seed(7)
+        found.append(mc.generate(model, [[1, 2, 3]], max_new_tokens=4))
+    assert found[1].tokens == found[0].tokens
+    assert np.allclose(found[1].logprobs, found[0].logprobs, atol=1e-5)
 
 
 # --- training ------------------------------------------------------------------------------------------
