@@ -117,6 +117,18 @@ def test_what_another_module_computes_counts(name, subclass):
         assert relative_l2(value, other) < 1e-5
 
 
+def test_mlx_s_own_norm_in_the_place_of_ours():
+    model = built()
+    wanted = on_every_path(model)
+    owners = [(block, "norm") for block in model.layers] + [(model.backbone, "norm_f")]
+    for owner, name in owners:
+        made = nn.RMSNorm(CONFIG.d_model, CONFIG.norm_eps)
+        made.weight = owner[name].weight
+        owner[name] = made
+    for value, other in zip(on_every_path(model), wanted, strict=True):
+        assert relative_l2(value, other) < 1e-5
+
+
 def test_every_norm_replaced():
     """The compute dtype is then told by other parameters."""
     for kind in (nn.LayerNorm, nn.RMSNorm):
