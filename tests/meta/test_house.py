@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mamba_core import architectures
+from mamba_core.kernels import OF_SOME
 from mamba_core.spec import state as states
 from mamba_core.spec.dims import LETTERS
 from mamba_core.spec.params import parameter_table
@@ -88,6 +89,11 @@ def test_the_backends_have_the_same_files():
             assert all(explained), f"{name} is in {', '.join(having)} alone; give a reason in ALONE, or its twins"
     missing = [name for name in ALONE if not (ROOT / "backends" / name).is_file()]
     assert not missing, f"ALONE explains files that are not there: {missing}"
+
+
+def test_ops_that_not_every_backend_has_are_listed():
+    having = [{path.stem for path in (ROOT / "backends" / backend / "ops").glob("[a-z]*.py")} for backend in BACKENDS]
+    assert set.union(*having) - set.intersection(*having) == set(OF_SOME)
 
 
 # file: why one backend has public functions in it that another has not.
