@@ -32,7 +32,7 @@ _FOLDER_FILES = (
     "weights.npz",
 )
 # Of which a folder may hold one of any name. Not .bin, as which trainers save other things too.
-_ANY_NAME = (".safetensors", ".pt", ".pth", ".npz")
+_ANY_NAME = (".safetensors", ".pt", ".pth", ".ckpt", ".npz")
 _SHARD_NAME = re.compile(r"\w[\w.+ -]*")
 
 
@@ -40,13 +40,21 @@ class Checkpoint(Mapping[str, np.ndarray]):
     """A read-only mapping of tensor name to array. An array is a view of the mapped file: indexing reads no data.
 
     files: the files opened, in order. metadata: the text that safetensors files carry, {} for torch's.
+    skipped: names of what lies beside the tensors and is not read, such as an optimizer's state.
     """
 
-    def __init__(self, tensors: dict[str, StoredTensor], files: tuple[Path, ...], metadata: dict[str, str]) -> None:
+    def __init__(
+        self,
+        tensors: dict[str, StoredTensor],
+        files: tuple[Path, ...],
+        metadata: dict[str, str],
+        skipped: tuple[str, ...] = (),
+    ) -> None:
         self._tensors = tensors
         self._last: StoredTensor | None = None
         self.files = files
         self.metadata = metadata
+        self.skipped = skipped
 
     def __getitem__(self, name: str) -> np.ndarray:
         # What was read of the tensor before is not kept: a pass over a checkpoint holds one tensor, not the file.
@@ -85,7 +93,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
 
 def open_checkpoint(path) -> Checkpoint:
-    """Open a .safetensors, .bin, .pt, .pth or .npz file, an index of shards, or a folder that holds one of these.
+    """Open a .safetensors, .bin, .pt, .pth, .ckpt or .npz file, an index of shards, or a folder with one of them.
 
     Raises:
         CheckpointError: the path, the index, or any header is at fault; no tensor has been read.
@@ -98,7 +106,7 @@ def open_checkpoint(path) -> Checkpoint:
     if path.name.endswith(_INDEX_SUFFIX):
         return _open_shards(path)
     contents = _read_file(path)
-    return Checkpoint(contents.tensors, (path,), contents.metadata)
+    return Checkpoint(contents.tensors, (path,), contents.metadata, contents.skipped)
 
 
 def _find_in_folder(folder: Path) -> Path:
@@ -136,7 +144,8 @@ def _open_shards(index: Path) -> Checkpoint:
         raise CheckpointError(f"{index}: {'; '.join(faults)}")
     tensors = {tensor: contents[name].tensors[tensor] for tensor, name in weight_map.items()}
     metadata = {key: text for name in contents for key, text in contents[name].metadata.items()}
-    return Checkpoint(tensors, tuple(shards.values()), metadata)
+    skipped = tuple(dict.fromkeys(name for each in contents.values() for name in each.skipped))
+    return Checkpoint(tensors, tuple(shards.values()), metadata, skipped)
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:
