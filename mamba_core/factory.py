@@ -16,7 +16,7 @@ from mamba_core.spec.init import initial_values
 from mamba_core.weights.formats import FLOATS, CheckpointError, atomic_file, atomic_folder
 from mamba_core.weights.io import open_checkpoint
 from mamba_core.weights.opening import open_model
-from mamba_core.weights.writing import copy_tokenizer, write_model
+from mamba_core.weights.writing import copy_companions, write_model
 from mamba_core.wrappers import unwrap
 
 
@@ -116,8 +116,7 @@ def save_into(folder: Path, model: Any, layout: str = "hf", merge: bool = False)
     """Write a model's files into a folder that exists."""
     parameters = registry.get(model.backend).parameters(model, merge=merge)
     write_model(folder, model.config, parameters, layout=layout, dtype=model.dtype)
-    if (source := getattr(model, "source", None)) is not None:
-        copy_tokenizer(source, folder)
+    copy_companions(getattr(model, "source", None), folder, model.config, layout)
 
 
 def save_state(state: State, path: str | Path, model: Any) -> None:

@@ -41,6 +41,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
     files: the files opened, in order. metadata: the text that safetensors files carry, {} for torch's.
     skipped: names of what lies beside the tensors and is not read, such as an optimizer's state.
+    tensors: name -> its place in its file.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
         metadata: dict[str, str],
         skipped: tuple[str, ...] = (),
     ) -> None:
-        self._tensors = tensors
+        self.tensors = tensors
         self._last: StoredTensor | None = None
         self.files = files
         self.metadata = metadata
@@ -60,24 +61,24 @@ class Checkpoint(Mapping[str, np.ndarray]):
         # What was read of the tensor before is not kept: a pass over a checkpoint holds one tensor, not the file.
         if self._last is not None:
             self._last.release()
-        self._last = self._tensors[name]
+        self._last = self.tensors[name]
         return self._last.array()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
+        return iter(self.tensors)
 
     def __len__(self) -> int:
-        return len(self._tensors)
+        return len(self.tensors)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._tensors
+        return name in self.tensors
 
     def __repr__(self) -> str:
         return f"Checkpoint({len(self)} tensors, files={[str(path) for path in self.files]})"
 
     def have_same_bytes(self, first: str, second: str) -> bool:
         """Whether two tensors are one in shape, dtype and bits; of either a few blocks are in memory at a time."""
-        tensors = self._tensors[first], self._tensors[second]
+        tensors = self.tensors[first], self.tensors[second]
         if tensors[0].header() != tensors[1].header():
             return False
         for one, other in zip(*(blocks(tensor.array()) for tensor in tensors), strict=True):
@@ -89,7 +90,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
     def header(self, name: str) -> Header:
         """Shape, dtype name and size in bytes, from the file's header alone."""
-        return self._tensors[name].header()
+        return self.tensors[name].header()
 
 
 def open_checkpoint(path) -> Checkpoint:

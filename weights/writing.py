@@ -10,7 +10,7 @@ import numpy as np
 
 from mamba_core import tasks
 from mamba_core.spec.params import Parameter, parameter_table
-from mamba_core.weights import configs, layouts
+from mamba_core.weights import configs, layouts, tables, tokens
 from mamba_core.weights.formats import WRITERS, Progress, TensorSource
 from mamba_core.weights.names import EMBEDDING, HEAD, Piece, Stored
 from mamba_core.weights.source import TOKENIZER_FILES
@@ -80,11 +80,20 @@ def stored_sources(config, sources: list[TensorSource], layout: str) -> list[Ten
     return written
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the files of the tokenizer that lie beside a checkpoint."""
-    for name in TOKENIZER_FILES:
+def copy_companions(source: Path | None, target: Path, config, layout: str) -> None:
+    """Copy the files of the tokenizer and of generation that lie beside a checkpoint, with the config's token ids.
+
+    source: None where there is none.
+    """
+    for name in TOKENIZER_FILES if source is not None else ():
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+    if source is not None:
+        tokens.write_generation(source, target, config)
+    if layouts.find(layout).hides == "never":
+        rows = tables.find(config.architecture, layouts.key(layout)).rows()
+        if not set(tokens.FIELDS) & set(rows):
+            tokens.keep_ids(target, config)
 
 
 def _compute_dtype(config, sources: list[TensorSource]) -> str:

@@ -11,7 +11,7 @@ from mamba_core.config import MambaConfig
 from mamba_core.weights.formats import CheckpointError
 from mamba_core.weights.io import open_checkpoint
 from mamba_core.weights.opening import open_model
-from mamba_core.weights.writing import copy_tokenizer, write_layout
+from mamba_core.weights.writing import copy_companions, write_layout
 
 from .layout_files import COMPAT, CONFIG, arrays_of, options_of, state_dict, write
 
@@ -165,7 +165,7 @@ def test_the_tokenizers_files_are_copied(tmp_path):
         folder.mkdir()
     for name in (*HUB, *HUB_OTHERS[:2]):
         (source / name).write_text(name)
-    copy_tokenizer(source, target)
+    copy_companions(source, target, CONFIG, "hf")
     assert sorted(path.name for path in target.iterdir()) == sorted(HUB[2:])
 
 

@@ -38,7 +38,6 @@ class Layout:
         writes_tied_head: the library wants a tied head in the file, as a copy of the embedding.
         holds_every_task: a task that no scheme of the table is for is held too, its own parameters under their
             canonical names.
-        wrappers: what wrappers of a model put before every name.
     """
 
     file_format: str
@@ -57,8 +56,6 @@ class Layout:
     counts_rows: bool = False
     writes_tied_head: bool = False
     holds_every_task: bool = False
-    # torch.compile, data parallelism, and the habit of `self.model = ...`.
-    wrappers: tuple[str, ...] = ("_orig_mod.", "module.", "model.")
 
     def key(self, fields: Mapping[str, Any]) -> str | None:
         """The field by which a config.json can be of this layout; None if it cannot."""
