@@ -76,15 +76,20 @@ def test_wrappers_without_end(tmp_path):
     assert time.process_time() - began < 10
 
 
-QUANTISED = "quantised checkpoints are not read; dequantise it first"
+BITSANDBYTES = "quantised by bitsandbytes; save it dequantised"
+GPTQ = "quantised by GPTQ or AWQ; save it dequantised"
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("mamba.layers.0.mixer.in_proj.scales", QUANTISED),
-        ("mamba.layers.0.mixer.in_proj.weight.absmax", QUANTISED),
-        ("mamba.layers.0.mixer.in_proj.qweight", QUANTISED),
+        ("mamba.layers.0.mixer.in_proj.scales", "quantised; save it dequantised"),
+        ("mamba.layers.0.mixer.in_proj.weight.absmax", BITSANDBYTES),
+        ("mamba.layers.0.mixer.in_proj.SCB", BITSANDBYTES),
+        ("mamba.layers.0.mixer.in_proj.weight.quant_state.bitsandbytes__nf4", BITSANDBYTES),
+        ("mamba.layers.0.mixer.in_proj.qweight", GPTQ),
+        ("mamba.layers.0.mixer.in_proj.qzeros", GPTQ),
+        ("mamba.layers.0.mixer.in_proj.weight_scale", "quantised; save it dequantised"),
         ("mamba.layers.0.mixer.dt_layernorm.weight", "norms of dt, B and C.*which is not read"),
     ],
 )

@@ -177,6 +177,7 @@ OPCODES = [
     *(b"s", b"u", b"R", b"b", b"Q", b"0", b"2", b"1", b"q\x00", b"h\x00", b"r\xff\xff\xff\x7f", b"j\xff\xff\xff\x7f"),
     *(b"K\x01", b"J\xff\xff\xff\xff", b"J\x02\x00\x00\x00", b"X\x01\x00\x00\x00w", b"X\x07\x00\x00\x00storage"),
     *(b"\x8a\x01\x05", b"\x8a\xff" + b"\x7f" * 255, b"G\x7f\xf0\x00\x00\x00\x00\x00\x00", b"cos\nsystem\n"),
+    *(b"\x81", b"cargparse\nNamespace\n", b"cpathlib\nPath\n", b"cnumpy\ndtype\n", b"c_codecs\nencode\n"),
     *(b"ccollections\nOrderedDict\n", b"ctorch\nFloatStorage\n", b"ctorch._utils\n_rebuild_tensor_v2\n"),
     *(b"ctorch._utils\n_rebuild_parameter\n", b"ctorch\nSize\n", b"ctorch\nbfloat16\n"),
 ]

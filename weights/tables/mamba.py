@@ -195,9 +195,9 @@ def sizes(shapes: Mapping[str, Shape]) -> dict[str, Any]:
 
 
 def library_completed(values: dict[str, Any], rest: dict[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
-    if values["dt_rank"] == "auto":  # of which each library has an idea of its own
-        values["dt_rank"] = sizes["dt_rank"]
-    return _automatic_rank(values, sizes["d_model"])
+    if values.get("dt_rank") == "auto":  # of which each library has an idea of its own
+        values["dt_rank"] = sizes.get("dt_rank", "auto")
+    return _automatic_rank(values, sizes.get("d_model", values["d_model"]))
 
 
 def _mambapy_derived(config: Any) -> dict[str, Any]:
