@@ -27,7 +27,7 @@ _QUANT_STATE = re.compile(r"\.quant_state\b")
 # Words of torch.compile, data parallelism and recomputation, wherever a wrapped module stands in a name; and the habit
 # of `self.model = ...`.
 _WORDS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-_INSIDE = re.compile(rf"(?<![^.])(?:{'|'.join(_WORDS)})\.")
+_INSIDE = re.compile(rf"(?<![^.])({'|'.join(_WORDS)})\.")
 _WRAPPER = re.compile(rf"(?:{'|'.join((*_WORDS, 'model'))})\.")
 # What wrappers keep beside a model: torch's AveragedModel counts.
 _OF_WRAPPERS = ("n_averaged",)
@@ -255,7 +255,7 @@ def _readings(names: Collection[str]) -> Iterator[_Names]:
         yield _without(prefix, (), plain)
     cut = {_INSIDE.sub("", name): name for name in plain}
     if len(cut) == len(plain) and cut.keys() != plain.keys():
-        words = tuple(word for word in _WORDS if any(f"{word}." in name for name in plain))
+        words = tuple(dict.fromkeys(word for name in plain for word in _INSIDE.findall(name)))
         for prefix in _prefixes(cut):
             yield _without(prefix, words, cut)
 

@@ -20,6 +20,7 @@ CONFIG = MambaConfig(d_model=6, n_layer=2, vocab_size=13, d_state=3, d_conv=4, d
 LOST = ("rescale_prenorm_residual", "initializer_range", "dt_init_floor", "residual_in_fp32")
 TIED = ("mamba_minimal",)
 LOST += ("bos_token_id", "eos_token_id", "pad_token_id")
+TIED_CONFIG = dataclasses.replace(CONFIG, tie_embeddings=True)
 OUTER = {
     ("hf", "lm"): ("backbone.embeddings.weight", "backbone.layers.", "backbone.norm_f.weight", "lm_head.weight"),
     ("hf", "features"): ("embeddings.weight", "layers.", "norm_f.weight"),
