@@ -42,7 +42,8 @@ class _Quantised(NamedTuple):
         """The values, computed in the dtype of the scales, some rows at a time."""
         columns = self.shape[-1]
         words = self.words.array().reshape(-1, columns * self.bits // 32)
-        scales, biases = (part.array().reshape(len(words), -1) for part in (self.scales, self.biases))
+        groups = len(words), columns // self.group
+        scales, biases = (part.array().reshape(groups) for part in (self.scales, self.biases))
         values = np.empty((len(words), columns), scales.dtype)
         step = max(1, BLOCK_BYTES // (8 * columns))
         for begin in range(0, len(words), step):

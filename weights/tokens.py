@@ -6,6 +6,7 @@ id.
 """
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -47,34 +48,31 @@ def read_tokenizer(folder: Path, wanted: list[str]) -> dict[str, int]:
     return found
 
 
-def write_generation(source: Path, target: Path, config: Any) -> None:
-    """Copy generation_config.json, if there is one: byte for byte, but for ids that the config has otherwise.
+def write_generation(source: Path | None, target: Path, config: Any, told: bool) -> None:
+    """Copy generation_config.json: byte for byte, but for ids that the config has otherwise.
 
-    An id that it does not give is added where the config.json beside it gives another one than the config.
+    An id that it does not give is added where the source's config.json gives another one than the config.
+
+    Args:
+        source: the folder that it is in, if any.
+        told: whether the target's config.json gives the ids; else the file is made to do so.
     """
-    if not (source / GENERATION).is_file():
-        return
-    fields, before = _read(source, GENERATION), _read(source, "config.json")
+    file = None if source is None else source / GENERATION
+    if file is None or not file.is_file():
+        fields, before = {}, {}
+        if told:
+            return
+    else:
+        fields, before = _read(file.parent, GENERATION), _read(file.parent, "config.json") if told else {}
     changed = {}
     for name, value in _ids_of(config).items():
         given = before.get(name) if fields.get(name) is None else fields[name]
         if value != given:
             changed[name] = value
     if changed:
-        _write(target, fields | changed)
-    else:
-        (target / GENERATION).write_bytes((source / GENERATION).read_bytes())
-
-
-def keep_ids(target: Path, config: Any) -> None:
-    """Write the ids of a config as generation_config.json, for a layout that has no place for them."""
-    ids = {name: value for name, value in _ids_of(config).items() if value is not None}
-    if ids and not (target / GENERATION).exists():
-        _write(target, ids)
-
-
-def _write(target: Path, fields: Mapping[str, Any]) -> None:
-    (target / GENERATION).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        (target / GENERATION).write_text(json.dumps(fields | changed, indent=2) + "\n", encoding="utf-8")
+    elif file is not None and fields:
+        shutil.copyfile(file, target / GENERATION)
 
 
 def _ids_of(config: Any) -> dict[str, Any]:

@@ -88,12 +88,9 @@ def copy_companions(source: Path | None, target: Path, config, layout: str) -> N
     for name in TOKENIZER_FILES if source is not None else ():
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-    if source is not None:
-        tokens.write_generation(source, target, config)
-    if layouts.find(layout).hides == "never":
-        rows = tables.find(config.architecture, layouts.key(layout)).rows()
-        if not set(tokens.FIELDS) & set(rows):
-            tokens.keep_ids(target, config)
+    layout = layouts.key(layout)
+    told = layouts.find(layout).hides != "never" or "eos_token_id" in tables.find(config.architecture, layout).fields
+    tokens.write_generation(source, target, config, told)
 
 
 def _compute_dtype(config, sources: list[TensorSource]) -> str:
