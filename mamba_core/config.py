@@ -48,16 +48,13 @@ def from_object(config: Any) -> BaseConfig:
         return preset(config)
     if type(config) in architectures.configs():
         return config
+    kind, expected = f"{type(config).__module__}.{type(config).__qualname__}", "expected a preset's name or a config"
     if isinstance(config, Mapping):
-        raise TypeError(f"config is {type(config).__name__}; mamba_core.config.from_dict makes a config of it")
-    kind = f"{type(config).__module__}.{type(config).__qualname__}"
-    packages = (base.__module__.partition(".")[0] for base in type(config).__mro__)
-    layout = next(filter(None, map(tables.layout_of_package, packages)), None)
-    if layout is None or (fields := _fields_of(config)) is None:
-        raise TypeError(
-            f"config is {kind}; expected a preset's name, a config such as mamba_core.MambaConfig, or one of "
-            f"{', '.join(tables.packages())}"
-        )
+        raise TypeError(f"config is {kind}; {expected}; mamba_core.config.from_dict makes one of it")
+    layout, fields = tables.layout_of_object(config), _fields_of(config)
+    if layout is None or fields is None:
+        others = ", ".join(module.partition(".")[0] for module in tables.modules())
+        raise TypeError(f"config is {kind}; {expected} such as mamba_core.MambaConfig, or one of {others}")
     try:
         return tables.read_object(layout, fields)
     except ValueError as fault:

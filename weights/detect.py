@@ -192,7 +192,8 @@ def _choose_layout(
 
 def _choices(names: Collection[str], fitting: Mapping) -> str:
     """How to name each of several layouts, and why it matters."""
-    ways, reasons = [], {}
+    ways: list[str] = []
+    reasons: dict[str, None] = {}
     for layout in names:
         for name, table in tables.holding(layout).items():
             if name not in fitting.get(layout, (name,)):

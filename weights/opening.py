@@ -126,6 +126,11 @@ def _read_config(folder: Path, fields: dict | None, checkpoint: Checkpoint, dete
     if fields is None and not sized:
         raise CheckpointError(f"{path}: no such file; a checkpoint of layout {detected.layout} needs its config.json")
     told = {"shapes": _shapes(checkpoint, detected), "told": _told(checkpoint, detected)} if sized else {}
+    if sized and fields and (shape := layouts.find(detected.layout)).key(fields) is None:
+        raise CheckpointError(
+            f"{path}: has none of the fields {', '.join(shape.keys)}, so it is no config of layout {detected.layout}; "
+            "that layout needs none, so move it away, or write its fields as that layout has them"
+        )
     if sized and not detected.fits:
         named = f"the tensors do not have the names of layout {detected.layout}"
         raise CheckpointError(f"{folder}: {named}: {described(checkpoint, [detected.scheme])}")
@@ -142,8 +147,9 @@ def _read_config(folder: Path, fields: dict | None, checkpoint: Checkpoint, dete
 def _with_tokens(folder: Path, fields: dict | None, config, detected: Detected):
     """The config with the ids of the special tokens that the files beside it give."""
     rows = detected.table.rows()
-    hidden = (fields or {}).get(HIDDEN)
-    given = (fields or {}) | (hidden if isinstance(hidden, Mapping) else {})
+    given = dict(fields or {})
+    if isinstance(hidden := given.get(HIDDEN), dict):
+        given |= hidden
     silent = [name for name in tokens.FIELDS if given.get(rows[name].theirs if name in rows else name) is None]
     said = tokens.read_generation(folder)
     ids = tokens.read_tokenizer(folder, [name for name in silent if name not in said]) | said
@@ -171,12 +177,11 @@ def _shapes(checkpoint: Checkpoint, detected: Detected) -> dict[str, tuple[int, 
 def _told(checkpoint: Checkpoint, detected: Detected) -> dict[str, Any]:
     """The fields of our config that names and bytes tell."""
     told: dict[str, Any] = {"task": detected.scheme.task}
-    names = detected.scheme.name(HEAD), detected.scheme.name(EMBEDDING)
-    if names[0] is not None and names[1] is not None:
+    head, embedding = detected.scheme.name(HEAD), detected.scheme.name(EMBEDDING)
+    if head is not None and embedding is not None:
         # Torch saves a tied head as a copy of the embedding, so a head that is there need not be one of its own.
-        head, embedding = (detected.names.get(name) for name in names)
-        both = head is not None and embedding is not None
-        told["tie_embeddings"] = not both or checkpoint.have_same_bytes(head, embedding)
+        found = [detected.names[name] for name in (head, embedding) if name in detected.names]
+        told["tie_embeddings"] = len(found) < 2 or checkpoint.have_same_bytes(*found)
     return told
 
 

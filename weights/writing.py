@@ -85,9 +85,10 @@ def copy_companions(source: Path | None, target: Path, config, layout: str) -> N
 
     source: None where there is none.
     """
-    for name in TOKENIZER_FILES if source is not None else ():
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    if source is not None:
+        for name in TOKENIZER_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, target / name)
     layout = layouts.key(layout)
     told = layouts.find(layout).hides != "never" or "eos_token_id" in tables.find(config.architecture, layout).fields
     tokens.write_generation(source, target, config, told)

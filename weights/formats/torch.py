@@ -113,7 +113,7 @@ def _find_tensors(value) -> tuple[dict[str, PickledTensor], tuple[str, ...]]:
 
 def _state_dicts(value: dict, depth: int) -> dict[tuple[str, ...], dict[str, PickledTensor]]:
     """Path -> dictionary of tensors, of the entries of a dictionary and, under usual names, of their entries."""
-    found = {}
+    found: dict[tuple[str, ...], dict[str, PickledTensor]] = {}
     known: dict[int, bool] = {}  # a pickle may name one dictionary again and again
     for name, entry in value.items():
         if not isinstance(entry, dict) or not isinstance(name, str):

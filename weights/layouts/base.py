@@ -20,7 +20,7 @@ class Layout:
         metadata_format: what its safetensors files say of who wrote them.
         told_by_format: nothing but `metadata_format` tells its files from those of another layout, so that no other
             format may hold them.
-        package: the library's package, whose config objects have the fields of config.json.
+        module: the library's module, with those inside of it, whose config objects have the fields of config.json.
         keys: fields of config.json that tell it, the plainest first.
         dialect: the same for a config without a checkpoint, in `mamba_core.config.from_dict`.
         kind: the field that names the architecture, as the path to it; () where there is none.
@@ -44,7 +44,7 @@ class Layout:
     file_format: str
     metadata_format: str = "pt"
     told_by_format: bool = False
-    package: str | None = None
+    module: str | None = None
     keys: tuple[str, ...] = ()
     dialect: tuple[str, ...] = ()
     kind: tuple[str, ...] = ()

@@ -140,15 +140,18 @@ def dialect(fields: Mapping[str, Any]) -> str | None:
     return next((name for name in layouts.names() if set(layouts.find(name).dialect) & set(fields)), None)
 
 
-def packages() -> tuple[str, ...]:
-    """The packages whose config objects have the fields of a layout's config.json."""
-    shapes = (layouts.find(name) for name in layouts.names())
-    return tuple(shape.package for shape in shapes if shape.package is not None)
+def modules() -> tuple[str, ...]:
+    """The modules whose config objects have the fields of a layout's config.json."""
+    return tuple(module for name in layouts.names() if (module := layouts.find(name).module) is not None)
 
 
-def layout_of_package(package: str) -> str | None:
-    """The layout of the library in a package, None where there is none."""
-    return next((name for name in layouts.names() if layouts.find(name).package == package), None)
+def layout_of_object(config: Any) -> str | None:
+    """The layout of the library that a config object is of, None where it is of none."""
+    for base in type(config).__mro__:
+        for name in layouts.names():
+            if (module := layouts.find(name).module) and f"{base.__module__}.".startswith(f"{module}."):
+                return name
+    return None
 
 
 def read_object(layout: str, fields: Mapping[str, Any]) -> Any:
