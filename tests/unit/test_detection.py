@@ -168,6 +168,19 @@ def test_a_config_tells_the_function_that_names_do_not(tmp_path):
         open_model(folder)
 
 
+@pytest.mark.parametrize("fields", [CONFIG.to_hf(), CONFIG.to_dict(), {"layer_norm_epsilon": 1e-3}])
+def test_a_config_of_another_layout_than_the_named_one_is_not_passed_over(tmp_path, fields):
+    for layout in ("mamba_minimal", "mambapy"):
+        arrays = arrays_of(write(tmp_path / f"{layout}-a", TIED_CONFIG, layout))
+        folder = state_dict(tmp_path / layout, arrays, **fields)
+        with pytest.raises(
+            CheckpointError, match=r"config\.json: has none of the fields .*is no config of layout"
+        ):
+            open_model(folder, layout=layout)
+        (folder / "config.json").write_text("{}")
+        assert open_model(folder, layout=layout).config.d_model == 6
+
+
 def test_mamba_minimals_head_is_the_embedding(tmp_path):
     with pytest.raises(ValueError, match="tie_embeddings=False cannot be written as mamba_minimal"):
         write(tmp_path / "a", CONFIG, "mamba_minimal")

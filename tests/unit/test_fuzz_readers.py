@@ -227,6 +227,40 @@ def test_any_value_in_a_config(folder, layout, data):
     open_or_refuse(path)
 
 
+TOKEN_FILES = ("generation_config.json", "tokenizer_config.json", "added_tokens.json", "tokenizer.json", "vocab.json")
+TOKEN_KEYS = ("eos_token_id", "bos_token", "eos_token", "added_tokens_decoder", "added_tokens", "model", "content")
+
+
+@given(data=st.data())
+def test_any_value_in_the_files_of_tokens(folder, data):
+    path = folder / "tokens"
+    write_checkpoint(path, "mamba_ssm")
+    for name in TOKEN_FILES:
+        keys = st.sampled_from(TOKEN_KEYS) | st.text(max_size=2)
+        fields = {"eos_token": "a"} | data.draw(st.dictionaries(keys, json_values, max_size=3))
+        (path / name).write_bytes(dump_json(fields))
+    open_or_refuse(path)
+
+
+@given(data=st.data())
+def test_any_value_in_the_settings_of_a_quantisation(folder, data):
+    path = folder / "quantised"
+    fields = write_checkpoint(path, "mlx_lm")
+    name = "backbone.layers.0.mixer.in_proj"
+    shapes = st.lists(st.sampled_from([0, 1, 2, 3, 8, 16, 32]), max_size=3)
+    arrays = dict(open_checkpoint(path))
+    arrays[f"{name}.weight"] = np.zeros(data.draw(shapes), np.uint32)
+    for end in ("scales", "biases"):
+        arrays[f"{name}.{end}"] = np.zeros(data.draw(shapes), np.float32)
+    write_safetensors_file(path / "new.safetensors", sources_of(arrays), metadata={"format": "mlx"})
+    (path / "new.safetensors").replace(path / "model.safetensors")
+    settings = {"group_size": 4, "bits": 4} | data.draw(
+        st.dictionaries(st.sampled_from(["group_size", "bits", "mode", name]), json_values, max_size=2)
+    )
+    (path / "config.json").write_bytes(dump_json(fields | {"quantization": settings}))
+    open_or_refuse(path)
+
+
 # --- what was found --------------------------------------------------------------------------------
 
 
