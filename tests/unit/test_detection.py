@@ -173,9 +173,7 @@ def test_a_config_of_another_layout_than_the_named_one_is_not_passed_over(tmp_pa
     for layout in ("mamba_minimal", "mambapy"):
         arrays = arrays_of(write(tmp_path / f"{layout}-a", TIED_CONFIG, layout))
         folder = state_dict(tmp_path / layout, arrays, **fields)
-        with pytest.raises(
-            CheckpointError, match=r"config\.json: has none of the fields .*is no config of layout"
-        ):
+        with pytest.raises(CheckpointError, match=r"config\.json: has none of the fields .*is no config of layout"):
             open_model(folder, layout=layout)
         (folder / "config.json").write_text("{}")
         assert open_model(folder, layout=layout).config.d_model == 6

@@ -169,6 +169,8 @@ def test_an_entry_in_an_entry(tmp_path):
     opened = open_checkpoint(tmp_path / "a.pt")
     assert list(opened) == ["w"]
     assert opened.skipped == ("step", "ema.decay")
+    torch.save({"ema": {"shadow": {"w": x}}, "optimizer": {"state": {"w": x}}}, tmp_path / "a.pt")
+    assert open_checkpoint(tmp_path / "a.pt").skipped == ("optimizer",)
     torch.save({"ema": {"module": {"w": x}}, "state_dict": {"w": x}}, tmp_path / "a.pt")
     assert_fault(tmp_path / "a.pt", "found 'ema.module', 'state_dict'", "['ema']['module'], 'weights.pt')")
 

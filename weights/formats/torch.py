@@ -123,8 +123,7 @@ def _state_dicts(value: dict, depth: int) -> dict[tuple[str, ...], dict[str, Pic
         if known[id(entry)]:
             found[(name,)] = entry
         elif depth > 1 and name in _STATE_DICT_NAMES:
-            inner = _state_dicts(entry, depth - 1)
-            found |= {(name, *path): tensors for path, tensors in inner.items() if path[-1] in _STATE_DICT_NAMES}
+            found |= {(name, *path): tensors for path, tensors in _state_dicts(entry, depth - 1).items()}
     return found
 
 
