@@ -9,6 +9,8 @@ from mamba_core.backends.torch.ops import linear
 from mamba_core.backends.torch.untouched import untouched
 from mamba_core.kernels import Kernels
 from mamba_core.observe import reporting, unobserved
+from mamba_core.tasks.base import EMBEDDING
+from mamba_core.tasks.lm import HEAD
 
 
 class LanguageModel(model.Model):
@@ -45,6 +47,25 @@ class LanguageModel(model.Model):
             return weight
         # A module in the embedding's place that shows no table is asked for every row.
         return embeddings(torch.arange(self.config.padded_vocab_size, device=self.device))
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors):
+        """A tied model takes a head that is its embedding, as others keep it, and no other."""
+        head = state_dict.get(prefix + HEAD)
+        if head is not None and self.lm_head is None and self.config.tie_embeddings:
+            embedding = state_dict.setdefault(prefix + EMBEDDING, head)
+            del state_dict[prefix + HEAD]
+            if not _are_equal(head, embedding):
+                errors.append(
+                    f"{prefix}{HEAD} differs from {prefix}{EMBEDDING}, but the config ties them; expected equal ones, "
+                    "or a model with tie_embeddings=False"
+                )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors)
+
+
+def _are_equal(head: Tensor, embedding: Tensor) -> bool:
+    if head.shape != embedding.shape or head.dtype != embedding.dtype:
+        return False
+    return head.is_meta or embedding.is_meta or torch.equal(head.to(embedding.device), embedding)
 
 
 Model = LanguageModel
