@@ -46,7 +46,7 @@ def build(config, parameters: Iterable[tuple[str, np.ndarray]], *, dtype="float3
 
 
 def parameters(model: Model, merge: bool = False) -> Values:
-    """Raises ValueError also for a quantised model, and for one whose parameters are sharded."""
+    """Raises ValueError also for a quantised model, and for one that is sharded over processes."""
     check_stored(model, offloaded=True)
     found, read = foreign(model), partial(_read, model)
     if merge:
@@ -106,13 +106,16 @@ def check_stored(model: Model, offloaded: bool = False) -> None:
     """
     if any(isinstance(module, QuantizedLinear) for module in model.modules()):
         raise ValueError("the model is quantised, for inference only; save or train the model that it was made from")
+    # A module that is sharded by PyTorch may hold all of its parameters between two calls.
+    if any(kind.__name__ == "FSDPModule" for module in model.modules() for kind in type(module).__mro__):
+        raise ValueError(
+            "the model is sharded by fully_shard, so that each process holds a part; gather its parameters with "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options="
+            "StateDictOptions(full_state_dict=True)), load them into a model of mamba_core.build, and use that"
+        )
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "full_tensor"):
-            raise ValueError(
-                f"{name} is a {type(parameter.data).__name__}, of which each process holds a part; gather all with "
-                "torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options="
-                "StateDictOptions(full_state_dict=True)), load them into a model of mamba_core.build, and use that"
-            )
+            raise ValueError(f"{name} is a DTensor; expected a tensor of this process, such as its full_tensor()")
         if parameter.is_meta and not offloaded:
             raise ValueError(f"{name} is on the device 'meta', without values; move the model to a device first")
 
