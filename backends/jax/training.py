@@ -68,6 +68,9 @@ class Trainer:
         value, norm = np.asarray(found).tolist()
         return value, norm
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: entry.shape for name, entry in parameter_table(self.model.config).items()}
+
     def state(self) -> dict[str, np.ndarray]:
         arrays = {"step": np.array(self.count, np.int64)}
         moments = {prefix: optax.tree_utils.tree_get(self.moments, key) for prefix, key in _MOMENTS.items()}

@@ -70,6 +70,9 @@ class Trainer:
         self.count += 1
         return value.item(), norm.item()
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: entry.shape for name, entry in parameter_table(self.model.config).items()}
+
     def state(self) -> dict[str, np.ndarray]:
         arrays = {"step": np.array(self.count, np.int64)}
         for moment in _MOMENTS:

@@ -97,6 +97,9 @@ class Trainer:
         device = torch.device(self.model.device).type
         return self.model.remat, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: entry.shape for name, entry in parameter_table(self.model.config).items()}
+
     def state(self) -> dict[str, np.ndarray]:
         arrays = {"step": np.array(self.count, np.int64)}
         for name, parameter in self.updated.items():
