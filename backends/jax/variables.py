@@ -1,0 +1,43 @@
+"""Modules inside of compiled programs, which are functions: what a call changes in a module must leave them.
+
+Parameters only enter. What else a module holds, such as the count of its random draws or a running mean, enters and
+leaves.
+"""
+
+import jax
+from flax import nnx
+
+
+def divided(module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """(graph, parameters, other variables)."""
+    return nnx.split(module, nnx.Param, ...)
+
+
+def after_call(module, graph: nnx.GraphDef, parameters: nnx.State) -> nnx.State:
+    """The other variables of a module that was merged of these and then called.
+
+    Raises:
+        TypeError: the call has changed a parameter or an attribute, which do not leave a program.
+    """
+    graph_after, parameters_after, others = divided(module)
+    if graph_after != graph:
+        attributes = [name for name, value in graph_after.attributes if (name, value) not in graph.attributes]
+        names = ", ".join(dict.fromkeys(name for name in attributes if not str(name).startswith("_")))
+        raise TypeError(
+            f"a call of {type(module).__name__} changes attributes of its modules: {names or 'what they hold'}; "
+            "in a compiled program only an nnx.Variable that was there before can change"
+        )
+    before, after = (nnx.to_flat_state(state) for state in (parameters, parameters_after))
+    for (path, one), (_, other) in zip(before, after, strict=True):
+        if one.get_raw_value() is not other.get_raw_value():
+            raise TypeError(
+                f"a call of {type(module).__name__} changes the nnx.Param {'.'.join(map(str, path))}; "
+                "give what a call changes another type, such as nnx.BatchStat"
+            )
+    return others
+
+
+def put_back(module, others: nnx.State) -> None:
+    """Give a module the values of its other variables."""
+    if jax.tree.leaves(others):
+        nnx.update(module, others)
