@@ -228,7 +228,8 @@ def _weight(model: Model, name: str) -> Weight:
 def _built(config, dtype: str, policy) -> Built:
     kind = model_class(config.task)
     model = nnx.eval_shape(lambda: kind(config, Options(dtype, policy, nnx.Rngs(0))))
-    modules = dict(reversed([item for item in nnx.iter_modules(model) if not isinstance(item[1], nnx.List)]))
+    found = (item for item in nnx.iter_modules(model) if not isinstance(item[1], nnx.List))
+    modules = dict(sorted(found, key=lambda item: len(item[0])))
     names = {path(model, name): name for name in parameter_table(config)}
     layers = frozenset(keys[:-1] for keys, name in names.items() if name.endswith(".weight"))
     return Built(modules, layers, names)
