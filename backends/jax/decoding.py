@@ -17,7 +17,7 @@ from mamba_core.backends.jax import state as states
 from mamba_core.backends.jax.arrays import from_numpy, to_numpy
 from mamba_core.backends.jax.positions import call_of
 from mamba_core.backends.jax.untouched import methods_in
-from mamba_core.backends.jax.variables import after_call, divided, put_back
+from mamba_core.backends.jax.variables import after_call, divided, put_back, whole
 from mamba_core.sampling import Sampling
 
 # Tokens between two looks of the host, which cost a fraction of a millisecond each.
@@ -156,7 +156,7 @@ def _updated(context: Context | None, tokens: jax.Array) -> Context | None:
 # What is compiled for a graph holds for the methods that its classes have.
 @functools.partial(jax.jit, static_argnames=("graph", "methods"))
 def _prefill(graph, methods, parameters, others, tokens, mask, state) -> tuple[Output, nnx.State]:
-    model = nnx.merge(graph, parameters, others)
+    model = whole(graph, parameters, others)
     return _called(model, tokens, state, mask), after_call(model, graph, parameters)
 
 
@@ -199,7 +199,7 @@ def _advance(graph, methods, parameters, variables, state, others, uniforms, cou
 
     def position(index, loop):
         carry, choices, variables = loop
-        model = nnx.merge(graph, parameters, variables)
+        model = whole(graph, parameters, variables)
         carry = advance(model, carry, None if uniforms is None else uniforms[index], sampling)
         choices = jax.tree.map(lambda all, one: all.at[index].set(one), choices, carry.choice)
         return carry, choices, after_call(model, graph, parameters)

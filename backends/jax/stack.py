@@ -10,7 +10,7 @@ from jax import lax
 from mamba_core.backends.jax.blocks import Block, RMSNorm
 from mamba_core.backends.jax.positions import call_of
 from mamba_core.backends.jax.untouched import untouched
-from mamba_core.backends.jax.variables import after_call, divided, put_back
+from mamba_core.backends.jax.variables import after_call, divided, put_back, whole
 from mamba_core.backends.jax.ways import Taken, own, plain, ranked
 from mamba_core.call import Call
 
@@ -164,7 +164,7 @@ def _recomputed(block, residual, state, call):
     definition, parameters, others = divided(block)
 
     def run(parameters, others, residual, state):
-        called = nnx.merge(definition, parameters, others)
+        called = whole(definition, parameters, others)
         return called(residual, state, call), after_call(called, definition, parameters)
 
     def backward(inputs, cotangents):

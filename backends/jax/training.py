@@ -13,7 +13,7 @@ from flax import nnx
 from mamba_core.backends.jax.arrays import from_numpy, to_numpy
 from mamba_core.backends.jax.ops.cross_entropy import linear_cross_entropy
 from mamba_core.backends.jax.untouched import methods, methods_in
-from mamba_core.backends.jax.variables import after_call, divided, put_back
+from mamba_core.backends.jax.variables import after_call, divided, put_back, whole
 from mamba_core.backends.jax.weights import Path, at, canonical, entering, foreign, named, table_paths
 from mamba_core.merging import check_held
 from mamba_core.spec.checks import check_targets
@@ -190,8 +190,8 @@ def _compiled(graph, methods, trained, settings):
         def error(values):
             # As arrays, which the graph makes the variables that they were.
             parameters = ((trained[name].path, value) for name, value in values.items())
-            model = nnx.merge(graph, nnx.from_flat_state(parameters), others)
-            before = divided(model)[1]
+            _, before, rest = divided(whole(graph, nnx.from_flat_state(parameters), others))
+            model = whole(graph, before, rest)
             value = loss(model, tokens)
             return value, after_call(model, graph, before)
 

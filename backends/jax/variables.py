@@ -13,8 +13,13 @@ def divided(module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     return nnx.split(module, nnx.Param, ...)
 
 
+def whole(graph: nnx.GraphDef, *states: nnx.State) -> nnx.Module:
+    """The module of these, which may change its variables and leaves those that are given as they are."""
+    return nnx.merge(graph, *states, copy=True)
+
+
 def after_call(module, graph: nnx.GraphDef, parameters: nnx.State) -> nnx.State:
-    """The other variables of a module that was merged of these and then called.
+    """The other variables of a module that was made `whole` of these and then called.
 
     Raises:
         TypeError: the call has changed a parameter or an attribute, which do not leave a program.

@@ -21,6 +21,7 @@ from mamba_core.backends.jax.mixers.mamba import MambaMixer  # noqa: E402
 SIZES = {"d_model": 8, "n_layer": 2, "vocab_size": 16, "d_state": 4, "initializer_range": 0.5}
 CONFIG = mc.MambaConfig(**SIZES)
 UNTIED = mc.MambaConfig(**SIZES, tie_embeddings=False)
+SHALLOW = mc.MambaConfig(**SIZES | {"n_layer": 1})
 IDS = jnp.asarray(np.random.default_rng(0).integers(0, 16, (2, 9)).astype(np.int32))
 MASK = jnp.asarray(np.random.default_rng(1).random((2, 9)) < 0.7).at[:, -1].set(True)
 SEGMENTS = jnp.asarray(np.sort(np.random.default_rng(2).integers(0, 3, (2, 9))).astype(np.int32))
@@ -296,12 +297,17 @@ def test_another_setting_of_the_convolution_itself(setting):
 # --- classes that were patched, and models that were replaced --------------------------------------
 
 
-def scaled(original):
+def tilted(original):
+    """Not the same factor everywhere, which the next norm would undo."""
+
+    def tilt(value):
+        return value * jnp.linspace(0.5, 1.5, value.shape[-1])
+
     def call(self, *arguments, **options):
         out = original(self, *arguments, **options)
-        if isinstance(out, tuple) and hasattr(out, "_replace"):
-            return out._replace(logits=1.5 * out.logits)
-        return (1.5 * out[0], out[1]) if isinstance(out, tuple) else 1.5 * out
+        if hasattr(out, "logits"):
+            return out._replace(logits=tilt(out.logits))
+        return (tilt(out[0]), out[1]) if isinstance(out, tuple) else tilt(out)
 
     return call
 
@@ -312,15 +318,25 @@ PATCHED |= {kind.__name__: kind for kind in (model.Backbone, LanguageModel)}
 
 @pytest.mark.parametrize("name", PATCHED)
 def test_a_class_that_is_patched_acts_on_what_was_compiled_before(name, monkeypatch):
-    found = built()
-    before = called(found) | compiled(found)
-    monkeypatch.setattr(PATCHED[name], "__call__", scaled(PATCHED[name].__call__))
-    after = called(found) | compiled(found)
-    assert_consistent(after)
-    for way, value in before.items():
-        assert relative_l2(after[way], value) > 1e-4, way
+    found, ones = built(SHALLOW), np.ones((2, 9), bool)
+
+    def ways():
+        whole, before = found(IDS).logits, found(IDS[:, :8])
+        prefilled = BACKEND.prefill(found, TOKENS, ones)
+        first = next(iter(BACKEND.decode(found, prefilled, Sampling(), limit=1))).logprobs
+        last = {"whole": whole[:, -1], "step": found(IDS[:, 8:], before.state).logits[:, 0]}
+        return last | {"prefilled": prefilled.logits}, {"loss": training.loss(found, IDS), "first": first}
+
+    (last, others), original = ways(), PATCHED[name].__call__
+    monkeypatch.setattr(PATCHED[name], "__call__", tilted(original))
+    patched, others_patched = ways()
+    for way, value in patched.items():
+        assert relative_l2(value, last[way]) > 1e-4, way
+        assert relative_l2(value, patched["whole"]) < 1e-5, way
+    for way, value in others_patched.items():
+        assert relative_l2(value, others[way]) > 1e-5, way
     monkeypatch.undo()
-    assert_same(called(found) | compiled(found), before, 1e-7)
+    assert_same(ways()[0], last, 1e-7)
 
 
 @pytest.mark.parametrize("name", ["_mix", "last_position"])
