@@ -16,8 +16,7 @@ from mamba_core.backend import Carry, Choice, Context, Output, State
 from mamba_core.backends.jax import state as states
 from mamba_core.backends.jax.arrays import from_numpy, to_numpy
 from mamba_core.backends.jax.positions import call_of
-from mamba_core.backends.jax.untouched import methods_in
-from mamba_core.backends.jax.variables import after_call, divided, put_back, whole
+from mamba_core.backends.jax.programs import after_call, divided, methods_in, put_back, whole
 from mamba_core.sampling import Sampling
 
 # Tokens between two looks of the host, which cost a fraction of a millisecond each.

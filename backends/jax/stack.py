@@ -9,8 +9,8 @@ from jax import lax
 
 from mamba_core.backends.jax.blocks import Block, RMSNorm
 from mamba_core.backends.jax.positions import call_of
+from mamba_core.backends.jax.programs import after_call, divided, put_back, whole
 from mamba_core.backends.jax.untouched import untouched
-from mamba_core.backends.jax.variables import after_call, divided, put_back, whole
 from mamba_core.backends.jax.ways import Taken, own, plain, ranked
 from mamba_core.call import Call
 

@@ -12,8 +12,7 @@ from flax import nnx
 
 from mamba_core.backends.jax.arrays import from_numpy, to_numpy
 from mamba_core.backends.jax.ops.cross_entropy import linear_cross_entropy
-from mamba_core.backends.jax.untouched import methods, methods_in
-from mamba_core.backends.jax.variables import after_call, divided, put_back, whole
+from mamba_core.backends.jax.programs import after_call, divided, methods, methods_in, put_back, whole
 from mamba_core.backends.jax.weights import Path, at, canonical, entering, foreign, named, table_paths
 from mamba_core.merging import check_held
 from mamba_core.spec.checks import check_targets
@@ -49,7 +48,7 @@ def _loss_and_gradients(model, tokens, mask, methods):
     return nnx.value_and_grad(loss)(model, tokens, mask)
 
 
-class Trained(NamedTuple):
+class _Trained(NamedTuple):
     """A parameter that is trained. canonical: its name in the table, None for one of others."""
 
     path: Path
@@ -141,7 +140,7 @@ class Trainer:
 _MOMENTS = {"m": "mu", "v": "nu"}
 
 
-def _trained(model, variables) -> dict[str, Trained]:
+def _trained(model, variables) -> dict[str, _Trained]:
     """By name, those of the table first and in its order.
 
     Raises:
@@ -153,9 +152,9 @@ def _trained(model, variables) -> dict[str, Trained]:
     if not found:
         raise ValueError("nothing of the model is trainable: it has no nnx.Param of floating-point numbers")
     names, table = table_paths(model), parameter_table(model.config)
-    own = {name: Trained(keys, name, table[name].decay) for keys, name in names.items() if keys in found}
+    own = {name: _Trained(keys, name, table[name].decay) for keys, name in names.items() if keys in found}
     others = {keys: value.get_raw_value().ndim >= 2 for keys, value in found.items() if keys not in names}
-    return own | {".".join(map(str, keys)): Trained(keys, None, decay) for keys, decay in others.items()}
+    return own | {".".join(map(str, keys)): _Trained(keys, None, decay) for keys, decay in others.items()}
 
 
 def _is_trainable(variable) -> bool:
@@ -169,7 +168,7 @@ def _variable(place) -> nnx.Variable:
     return at(owner, (key,))
 
 
-def _optimizer(trained: Mapping[str, Trained], s) -> optax.GradientTransformation:
+def _optimizer(trained: Mapping[str, _Trained], s) -> optax.GradientTransformation:
     """AdamW up to the learning rate."""
     return optax.chain(
         optax.clip_by_global_norm(s.clip_norm),

@@ -2,21 +2,18 @@
 
 import functools
 import inspect
-import operator
-from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 
 from mamba_core.backends.jax.ops.linear import precision
+from mamba_core.backends.jax.programs import method_names, methods
 
 # Kinds of flax's layers whose weights are read -> the name of the weight.
 WEIGHTS = {nnx.Linear: "kernel", nnx.Conv: "kernel", nnx.Embed: "embedding"}
 # Settings that a call does not depend on, and the dtype, which is compared with the weight's.
 UNUSED = {"dtype", "param_dtype", "use_bias"}
-# What a class says to the ways, and what makes a module: no part of what it computes.
-SAID = {"native_step", "width", "__init__"}
 
 
 def untouched(kind: type, *modules: nnx.Module, **settings) -> bool:
@@ -33,36 +30,11 @@ def untouched(kind: type, *modules: nnx.Module, **settings) -> bool:
     return all(type(module) is kind and is_built(kind, module, settings) for module in modules)
 
 
-def methods(kind: type) -> tuple:
-    """The functions of a class that compute, as they are now."""
-    return _reading(kind)(kind)
-
-
-def methods_in(graph: nnx.GraphDef) -> tuple:
-    """Those of all classes in a graph: what is compiled for the graph holds as long as they stay."""
-    kinds = dict.fromkeys(getattr(node, "type", None) for node in graph.nodes)
-    return tuple(methods(kind) for kind in kinds if kind is not None and issubclass(kind, nnx.Module))
-
-
-@functools.cache
-def _names(kind: type) -> tuple[str, ...]:
-    """Of the methods that the class and its bases before `nnx.Module` define."""
-    bases = (base for base in kind.__mro__ if base not in nnx.Module.__mro__)
-    defined = (name for base in bases for name, value in vars(base).items() if callable(value) and name not in SAID)
-    return tuple(dict.fromkeys(("__call__", *defined)))
-
-
-@functools.cache
-def _reading(kind: type) -> Callable[[type], tuple]:
-    # One name twice, because a single one gives no tuple.
-    return operator.attrgetter(*_names(kind), "__call__")
-
-
 # Every token asks it of every module, and what follows too.
 @functools.lru_cache(maxsize=1024)
 def _are_own(kind: type, functions: tuple) -> bool:
     """Whether the methods are those that the class bodies define."""
-    return all(_is_own(kind, name, function) for name, function in zip(_names(kind), functions, strict=False))
+    return all(_is_own(kind, name, function) for name, function in zip(method_names(kind), functions, strict=False))
 
 
 def _is_own(kind, name, function):
@@ -82,7 +54,7 @@ def _has_only_parameters(kind, module, _):
 
 @functools.cache
 def _named(kind: type) -> frozenset[str]:
-    return frozenset(_names(kind))
+    return frozenset(method_names(kind))
 
 
 @functools.cache

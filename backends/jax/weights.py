@@ -14,6 +14,7 @@ from mamba_core.backends.jax import layers, ops
 from mamba_core.backends.jax.arrays import devices, from_numpy, to_numpy
 from mamba_core.backends.jax.heads import model_class
 from mamba_core.backends.jax.mixers import Options
+from mamba_core.backends.jax.ops import causal_conv
 from mamba_core.backends.jax.untouched import untouched
 from mamba_core.kernels import Kernels
 from mamba_core.merging import check_held, merged
@@ -151,9 +152,9 @@ def layer(model: Model, path: str, inputs: np.ndarray) -> np.ndarray:
         return to_numpy(module(given).astype(jnp.float32))
     taps = weight.shape[2]
     try:
-        layers.check_taps(module, path, taps)
+        causal_conv.check_taps(module, taps, path)
         given = jnp.pad(given, ((0, 0), (taps - 1, 0), (0, 0)))
-        return to_numpy(layers.valid(module, path, given, taps).astype(jnp.float32))
+        return to_numpy(causal_conv.valid(module, given, taps, path).astype(jnp.float32))
     except TypeError as fault:
         raise ValueError(f"{path} cannot be merged: {fault}") from None
 

@@ -4,6 +4,7 @@ import jax
 from flax import nnx
 
 from mamba_core.backend import LayerState
+from mamba_core.backends.jax import layers
 from mamba_core.backends.jax.mixers import s6
 from mamba_core.call import Call
 
@@ -32,7 +33,9 @@ class MiniMambaMixer(nnx.Module):
     def _mix(self, x, state, call):
         x, conv = s6.convolve(self, x, state, call)
         dt, B, C = s6.select(self, x, call)
-        delta, bias = s6.step_sizes(self, dt, call, times=2)
+        delta, bias = s6.step_sizes(self, dt, call)
+        # The bias once more: a layer that is called has added it to delta.
+        bias = layers.bias(self.dt_proj, dt) if bias is None else 2 * bias
         y, ssm = s6.recur(self, x, delta, B, C, None, bias, state, call)
         return y, LayerState(conv, ssm)
 

@@ -56,7 +56,7 @@ def project_in(mixer, hidden: jax.Array, call: Call) -> tuple[jax.Array, jax.Arr
 def convolve(mixer, x: jax.Array, state, call: Call) -> tuple[jax.Array, jax.Array]:
     """(x (b, l, e) after the convolution and its SiLU, its state)."""
     kernel = mixer.kernels.of("causal_conv")
-    y, after = layers.causal_conv(mixer.conv1d, "mixer.conv1d", x, state.conv, call, kernel)
+    y, after = layers.convolution(mixer.conv1d, x, state.conv, call, kernel, "mixer.conv1d")
     return call.observe("conv", y), after
 
 
@@ -75,12 +75,12 @@ def norm_selection(dt, B, C, eps: float, call: Call) -> tuple[jax.Array, jax.Arr
     return dt, B, C
 
 
-def step_sizes(mixer, dt: jax.Array, call: Call, times: int = 1) -> tuple[jax.Array, jax.Array | None]:
-    """(b, l, e), and what `recur` is given as bias, which enters inside the scan, before the softplus.
+def step_sizes(mixer, dt: jax.Array, call: Call) -> tuple[jax.Array, jax.Array | None]:
+    """(b, l, e) without the bias of dt_proj, which enters inside the scan, before the softplus; and the bias.
 
-    times: how often the bias of dt_proj is added.
+    None for it where dt_proj is called, which adds its own.
     """
-    delta, bias = layers.step_projection(mixer.dt_proj, dt, times)
+    delta, bias = layers.step_projection(mixer.dt_proj, dt)
     return call.observe("dt_proj", delta), bias
 
 
@@ -113,7 +113,7 @@ def native_operands(mixer, selection_eps: float | None = None) -> MixerStep | st
     """
     linears = {name: getattr(mixer, name) for name in ("in_proj", "x_proj", "dt_proj", "out_proj")}
     replaced = [name for name, layer in linears.items() if not untouched(nnx.Linear, layer)]
-    if replaced or not untouched(nnx.Conv, mixer.conv1d) or not untouched(type(mixer), mixer):
+    if replaced or not layers.is_convolution(mixer.conv1d) or not untouched(type(mixer), mixer):
         return f"{', '.join(replaced) or 'the mixer or its convolution'} was replaced or changed"
     if selection_eps is None:
         return MixerStep(NATIVE_STEP)
@@ -128,7 +128,7 @@ def width(mixer) -> int | None:
     What was changed may look along the sequence.
     """
     linears = (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj)
-    is_built = untouched(type(mixer), mixer) and untouched(nnx.Linear, *linears) and untouched(nnx.Conv, mixer.conv1d)
+    is_built = untouched(type(mixer), mixer) and untouched(nnx.Linear, *linears) and layers.is_convolution(mixer.conv1d)
     return 2 * mixer.A_log.shape[0] if is_built else None
 
 

@@ -4,8 +4,15 @@ Parameters only enter. What else a module holds, such as the count of its random
 leaves.
 """
 
+import functools
+import operator
+from collections.abc import Callable
+
 import jax
 from flax import nnx
+
+# What a class says to the ways, and what makes a module: no part of what it computes.
+SAID = {"native_step", "width", "__init__"}
 
 
 def divided(module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
@@ -46,3 +53,28 @@ def put_back(module, others: nnx.State) -> None:
     """Give a module the values of its other variables."""
     if jax.tree.leaves(others):
         nnx.update(module, others)
+
+
+def methods(kind: type) -> tuple:
+    """The functions of a class that compute, as they are now."""
+    return _reading(kind)(kind)
+
+
+def methods_in(graph: nnx.GraphDef) -> tuple:
+    """Those of all classes in a graph: what is compiled for the graph holds as long as they stay."""
+    kinds = dict.fromkeys(getattr(node, "type", None) for node in graph.nodes)
+    return tuple(methods(kind) for kind in kinds if kind is not None and issubclass(kind, nnx.Module))
+
+
+@functools.cache
+def method_names(kind: type) -> tuple[str, ...]:
+    """Of the methods that the class and its bases before `nnx.Module` define."""
+    bases = (base for base in kind.__mro__ if base not in nnx.Module.__mro__)
+    defined = (name for base in bases for name, value in vars(base).items() if callable(value) and name not in SAID)
+    return tuple(dict.fromkeys(("__call__", *defined)))
+
+
+@functools.cache
+def _reading(kind: type) -> Callable[[type], tuple]:
+    # One name twice, because a single one gives no tuple.
+    return operator.attrgetter(*method_names(kind), "__call__")
