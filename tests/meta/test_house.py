@@ -32,6 +32,7 @@ ALONE = {
     "jax/ops/block_step.py": "as for torch",
     "torch/ways/native_step.py": "as its op",
     "jax/ways/native_step.py": "as its op",
+    "jax/programs.py": "a compiled program of JAX is a function, out of which must come what a call changes",
     "torch/ways/fused.py": "a block's sum and the next norm are one kernel; XLA and MLX fuse them by themselves",
     "torch/ways/cuda_step.py": "kernels in Triton for one position",
 }
