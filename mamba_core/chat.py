@@ -6,6 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from mamba_core.tokenizer import source_of
 from mamba_core.weights.formats import parse_json
 
 DEFAULT = "default"
@@ -30,7 +31,7 @@ def rendered(model: Any, messages: Any, tokenizer: Any = None) -> list[str]:
     if getattr(tokenizer, "chat_template", None) and callable(getattr(tokenizer, "apply_chat_template", None)):
         settings = {"tokenize": False, "add_generation_prompt": True}
         return [tokenizer.apply_chat_template(talk, **settings) for talk in talks]
-    folder = getattr(model, "source", None)
+    folder = source_of(model)
     template = None if folder is None else _template(folder)
     if folder is None or template is None:
         where = "the model came from no checkpoint with one" if folder is None else f"{folder} has none"

@@ -1,6 +1,5 @@
 """Models by name, by config and from checkpoints: `build`, `load`, `save`, and the decode state's file."""
 
-import dataclasses
 import warnings
 from collections.abc import Mapping
 from itertools import islice
@@ -10,16 +9,18 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from mamba_core import architectures, registry
+from mamba_core import registry
 from mamba_core.backend import State
-from mamba_core.config import COMPUTE_DTYPES, BaseConfig, from_dict, preset
+from mamba_core.config import COMPUTE_DTYPES, BaseConfig, from_object
 from mamba_core.spec import state as states
 from mamba_core.spec.init import initial_values
+from mamba_core.tokenizer import source_of
 from mamba_core.weights.formats import FLOATS, CheckpointError, atomic_file, atomic_folder
 from mamba_core.weights.io import open_checkpoint
 from mamba_core.weights.opening import open_model
 from mamba_core.weights.source import TOKENIZER_FILES
-from mamba_core.weights.writing import copy_tokenizer, write_model
+from mamba_core.weights.tokens import GENERATION
+from mamba_core.weights.writing import copy_companions, write_model
 from mamba_core.wrappers import unwrap
 
 
@@ -35,8 +36,8 @@ def build(
     """A model with seeded initial values, the same bits on every backend.
 
     Args:
-        config: a preset's name ("mamba-130m" to "mamba-2.8b") or a config; that of transformers or mamba_ssm is
-            converted.
+        config: a preset's name ("mamba-130m" to "mamba-2.8b"), a config, or a config object of transformers,
+            mamba_ssm or mambapy, which is converted.
         backend: "torch", "mlx", "jax" or another registered one; by default the first that is installed.
         dtype: the compute dtype, "float32", "bfloat16" or "float16".
         device: one of the backend's `devices()`; its first by default.
@@ -48,11 +49,11 @@ def build(
         The framework's own module; see `mamba_core.backend.Backend.build` for how to call it.
 
     Raises:
-        TypeError: config is neither a preset's name nor a config of a known architecture.
-        ValueError: an unknown preset, backend, dtype, device, op or kernel; or a config that cannot be converted.
+        TypeError: config is none of these.
+        ValueError: an unknown preset, backend, dtype, device, op or kernel.
         ImportError: the backend's framework is not installed.
     """
-    config = _config(config)
+    config = from_object(config)
     _check_dtype(dtype)
     values = initial_values(config, seed)
     return registry.get(backend).build(config, values, dtype=dtype, device=device, kernels=kernels)
@@ -90,7 +91,7 @@ def load(
     _check_dtype(dtype)
     model = registry.get(backend).build(opened.config, opened.tensors(), dtype=dtype, device=device, kernels=kernels)
     # The model needs the folder for these only.
-    kept = any((opened.folder / name).is_file() for name in TOKENIZER_FILES)
+    kept = any((opened.folder / name).is_file() for name in (*TOKENIZER_FILES, GENERATION))
     model.source = opened.folder.absolute() if kept else None
     return model
 
@@ -120,14 +121,11 @@ def save_into(folder: Path, model: Any, layout: str = "hf", merge: bool = False)
     """Write a model's files into a folder that exists."""
     parameters = registry.get(model.backend).parameters(model, merge=merge)
     write_model(folder, model.config, parameters, layout=layout, dtype=model.dtype)
-    if (source := getattr(model, "source", None)) is None:
-        return
-    if source.is_dir():
-        copy_tokenizer(source, folder)
-    else:
-        warnings.warn(
-            f"{source}: gone; the model is saved without the tokenizer and the settings that were there", stacklevel=3
-        )
+    source = source_of(model)
+    if source is not None and not source.is_dir():
+        warnings.warn(f"{source}: gone; the model is saved without the tokenizer that was there", stacklevel=3)
+        source = None
+    copy_companions(source, folder, model.config, layout)
 
 
 def save_state(state: State, path: str | Path, model: Any) -> None:
@@ -196,30 +194,6 @@ def _state_faults(found: Mapping[str, tuple[tuple[int, ...], str]], config: Base
         if dtype not in dtypes:
             faults.append(f"{name} is {dtype}; expected {kind}")
     return "; ".join(faults[:8])
-
-
-def _config(config: Any) -> BaseConfig:
-    """A config of this library: by name, itself, or converted from that of another package.
-
-    Raises:
-        TypeError: it is no config.
-        ValueError: there is no such preset, or it cannot be converted.
-    """
-    if isinstance(config, str):
-        return preset(config)
-    if type(config) in architectures.configs():
-        return config
-    kind = f"{type(config).__module__}.{type(config).__qualname__}"
-    if callable(getattr(type(config), "to_dict", None)):
-        fields = config.to_dict()
-    elif dataclasses.is_dataclass(type(config)):
-        fields = dataclasses.asdict(config)
-    else:
-        raise TypeError(f"config is {kind}; expected a preset's name or a config such as mamba_core.MambaConfig")
-    try:
-        return from_dict(fields)
-    except (ValueError, TypeError) as fault:
-        raise ValueError(f"config is {kind}, which cannot be converted: {fault}") from None
 
 
 def _check_dtype(dtype: str) -> None:

@@ -254,7 +254,7 @@ def tokenizer_of(model: Any) -> Tokenizer | None:
     Raises:
         ValueError: the checkpoint's folder is gone.
     """
-    folder = getattr(model, "source", None)
+    folder = source_of(model)
     if folder is not None and not folder.is_dir():
         raise ValueError(
             f"{folder}: the folder of the model's tokenizer is gone; set model.source to where it is, or to None "
@@ -263,6 +263,12 @@ def tokenizer_of(model: Any) -> Tokenizer | None:
     if folder is not None and (folder / "tokenizer.json").is_file():
         return SubwordTokenizer(folder / "tokenizer.json")
     return ByteTokenizer() if model.config.vocab_size == 256 else None
+
+
+def source_of(model: Any) -> Path | None:
+    """The folder of the checkpoint that a model came from, if it needs it still."""
+    source = getattr(model, "source", None)
+    return None if source is None else Path(source)
 
 
 def ids_of(encoded: Any) -> list[int]:

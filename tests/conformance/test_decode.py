@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import mamba_core as mc
-from mamba_core import registry
+from mamba_core import architectures, registry
 from mamba_core.registry import installed
 from mamba_core.sampling import Sampling, Uniforms
 from mamba_core.spec import sampling as spec
@@ -16,7 +16,7 @@ from mamba_core.spec.init import initial_values
 from mamba_core.spec.reference import ReferenceModel
 
 from .assertions import assert_close
-from .cases import configs
+from .cases import bases, configs
 from .cases.mamba import CONFIGS
 from .models import assert_states
 from .strategies import tokens
@@ -115,6 +115,29 @@ def test_greedy_over_a_longer_run(model, reference):
         wanted.append(int(out.logits[0, -1, : CONFIG.vocab_size].argmax()))
         out = reference(np.array([[wanted[-1]]]), out.state)
     assert mc.generate(model, PROMPTS[2], max_new_tokens=40).tokens[0] == wanted
+
+
+@pytest.mark.parametrize("name", bases())
+def test_every_architecture_decodes_as_the_reference(backend, name):
+    """Ragged prompts in chunks, several tokens, and on from the state after them."""
+    config = dataclasses.replace(bases()[name], initializer_range=0.5)
+    if not architectures.traits(config).steps:
+        pytest.skip(f"{name} has no steps")
+    reference = ReferenceModel(config, dict(initial_values(config, 2)))
+    model = mc.build(config, backend=backend.name, seed=2)
+    rows, given, state = [[] for _ in PROMPTS], PROMPTS, None
+    for count in (7, 4):
+        result = mc.generate(
+            model, given, max_new_tokens=count, prefill_chunk=5, state=state, return_state=True, temperature=1.0
+        )
+        rows = [row + more for row, more in zip(rows, given, strict=True)]
+        for row, new, logprobs in zip(rows, result.tokens, result.logprobs, strict=True):
+            before = len(row)
+            row += new
+            wanted = reference(np.array([row[:-1]])).logits[0, before - 1 :, : config.vocab_size]
+            wanted = wanted - np.log(np.exp(wanted).sum(-1, keepdims=True))
+            np.testing.assert_allclose(logprobs, wanted[range(count), new], rtol=1e-4, atol=1e-5)
+        state, given = result.state, [[1, 2], [3], [4, 0, 1]]
 
 
 @pytest.mark.parametrize(

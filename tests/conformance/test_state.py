@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import mamba_core as mc
-from mamba_core import registry
+from mamba_core import architectures, registry
 from mamba_core.backend import State
 from mamba_core.registry import installed
 from mamba_core.spec.init import initial_values
@@ -15,10 +15,11 @@ from mamba_core.spec.reference import ReferenceModel
 from mamba_core.weights.formats import CheckpointError
 
 from .assertions import assert_close
-from .cases.mamba import CONFIGS
+from .cases import configs
 from .strategies import tokens
 
-CONFIG = CONFIGS["odd"]
+CONFIG = configs()["mamba odd"]
+STEPPING = {name: config for name, config in configs().items() if architectures.traits(config).steps}
 
 
 def logits(backend, model, ids, state=None, **positions):
@@ -27,21 +28,22 @@ def logits(backend, model, ids, state=None, **positions):
     return backend.to_numpy(out.logits), out.state
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_prefill_here_go_on_anywhere(backend, dtype, tmp_path):
-    ids, more = tokens(CONFIG, 2, 13), tokens(CONFIG, 2, 6, seed=1)
+@pytest.mark.parametrize(("name", "dtype"), [*((name, "float32") for name in STEPPING), ("mamba odd", "bfloat16")])
+def test_prefill_here_go_on_anywhere(backend, name, dtype, tmp_path):
+    config = STEPPING[name]
+    ids, more = tokens(config, 2, 13), tokens(config, 2, 6, seed=1)
     segment_ids = np.repeat([3, 5], [7, 6])[None].repeat(2, 0).astype(np.int32)
-    model = mc.build(CONFIG, backend=backend.name, dtype=dtype)
+    model = mc.build(config, backend=backend.name, dtype=dtype)
     _, state = logits(backend, model, ids, segment_ids=segment_ids)
     mc.save_state(state, tmp_path / "state.safetensors", model)
-    reference = ReferenceModel(CONFIG, {key: np.asarray(value) for key, value in backend.parameters(model).items()})
+    reference = ReferenceModel(config, {key: np.asarray(value) for key, value in backend.parameters(model).items()})
     wanted = reference(more, reference(ids, segment_ids=segment_ids).state).logits
-    for name in installed():
-        there = registry.get(name)
-        other = there.build(CONFIG, initial_values(CONFIG), dtype=dtype)
+    for other_name in installed():
+        there = registry.get(other_name)
+        other = there.build(config, initial_values(config), dtype=dtype)
         loaded = mc.load_state(tmp_path / "state.safetensors", other)
         found, _ = logits(there, other, more, loaded)
-        assert_close(found, wanted, dtype, "value", f"{backend.name} to {name}")
+        assert_close(found, wanted, dtype, "value", f"{name}: {backend.name} to {other_name}")
         for layer, original in zip(loaded.layers, state.layers, strict=True):
             for field in layer._fields:
                 stored, value = backend.to_numpy(getattr(original, field)), there.to_numpy(getattr(layer, field))

@@ -14,24 +14,29 @@ from mamba_core.spec.tolerances import relative_l2
 from mamba_core.tasks.lm import cross_entropy
 from mamba_core.training import TrainSettings, batch
 
-from .cases.mamba import CONFIGS
+from .cases import bases
 
-CONFIG = CONFIGS["base"]
+CONFIG = bases()["mamba"]
 SETTINGS = TrainSettings(steps=20, batch_size=2, length=16, learning_rate=1e-2, warmup_steps=4, clip_norm=0.5)
 DATA = np.random.default_rng(0).integers(0, 6, 500) ** 2
 
 
+@pytest.fixture(params=bases(), scope="module")
+def config(request):
+    return bases()[request.param]
+
+
 @functools.cache
-def reference_run():
+def reference_run(config):
     """(losses, gradient norms, parameters, first and second moments) of all the steps."""
-    table, s = parameter_table(CONFIG), SETTINGS
-    values = {name: value.astype(np.float64) for name, value in initial_values(CONFIG, 1)}
+    table, s = parameter_table(config), SETTINGS
+    values = {name: value.astype(np.float64) for name, value in initial_values(config, 1)}
     m = {name: np.zeros_like(value) for name, value in values.items()}
     v = {name: np.zeros_like(value) for name, value in values.items()}
     losses, norms = [], []
     for step in range(s.steps):
         tokens = batch(DATA, s, step)
-        model = ReferenceModel(CONFIG, values)
+        model = ReferenceModel(config, values)
         loss, dlogits = cross_entropy(model(tokens[:, :-1]).logits, tokens[:, 1:])
         gradients, _ = model.vjp(dlogits, tokens[:, :-1])
         norm = np.sqrt(sum((gradient**2).sum() for gradient in gradients.values()))
@@ -48,10 +53,10 @@ def reference_run():
     return losses, norms, values, m, v
 
 
-def test_twenty_steps_equal_the_reference(backend):
+def test_twenty_steps_equal_the_reference(backend, config):
     """Within 1e-4 of the float64 run, so that the backends are within that of each other."""
-    losses, norms, values, m, v = reference_run()
-    model = mc.build(CONFIG, backend=backend.name, seed=1)
+    losses, norms, values, m, v = reference_run(config)
+    model = mc.build(config, backend=backend.name, seed=1)
     trainer = backend.trainer(model, SETTINGS)
     found = [trainer.step(batch(DATA, SETTINGS, step)) for step in range(SETTINGS.steps)]
     np.testing.assert_allclose([loss for loss, _ in found], losses, atol=5e-5)
@@ -59,6 +64,9 @@ def test_twenty_steps_equal_the_reference(backend):
     assert losses[-1] < losses[0] - 0.5
     state = trainer.state()
     assert int(state["step"]) == SETTINGS.steps
+    shapes = trainer.shapes()
+    assert set(state) == {"step", *(f"{moment}.{name}" for name in shapes for moment in "mv")}
+    assert all(state[f"{moment}.{name}"].shape == shape for name, shape in shapes.items() for moment in "mv")
     for name, value in backend.parameters(model).items():
         assert np.abs(value - values[name]).max() < 1e-3, name
         np.testing.assert_allclose(state[f"m.{name}"], m[name], atol=2e-4 * max(1e-3, np.abs(m[name]).max()) + 1e-6)
@@ -66,19 +74,19 @@ def test_twenty_steps_equal_the_reference(backend):
         assert state[f"m.{name}"].dtype == np.float32
 
 
-def test_the_optimizer_moves_between_backends(backend):
+def test_the_optimizer_moves_between_backends(backend, config):
     """Ten steps of the reference's state, loaded: the next step's loss and norm are the reference's."""
-    model = mc.build(CONFIG, backend=backend.name, seed=1)
+    model = mc.build(config, backend=backend.name, seed=1)
     first = backend.trainer(model, SETTINGS)
     for step in range(10):
         first.step(batch(DATA, SETTINGS, step))
     state = {name: np.asarray(value) for name, value in first.state().items()}
-    losses, *_ = reference_run()
+    losses, *_ = reference_run(config)
     for other in registry.PACKAGES:
         if registry.missing_packages(other):
             continue
         there = registry.get(other)
-        copy = there.build(CONFIG, backend.parameters(model).items())
+        copy = there.build(config, backend.parameters(model).items())
         trainer = there.trainer(copy, SETTINGS)
         trainer.load_state(state)
         for step in range(10, 14):

@@ -144,43 +144,39 @@ def test_arrays_that_are_no_prompts(backend, model):
             mc.generate(model, value)
 
 
-class Lookup:
-    """A prefill that takes rows of this table in the place of their ids."""
-
-    def __init__(self, table, real):
-        self.table, self.real, self.lengths = table, real, []
-
-    def __call__(self, model, tokens, mask, state=None):
-        if tokens.ndim == 3:
-            assert tokens.dtype == np.float32
-            self.lengths.append(tokens.shape[1])
-            tokens = np.abs(tokens[:, :, None] - self.table).sum(-1).argmin(-1)
-        return self.real(model, tokens, mask, state)
-
-
 def test_embeddings_are_read_in_the_place_of_prompts(backend, model, monkeypatch):
-    """What generation does with them; that a model computes the same of them is a law of the tasks."""
     table = backend.parameters(model)["backbone.embeddings.weight"].astype(np.float32)
-    lookup = Lookup(table, backend.prefill)
-    monkeypatch.setattr(backend, "prefill", lookup)
+    given, real = [], backend.prefill
+    monkeypatch.setattr(
+        backend, "prefill", lambda model, tokens, *more: given.append(tokens) or real(model, tokens, *more)
+    )
     rows = np.array([list(b"def main"), list(b"class A(")])
-    settings = {"max_new_tokens": 5, "repetition_penalty": 1.5, "return_state": True, "prefill_chunk": 3}
-    # The penalty knows no prompt.
     read = mc.generate(model, rows[:, :-1], max_new_tokens=0, return_state=True).state
-    del settings["repetition_penalty"]
-    wanted = mc.generate(model, rows, **settings)
-    embeds = table[rows]
-    for given in (embeds, embeds.astype(np.float64), framework_array(backend, embeds)):
-        found = mc.generate(model, inputs_embeds=given, **settings)
-        assert found.tokens == wanted.tokens
-        assert found.finish_reasons == wanted.finish_reasons
-        assert lookup.lengths[-3:] == [2, 3, 3]
+    settings = {"max_new_tokens": 5, "prefill_chunk": 3}
+    wanted, embeds = mc.generate(model, rows, **settings), table[rows]
+    given.clear()
+    for array in (embeds, embeds.astype(np.float64), framework_array(backend, embeds)):
+        found = mc.generate(model, inputs_embeds=array, **settings)
+        assert (found.tokens, found.text) == (wanted.tokens, wanted.text)
+        np.testing.assert_allclose(found.logprobs, wanted.logprobs, rtol=1e-4)
+    assert [(each.shape[1], each.dtype.name) for each in given] == [(size, "float32") for size in (2, 3, 3)] * 3
     assert mc.generate(model, inputs_embeds=embeds[0], n=2, **settings).tokens == wanted.tokens[:1] * 2
-    assert "".join(mc.stream(model, inputs_embeds=embeds[1], max_new_tokens=5)) == wanted.text[1]
-    more = mc.generate(model, inputs_embeds=embeds[:, -1:], state=read, max_new_tokens=5)
+    assert "".join(mc.stream(model, inputs_embeds=embeds[1], **settings)) == wanted.text[1]
+    more = mc.generate(model, inputs_embeds=embeds[:, -1:], state=read, return_state=True, **settings)
     assert more.tokens == wanted.tokens
-    penalised = mc.generate(model, inputs_embeds=embeds, max_new_tokens=5, repetition_penalty=1e9)
-    assert penalised.tokens[0][0] == wanted.tokens[0][0], "of no prompt"
+    again = mc.generate(model, ["x", "x"], state=more.state, **settings)
+    whole = [[*row, *new, ord("x")] for row, new in zip(rows, more.tokens, strict=True)]
+    assert again.tokens == mc.generate(model, whole, **settings).tokens
+    # The penalty of a prompt that is known chooses another token than the likeliest, which stands in it.
+    likeliest = mc.generate(model, rows[0], max_new_tokens=1).tokens[0]
+    penalty = {"repetition_penalty": 1e9, "max_new_tokens": 1}
+    row = next(
+        [*rows[0][:at], *likeliest, *rows[0][at:]]
+        for at in range(8)
+        if mc.generate(model, [*rows[0][:at], *likeliest, *rows[0][at:]], max_new_tokens=1).tokens[0] == likeliest
+    )
+    assert mc.generate(model, row, **penalty).tokens[0] != likeliest
+    assert mc.generate(model, inputs_embeds=table[row], **penalty).tokens[0] == likeliest
 
 
 def test_embeddings_that_are_refused(model):
@@ -234,29 +230,6 @@ def test_what_a_model_of_another_package_is_said_to_be():
         mc.generate("mamba-130m", "x")
     with pytest.raises(TypeError, match="source is Model; expected a checkpoint's name"):
         mc.parity(foreign)
-
-
-def test_configs_of_other_packages_are_converted_or_named():
-    @dataclasses.dataclass
-    class Config:
-        d_model: int = 8
-        n_layer: int = 1
-        vocab_size: int = 16
-        ssm_cfg: dict = dataclasses.field(default_factory=dict)
-        rms_norm: bool = True
-
-    assert mc.build(Config(), backend=installed()[0]).config.d_model == 8
-    with pytest.raises(ValueError, match=r"config is .*Config, which cannot be converted: .*ssm_cfg"):
-        mc.build(Config(ssm_cfg={"layer": "Mamba9"}))
-    with pytest.raises(TypeError, match=r"config is .*object; expected a preset's name or a config"):
-        mc.build(object())
-    transformers = pytest.importorskip("transformers")
-    theirs = transformers.MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=32, eos_token_id=[3, 4])
-    assert mc.build(theirs, backend=installed()[0]).config.eos_token_ids == (3, 4)
-    with pytest.raises(
-        ValueError, match=r"config is transformers\..*LlamaConfig, which cannot be converted: .*'llama'"
-    ):
-        mc.build(transformers.LlamaConfig())
 
 
 @pytest.mark.parametrize(

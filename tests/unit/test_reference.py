@@ -119,6 +119,26 @@ def test_model_gradients():
                 assert getattr(state_gradient, field)[index] == pytest.approx(expected, abs=1e-7)
 
 
+def test_embeddings_take_the_place_of_ids():
+    """Their output and their gradient are those of ids that look up the same rows."""
+    config = MambaConfig(d_model=6, n_layer=1, vocab_size=11, tie_embeddings=False, pad_vocab_size_multiple=1)
+    parameters = {name: value.astype(float) for name, value in initial_values(config, 1)}
+    model, table = ReferenceModel(config, parameters), parameters["backbone.embeddings.weight"]
+    ids = np.arange(2 * L).reshape(2, L) % 11
+    found, expected = model(inputs_embeds=table[ids]), model(ids)
+    np.testing.assert_array_equal(found.logits, expected.logits)
+    doutput = RNG.normal(size=expected.logits.shape)
+    found, _ = model.vjp(doutput, inputs_embeds=table[ids])
+    expected, _ = model.vjp(doutput, ids)
+    gradient = np.zeros_like(table)
+    np.add.at(gradient, ids, found["inputs_embeds"])
+    np.testing.assert_allclose(gradient, expected["backbone.embeddings.weight"], rtol=1e-12)
+    assert not found["backbone.embeddings.weight"].any()
+    for given in ({}, {"inputs": ids, "inputs_embeds": table[ids]}):
+        with pytest.raises(TypeError, match="expected input_ids or inputs_embeds"):
+            model(**given)
+
+
 def moved(state, layer, field, index, by):
     array = getattr(state.layers[layer], field).copy()
     array[index] += by

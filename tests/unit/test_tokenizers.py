@@ -512,7 +512,9 @@ def test_a_folder_that_was_moved(tmp_path, monkeypatch):
     assert mc.generate(model, "the", max_new_tokens=3, tokenizer=byte_fallback()).text == wanted.text
     with pytest.warns(UserWarning, match="gone; the model is saved without the tokenizer"):
         mc.save(model, tmp_path / "without")
-    model.source = tmp_path / "moved"
+    model.source = str(tmp_path / "moved")
+    mc.save(model, tmp_path / "with")
+    assert (tmp_path / "with" / "tokenizer.json").is_file()
     assert mc.generate(model, "the", max_new_tokens=3).text == wanted.text
 
 

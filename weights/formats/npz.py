@@ -77,8 +77,8 @@ def _array_record(source: TensorSource, records: Progress, progress: Progress | 
     return Record(source.name + _SUFFIX, nbytes, write)
 
 
-def _read_records(directory: list[zipfile.ZipInfo], buffer) -> dict[str, StoredTensor]:
-    tensors = {}
+def _read_records(directory: list[zipfile.ZipInfo], buffer) -> FileContents:
+    tensors: dict[str, StoredTensor] = {}
     for record in directory:
         name = record.filename.removesuffix(_SUFFIX)
         if name == record.filename or name in tensors:
@@ -87,7 +87,7 @@ def _read_records(directory: list[zipfile.ZipInfo], buffer) -> dict[str, StoredT
             tensors[name] = _read_record(buffer, record)
         except ValueError as fault:
             raise ValueError(f"tensor {list_names([name])}: {fault}") from None
-    return tensors
+    return FileContents(tensors, {})
 
 
 def _read_record(buffer, record: zipfile.ZipInfo) -> StoredTensor:

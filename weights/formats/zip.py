@@ -55,7 +55,7 @@ def write_zip(path, records: Iterable[Record]) -> None:
 
 
 def read_zip(path: Path, parse: Callable, explain: Callable) -> FileContents:
-    """The tensors of one file: parse(records, buffer) of its records and the mapped file.
+    """What one file holds: parse(records, buffer) of its records and the mapped file.
 
     Raises:
         CheckpointError: a ValueError of `parse`; a broken zip, as explain(buffer, fault) has it.
@@ -64,7 +64,7 @@ def read_zip(path: Path, parse: Callable, explain: Callable) -> FileContents:
         buffer = map_file(file)
         try:
             with zipfile.ZipFile(file) as archive:
-                return FileContents(parse(archive.infolist(), buffer), {})
+                return parse(archive.infolist(), buffer)
         except ValueError as fault:
             raise CheckpointError(f"{path}: {fault}") from None
         except (zipfile.BadZipFile, NotImplementedError, EOFError, OverflowError, struct.error) as fault:

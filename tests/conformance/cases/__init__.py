@@ -22,3 +22,8 @@ def cases() -> dict[str, ModuleType]:
 def configs() -> dict[str, object]:
     """Every named config of every architecture."""
     return {f"{name} {key}": config for name, file in cases().items() for key, config in file.CONFIGS.items()}
+
+
+def bases() -> dict[str, object]:
+    """Of every architecture the first of its named configs."""
+    return {name: next(iter(file.CONFIGS.values())) for name, file in cases().items()}
