@@ -435,7 +435,7 @@ def without_paths(text: str) -> str:
     with suppress(RuntimeError):
         text = text.replace(str(Path.home()), "~")
     text = re.sub(r"(/home/|/Users/|[A-Za-z]:\\Users\\)[^/\\\s:'\"]+", "~", text)
-    return re.sub(r"(?<![\w.])(?:[A-Za-z]:\\|~?/)(?:[^\s/\\:'\"()<>,;]+[/\\])*", "", text)
+    return re.sub(r"(?<![\w.])(?:[A-Za-z]:\\|~?/|~\\)(?:[^\s/\\:'\"()<>,;]+[/\\])*", "", text)
 
 
 # --- all of them -----------------------------------------------------------------------------------
