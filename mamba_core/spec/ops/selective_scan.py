@@ -200,8 +200,8 @@ BOTH = ("mask", "segment_ids")
 SAMPLES = (
     ("float32", 257, 20, 16, True, OPTIONAL, BOTH),
     ("float32", 7, 5, 8, False, (), ()),
-    ("float32", 1, 33, 1, True, ("z", "initial_state"), ("segment_ids",)),
-    ("float32", 257, 9, 16, True, ("D", "delta_bias"), ("segment_ids",)),
+    ("float32", 1, 33, 16, True, ("z", "initial_state"), ()),
+    ("float32", 257, 9, 1, True, ("D", "delta_bias"), ("segment_ids",)),
     ("bfloat16", 257, 20, 16, True, OPTIONAL, ("segment_ids",)),
     ("float16", 7, 67, 8, False, ("D", "delta_bias", "z"), ("mask",)),
 )
