@@ -162,8 +162,8 @@ def settled(backend, op: str, kernel: str, device: str, again: bool = False) -> 
         if verdict is None or verdict.faults != (ENDLESS,):
             mark.remove()
     if path is not None and verdict.trials and verdict.lasting:
-        kept = {"faults": verdict.faults, "trials": verdict.trials}
-        cache.keep(path, json.dumps(kept | {"of": _key(backend, op, kernel, device)}, indent=1).encode())
+        told = {"faults": verdict.faults, "trials": verdict.trials, "of": _key(backend, op, kernel, device)}
+        cache.keep(path, json.dumps(told, indent=1).encode())
     return verdict
 
 
@@ -242,7 +242,7 @@ class _Mark:
             os.close(self._descriptor)
 
     def remove(self) -> None:
-        if self._descriptor is not None:
+        if self._descriptor is not None and self._path is not None:
             with suppress(OSError):
                 os.ftruncate(self._descriptor, 0)
                 self._path.unlink()
@@ -293,7 +293,8 @@ def examine(backend, op: str, kernel: str, device: str, to_the_end: bool = True)
     allows, and then it does so in both kernels. The plain kernel has the reference alone.
     """
     is_plain = kernel == list(backend.available_kernels(device)[op])[-1]
-    faults, skipped, count, lasting = [], [], 0, True
+    faults: list[str] = []
+    skipped, count, lasting = [], 0, True
     with backend.on_device(device) if hasattr(backend, "on_device") else nullcontext():
         for trial in trials(backend, op, device):
             if faults and not to_the_end:
