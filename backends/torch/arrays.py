@@ -11,7 +11,7 @@ from contextlib import nullcontext
 import ml_dtypes
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mamba_core.backends.gpu import driver
 from mamba_core.backends.torch.kernels import native_tensors, triton
@@ -108,6 +108,12 @@ def check_devices(x: Tensor, **others: Tensor | None) -> None:
     for name, value in others.items():
         if value is not None and value.device != x.device:
             raise ValueError(f"{name} is on {value.device}; expected {x.device}, where x is")
+
+
+def anchor(module: nn.Module) -> Tensor:
+    """A parameter in the compute dtype: the first one of two bytes, or the first one of floats."""
+    floats = [parameter for parameter in module.parameters() if parameter.is_floating_point()]
+    return next((parameter for parameter in floats if parameter.dtype.itemsize == 2), floats[0])
 
 
 def at_least_float32(value: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from mamba_core.backends.torch.arrays import anchor
 from mamba_core.backends.torch.mixers import Options, mixer_class
 from mamba_core.backends.torch.ops import rms_norm
 from mamba_core.call import Call
@@ -45,12 +46,3 @@ class Block(nn.Module):
         """By a norm that somebody put here, in the compute dtype, which it need not return."""
         normed = norm(residual)
         return normed if type(norm) is RMSNorm else normed.to(anchor(self).dtype)
-
-
-def anchor(module: nn.Module) -> Tensor:
-    """A parameter in the compute dtype, where the module is computed: a norm's, or the first one of two bytes."""
-    for part in module.modules():
-        if type(part) is RMSNorm:
-            return part.weight
-    floats = [parameter for parameter in module.parameters() if parameter.is_floating_point()]
-    return next((parameter for parameter in floats if parameter.dtype.itemsize == 2), floats[0])

@@ -7,7 +7,8 @@ from mamba_core import architectures, tasks
 from mamba_core.backend import State
 from mamba_core.backends.torch import ops, stack
 from mamba_core.backends.torch import state as states
-from mamba_core.backends.torch.blocks import Block, RMSNorm, anchor
+from mamba_core.backends.torch.arrays import anchor
+from mamba_core.backends.torch.blocks import Block, RMSNorm
 from mamba_core.backends.torch.mixers import Options
 from mamba_core.backends.torch.positions import call_of
 from mamba_core.backends.torch.untouched import untouched

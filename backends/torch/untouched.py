@@ -22,25 +22,18 @@ def untouched(kind: type, *modules: nn.Module) -> bool:
     return not private.hooked(*modules)
 
 
-def remember(root: nn.Module) -> None:
-    """Looks at the classes of all modules, so that a compiler need not. A class unknown to a compiler is called."""
-    for kind in {type(module) for module in root.modules()}:
-        _as_written(kind)
-
-
 def _as_written(kind: type) -> bool:
     """Whether the class's forward is the function that its own body, or that of a base, defines; or it has none."""
+    # A compiler finds the classes of a model that was built here; a class that it does not know is called.
     if torch.compiler.is_compiling():
         return False
-    owner = next((base for base in kind.__mro__ if "forward" in vars(base)), None)
-    forward = None if owner is None else vars(owner)["forward"]
-    code = getattr(forward, "__code__", None)
-    if owner is nn.Module:
-        _written[kind] = forward
-        return True
-    if code is None or code.co_qualname != f"{owner.__qualname__}.forward":
-        return False
-    if forward.__globals__.get("__name__") != owner.__module__:
-        return False
+    owner = next(base for base in kind.__mro__ if "forward" in vars(base))
+    forward = vars(owner)["forward"]
+    if owner is not nn.Module:
+        code = getattr(forward, "__code__", None)
+        if code is None or code.co_qualname != f"{owner.__qualname__}.forward":
+            return False
+        if forward.__globals__.get("__name__") != owner.__module__:
+            return False
     _written[kind] = forward
     return True
