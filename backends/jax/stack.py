@@ -93,7 +93,8 @@ def _called(block, *arguments):
 
 def _last_only(block, residual, state, call):
     """Like the block, but where its mixer can, the residual stream of the last position only, (b, 1, d)."""
-    of_last = own(block.mixer, "last_position") if untouched(Block, block) else None
+    is_built = untouched(Block, block) and untouched(type(block.mixer), block.mixer)
+    of_last = own(block.mixer, "last_position") if is_built else None
     if of_last is not None and block.feed_forward is None and _has_only_parameters(block):
         found = of_last(block.mixer, block.normed(block.norm, residual), state, call)
         if found is not None:
@@ -128,7 +129,7 @@ def _width(block) -> int | None:
     if not untouched(RMSNorm, *norms):
         return None
     # A part without a width does not say that it goes on exactly from a state.
-    widths = [width(part) if (width := own(part, "width")) else None for part in parts]
+    widths = [width(part) if (width := own(part, "width")) and untouched(type(part), part) else None for part in parts]
     return None if None in widths else max(widths)
 
 

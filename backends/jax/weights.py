@@ -144,6 +144,7 @@ def layer(model: Model, path: str, inputs: np.ndarray) -> np.ndarray:
     if weight.name == EMBEDDING and getattr(model, "lm_head", True) is None and layers.attends(module):
         raise ValueError(f"{path} is {type(module).__name__} with an `attend` of its own, which no rows can hold")
     if isinstance(module, nnx.Module):
+        _check_read(model, path, module)
         module = nnx.clone(module)
         module.eval()
     dtype = "int32" if inputs.dtype.kind in "iu" else model.dtype
@@ -239,6 +240,19 @@ def _built(config, dtype: str, policy) -> Built:
 def _held(model) -> list[Path]:
     """The paths of the variables, but for the states of random numbers."""
     return [keys for keys, value in nnx.to_flat_state(nnx.state(model)) if not isinstance(value, nnx.RngState)]
+
+
+def _check_read(model, path, module) -> None:
+    """Refuses a layer of the class that was built with other variables, which are read from outside of its call."""
+    keys, built = tuple(_keys(path)), _built(model.config, model.dtype, model.policy)
+    original = built.modules[keys]
+    if type(module) is type(original) and untouched(type(original), original, **_given(original)):
+        expected = _by_layer(built.names, built.layers)[keys]
+        if more := {_dotted(each) for each in _held(module)} - expected:
+            raise ValueError(
+                f"{path} holds {', '.join(sorted(more))}, which the call of {type(module).__name__} does not read; "
+                "merge them by what put them there"
+            )
 
 
 def _by_layer(paths, layers) -> dict[Path, set[str]]:

@@ -432,6 +432,8 @@ def test_adapters_that_intercept_act_and_are_trained_alone():
     assert set(BACKEND.foreign(found).changed) == {
         f"backbone.layers.{layer}.mixer.{name}" for layer in (0, 1) for name in ("in_proj", "dt_proj")
     }
+    with pytest.raises(ValueError, match=r"in_proj holds kernel_lora_a, kernel_lora_b, which the call of"):
+        dict(BACKEND.parameters(found, merge=True))
     before = nnx.state(found, nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam)))
     trainer = BACKEND.trainer(found, SETTINGS)
     assert all("lora" in name for name in trainer.shapes())
@@ -452,3 +454,93 @@ def test_adapters_compile_once():
     for seed in range(3):
         compiled(adapted(seed))
     assert [program._cache_size() for program in programs] == sizes
+
+
+# --- the framework's own transformations -----------------------------------------------------------
+
+
+def test_transformations_of_the_framework_see_the_adapter():
+    found = built(SHALLOW)
+    mixer = found.backbone.layers[0].mixer
+    mixer.dt_proj = nnx.LoRA(1, 2, 16, base_module=mixer.dt_proj, rngs=nnx.Rngs(0))
+    mixer.dt_proj.lora_b[...] += 0.3
+    wanted = found(IDS).logits
+    assert relative_l2(nnx.jit(lambda model, ids: model(ids).logits)(found, IDS), wanted) < 1e-5
+    only = nnx.DiffState(0, nnx.LoRAParam)
+    gradients = nnx.grad(training.loss, argnums=only)(found, IDS)
+    assert {path[-1] for path, _ in nnx.to_flat_state(gradients)} == {"lora_a", "lora_b"}
+    others = [nnx.grad(nnx.remat(training.loss), argnums=only)(found, IDS)]
+    graph, adapters, rest = nnx.split(found, nnx.LoRAParam, ...)
+
+    @jax.checkpoint
+    def loss(adapters):
+        return training.loss(nnx.merge(graph, adapters, rest), IDS)
+
+    others.append(jax.grad(loss)(adapters))
+    found.remat = True
+    others.append(nnx.value_and_grad(training.loss, argnums=only)(found, IDS)[1])
+    for other in others:
+        for one, another in zip(jax.tree.leaves(other), jax.tree.leaves(gradients), strict=True):
+            assert relative_l2(one, another) < 1e-5
+
+
+# --- what cannot be saved --------------------------------------------------------------------------
+
+
+def value_head(found):
+    found.value_head = nnx.Linear(8, 1, rngs=nnx.Rngs(0))
+
+
+def lm_head(found):
+    before = found(IDS).logits
+    found.lm_head = nnx.Linear(8, 16, rngs=nnx.Rngs(0))
+    found.lm_head.bias[...] += 1.0
+    assert relative_l2(found(IDS).logits, before) > 0.1  # it acts
+
+
+def feed_forward(found):
+    found.backbone.layers[0].feed_forward = nnx.data(nnx.Sequential(nnx.relu))
+
+
+def nonlinear(found):
+    mixer = found.backbone.layers[0].mixer
+    mixer.x_proj = nnx.Sequential(mixer.x_proj, nnx.relu)
+
+
+class Own(nnx.Embed):
+    def attend(self, query):
+        return 2 * super().attend(query)
+
+
+def own_attend(found):
+    inside = found.backbone.embeddings
+    found.backbone.embeddings = Own(16, 8, rngs=nnx.Rngs(0))
+    found.backbone.embeddings.embedding = inside.embedding
+
+
+def setting(found):
+    found.backbone.layers[0].norm.eps = 0.1
+
+
+LOST = {"value_head": (value_head, r"value_head\.bias, value_head\.kernel", "cannot be merged")}
+LOST |= {"lm_head": (lm_head, r"lm_head \(Linear\)", "cannot be merged")}
+LOST |= {"feed_forward": (feed_forward, r"backbone\.layers\.0\.feed_forward \(Sequential\)", "cannot be merged")}
+LOST |= {"nonlinear": (nonlinear, r"layers\.0\.mixer\.x_proj \(Sequential\)", "x_proj does not compute what a weight")}
+LOST |= {"own attend": (own_attend, r"backbone\.embeddings \(Own\)", "an `attend` of its own")}
+LOST |= {"eps": (setting, r"layers\.0\.norm \(RMSNorm with another eps\)", "norm does not compute what a weight")}
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_what_the_files_cannot_hold_is_refused_by_name(name, tmp_path):
+    change, held, merged = LOST[name]
+    found = built(SHALLOW)
+    change(found)
+    with pytest.raises(ValueError, match=rf"the model has .*{held}.*, or save with merge=True"):
+        mc.save(found, tmp_path / "model")
+    with pytest.raises(ValueError, match=merged):
+        mc.save(found, tmp_path / "model", merge=True)
+    with pytest.raises(ValueError, match=held):
+        BACKEND.loss_and_gradients(found, TOKENS)
+    with pytest.raises(ValueError, match=held):
+        mc.train(found, np.zeros(400, np.int32), SETTINGS, checkpoint=tmp_path / "run")
+    assert not list(tmp_path.iterdir())

@@ -123,12 +123,12 @@ def native_operands(mixer, selection_eps: float | None = None) -> MixerStep | st
 
 
 def width(mixer) -> int | None:
-    """Elements of its widest array, in_proj's output, for each position; None if it or a layer was changed.
+    """Elements of its widest array, in_proj's output, for each position; None if a layer was replaced or changed.
 
-    What was changed may look along the sequence.
+    Another layer may look along the sequence.
     """
     linears = (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj)
-    is_built = untouched(type(mixer), mixer) and untouched(nnx.Linear, *linears) and layers.is_convolution(mixer.conv1d)
+    is_built = untouched(nnx.Linear, *linears) and layers.is_convolution(mixer.conv1d)
     return 2 * mixer.A_log.shape[0] if is_built else None
 
 
@@ -141,7 +141,7 @@ def project_for_last(mixer, hidden: jax.Array) -> tuple[jax.Array, jax.Array] | 
     # An exported program may be for any length.
     if not isinstance(length, int) or length < 2 or hidden.dtype != jnp.float32:
         return None
-    if not (untouched(nnx.Linear, layer, mixer.out_proj) and untouched(type(mixer), mixer)):
+    if not untouched(nnx.Linear, layer, mixer.out_proj):
         return None
     kernel, bias = (None if value is None else value[...] for value in (layer.kernel, layer.bias))
     e = kernel.shape[1] // 2
