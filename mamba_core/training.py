@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from mamba_core import factory, registry
 from mamba_core.spec.init import random_stream
 from mamba_core.spec.params import parameter_table
-from mamba_core.weights.formats import CheckpointError, atomic_folder, parse_json
+from mamba_core.weights.formats import CheckpointError, atomic_folder, parse_json, restore_folder
 from mamba_core.weights.io import open_checkpoint
 from mamba_core.weights.opening import open_model
 from mamba_core.wrappers import unwrap
@@ -173,6 +173,10 @@ def _checked(data, config) -> np.ndarray:
 
 
 def _check_target(checkpoint, resume) -> None:
+    """Check that the checkpoint can be written, before the work is done that it is to hold."""
+    for folder in (checkpoint, resume):
+        if folder is not None:
+            restore_folder(folder)
     if checkpoint is None or (resume is not None and Path(checkpoint).resolve() == Path(resume).resolve()):
         return
     path = Path(checkpoint)
