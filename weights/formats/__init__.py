@@ -6,7 +6,14 @@ A reader maps a file into memory and executes nothing in it. A writer takes one 
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from mamba_core.weights.formats.atomic import atomic_file, atomic_folder, early_sync, restore_folder
+from mamba_core.weights.formats.atomic import (
+    atomic_file,
+    atomic_folder,
+    early_sync,
+    probe_file,
+    probe_folder,
+    restore_folder,
+)
 from mamba_core.weights.formats.base import (
     DTYPES,
     FLOATS,
@@ -52,6 +59,8 @@ __all__ = [
     "list_names",
     "map_file",
     "parse_json",
+    "probe_file",
+    "probe_folder",
     "restore_folder",
     "sources_of",
     "write_npz",

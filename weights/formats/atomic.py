@@ -72,6 +72,7 @@ def atomic_file(path, overwrite: bool = False) -> Iterator[Path]:
     _check_file(final, overwrite)
     partial = _beside(final, _PARTIAL)
     with _disk_faults(final):
+        parents = _missing_parents(final)
         partial.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(final)
         partial.touch()
@@ -84,10 +85,31 @@ def atomic_file(path, overwrite: bool = False) -> Iterator[Path]:
             os.replace(partial, final)
         except BaseException:
             partial.unlink(missing_ok=True)
+            _remove_empty(parents)
             raise
         finally:
             _unlock(lock)
         _sync(final.parent)
+
+
+def probe_folder(path, overwrite: bool = False) -> None:
+    """Check that `atomic_folder` could write there now: before the work is done that the folder is to hold.
+
+    Raises:
+        CheckpointError: as `atomic_folder`.
+    """
+    with suppress(_ProbedError), atomic_folder(path, overwrite):
+        raise _ProbedError
+
+
+def probe_file(path, overwrite: bool = False) -> None:
+    """As `probe_folder`, of `atomic_file`."""
+    with suppress(_ProbedError), atomic_file(path, overwrite):
+        raise _ProbedError
+
+
+class _ProbedError(Exception):
+    """Ends a probe, so that nothing is left of it."""
 
 
 @contextmanager
