@@ -33,7 +33,7 @@ from mamba_core.weights.formats.base import (
     parse_json,
     sources_of,
 )
-from mamba_core.weights.formats.npz import read_npz, write_npz
+from mamba_core.weights.formats.npz import read_npy, read_npz, write_npz
 from mamba_core.weights.formats.safetensors import read_safetensors, write_safetensors, write_safetensors_file
 from mamba_core.weights.formats.torch import read_torch, write_torch
 
@@ -61,6 +61,7 @@ __all__ = [
     "parse_json",
     "probe_file",
     "probe_folder",
+    "read_npy",
     "restore_folder",
     "sources_of",
     "write_npz",
