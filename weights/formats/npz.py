@@ -9,7 +9,7 @@ import io
 import math
 import re
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -93,22 +93,22 @@ def _array_record(source: TensorSource, records: Progress, progress: Progress | 
     return Record(source.name + _SUFFIX, nbytes, write)
 
 
-def _read_records(directory: list[zipfile.ZipInfo], buffer) -> dict[str, StoredTensor]:
+def _read_records(directory: list[zipfile.ZipInfo], buffer, check: Callable) -> dict[str, StoredTensor]:
     tensors = {}
     for record in directory:
         name = record.filename.removesuffix(_SUFFIX)
         if name == record.filename or name in tensors:
             raise ValueError(f"record {record.filename!r} is there twice, or is no array NAME{_SUFFIX}")
         try:
-            tensors[name] = _read_record(buffer, record)
+            tensors[name] = _read_record(buffer, record, check)
         except ValueError as fault:
             raise ValueError(f"tensor {list_names([name])}: {fault}") from None
     return tensors
 
 
-def _read_record(buffer, record: zipfile.ZipInfo) -> StoredTensor:
+def _read_record(buffer, record: zipfile.ZipInfo, check: Callable) -> StoredTensor:
     begin = record_start(buffer, record)
-    return _read_array(buffer, begin, begin + record.file_size)
+    return _read_array(buffer, begin, begin + record.file_size)._replace(check=check(record, begin))
 
 
 def _read_array(buffer, begin: int, end: int) -> StoredTensor:
