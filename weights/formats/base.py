@@ -16,7 +16,7 @@ import numpy as np
 
 MAX_JSON_BYTES = 100_000_000  # the limit that safetensors itself sets on a header
 MAX_AXES = 64  # NumPy's limit, and torch's
-MAX_MESSAGE = 4000
+MAX_MESSAGE = 2000
 _SHALLOW = reprlib.Repr()
 _SHALLOW.maxlevel = 2
 # Small enough to stay in a processor's cache while it is cast, hashed and written.
