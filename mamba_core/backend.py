@@ -274,7 +274,7 @@ class Backend(Protocol):
         """Mean cross-entropy of tokens[:, 1:] given tokens[:, :-1], and its gradient by canonical name, as NumPy.
 
         tokens (b, l+1) and mask (b, l+1) are NumPy; the mean is over the targets that count. Raises ValueError for a
-        model of another task than "lm".
+        model of another task than "lm", and where the table cannot hold all of the model.
         """
 
     # --- decoding and training ---------------------------------------------------------------------
@@ -324,18 +324,29 @@ class Backend(Protocol):
     def trainer(self, model: Model, settings) -> "Trainer":
         """An AdamW trainer of the model, with `mamba_core.training.TrainSettings`.
 
-        Raises ValueError for a model of another task than "lm".
+        Raises ValueError for a model of another task than "lm", and for one of which nothing is trainable.
         """
 
 
 class Trainer(Protocol):
-    """A compiled training step and the optimizer's state. Trains the model that it was given in place."""
+    """A compiled training step and the optimizer's state. Trains the model that it was given in place.
+
+    It trains what the framework says is trainable, parameters that somebody added included. Those of the table decay as
+    the table says, the others if they have two axes or more.
+    """
 
     def step(self, tokens) -> tuple[float, float]:
         """One update from tokens (b, l+1) NumPy ints; returns (loss, gradient norm before clipping)."""
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each parameter that is trained, by its canonical name, or where that of the table does not have
+        it, by the framework's own path. A shape is that of the table where the table has the parameter."""
+
     def state(self) -> dict[str, Any]:
-        """NumPy arrays: "step", and the moments "m.<name>" and "v.<name>" in float32. The same on every backend."""
+        """NumPy arrays: "step", and the moments "m.<name>" and "v.<name>" in float32, of the names of `shapes`.
+
+        That of a model as built is the same on every backend.
+        """
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from `state()` of any backend."""

@@ -8,7 +8,7 @@ from mamba_core import architectures
 from mamba_core.architectures.base import COMPUTE_DTYPES, BaseConfig
 from mamba_core.architectures.mamba import MambaConfig
 
-__all__ = ["COMPUTE_DTYPES", "BaseConfig", "MambaConfig", "from_dict", "preset"]
+__all__ = ["COMPUTE_DTYPES", "BaseConfig", "MambaConfig", "from_dict", "from_object", "preset"]
 
 
 def from_dict(fields: Mapping[str, Any]) -> BaseConfig:
@@ -33,6 +33,42 @@ def from_dict(fields: Mapping[str, Any]) -> BaseConfig:
     if unknown := sorted(set(fields) - known):
         raise ValueError(f"config has unknown fields: {', '.join(unknown)}; known: {', '.join(sorted(known))}")
     return config(**fields)
+
+
+def from_object(config: Any) -> BaseConfig:
+    """A config from a preset's name, or from the config object of a library whose layout we read.
+
+    Raises:
+        TypeError: it is none of these, and the message says what it is.
+        ValueError: an unknown preset, or the library would compute another function.
+    """
+    from mamba_core.weights import tables
+
+    if isinstance(config, str):
+        return preset(config)
+    if type(config) in architectures.configs():
+        return config
+    kind, expected = f"{type(config).__module__}.{type(config).__qualname__}", "expected a preset's name or a config"
+    if isinstance(config, Mapping):
+        raise TypeError(f"config is {kind}; {expected}; mamba_core.config.from_dict makes one of it")
+    layout, fields = tables.layout_of_object(config), _fields_of(config)
+    if layout is None or fields is None:
+        others = ", ".join(module.partition(".")[0] for module in tables.modules())
+        raise TypeError(f"config is {kind}; {expected} such as mamba_core.MambaConfig, or one of {others}")
+    try:
+        return tables.read_object(layout, fields)
+    except ValueError as fault:
+        raise ValueError(f"config is {kind}: {fault}") from None
+
+
+def _fields_of(config: Any) -> dict[str, Any] | None:
+    """What a config object would save; None where it does not say."""
+    if isinstance(config, type):
+        return None
+    if callable(to_dict := getattr(config, "to_dict", None)):
+        fields = to_dict()
+        return dict(fields) if isinstance(fields, Mapping) else None
+    return dict(vars(config)) if dataclasses.is_dataclass(config) else None
 
 
 def preset(name: str) -> BaseConfig:

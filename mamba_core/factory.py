@@ -8,20 +8,20 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from mamba_core import architectures, registry
+from mamba_core import registry
 from mamba_core.backend import State
-from mamba_core.config import COMPUTE_DTYPES, BaseConfig, preset
+from mamba_core.config import COMPUTE_DTYPES, BaseConfig, from_object
 from mamba_core.spec import state as states
 from mamba_core.spec.init import initial_values
 from mamba_core.weights.formats import FLOATS, CheckpointError, atomic_file, atomic_folder
 from mamba_core.weights.io import open_checkpoint
 from mamba_core.weights.opening import open_model
-from mamba_core.weights.writing import copy_tokenizer, write_model
+from mamba_core.weights.writing import copy_companions, write_model
 from mamba_core.wrappers import unwrap
 
 
 def build(
-    config: str | BaseConfig = "mamba-130m",
+    config: Any = "mamba-130m",
     *,
     backend: str | None = None,
     dtype: str = "float32",
@@ -32,7 +32,8 @@ def build(
     """A model with seeded initial values, the same bits on every backend.
 
     Args:
-        config: a preset's name ("mamba-130m" to "mamba-2.8b") or a config.
+        config: a preset's name ("mamba-130m" to "mamba-2.8b"), a config, or a config object of transformers,
+            mamba_ssm or mambapy, which is converted.
         backend: "torch", "mlx", "jax" or another registered one; by default the first that is installed.
         dtype: the compute dtype, "float32", "bfloat16" or "float16".
         device: one of the backend's `devices()`; its first by default.
@@ -44,13 +45,11 @@ def build(
         The framework's own module; see `mamba_core.backend.Backend.build` for how to call it.
 
     Raises:
-        TypeError: config is neither a preset's name nor a config of a known architecture.
+        TypeError: config is none of these.
         ValueError: an unknown preset, backend, dtype, device, op or kernel.
         ImportError: the backend's framework is not installed.
     """
-    config = preset(config) if isinstance(config, str) else config
-    if type(config) not in architectures.configs():
-        raise TypeError(f"config is {type(config).__name__}; expected a preset's name or a config such as MambaConfig")
+    config = from_object(config)
     _check_dtype(dtype)
     values = initial_values(config, seed)
     return registry.get(backend).build(config, values, dtype=dtype, device=device, kernels=kernels)
@@ -116,8 +115,7 @@ def save_into(folder: Path, model: Any, layout: str = "hf", merge: bool = False)
     """Write a model's files into a folder that exists."""
     parameters = registry.get(model.backend).parameters(model, merge=merge)
     write_model(folder, model.config, parameters, layout=layout, dtype=model.dtype)
-    if (source := getattr(model, "source", None)) is not None:
-        copy_tokenizer(source, folder)
+    copy_companions(getattr(model, "source", None), folder, model.config, layout)
 
 
 def save_state(state: State, path: str | Path, model: Any) -> None:

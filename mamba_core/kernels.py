@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 # The op that a bare kernel's name is of, and the op that such a name leaves alone.
 NAMED, APART = "selective_scan", "linear"
+# Ops that not every backend has kernels for. A policy that leaves them to the backend is one for all backends.
+OF_SOME = ("block_step", "fused_mixer")
 # What a bare name means for the ops that have no kernel of that name.
 ALONG = {"cuda": "triton"}
 
@@ -32,7 +34,8 @@ class Kernels:
 
         Raises:
             TypeError: it is neither a text nor a mapping from texts to texts.
-            ValueError: an op or a kernel that there is not, or a kernel that cannot run.
+            ValueError: an op or a kernel that there is not, or a kernel that cannot run. For an op that only other
+                backends have kernels for, "auto" and "plain" are accepted.
         """
         if isinstance(given, Kernels):
             return given
@@ -47,6 +50,10 @@ class Kernels:
         else:
             policy = cls(tuple(_named(given, ops)), "plain")
         for op, name in policy.by_op:
+            if op in OF_SOME and op not in ops:
+                if name not in ("auto", "plain"):
+                    raise ValueError(f"{op} has no kernel {name!r} on this backend; expected 'auto' or 'plain'")
+                continue
             if op not in ops:
                 raise ValueError(f"kernels has op {op!r}; expected some of {', '.join(ops)}")
             choose(name, ops[op], op)

@@ -7,6 +7,7 @@ any layer that still is a linear map, a causal convolution, a norm or a table of
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from mamba_core.backend import Foreign
@@ -68,7 +69,8 @@ def merged(config: Any, foreign: Foreign, read: Callable[[str], np.ndarray], cal
         if path not in measured:
             measured.clear()  # one layer at a time; its weight and bias come one after the other
             measured[path] = _measured(config, path, layers[path], call, dtype)
-        return measured[path][leaf]
+        stored = layers[path][leaf].dtype(dtype)
+        return measured[path][leaf].astype(ml_dtypes.bfloat16 if stored == "bfloat16" else stored)
 
     return Values(config, value)
 

@@ -19,7 +19,6 @@ from safetensors.numpy import save_file
 
 from mamba_core import factory, registry
 from mamba_core.spec.init import random_stream
-from mamba_core.spec.params import parameter_table
 from mamba_core.weights.formats import CheckpointError, atomic_folder, parse_json, probe_folder, restore_folder
 from mamba_core.weights.io import open_checkpoint
 from mamba_core.weights.opening import open_model
@@ -119,7 +118,8 @@ def train(
         What was logged, one entry an update, those before the resumption included.
 
     Raises:
-        ValueError: the data does not fit the model or the settings, or the run cannot be resumed with these.
+        ValueError: the data does not fit the model or the settings, the run cannot be resumed with these, nothing of
+            the model can be trained, or a checkpoint cannot hold it.
         CheckpointError: the checkpoint's folder holds something else, or what is resumed is broken.
         FloatingPointError: the loss is no longer finite.
     """
@@ -128,7 +128,10 @@ def train(
     if not (isinstance(checkpoint_every, int) and checkpoint_every >= 0):
         raise ValueError(f"checkpoint_every is {checkpoint_every!r}; expected an integer >= 0")
     _check_target(checkpoint, resume)
-    trainer = registry.get(model.backend).trainer(model, settings)
+    backend = registry.get(model.backend)
+    trainer = backend.trainer(model, settings)
+    if checkpoint is not None or resume is not None:
+        backend.parameters(model)  # refused now rather than at the end, where the files cannot hold the model
     run = {"settings": dataclasses.asdict(settings), "data": _digest(data), "config": model.config.fingerprint}
     history = [] if resume is None else _restore(trainer, model, Path(resume), run)
     for step in range(len(history), settings.steps):
@@ -210,15 +213,15 @@ def _restore(trainer, model, path: Path, run: dict) -> list[dict]:
     for name, stored in open_model(path).tensors():
         if not np.array_equal(stored, values[name]):
             raise ValueError(f"the model is not the one in {path}, load it from there: {name} differs")
-    trainer.load_state(_optimizer_state(path, model.config, len(progress["history"])))
+    trainer.load_state(_optimizer_state(path, trainer, len(progress["history"])))
     return progress["history"]
 
 
-def _optimizer_state(path: Path, config, steps: int):
+def _optimizer_state(path: Path, trainer, steps: int):
     """The optimizer's state as stored, checked."""
     file = path / OPTIMIZER_FILE
     state = open_checkpoint(file)
-    shapes = {f"{moment}.{name}": entry.shape for name, entry in parameter_table(config).items() for moment in "mv"}
+    shapes = {f"{moment}.{name}": shape for name, shape in trainer.shapes().items() for moment in "mv"}
     shapes["step"] = ()
     if faults := sorted(set(shapes) ^ set(state)):
         raise CheckpointError(f"{file}: missing or unexpected: {', '.join(faults[:8])}")

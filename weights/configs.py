@@ -28,7 +28,7 @@ def read_config(
 
     Args:
         architecture: told by the fields unless given.
-        shapes: by canonical name, for layouts that are sized by their tensors.
+        shapes: by canonical name, for layouts that are sized by their tensors; None where there are no tensors.
         told: fields of our config that the file tells otherwise. Where the fields have them too, those count.
 
     Raises:
@@ -41,7 +41,7 @@ def read_config(
     rest = shape.flat(fields)
     _pop_fixed(rest, table)  # before a tensor is missing because of it
     _refuse_foreign(layout, name, rest)
-    sizes = table.sizes(shapes or {}) if shape.sized_by_tensors else {}
+    sizes = table.sizes(shapes) if shape.sized_by_tensors and shapes is not None else {}
     values = {"task": _pop_task(layout, name, rest)}
     for field in (*shape.kind_name, *shape.dtype, *table.unused):
         rest.pop(field, None)

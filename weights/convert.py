@@ -26,7 +26,7 @@ from mamba_core.weights.formats import (
 from mamba_core.weights.names import EMBEDDING, Piece, Stored
 from mamba_core.weights.opening import OpenedModel, open_model
 from mamba_core.weights.verify import Verification, verify_bytes, verify_forward
-from mamba_core.weights.writing import copy_tokenizer, stored_sources, write_layout
+from mamba_core.weights.writing import copy_companions, stored_sources, write_layout
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class ConvertedTensor:
 class Conversion:
     """What `convert` did.
 
-    left_out: tensors of the source that belong to no part of the model, such as a classifier's.
+    left_out: what the source holds beside the model, such as a classifier's tensors or an optimizer's state.
     verification: None unless it was asked for.
     """
 
@@ -77,7 +77,7 @@ class Conversion:
 class Inspection:
     """What `inspect` found.
 
-    evidence: how the layout was told. left_out: tensors that belong to no part of the model.
+    evidence: how the layout was told. left_out: what lies beside the model, such as an optimizer's state.
     dtypes: how many tensors have each. tensors: name in the file -> shape and dtype.
     nonfinite: name in the file -> how many values are NaN or infinite; None unless the values were read.
     """
@@ -154,7 +154,7 @@ def convert(
     with atomic_folder(target, overwrite=overwrite) as folder:
         with _Recorder(total, progress) as written, early_sync(folder):
             write_layout(folder, opened.config, sources, to, file_format, shard_bytes=shard_bytes, progress=written)
-        copy_tokenizer(opened.folder, folder)
+        copy_companions(opened.folder, folder, opened.config, to)
         result = open_model(folder, layout=to, compat=opened.config.architecture)
         rows = tuple(_rows(opened, result, written))
         verification = None

@@ -32,7 +32,7 @@ _FOLDER_FILES = (
     "weights.npz",
 )
 # Of which a folder may hold one of any name. Not .bin, as which trainers save other things too.
-_ANY_NAME = (".safetensors", ".pt", ".pth", ".npz")
+_ANY_NAME = (".safetensors", ".pt", ".pth", ".ckpt", ".npz")
 _SHARD_NAME = re.compile(r"\w[\w.+ -]*")
 
 
@@ -40,36 +40,45 @@ class Checkpoint(Mapping[str, np.ndarray]):
     """A read-only mapping of tensor name to array. An array is a view of the mapped file: indexing reads no data.
 
     files: the files opened, in order. metadata: the text that safetensors files carry, {} for torch's.
+    skipped: names of what lies beside the tensors and is not read, such as an optimizer's state.
+    tensors: name -> its place in its file.
     """
 
-    def __init__(self, tensors: dict[str, StoredTensor], files: tuple[Path, ...], metadata: dict[str, str]) -> None:
-        self._tensors = tensors
+    def __init__(
+        self,
+        tensors: dict[str, StoredTensor],
+        files: tuple[Path, ...],
+        metadata: dict[str, str],
+        skipped: tuple[str, ...] = (),
+    ) -> None:
+        self.tensors = tensors
         self._last: StoredTensor | None = None
         self.files = files
         self.metadata = metadata
+        self.skipped = skipped
 
     def __getitem__(self, name: str) -> np.ndarray:
         # What was read of the tensor before is not kept: a pass over a checkpoint holds one tensor, not the file.
         if self._last is not None:
             self._last.release()
-        self._last = self._tensors[name]
+        self._last = self.tensors[name]
         return self._last.array()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
+        return iter(self.tensors)
 
     def __len__(self) -> int:
-        return len(self._tensors)
+        return len(self.tensors)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._tensors
+        return name in self.tensors
 
     def __repr__(self) -> str:
         return f"Checkpoint({len(self)} tensors, files={[str(path) for path in self.files]})"
 
     def have_same_bytes(self, first: str, second: str) -> bool:
         """Whether two tensors are one in shape, dtype and bits; of either a few blocks are in memory at a time."""
-        tensors = self._tensors[first], self._tensors[second]
+        tensors = self.tensors[first], self.tensors[second]
         if tensors[0].header() != tensors[1].header():
             return False
         for one, other in zip(*(blocks(tensor.array()) for tensor in tensors), strict=True):
@@ -81,11 +90,11 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
     def header(self, name: str) -> Header:
         """Shape, dtype name and size in bytes, from the file's header alone."""
-        return self._tensors[name].header()
+        return self.tensors[name].header()
 
 
 def open_checkpoint(path) -> Checkpoint:
-    """Open a .safetensors, .bin, .pt, .pth or .npz file, an index of shards, or a folder that holds one of these.
+    """Open a .safetensors, .bin, .pt, .pth, .ckpt or .npz file, an index of shards, or a folder with one of them.
 
     Raises:
         CheckpointError: the path, the index, or any header is at fault; no tensor has been read.
@@ -98,7 +107,7 @@ def open_checkpoint(path) -> Checkpoint:
     if path.name.endswith(_INDEX_SUFFIX):
         return _open_shards(path)
     contents = _read_file(path)
-    return Checkpoint(contents.tensors, (path,), contents.metadata)
+    return Checkpoint(contents.tensors, (path,), contents.metadata, contents.skipped)
 
 
 def _find_in_folder(folder: Path) -> Path:
@@ -136,7 +145,8 @@ def _open_shards(index: Path) -> Checkpoint:
         raise CheckpointError(f"{index}: {'; '.join(faults)}")
     tensors = {tensor: contents[name].tensors[tensor] for tensor, name in weight_map.items()}
     metadata = {key: text for name in contents for key, text in contents[name].metadata.items()}
-    return Checkpoint(tensors, tuple(shards.values()), metadata)
+    skipped = tuple(dict.fromkeys(name for each in contents.values() for name in each.skipped))
+    return Checkpoint(tensors, tuple(shards.values()), metadata, skipped)
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:

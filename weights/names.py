@@ -135,12 +135,17 @@ class Scheme:
     def fits(self, found: Collection[str]) -> bool:
         """Whether a file with names of these templates has this scheme.
 
-        A scheme of layers alone fits only a file that holds nothing else.
+        A head may stand for the embedding that it is tied to, in a file that holds nothing else than the scheme's
+        tensors. A scheme of layers alone fits only such a file.
         """
-        if not self.rows or not all(template(mark) in found for mark in self.marks):
-            return False
+        missing = {mark for mark in self.marks if template(mark) not in found}
         known = {template(name) for row in self.rows for name in row.names}
+        if not self.rows or (missing and not self._head_stands_for(missing, found, known)):
+            return False
         return any(_WILDCARD.search(row.canonical) is None for row in self.rows) or set(found) <= known
+
+    def _head_stands_for(self, missing: Collection[str], found: Collection[str], known: Collection[str]) -> bool:
+        return missing == {self.name(EMBEDDING)} and self.has_head(found) and set(found) <= set(known)
 
     def has_head(self, found: Collection[str]) -> bool:
         """Whether names of these templates include that of the head."""

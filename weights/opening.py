@@ -10,14 +10,17 @@ import numpy as np
 
 from mamba_core import tasks
 from mamba_core.spec.params import Parameter, parameter_table
-from mamba_core.weights import configs, layouts
-from mamba_core.weights.detect import Detected, detect
+from mamba_core.weights import adapters, configs, layouts, tokens
+from mamba_core.weights.detect import Detected, described, detect
 from mamba_core.weights.formats import DTYPES, FLOATS, CheckpointError, TensorSource
 from mamba_core.weights.io import Checkpoint, open_checkpoint
-from mamba_core.weights.names import EMBEDDING, HEAD, Scheme, Stored, stored_tensors
+from mamba_core.weights.layouts import HIDDEN
+from mamba_core.weights.names import EMBEDDING, HEAD, Piece, Scheme, Stored, stored_tensors
+from mamba_core.weights.quantised import dequantised
 from mamba_core.weights.source import locate, read_config
 
 _MOST_FAULTS = 20  # in one message
+_MOST_SHOWN = 8  # of what is not read
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class OpenedModel:
     """A checkpoint that has been checked against its config; its tensors are not loaded until asked for.
 
     stored: canonical name -> where it is in the file, in the table's order.
-    left_out: tensors of the file that belong to no part of the model.
+    left_out: what the file holds beside the model: tensors, and entries of a training checkpoint.
     evidence: how the layout was told, a short sentence.
     """
 
@@ -99,8 +102,11 @@ def open_model(
         layout = layouts.key(layout)
     path = locate(source, revision)
     folder = path if path.is_dir() else path.parent
+    adapters.refuse_folder(path)
     fields = read_config(folder)
     checkpoint = open_checkpoint(path)
+    adapters.refuse_names(path, checkpoint)
+    fields, checkpoint = dequantised(path, fields, checkpoint)
     detected = detect(path, fields, checkpoint, layout, compat)
     name = detected.architecture
     if compat not in (None, name):
@@ -109,7 +115,7 @@ def open_model(
         raise CheckpointError(
             f"{path}: {detected.table.consent}; compat={name!r} (--compat {name}) reads it with its own arithmetic"
         )
-    config = _read_config(folder, fields, checkpoint, detected)
+    config = _with_tokens(folder, fields, _read_config(folder, fields, checkpoint, detected), detected)
     return _checked(path, folder, config, checkpoint, detected)
 
 
@@ -120,6 +126,14 @@ def _read_config(folder: Path, fields: dict | None, checkpoint: Checkpoint, dete
     if fields is None and not sized:
         raise CheckpointError(f"{path}: no such file; a checkpoint of layout {detected.layout} needs its config.json")
     told = {"shapes": _shapes(checkpoint, detected), "told": _told(checkpoint, detected)} if sized else {}
+    if sized and fields and (shape := layouts.find(detected.layout)).key(fields) is None:
+        raise CheckpointError(
+            f"{path}: has none of the fields {', '.join(shape.keys)}, so it is no config of layout {detected.layout}; "
+            "that layout needs none, so move it away, or write its fields as that layout has them"
+        )
+    if sized and not detected.fits:
+        named = f"the tensors do not have the names of layout {detected.layout}"
+        raise CheckpointError(f"{folder}: {named}: {described(checkpoint, [detected.scheme])}")
     try:
         config = configs.read_config(detected.layout, fields or {}, architecture=detected.architecture, **told)
         if tasks.of(config).generates and detected.scheme.name(HEAD) is None:
@@ -130,11 +144,26 @@ def _read_config(folder: Path, fields: dict | None, checkpoint: Checkpoint, dete
     return config
 
 
+def _with_tokens(folder: Path, fields: dict | None, config, detected: Detected):
+    """The config with the ids of the special tokens that the files beside it give."""
+    rows = detected.table.rows()
+    given = dict(fields or {})
+    if isinstance(hidden := given.get(HIDDEN), dict):
+        given |= hidden
+    silent = [name for name in tokens.FIELDS if given.get(rows[name].theirs if name in rows else name) is None]
+    said = tokens.read_generation(folder)
+    ids = tokens.read_tokenizer(folder, [name for name in silent if name not in said]) | said
+    try:
+        return replace(config, **ids) if ids else config
+    except ValueError as fault:
+        raise CheckpointError(f"{folder / tokens.GENERATION}: {fault}") from None
+
+
 def _shapes(checkpoint: Checkpoint, detected: Detected) -> dict[str, tuple[int, ...]]:
     """The shapes of the tensors by canonical name."""
     shapes = {}
-    for name in checkpoint:
-        if known := detected.scheme.canonical(name.removeprefix(detected.prefix)):
+    for own, name in detected.names.items():
+        if known := detected.scheme.canonical(own):
             canonical, transform = known
             shape = checkpoint.header(name).shape
             try:
@@ -148,12 +177,11 @@ def _shapes(checkpoint: Checkpoint, detected: Detected) -> dict[str, tuple[int, 
 def _told(checkpoint: Checkpoint, detected: Detected) -> dict[str, Any]:
     """The fields of our config that names and bytes tell."""
     told: dict[str, Any] = {"task": detected.scheme.task}
-    names = detected.scheme.name(HEAD), detected.scheme.name(EMBEDDING)
-    if names[0] is not None and names[1] is not None:
+    head, embedding = detected.scheme.name(HEAD), detected.scheme.name(EMBEDDING)
+    if head is not None and embedding is not None:
         # Torch saves a tied head as a copy of the embedding, so a head that is there need not be one of its own.
-        head, embedding = detected.prefix + names[0], detected.prefix + names[1]
-        both = head in checkpoint and embedding in checkpoint
-        told["tie_embeddings"] = not both or checkpoint.have_same_bytes(head, embedding)
+        found = [detected.names[name] for name in (head, embedding) if name in detected.names]
+        told["tie_embeddings"] = len(found) < 2 or checkpoint.have_same_bytes(*found)
     return told
 
 
@@ -162,21 +190,25 @@ def _checked(path: Path, folder: Path, config, checkpoint: Checkpoint, detected:
         raise CheckpointError(
             f"{path}: does not fit its config: n_layer is {config.n_layer}, but the file has {len(checkpoint)} tensors"
         )
-    scheme, prefix = _scheme(config, detected), detected.prefix
+    scheme = _scheme(config, detected)
     try:
         own = stored_tensors(config, scheme, len(checkpoint))
     except ValueError as fault:
         raise CheckpointError(f"{path}: does not fit its config: {fault}") from None
-    stored = {
-        name: Stored(tuple(piece._replace(name=prefix + piece.name) for piece in tensor.pieces))
-        for name, tensor in own.items()
-    }
-    left_out = tuple(prefix + name for name in scheme.left_out if prefix + name in checkpoint)
-    tied_head = None
-    if tasks.of(config).generates and config.tie_embeddings and (head := scheme.name(HEAD)) is not None:
-        tied_head = prefix + head
+    files = dict(detected.names)
+    embedding, head = (files.get(scheme.name(name) or "") for name in (EMBEDDING, HEAD))
+    tied_head = head if config.tie_embeddings and tasks.of(config).generates else None
+    if embedding is not None and embedding == head and not config.tie_embeddings:
+        del files[scheme.name(EMBEDDING) or ""]  # a head of its own does not stand for the embedding
+
+    def in_file(piece: Piece) -> Piece:
+        return piece._replace(name=files.get(piece.name, detected.prefix + piece.name))
+
+    stored = {name: Stored(tuple(map(in_file, tensor.pieces))) for name, tensor in own.items()}
+    left_out = (*(files[name] for name in scheme.left_out if name in files), *detected.of_wrappers)
     _check_tensors(path, checkpoint, stored, left_out, tied_head, detected.layout)
-    evidence = detected.evidence + (f"; not read: {', '.join(left_out)}" if left_out else "")
+    left_out += checkpoint.skipped
+    evidence = detected.evidence + (f"; not read: {_some(left_out)}" if left_out else "")
     for name, only in detected.table.required.items():
         if (value := getattr(config, name)) != only:
             evidence += f"; {name} is the config's {value}, though {detected.layout} computes with {only}"
@@ -222,4 +254,11 @@ def _check_tensors(
     if faults:
         more = f"; and {len(faults) - _MOST_FAULTS} more" if len(faults) > _MOST_FAULTS else ""
         shown = "; ".join(faults[:_MOST_FAULTS]) + more
+        if not any(tensor.pieces[0].name in checkpoint for tensor in stored.values()):
+            shown += f"; {described(checkpoint, ())}"
         raise CheckpointError(f"{path}: does not fit its config: {shown} (read as {layout})")
+
+
+def _some(names: tuple[str, ...]) -> str:
+    more = f" and {len(names) - _MOST_SHOWN} more" if len(names) > _MOST_SHOWN else ""
+    return ", ".join(names[:_MOST_SHOWN]) + more

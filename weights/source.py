@@ -9,7 +9,7 @@ from mamba_core.weights.formats import CheckpointError, parse_json
 _HUB_PATTERNS = (["*.safetensors"], ["*.bin", "*.pt", "*.npz"])
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja", "chat_template.json"),
 )
 _SHARD = re.compile(r"(?P<name>.+)-\d{5}-of-(?P<count>\d{5})(?P<kind>\.\w+)")
 

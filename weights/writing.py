@@ -10,7 +10,7 @@ import numpy as np
 
 from mamba_core import tasks
 from mamba_core.spec.params import Parameter, parameter_table
-from mamba_core.weights import configs, layouts
+from mamba_core.weights import configs, layouts, tables, tokens
 from mamba_core.weights.formats import WRITERS, Progress, TensorSource
 from mamba_core.weights.names import EMBEDDING, HEAD, Piece, Stored
 from mamba_core.weights.source import TOKENIZER_FILES
@@ -80,11 +80,18 @@ def stored_sources(config, sources: list[TensorSource], layout: str) -> list[Ten
     return written
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the files of the tokenizer that lie beside a checkpoint."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+def copy_companions(source: Path | None, target: Path, config, layout: str) -> None:
+    """Copy the files of the tokenizer and of generation that lie beside a checkpoint, with the config's token ids.
+
+    source: None where there is none.
+    """
+    if source is not None:
+        for name in TOKENIZER_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, target / name)
+    layout = layouts.key(layout)
+    told = layouts.find(layout).hides != "never" or "eos_token_id" in tables.find(config.architecture, layout).fields
+    tokens.write_generation(source, target, config, told)
 
 
 def _compute_dtype(config, sources: list[TensorSource]) -> str:

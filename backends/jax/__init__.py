@@ -8,7 +8,7 @@ from mamba_core.backends.jax.ops import available_kernels
 from mamba_core.backends.jax.stack import explain
 from mamba_core.backends.jax.training import Trainer as trainer  # noqa: N813 (the protocol's name)
 from mamba_core.backends.jax.training import loss_and_gradients
-from mamba_core.backends.jax.weights import build, parameters
+from mamba_core.backends.jax.weights import build, foreign, layer, parameters
 
 __all__ = [
     "available_kernels",
@@ -18,8 +18,10 @@ __all__ = [
     "devices",
     "distribution",
     "explain",
+    "foreign",
     "fork",
     "from_numpy",
+    "layer",
     "loss_and_gradients",
     "name",
     "op",

@@ -36,6 +36,22 @@ def from_numpy(value, dtype: str | None = None, device: str | None = None) -> ja
     return jnp.array(value, None if dtype is None else dtype_of(dtype), device=place)
 
 
+def as_array(name: str, value) -> jax.Array | None:
+    """An argument of a model, which may be None or a NumPy array, as everywhere in JAX.
+
+    Raises:
+        TypeError: it is a list, or an array of another framework.
+    """
+    if value is None or isinstance(value, jax.Array):
+        return value
+    if not isinstance(value, np.ndarray):
+        kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+        raise TypeError(f"{name} is {kind}; expected a jax.Array or a NumPy array, such as of numpy.asarray({name})")
+    if value.dtype.kind in "iu" and not jax.config.jax_enable_x64:
+        value = np.clip(value, np.iinfo(np.int32).min, np.iinfo(np.int32).max)  # JAX would cut off their upper bits
+    return jnp.asarray(value)
+
+
 def to_numpy(array) -> np.ndarray:
     return np.asarray(array)
 

@@ -16,6 +16,7 @@ from mamba_core.backend import Carry, Choice, Context, Output, State
 from mamba_core.backends.jax import state as states
 from mamba_core.backends.jax.arrays import from_numpy, to_numpy
 from mamba_core.backends.jax.positions import call_of
+from mamba_core.backends.jax.programs import after_call, divided, methods_in, put_back, whole
 from mamba_core.sampling import Sampling
 
 # Tokens between two looks of the host, which cost a fraction of a millisecond each.
@@ -23,11 +24,16 @@ BLOCK = 16
 
 
 def prefill(model, tokens, mask, state: State | None = None) -> Output:
-    rows, length = tokens.shape
-    padding = ((0, 0), (_bucket(length) - length, 0))
-    tokens, mask = (from_numpy(np.pad(value, padding), device=model.device) for value in (tokens, mask))
+    rows, length = mask.shape
+    padding = ((0, 0), (_bucket(length) - length, 0), (0, 0))
+    tokens, mask = (
+        from_numpy(np.pad(value, padding[: np.ndim(value)]), device=model.device) for value in (tokens, mask)
+    )
     state = model.init_state(rows, length) if state is None else states.with_room(model.config, state, length)
-    return _prefill(*nnx.split(model), tokens, mask, state)
+    graph, *variables = divided(model)
+    output, others = _prefill(graph, methods_in(graph), *variables, tokens, mask, state)
+    put_back(model, others)
+    return output
 
 
 def fork(values, rows):
@@ -40,7 +46,8 @@ def decode(
     """The first token comes alone, and the blocks double up to BLOCK, so that few tokens are computed in vain."""
     context = jax.tree.map(lambda value: from_numpy(value, device=model.device), context)
     # Not `nnx.jit`, which returns the parameters, and so copies them in every call.
-    graph, parameters = nnx.split(model)
+    graph, parameters, others = divided(model)
+    program = functools.partial(_advance, graph, methods_in(graph), parameters, sampling=sampling)
     carry = _begin(prefilled, context, None if draw is None else draw(0, 1)[0], sampling=sampling)
     yield jax.tree.map(to_numpy, carry.choice)
     # A copy, because each call reuses the memory of its state; the prefilled state must stay as it is.
@@ -54,7 +61,8 @@ def decode(
                 left = states.room(model.config, carry.state)
             left -= count
         drawn = None if draw is None else draw(made, BLOCK)
-        carry, choices = _advance(graph, parameters, *_divided(carry), drawn, count, sampling=sampling)
+        carry, choices, others = program(others, *_divided(carry), drawn, count)
+        put_back(model, others)
         choices = jax.tree.map(to_numpy, choices)
         for index in range(count):
             yield jax.tree.map(lambda value, index=index: value[index], choices)
@@ -69,9 +77,7 @@ def begin(prefilled: Output, context: Context | None, uniform: jax.Array | None,
 
 def advance(model, carry: Carry, uniform: jax.Array | None, sampling: Sampling) -> Carry:
     """One token more in each row."""
-    hidden, state = model.backbone(carry.choice.tokens[:, None], carry.state, call_of(None, None, length=1))
-    logits = model.head(hidden[:, 0])[:, : model.config.vocab_size]
-    return begin(Output(logits, state), carry.context, uniform, sampling)
+    return begin(_called(model, carry.choice.tokens[:, None], carry.state), carry.context, uniform, sampling)
 
 
 def choose(logits: jax.Array, context: Context | None, uniform: jax.Array | None, sampling: Sampling) -> Choice:
@@ -146,11 +152,32 @@ def _updated(context: Context | None, tokens: jax.Array) -> Context | None:
     return context._replace(last=tokens, counts=counts, step=context.step + 1)
 
 
-@functools.partial(jax.jit, static_argnames=("graph",))
-def _prefill(graph, parameters, tokens, mask, state) -> Output:
-    model = nnx.merge(graph, parameters)
-    hidden, state = model.backbone(tokens, state, call_of(mask, None, length=tokens.shape[1], last=True))
-    return Output(model.head(hidden[:, -1])[:, : model.config.vocab_size], state)
+# What is compiled for a graph holds for the methods that its classes have.
+@functools.partial(jax.jit, static_argnames=("graph", "methods"))
+def _prefill(graph, methods, parameters, others, tokens, mask, state) -> tuple[Output, nnx.State]:
+    model = whole(graph, parameters, others)
+    return _called(model, tokens, state, mask), after_call(model, graph, parameters)
+
+
+def _called(model, inputs, state, mask=None) -> Output:
+    """The logits (b, v) at the last column, padded vocabulary removed, and the state.
+
+    A model that was changed is called, with no more than what a call of its own might take.
+    """
+    if model.is_built:
+        call = call_of(mask, None, length=inputs.shape[1], last=inputs.shape[1] > 1)
+        hidden, state = model.backbone_of(inputs, state, call)
+        logits = model.head(hidden[:, -1])
+    else:
+        positions = {} if mask is None else {"mask": mask}
+        if jnp.issubdtype(inputs.dtype, jnp.floating):
+            out = model(inputs_embeds=inputs, state=state, **positions)
+        else:
+            out = model(inputs, state, **positions)
+        if not (hasattr(out, "logits") and hasattr(out, "state")):
+            raise TypeError(f"a call of {type(model).__name__} gives {type(out).__name__}; expected logits and state")
+        logits, state = out.logits[:, -1].astype(jnp.float32), out.state
+    return Output(logits[:, : model.config.vocab_size], state)
 
 
 def _divided(carry: Carry) -> tuple[State, Carry]:
@@ -161,18 +188,23 @@ def _divided(carry: Carry) -> tuple[State, Carry]:
 _begin = jax.jit(begin, static_argnames=("sampling",))
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "sampling"), donate_argnames=("state",))
-def _advance(graph, parameters, state, others, uniforms, count, *, sampling) -> tuple[Carry, Choice]:
-    """`count` more tokens, in the first rows of the choices (BLOCK, b); the other rows mean nothing."""
-    model, carry = nnx.merge(graph, parameters), others._replace(state=state)
+@functools.partial(jax.jit, static_argnames=("graph", "methods", "sampling"), donate_argnames=("state",))
+def _advance(graph, methods, parameters, variables, state, others, uniforms, count, *, sampling):
+    """`count` more tokens, in the first rows of the choices (BLOCK, b); the other rows mean nothing.
+
+    variables: those that a call may change, which are returned last.
+    """
+    carry = others._replace(state=state)
 
     def position(index, loop):
-        carry, choices = loop
+        carry, choices, variables = loop
+        model = whole(graph, parameters, variables)
         carry = advance(model, carry, None if uniforms is None else uniforms[index], sampling)
-        return carry, jax.tree.map(lambda all, one: all.at[index].set(one), choices, carry.choice)
+        choices = jax.tree.map(lambda all, one: all.at[index].set(one), choices, carry.choice)
+        return carry, choices, after_call(model, graph, parameters)
 
     empty = jax.tree.map(lambda value: jnp.zeros((BLOCK, *value.shape), value.dtype), carry.choice)
-    return lax.fori_loop(0, count, position, (carry, empty))
+    return lax.fori_loop(0, count, position, (carry, empty, variables))
 
 
 def _bucket(length: int) -> int:

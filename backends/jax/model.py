@@ -9,7 +9,10 @@ from mamba_core import architectures, tasks
 from mamba_core.backend import State
 from mamba_core.backends.jax import ops, stack
 from mamba_core.backends.jax import state as states
+from mamba_core.backends.jax.arrays import as_array
 from mamba_core.backends.jax.blocks import Block, RMSNorm
+from mamba_core.backends.jax.heads import model_class
+from mamba_core.backends.jax.layers import in_dtype
 from mamba_core.backends.jax.mixers import Options
 from mamba_core.backends.jax.positions import call_of
 from mamba_core.backends.jax.untouched import untouched
@@ -38,20 +41,26 @@ class Backbone(nnx.Module):
         self.norm_f = RMSNorm(config.d_model, config.norm_eps, options.dtype) if norms else None
 
     def __call__(self, inputs: jax.Array, state: State, call: Call) -> tuple[jax.Array, State]:
-        """hidden (b, l, d), or where only the last position is asked for perhaps (b, 1, d); and the state after it."""
-        residual = inputs if self.embeddings is None else call.observe("embedding", self._embed(inputs))
+        """hidden (b, l, d), or where only the last position is asked for perhaps (b, 1, d); and the state after it.
+
+        inputs: (b, l) ids, or (b, l, d) floats, which take the place of their embeddings.
+        """
+        residual = inputs if self.embeddings is None else call.observe("embedding", self._embedded(inputs))
         residual, entering = residual.astype(self.residual_dtype), states.entering(state, call)
         if call.last and self.norm_f is not None and not untouched(RMSNorm, self.norm_f):
             call = call._replace(last=False)
         residual, pending, layers = stack.run(self.layers, residual, entering, call, self.remat)
         residual = residual if pending is None else residual + pending
-        hidden = residual.astype(self.dtype) if self.norm_f is None else call.observe("norm_f", self.norm_f(residual))
+        hidden = in_dtype(self.dtype, residual if self.norm_f is None else self.norm_f(residual))
+        hidden = hidden if self.norm_f is None else call.observe("norm_f", hidden)
         return hidden, states.leaving(layers, state, call)
 
-    def _embed(self, input_ids):
-        """NaN for an id outside the vocabulary: indexing would take negative ids from the end."""
-        known = (input_ids >= 0) & (input_ids < getattr(self.embeddings, "num_embeddings", self.vocabulary))
-        return jnp.where(known[..., None], self._rows(input_ids), jnp.nan)
+    def _embedded(self, inputs):
+        """Of ids, NaN for one outside the vocabulary: indexing would take negative ids from the end."""
+        if jnp.issubdtype(inputs.dtype, jnp.floating):
+            return inputs
+        known = (inputs >= 0) & (inputs < getattr(self.embeddings, "num_embeddings", self.vocabulary))
+        return jnp.where(known[..., None], self._rows(inputs), jnp.nan)
 
     def _rows(self, input_ids):
         embeddings = self.embeddings
@@ -84,11 +93,18 @@ class Model(nnx.Module):
 
     @property
     def remat(self) -> bool:
-        return self.backbone.remat
+        return getattr(self.backbone, "remat", False)
 
     @remat.setter
     def remat(self, value: bool) -> None:
+        if not isinstance(self.backbone, Backbone):
+            raise TypeError(f"the backbone is {type(self.backbone).__name__}, which decides itself what it recomputes")
         self.backbone.remat = value
+
+    @property
+    def is_built(self) -> bool:
+        """Whether the model itself is as it was built, so that backbone and head are all that its call does."""
+        return untouched(model_class(self.config.task), self)
 
     @property
     def kernels(self) -> dict[str, str]:
@@ -100,9 +116,19 @@ class Model(nnx.Module):
         """Before the first position. room: how many positions a growing state has memory for."""
         return states.init_state(self.config, batch, self.dtype, room)
 
-    def _run(self, inputs, state, mask, segment_ids, observe) -> tuple[jax.Array, State, Call]:
+    def backbone_of(self, inputs: jax.Array, state: State, call: Call) -> tuple[jax.Array, State]:
+        """The backbone's output, perhaps of the last position only, if that is all that is asked for."""
+        self._check_dtypes()
+        if call.last and not untouched(Backbone, self.backbone):
+            call = call._replace(last=False)
+        return self.backbone(inputs, state, call)
+
+    def _run(self, inputs, inputs_embeds, state, mask, segment_ids, observe) -> tuple[jax.Array, State, Call]:
         """What comes before the head, the state after it, and the facts of the call."""
-        self.task.check(self.config, inputs, mask, segment_ids)
+        inputs, kind = self.task.given(inputs, inputs_embeds)
+        inputs, mask = as_array(kind, inputs), as_array("mask", mask)
+        segment_ids = as_array("segment_ids", segment_ids)
+        self.task.check(self.config, inputs, mask, segment_ids, kind)
         batch, length = inputs.shape[:2]
         if state is None:
             state = self.init_state(batch, length)
@@ -110,7 +136,18 @@ class Model(nnx.Module):
             check_state(self.config, batch, state)
             state = states.with_room(self.config, state, length)
         call = call_of(mask, segment_ids, length=length, observe=reporting(observe))
-        return *self.backbone(inputs, state, call), call
+        return *self.backbone_of(inputs, state, call), call
+
+    def _check_dtypes(self):
+        """Refuses parameters in float64, which the layers would round: each computes in the dtype that it was given."""
+        if not jax.config.jax_enable_x64:
+            return
+        for path, variable in nnx.to_flat_state(nnx.state(self, nnx.Param)):
+            if variable.get_raw_value().dtype == jnp.float64:
+                raise TypeError(
+                    f"{'.'.join(map(str, path))} is float64, and the model computes in {self.dtype}; "
+                    "give the parameters their dtype back"
+                )
 
     def _masked(self, values, mask):
         if mask is not None:

@@ -9,6 +9,7 @@ from jax import lax
 
 from mamba_core.backends.jax.blocks import Block, RMSNorm
 from mamba_core.backends.jax.positions import call_of
+from mamba_core.backends.jax.programs import after_call, divided, put_back, whole
 from mamba_core.backends.jax.untouched import untouched
 from mamba_core.backends.jax.ways import Taken, own, plain, ranked
 from mamba_core.call import Call
@@ -37,8 +38,11 @@ def run(blocks, residual: jax.Array, states: tuple, call: Call, remat: bool = Fa
 def explain(model, batch: int, length: int) -> list[tuple[int, int, str, dict[str, str]]]:
     """(first layer, last layer, way, {faster way: why not}) of each run of layers, in a call of that shape."""
     backbone = model.backbone
+    if not hasattr(backbone, "layers"):
+        raise TypeError(f"the backbone is {type(backbone).__name__}, which computes its layers itself")
     blocks, states = list(backbone.layers), jax.eval_shape(lambda: model.init_state(batch)).layers
-    residual = jax.ShapeDtypeStruct((batch, length, model.config.d_model), backbone.residual_dtype)
+    dtype = "float32" if model.config.residual_in_fp32 else model.dtype
+    residual = jax.ShapeDtypeStruct((batch, length, model.config.d_model), dtype)
     call, found, first = call_of(None, None, length=length), [], 0
     while first < len(blocks):
         taken, way, reasons = _asked(blocks[first:], residual, states[first:], call, model.device)
@@ -91,7 +95,7 @@ def _last_only(block, residual, state, call):
     """Like the block, but where its mixer can, the residual stream of the last position only, (b, 1, d)."""
     of_last = own(block.mixer, "last_position") if untouched(Block, block) else None
     if of_last is not None and block.feed_forward is None and _has_only_parameters(block):
-        found = of_last(block.mixer, block.norm(residual), state, call)
+        found = of_last(block.mixer, block.normed(block.norm, residual), state, call)
         if found is not None:
             return residual[:, -1:] + found[0], found[1]
     return _called(block, residual, state, call)
@@ -153,19 +157,26 @@ def _piecewise(run, block, residual, state, call, *, piece):
 
 
 def _recomputed(block, residual, state, call):
-    """The block, called again in the backward pass from its inputs, which are all that is kept of it."""
-    definition, parameters = nnx.split(block)
+    """The block, called again in the backward pass from its inputs, which are all that is kept of it.
 
-    def run(parameters, residual, state):
-        return nnx.merge(definition, parameters)(residual, state, call)
+    It then draws the same random numbers, because what it held is an input too.
+    """
+    definition, parameters, others = divided(block)
+
+    def run(parameters, others, residual, state):
+        called = whole(definition, parameters, others)
+        return called(residual, state, call), after_call(called, definition, parameters)
 
     def backward(inputs, cotangents):
-        parameters, residual, state = inputs
+        parameters, others, residual, state = inputs
         # Zero, but XLA cannot know. It would compute all blocks again at once, or share what the forward computed,
         # because on a CPU it drops the barriers of jax.checkpoint.
-        after = jnp.minimum(jnp.abs(cotangents[0].ravel()[:1].sum()), 0)
-        return jax.vjp(run, parameters, residual + after.astype(residual.dtype), state)[1](cotangents)
+        after = jnp.minimum(jnp.abs(cotangents[0][0].ravel()[:1].sum()), 0)
+        residual = residual + after.astype(residual.dtype)
+        return jax.vjp(run, parameters, others, residual, state)[1](cotangents)
 
     recomputed = jax.custom_vjp(run)
     recomputed.defvjp(lambda *inputs: (run(*inputs), inputs), backward)
-    return recomputed(parameters, residual, state)
+    found, others = recomputed(parameters, others, residual, state)
+    put_back(block, others)
+    return found

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,11 @@ import numpy as np
 import optax
 from flax import nnx
 
-from mamba_core.backends.jax.arrays import from_numpy
+from mamba_core.backends.jax.arrays import from_numpy, to_numpy
 from mamba_core.backends.jax.ops.cross_entropy import linear_cross_entropy
-from mamba_core.backends.jax.weights import canonical, entering, named, path, place
+from mamba_core.backends.jax.programs import after_call, divided, methods, methods_in, put_back, whole
+from mamba_core.backends.jax.weights import Path, at, canonical, entering, foreign, named, table_paths
+from mamba_core.merging import check_held
 from mamba_core.spec.checks import check_targets
 from mamba_core.spec.params import parameter_table
 from mamba_core.tasks import check_trains
@@ -24,9 +27,9 @@ def loss(model, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     counts = jnp.ones(targets.shape, bool)
     if mask is not None:
         mask, counts = mask[:, :-1], mask[:, 1:]
-    if (weight := model.head_weight()) is None:
-        losses = optax.softmax_cross_entropy_with_integer_labels(model(tokens, mask=mask).logits, targets)
-        return losses.mean(where=counts)
+    if not model.is_built or (weight := model.head_weight()) is None:
+        logits = model(tokens, **({} if mask is None else {"mask": mask})).logits.astype(jnp.float32)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean(where=counts)
     hidden = model.hidden(tokens, mask)
     hidden = hidden.reshape(-1, hidden.shape[-1])
     return linear_cross_entropy(hidden, weight, targets.ravel(), counts.ravel()) / counts.sum()
@@ -34,46 +37,65 @@ def loss(model, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
 
 def loss_and_gradients(model, tokens, mask=None) -> tuple[float, dict[str, np.ndarray]]:
     check_trains(model.config, "its loss")
+    check_held(model.config, foreign(model))
     tokens, mask = (None if given is None else from_numpy(given, device=model.device) for given in (tokens, mask))
-    value, gradients = _loss_and_gradients(model, tokens, mask)
+    value, gradients = _loss_and_gradients(model, tokens, mask, methods=methods_in(nnx.graphdef(model)))
     return float(value), {name: canonical(model, name, gradient) for name, gradient in named(model, gradients).items()}
 
 
-_loss_and_gradients = nnx.jit(nnx.value_and_grad(loss))
+@functools.partial(nnx.jit, static_argnames="methods")
+def _loss_and_gradients(model, tokens, mask, methods):
+    return nnx.value_and_grad(loss)(model, tokens, mask)
+
+
+class _Trained(NamedTuple):
+    """A parameter that is trained. canonical: its name in the table, None for one of others."""
+
+    path: Path
+    canonical: str | None
+    decay: bool
 
 
 class Trainer:
-    """AdamW with the decay of the parameter table; the moments are float32."""
+    """AdamW with the decay of the parameter table; the moments are float32.
+
+    It trains every `nnx.Param` of floats, but only the `nnx.LoRAParam`s of a model that has any.
+    """
 
     def __init__(self, model, settings):
         check_trains(model.config, "training")
         self.model = model
         self.settings = settings
         self._compile()
-        parameters = named(model, nnx.state(model, nnx.Param))
-        self.moments = _optimizer(model.config, settings).init(_float32(parameters))
+        self.moments = _optimizer(self.trained, settings).init(_float32(self._values()))
         self._begin(0)
 
     def step(self, tokens) -> tuple[float, float]:
         """The model must keep its modules: looking for others would take the host as long as a step takes a GPU."""
-        if self.model is not self.seen or self.model.remat != self.remat:
+        if self._seen() != self.seen:
             self._compile()
         tokens, rate = from_numpy(tokens, device=self.model.device), self.settings.rate(self.count)
-        variables = {name: getattr(*place) for name, place in self.places.items()}
-        values = {name: variable.get_raw_value() for name, variable in variables.items()}
-        found, values, self.moments = self.update(values, self.others, self.moments, tokens, rate)
-        for name, variable in variables.items():
-            variable.set_value(values[name])
+        others = nnx.from_flat_state((keys, _variable(place)) for keys, place in self.others.items())
+        found, values, left, self.moments = self.update(self._values(), others, self.moments, tokens, rate)
+        for name, place in self.places.items():
+            _variable(place).set_raw_value(values[name])
+        put_back(self.model, left)
         self.count += 1
         value, norm = np.asarray(found).tolist()
         return value, norm
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        table = parameter_table(self.model.config)
+        own = {name: table[each.canonical].shape for name, each in self.trained.items() if each.canonical}
+        return {name: own.get(name, value.shape) for name, value in self._values().items()}
+
     def state(self) -> dict[str, np.ndarray]:
         arrays = {"step": np.array(self.count, np.int64)}
         moments = {prefix: optax.tree_utils.tree_get(self.moments, key) for prefix, key in _MOMENTS.items()}
-        for name in parameter_table(self.model.config):
+        for name, each in self.trained.items():
             for prefix, values in moments.items():
-                arrays[f"{prefix}.{name}"] = canonical(self.model, name, values[name])
+                value = values[name]
+                arrays[f"{prefix}.{name}"] = canonical(self.model, name, value) if each.canonical else to_numpy(value)
         return arrays
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
@@ -82,11 +104,23 @@ class Trainer:
 
     def _compile(self):
         """Compiles for the model's modules as they are."""
-        places = {path(self.model, name): name for name in parameter_table(self.model.config)}
-        graph, _, self.others = nnx.split(self.model, lambda place, _: place in places, ...)
-        self.places = {name: place(self.model, name) for name in places.values()}
-        self.seen, self.remat = self.model, self.model.remat
-        self.update = _compiled(graph, tuple(places.items()), self.model.config, self.settings)
+        graph, state = nnx.split(self.model)
+        variables = dict(nnx.to_flat_state(state))
+        self.trained = _trained(self.model, variables)
+        by_path = {each.path: name for name, each in self.trained.items()}
+        places = {keys: (at(self.model, keys[:-1]), keys[-1]) for keys in variables}
+        self.places = {name: places[keys] for keys, name in by_path.items()}
+        self.others = {keys: place for keys, place in places.items() if keys not in by_path}
+        self.classes = tuple(dict.fromkeys(type(module) for _, module in nnx.iter_modules(self.model)))
+        self.seen = self._seen()
+        self.update = _compiled(graph, methods_in(graph), tuple(self.trained.items()), self.settings)
+
+    def _seen(self):
+        """What else than the modules the compiled update depends on."""
+        return id(self.model), self.model.remat, tuple(map(methods, self.classes))
+
+    def _values(self) -> dict[str, jax.Array]:
+        return {name: _variable(place).get_raw_value() for name, place in self.places.items()}
 
     def _begin(self, count, **moments):
         self.count = count
@@ -95,43 +129,76 @@ class Trainer:
         self.moments = optax.tree_utils.tree_set(self.moments, count=placed, **moments)
 
     def _moments(self, prefix, state) -> dict[str, jax.Array]:
-        values = {name: np.asarray(state[f"{prefix}.{name}"]) for name in parameter_table(self.model.config)}
-        return {
-            name: from_numpy(entering(self.model, name, value), dtype="float32", device=self.model.device)
-            for name, value in values.items()
-        }
+        moments = {}
+        for name, each in self.trained.items():
+            value = np.asarray(state[f"{prefix}.{name}"])
+            value = entering(self.model, name, value) if each.canonical else value
+            moments[name] = from_numpy(value, dtype="float32", device=self.model.device)
+        return moments
 
 
 _MOMENTS = {"m": "mu", "v": "nu"}
 
 
-def _optimizer(config, s) -> optax.GradientTransformation:
+def _trained(model, variables) -> dict[str, _Trained]:
+    """By name, those of the table first and in its order.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found = {keys: value for keys, value in variables.items() if _is_trainable(value)}
+    adapters = {keys: value for keys, value in found.items() if isinstance(value, nnx.LoRAParam)}
+    found = adapters or found
+    if not found:
+        raise ValueError("nothing of the model is trainable: it has no nnx.Param of floating-point numbers")
+    names, table = table_paths(model), parameter_table(model.config)
+    own = {name: _Trained(keys, name, table[name].decay) for keys, name in names.items() if keys in found}
+    others = {keys: value.get_raw_value().ndim >= 2 for keys, value in found.items() if keys not in names}
+    return own | {".".join(map(str, keys)): _Trained(keys, None, decay) for keys, decay in others.items()}
+
+
+def _is_trainable(variable) -> bool:
+    dtype = getattr(variable.get_raw_value(), "dtype", None)
+    return isinstance(variable, nnx.Param) and dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+
+
+def _variable(place) -> nnx.Variable:
+    """What stands there now; another variable may have been put there."""
+    owner, key = place
+    return at(owner, (key,))
+
+
+def _optimizer(trained: Mapping[str, _Trained], s) -> optax.GradientTransformation:
     """AdamW up to the learning rate."""
-    decay = {name: parameter.decay for name, parameter in parameter_table(config).items()}
     return optax.chain(
         optax.clip_by_global_norm(s.clip_norm),
         optax.scale_by_adam(s.beta1, s.beta2, s.eps),
-        optax.add_decayed_weights(s.weight_decay, mask=decay),
+        optax.add_decayed_weights(s.weight_decay, mask={name: each.decay for name, each in trained.items()}),
     )
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(graph, places, config, settings):
-    """The update of the model with that graph. places: (path, canonical name) of each parameter."""
+def _compiled(graph, methods, trained, settings):
+    """The update of the model with that graph, whose classes have these methods. trained: (name, which) of each."""
+    trained = dict(trained)
 
     @functools.partial(jax.jit, donate_argnames=("values", "moments"))
     def update(values, others, moments, tokens, rate):
-        """(loss and norm of the gradient, values, moments); values: the parameters by canonical name."""
+        """(loss and norm of the gradient, values, what a call changed, moments); values by name."""
 
         def error(values):
-            parameters = nnx.from_flat_state((place, nnx.Param(values[name])) for place, name in places)
-            return loss(nnx.merge(graph, parameters, others), tokens)
+            # As arrays, which the graph makes the variables that they were.
+            parameters = ((trained[name].path, value) for name, value in values.items())
+            _, before, rest = divided(whole(graph, nnx.from_flat_state(parameters), others))
+            model = whole(graph, before, rest)
+            value = loss(model, tokens)
+            return value, after_call(model, graph, before)
 
-        value, gradients = jax.value_and_grad(error)(values)
+        (value, left), gradients = jax.value_and_grad(error, has_aux=True)(values)
         gradients, before = _float32(gradients), _float32(values)
-        updates, moments = _optimizer(config, settings).update(gradients, moments, before)
+        updates, moments = _optimizer(trained, settings).update(gradients, moments, before)
         after = {name: (before[name] - rate * updates[name]).astype(values[name].dtype) for name in values}
-        return jnp.stack([value, optax.global_norm(gradients)]), after, moments
+        return jnp.stack([value, optax.global_norm(gradients)]), after, left, moments
 
     return update
 

@@ -13,7 +13,7 @@ from mamba_core.backends.mlx.ops import available_kernels
 from mamba_core.backends.mlx.stack import explain
 from mamba_core.backends.mlx.training import Trainer as trainer
 from mamba_core.backends.mlx.training import loss_and_gradients
-from mamba_core.backends.mlx.weights import build, parameters
+from mamba_core.backends.mlx.weights import build, foreign, layer, parameters
 
 name = "mlx"
 

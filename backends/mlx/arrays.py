@@ -73,6 +73,17 @@ def dtype_name(dtype: mx.Dtype) -> str:
     return str(dtype).removeprefix("mlx.core.").removesuffix("_")
 
 
+def kind_of(value: object) -> str:
+    """The full name of a value's class, for errors."""
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def check_array(name: str, value: object) -> None:
+    """Check that an argument of a model's call is MLX's, or None."""
+    if value is not None and not isinstance(value, mx.array):
+        raise TypeError(f"{name} is {kind_of(value)}; expected mlx.core.array, so pass mx.array({name})")
+
+
 def from_numpy(value, dtype: str | None = None, device: str | None = None) -> mx.array:
     """float64 becomes float32. MLX arrays live in memory that every device sees: `device` is only checked."""
     check_device(device)
@@ -88,6 +99,21 @@ def to_numpy(array: mx.array) -> np.ndarray:
     if array.dtype == mx.bfloat16:
         return np.array(array.view(mx.uint16)).view(ml_dtypes.bfloat16)
     return np.array(array)
+
+
+def random_key() -> int | None:
+    """The state of MLX's random numbers; None inside `mx.compile`, where it may only stand for one."""
+    try:
+        high, low = mx.random.state[0].tolist()
+    except ValueError:
+        return None
+    return high << 32 | low
+
+
+def set_random_key(key: int | None) -> None:
+    """Go on from a state of `random_key`."""
+    if key is not None:
+        mx.random.seed(key)
 
 
 def peak_memory(device: str) -> int | None:

@@ -10,8 +10,11 @@ from mlx.utils import tree_map
 from mamba_core.backend import Carry, Choice, Context, Output, State
 from mamba_core.backends.mlx import state as states
 from mamba_core.backends.mlx.arrays import from_numpy, to_numpy
+from mamba_core.backends.mlx.heads import model_class
 from mamba_core.backends.mlx.kernels import numpy_linear
+from mamba_core.backends.mlx.model import Backbone
 from mamba_core.backends.mlx.positions import call_of
+from mamba_core.backends.mlx.untouched import untouched
 from mamba_core.sampling import Sampling
 
 # The random numbers of so many steps are brought to the device at once.
@@ -20,13 +23,11 @@ BLOCK = 64
 
 def prefill(model, tokens, mask, state: State | None = None) -> Output:
     """Not compiled: native kernels do not work inside mx.compile."""
-    rows, length = tokens.shape
+    rows, length = tokens.shape[:2]
     with model.on_device():
         state = model.init_state(rows, length) if state is None else states.with_room(model.config, state, length)
         needed_mask = None if mask.all() else from_numpy(mask)
-        call = call_of(needed_mask, None, length=length, last=True)
-        hidden, state = model.backbone(from_numpy(tokens), state, call)
-        prefilled = Output(model.head(hidden[:, -1])[:, : model.config.vocab_size], state)
+        prefilled = _after(model, from_numpy(tokens), state, needed_mask, last=True)
         # Computed now: the graph of all tokens, and what it holds, would live until somebody looks at the state.
         mx.eval(prefilled)
     return prefilled
@@ -43,7 +44,7 @@ def decode(
     step = partial(advance, model, sampling=sampling)
     # Not on a CPU where NumPy multiplies: that does not work inside mx.compile.
     if model.device != "cpu" or not numpy_linear.NUMPY_IS_FASTER:
-        step = mx.compile(step, inputs=model.state)
+        step = mx.compile(step, inputs=[model.state, mx.random.state], outputs=[mx.random.state])
     uniforms = _uniforms(draw)
     with model.on_device():
         context = tree_map(lambda value: None if value is None else from_numpy(value), context)
@@ -73,9 +74,26 @@ def begin(prefilled: Output, context: Context | None, uniform: mx.array | None, 
 
 def advance(model, carry: Carry, uniform: mx.array | None, sampling: Sampling) -> Carry:
     """One token more in each row."""
-    hidden, state = model.backbone(carry.choice.tokens[:, None], carry.state, call_of(None, None, length=1))
-    logits = model.head(hidden[:, 0])[:, : model.config.vocab_size]
-    return begin(Output(logits, state), carry.context, uniform, sampling)
+    after = _after(model, carry.choice.tokens[:, None], carry.state)
+    return begin(after, carry.context, uniform, sampling)
+
+
+def _after(model, inputs: mx.array, state: State, mask: mx.array | None = None, last: bool = False) -> Output:
+    """Logits (b, v) after the last position, and the state. By the model's own call where somebody changed that.
+
+    last: the backbone need not give the other positions.
+    """
+    if untouched(model_class(model.config.task), model):
+        last = last and untouched(Backbone, model.backbone)
+        hidden, state = model.backbone(inputs, state, call_of(mask, None, length=inputs.shape[1], last=last))
+        return Output(model.head(hidden[:, -1])[:, : model.config.vocab_size], state)
+    # No argument that another call need not have.
+    given = {} if mask is None else {"mask": mask}
+    if mx.issubdtype(inputs.dtype, mx.floating):
+        output = model(None, state, inputs_embeds=inputs, **given)
+    else:
+        output = model(inputs, state, **given)
+    return Output(output.logits[:, -1, : model.config.vocab_size].astype(mx.float32), output.state)
 
 
 def choose(logits: mx.array, context: Context | None, uniform: mx.array | None, sampling: Sampling) -> Choice:

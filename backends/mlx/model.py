@@ -8,7 +8,7 @@ from mamba_core import architectures, tasks
 from mamba_core.backend import Hidden, State
 from mamba_core.backends.mlx import ops, stack
 from mamba_core.backends.mlx import state as states
-from mamba_core.backends.mlx.arrays import dtype_name, keep_float32
+from mamba_core.backends.mlx.arrays import check_array, dtype_name, keep_float32, kind_of
 from mamba_core.backends.mlx.blocks import Block, RMSNorm
 from mamba_core.backends.mlx.mixers import Options
 from mamba_core.backends.mlx.positions import call_of
@@ -19,6 +19,8 @@ from mamba_core.observe import reporting
 from mamba_core.spec.checks import check_state
 from mamba_core.spec.params import parameter_table
 from mamba_core.tasks.base import EMBEDDING, FINAL_NORM
+
+FLOAT64 = "the model is float64, which no MLX GPU has; set_dtype takes float32, bfloat16 and float16"
 
 
 class Backbone(nn.Module):
@@ -43,16 +45,17 @@ class Backbone(nn.Module):
         for norm in (getattr(self.layers[0], "norm", None), self.norm_f):
             if untouched(RMSNorm, norm):
                 return norm.weight.dtype
-        # Both norms were replaced. A quantised weight is of integers, but its scales are of the compute dtype.
-        float32 = {name for name, parameter in parameter_table(self.config).items() if parameter.float32}
-        named = tree_flatten(self.parameters())
-        dtypes = (value.dtype for name, value in named if f"backbone.{name}" not in float32)
-        return next((dtype for dtype in dtypes if mx.issubdtype(dtype, mx.floating)), mx.float32)
+        return _dtype_of(self, "backbone.", self.config)
 
     def __call__(self, inputs: mx.array, state: State, call: Call) -> tuple[mx.array, State]:
         """With `call.last` the hidden states may be that of the last position only, (b, 1, d)."""
         dtype = self.dtype
-        residual = inputs if self.embeddings is None else call.observe("embedding", self._embed(inputs))
+        if dtype == mx.float64:
+            raise ValueError(FLOAT64)
+        # Embeddings come in the place of ids.
+        floats = mx.issubdtype(inputs.dtype, mx.floating)
+        residual = inputs if floats else self._embed(inputs)
+        residual = residual if self.embeddings is None else call.observe("embedding", residual)
         residual = residual.astype(mx.float32 if self.residual_in_fp32 else dtype)
         if call.last and self.norm_f is not None and not untouched(RMSNorm, self.norm_f):
             call = call._replace(last=False)
@@ -75,6 +78,16 @@ class Backbone(nn.Module):
         inside = (input_ids >= 0) & (input_ids < self.config.padded_vocab_size)
         embedded = self.embeddings(mx.where(inside, input_ids, 0))
         return mx.where(inside[..., None], embedded, mx.array(mx.nan, embedded.dtype))
+
+
+def _dtype_of(module: nn.Module, prefix: str, config) -> mx.Dtype:
+    """The dtype of the first floats that the contract does not keep in float32.
+
+    A quantised weight is of integers, but its scales are of the compute dtype.
+    """
+    float32 = {name for name, parameter in parameter_table(config).items() if parameter.float32}
+    dtypes = (value.dtype for name, value in tree_flatten(module.parameters()) if f"{prefix}{name}" not in float32)
+    return next((dtype for dtype in dtypes if mx.issubdtype(dtype, mx.floating)), mx.float32)
 
 
 def _fails_on_nothing() -> bool:
@@ -103,21 +116,46 @@ class Model(nn.Module):
         self.backbone = Backbone(config, Options(policy))
 
     @property
+    def compute_dtype(self) -> mx.Dtype:
+        inner = self.inner_backbone()
+        return _dtype_of(self, "", self.config) if inner is None else inner.dtype
+
+    @property
     def dtype(self) -> str:
-        return dtype_name(self.backbone.dtype)
+        return dtype_name(self.compute_dtype)
 
     @property
     def remat(self) -> bool:
-        return self.backbone.remat
+        inner = self.inner_backbone()
+        return inner is not None and inner.remat
 
     @remat.setter
     def remat(self, value: bool) -> None:
-        self.backbone.remat = value
+        self.inner_backbone("remat").remat = value
+
+    @property
+    def layers(self) -> list:
+        """The blocks, under the name that mlx-lm's tools ask for."""
+        return self.inner_backbone("layers").layers
+
+    def inner_backbone(self, use: str | None = None) -> Backbone | None:
+        """The backbone, or the one inside of what somebody put in its place; None where there is none.
+
+        Raises:
+            TypeError: there is none, and a use is named.
+        """
+        if isinstance(self.backbone, Backbone):
+            return self.backbone
+        inside = self.backbone.modules() if isinstance(self.backbone, nn.Module) else []
+        found = next((module for module in inside if isinstance(module, Backbone)), None)
+        if found is None and use is not None:
+            raise TypeError(f"backbone is {kind_of(self.backbone)} without a backbone of this library; {use} needs one")
+        return found
 
     @property
     def kernels(self) -> dict[str, str]:
         """Op -> the kernel that computes it here. Inside `mx.compile` "auto" may be another."""
-        available = ops.available_kernels(self.device, self.backbone.dtype)
+        available = ops.available_kernels(self.device, self.compute_dtype)
         return {op: choose(self.policy.of(op), kernels, op) for op, kernels in available.items()}
 
     def on_device(self):
@@ -127,28 +165,32 @@ class Model(nn.Module):
     def init_state(self, batch: int, room: int = 0) -> State:
         """Before the first position. room: how many positions a growing state has memory for."""
         with self.on_device():
-            return states.init_state(self.config, batch, self.backbone.dtype, room)
+            return states.init_state(self.config, batch, self.compute_dtype, room)
 
-    def _run(self, inputs, state, mask, segment_ids, observe) -> tuple[mx.array, State]:
+    def _run(self, inputs, inputs_embeds, state, mask, segment_ids, observe) -> tuple[mx.array, State]:
         """The backbone's output and the state after it."""
-        self.task.check(self.config, inputs, mask, segment_ids)
+        inputs, kind = self.task.given(inputs, inputs_embeds)
+        for name, value in {kind: inputs, "mask": mask, "segment_ids": segment_ids}.items():
+            check_array(name, value)
+        self.task.check(self.config, inputs, mask, segment_ids, kind)
         batch, length = inputs.shape[:2]
         if state is None:
             state = self.init_state(batch, length)
         else:
             check_state(self.config, batch, state)
+            check_array("state.segment", state.segment)
             state = states.with_room(self.config, state, length)
         if length == 0 and _fails_on_nothing():
             likes = self.init_state(batch).layers
             layers = tree_map(lambda value, like: value.astype(like.dtype), state.layers, likes)
-            return mx.zeros((batch, 0, self.config.d_model), self.backbone.dtype), State(layers, state.segment)
+            return mx.zeros((batch, 0, self.config.d_model), self.compute_dtype), State(layers, state.segment)
         return self.backbone(inputs, state, call_of(mask, segment_ids, length=length, observe=observe))
 
-    def _hidden(self, inputs, state, mask, segment_ids, observe) -> Hidden:
+    def _hidden(self, inputs, inputs_embeds, state, mask, segment_ids, observe) -> Hidden:
         """The output of a model without a head."""
         observe = reporting(observe)
         with self.on_device():
-            hidden, state = self._run(inputs, state, mask, segment_ids, observe)
+            hidden, state = self._run(inputs, inputs_embeds, state, mask, segment_ids, observe)
             return Hidden(observe("hidden", self._masked(hidden, mask)), state)
 
     def _masked(self, values, mask):
@@ -157,6 +199,8 @@ class Model(nn.Module):
         return values
 
     def set_dtype(self, dtype: mx.Dtype, predicate=lambda dtype: mx.issubdtype(dtype, mx.floating)) -> None:
+        if dtype == mx.float64:
+            raise ValueError(FLOAT64)
         float32 = {name for name, parameter in parameter_table(self.config).items() if parameter.float32}
         kept = [(name, value) for name, value in tree_flatten(self.parameters()) if name in float32]
         super().set_dtype(dtype, predicate)

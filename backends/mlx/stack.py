@@ -2,10 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import count
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mamba_core.backends.mlx.arrays import kind_of, random_key, set_random_key
 from mamba_core.backends.mlx.blocks import Block, RMSNorm
 from mamba_core.backends.mlx.kernels.native_tensors import detached_copies
 from mamba_core.backends.mlx.kernels.reverse_only import first_derivative_only, reverse_only
@@ -19,6 +22,8 @@ from mamba_core.kernels import Kernels
 # Bytes of a mixer's widest array that are computed at once on a CPU: a much larger array leaves the cache, and the
 # system hands out its memory anew each time. And the fewest positions of a piece.
 PIECE_BYTES, FEWEST = 2**23, 256
+# What draws random numbers in training, of MLX's own layers.
+DROPOUTS = (nn.Dropout, nn.Dropout2d, nn.Dropout3d)
 # Parts into which MLX splits an array by an operation of its own.
 SPLIT = 8
 
@@ -46,7 +51,7 @@ def explain(model, batch: int, length: int) -> list[tuple[int, int, str, dict[st
     For a call without a gradient on inputs of that shape, all of whose positions count. Nothing is computed.
     """
     with model.on_device():
-        backbone, states = model.backbone, model.init_state(batch).layers
+        backbone, states = model.inner_backbone("to explain it"), model.init_state(batch).layers
         dtype = mx.float32 if backbone.residual_in_fp32 else backbone.dtype
         residual, call = mx.zeros((batch, length, model.config.d_model), dtype), call_of(None, None, length=length)
         found, done = [], 0
@@ -161,13 +166,32 @@ def recomputed(
         copied: native kernels get copies of so many of the values, the first. While MLX differentiates it goes over all
             that a value was computed from, each time that something is computed from the value.
     """
+    run = _with_the_same_random_numbers(run)
     if _computes_at_once(kernels, dtype, values):
         return _checkpoint_at_once(run, copied)(list(values))
     return mx.checkpoint(run)(*values)
 
 
+def _with_the_same_random_numbers(run):
+    """The function, which is given in every later call the random numbers of its first."""
+    key, calls = random_key(), count()
+
+    def repeated(*values):
+        if next(calls) == 0:
+            return run(*values)
+        now = random_key()
+        set_random_key(key)
+        try:
+            return run(*values)
+        finally:
+            set_random_key(now)
+
+    return repeated
+
+
 def recomputed_module(module, run: Callable, kernels: Kernels, dtype: mx.Dtype, *values, copied=0):
     """`recomputed`, with the gradients of the module's parameters."""
+    _check_repeats(module)
     trained = dict(tree_flatten(module.trainable_parameters()))
 
     def run_with(*arguments):
@@ -177,6 +201,18 @@ def recomputed_module(module, run: Callable, kernels: Kernels, dtype: mx.Dtype, 
         return run(*arguments[: len(values)])
 
     return recomputed(run_with, kernels, dtype, (*values, *trained.values()), copied)
+
+
+def _check_repeats(module) -> None:
+    """Check that nothing in the module draws random numbers where nobody can draw the same ones again."""
+    if random_key() is not None:
+        return
+    for name, inner in module.named_modules():
+        if isinstance(inner, DROPOUTS) and inner.training and inner._p_1 < 1:
+            raise TypeError(
+                f"{name} is {kind_of(inner)}, which draws another mask where a block is computed again inside "
+                "mx.compile; set model.remat = False, or do not compile with mx.random.state as an input"
+            )
 
 
 def _recomputed(block, run_block, residual, state):

@@ -1,6 +1,7 @@
 """Loss, gradients and the AdamW step, by `mlx.optimizers`."""
 
 from collections.abc import Mapping
+from contextlib import contextmanager
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -8,10 +9,11 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
-from mamba_core.backends.mlx.arrays import from_numpy
+from mamba_core.backends.mlx.arrays import from_numpy, to_numpy
 from mamba_core.backends.mlx.ops.cross_entropy import cross_entropy
 from mamba_core.backends.mlx.stack import recomputed
-from mamba_core.backends.mlx.weights import canonical, convolution_weights, swap_axes
+from mamba_core.backends.mlx.weights import canonical, convolution_weights, foreign, swap_axes
+from mamba_core.merging import check_held
 from mamba_core.spec.checks import check_targets
 from mamba_core.spec.params import parameter_table
 from mamba_core.tasks import check_trains
@@ -20,7 +22,8 @@ from mamba_core.tasks import check_trains
 def loss(model, tokens, mask=None) -> mx.array:
     """Mean cross-entropy of tokens[:, 1:] given tokens[:, :-1] over the targets that count; tokens (b, l+1)."""
     check_targets(tokens)
-    logits = model(tokens[:, :-1], mask=None if mask is None else mask[:, :-1]).logits
+    given = {} if mask is None else {"mask": mask[:, :-1]}
+    logits = model(tokens[:, :-1], **given).logits
     losses = _cross_entropy(model, logits, tokens[:, 1:])
     if mask is None:
         return losses.mean()
@@ -36,30 +39,50 @@ def _cross_entropy(model, logits, targets):
 
     if not model.remat:
         return run(logits)[0]
-    return recomputed(run, model.policy, model.backbone.dtype, (logits,))[0]
+    return recomputed(run, model.policy, model.compute_dtype, (logits,))[0]
 
 
 def loss_and_gradients(model, tokens, mask=None) -> tuple[float, dict[str, np.ndarray]]:
     check_trains(model.config, "its loss")
+    check_held(model.config, foreign(model))
     tokens, mask = _checked(model, tokens), None if mask is None else from_numpy(mask)
-    with model.on_device():
+    with model.on_device(), _unfrozen(model):
         value, gradients = nn.value_and_grad(model, loss)(model, tokens, mask)
     return value.item(), dict(canonical(model, tree_flatten(gradients, destination={})))
 
 
+@contextmanager
+def _unfrozen(model):
+    """Within it all parameters are trainable."""
+    frozen = [(module, set(module._no_grad)) for module in model.modules() if module._no_grad]
+    for module, _ in frozen:
+        module._no_grad.clear()
+    try:
+        yield
+    finally:
+        for module, names in frozen:
+            module._no_grad.update(names)
+
+
 class Trainer:
-    """AdamW with the decay of the parameter table, its moments and its arithmetic in float32."""
+    """AdamW with the decay of the parameter table, its moments and its arithmetic in float32.
+
+    It trains the parameters that are not frozen.
+    """
 
     def __init__(self, model, settings):
         check_trains(model.config, "training")
+        trained = model.trainable_parameters()
+        if not tree_flatten(trained):
+            raise ValueError("nothing of the model is trainable: all of its parameters are frozen; unfreeze some")
         self.model = model
         self.settings = settings
         self.count = 0
         self.optimizer = self._optimizer()
-        self.optimizer.init(tree_map(lambda value: mx.zeros(value.shape), model.parameters()))
+        self.optimizer.init(tree_map(lambda value: mx.zeros(value.shape), trained))
         # Not on a CPU: there the C++ compiler takes as long for the fused operations as hundreds of steps.
         if model.device == "gpu":
-            state = [model.state, self.optimizer.state]
+            state = [model.state, self.optimizer.state, mx.random.state]
             self._update = mx.compile(self._update, inputs=state, outputs=state)
 
     def step(self, tokens) -> tuple[float, float]:
@@ -70,12 +93,20 @@ class Trainer:
         self.count += 1
         return value.item(), norm.item()
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        convolutions, shapes = convolution_weights(self.model), {}
+        for name, value in tree_flatten(self.model.trainable_parameters()):
+            first, *others = value.shape
+            shapes[name] = (first, *others[::-1]) if name in convolutions else value.shape
+        return shapes
+
     def state(self) -> dict[str, np.ndarray]:
-        arrays = {"step": np.array(self.count, np.int64)}
-        for moment in _MOMENTS:
-            suffix = f".{moment}"
-            values = {path.removesuffix(suffix): value for path, value in self._slots() if path.endswith(suffix)}
-            arrays |= {f"{moment}.{name}": value for name, value in canonical(self.model, values).items()}
+        arrays, convolutions = {"step": np.array(self.count, np.int64)}, convolution_weights(self.model)
+        for path, value in self._slots():
+            name, _, moment = path.rpartition(".")
+            if moment in _MOMENTS:
+                array = to_numpy(value)
+                arrays[f"{moment}.{name}"] = swap_axes(array) if name in convolutions else array
         return arrays
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
@@ -111,7 +142,10 @@ class Trainer:
         def adamw(weight_decay):
             return optim.AdamW(s.learning_rate, [s.beta1, s.beta2], s.eps, weight_decay, bias_correction=True)
 
-        return optim.MultiOptimizer([adamw(s.weight_decay), adamw(0.0)], [lambda name, _: table[name].decay])
+        def decays(name, value):
+            return table[name].decay if name in table else value.ndim >= 2
+
+        return optim.MultiOptimizer([adamw(s.weight_decay), adamw(0.0)], [decays])
 
 
 _MOMENTS = ("m", "v")

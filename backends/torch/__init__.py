@@ -12,7 +12,7 @@ from mamba_core.backends.torch.quantization import quantize
 from mamba_core.backends.torch.stack import explain
 from mamba_core.backends.torch.training import Trainer as trainer  # noqa: N813 (the protocol's name)
 from mamba_core.backends.torch.training import loss_and_gradients
-from mamba_core.backends.torch.weights import build, parameters
+from mamba_core.backends.torch.weights import build, foreign, layer, parameters
 
 __all__ = [
     "available_kernels",
@@ -22,9 +22,11 @@ __all__ = [
     "devices",
     "distribution",
     "explain",
+    "foreign",
     "fork",
     "from_numpy",
     "in_force",
+    "layer",
     "loss_and_gradients",
     "name",
     "op",

@@ -80,6 +80,10 @@ def check_devices(x: Tensor, **others: Tensor | None) -> None:
             raise ValueError(f"{name} is on {value.device}; expected {x.device}, where x is")
 
 
+def at_least_float32(value: Tensor) -> Tensor:
+    return value if value.dtype == torch.float64 else value.float()
+
+
 def in_compute_dtype(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:
     """All in float64 where x is, else in float32: what the ops compute in."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32

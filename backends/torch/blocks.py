@@ -34,9 +34,23 @@ class Block(nn.Module):
 
     def forward(self, residual: Tensor, state, call: Call) -> tuple:
         """The residual stream (b, l, d) and the layer's state after the block."""
-        hidden, state = self.mixer(call.observe("norm", self.norm(residual)), state, call)
+        hidden, state = self.mixer(call.observe("norm", self._normed(self.norm, residual)), state, call)
         if self.feed_forward is None:
             return call.observe("residual", residual + hidden), state
         residual = call.observe("mixed", residual + hidden)
-        hidden = self.feed_forward(call.observe("norm2", self.norm2(residual)), call)
+        hidden = self.feed_forward(call.observe("norm2", self._normed(self.norm2, residual)), call)
         return call.observe("residual", residual + hidden), state
+
+    def _normed(self, norm: nn.Module, residual: Tensor) -> Tensor:
+        """By a norm that somebody put here, in the compute dtype, which it need not return."""
+        normed = norm(residual)
+        return normed if type(norm) is RMSNorm else normed.to(anchor(self).dtype)
+
+
+def anchor(module: nn.Module) -> Tensor:
+    """A parameter in the compute dtype, where the module is computed: a norm's, or the first one of two bytes."""
+    for part in module.modules():
+        if type(part) is RMSNorm:
+            return part.weight
+    floats = [parameter for parameter in module.parameters() if parameter.is_floating_point()]
+    return next((parameter for parameter in floats if parameter.dtype.itemsize == 2), floats[0])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mamba_core.backend import Carry, Choice, Context, Output, State
 from mamba_core.backends.torch import state as states
-from mamba_core.backends.torch.arrays import from_numpy
+from mamba_core.backends.torch.arrays import at_least_float32, from_numpy
 from mamba_core.backends.torch.kernels import triton
 from mamba_core.backends.torch.kernels.cuda_graph import CapturedCache, CapturedDecoding
 from mamba_core.backends.torch.kernels.triton_choice import likeliest
@@ -27,12 +27,25 @@ _captured = CapturedCache()
 @torch.no_grad()
 def prefill(model, tokens, mask, state: State | None = None) -> Output:
     """Not in inference mode, because autograd would refuse the state."""
-    rows, length = tokens.shape
+    rows, length = tokens.shape[:2]
     state = model.init_state(rows, length) if state is None else states.with_room(model.config, state, length)
     needed_mask = None if mask.all() else from_numpy(mask, device=model.device)
+    inputs = from_numpy(tokens, device=model.device)
+    if not model.is_untouched():
+        return _called(model, inputs, state, needed_mask)
     call = call_of(needed_mask, None, length=length, last=True)
-    hidden, state = model.backbone(from_numpy(tokens, device=model.device), state, call)
+    hidden, state = model.backbone(inputs, state, call)
     return Output(model.head(hidden[:, -1])[:, : model.config.vocab_size], state)
+
+
+def _called(model, inputs: Tensor, state: State, mask: Tensor | None = None) -> Output:
+    """The last position's logits (b, v), by the model's own call; without arguments that another call need not have."""
+    given = {} if mask is None else {"mask": mask}
+    if inputs.is_floating_point():
+        out = model(inputs_embeds=inputs, state=state, **given)
+    else:
+        out = model(inputs, state, **given)
+    return Output(at_least_float32(out.logits[:, -1, : model.config.vocab_size]), out.state)
 
 
 @torch.no_grad()
@@ -43,11 +56,18 @@ def fork(values, rows):
     return tree_map(selected, values)
 
 
-@torch.inference_mode()
 def decode(
     model, prefilled: Output, sampling: Sampling, *, context: Context | None = None, draw=None, limit: int | None = None
 ) -> Iterator[Choice]:
-    """Without gradients; the model is not changed."""
+    """Without gradients; the model is not changed.
+
+    Not in inference mode where modules were changed: what these keep of a call could not be trained later.
+    """
+    mode = torch.inference_mode if model.is_untouched() and model.backbone.is_untouched() else torch.no_grad
+    return mode()(_decoded)(model, prefilled, sampling, context, draw, limit)
+
+
+def _decoded(model, prefilled, sampling, context, draw, limit) -> Iterator[Choice]:
     # torch's trees treat None as a leaf.
     context = tree_map(lambda value: None if value is None else from_numpy(value, device=model.device), context)
     uniforms = _uniforms(model, draw)
@@ -75,7 +95,10 @@ def begin(prefilled: Output, context: Context | None, uniform: Tensor | None, sa
 
 def advance(model, carry: Carry, uniform: Tensor | None, sampling: Sampling) -> Carry:
     """One token more in each row."""
-    hidden, state = model.backbone(carry.choice.tokens[:, None], carry.state, call_of(None, None, length=1))
+    tokens = carry.choice.tokens[:, None]
+    if not model.is_untouched():
+        return begin(_called(model, tokens, carry.state), carry.context, uniform, sampling)
+    hidden, state = model.backbone(tokens, carry.state, call_of(None, None, length=1))
     logits = model.head(hidden[:, 0])[:, : model.config.vocab_size]
     return begin(Output(logits, state), carry.context, uniform, sampling)
 
@@ -88,8 +111,7 @@ def _advance_in_place(model, carry: Carry, uniform: Tensor | None, *, sampling: 
 
 def _captures(model, sampling: Sampling) -> bool:
     """Whether steps are captured: on a GPU, without logits processors, which may look at their arguments' values."""
-    on_gpu = torch.device(model.device).type == "cuda"
-    return on_gpu and not sampling.processors and cuda_step.reason(model) is None
+    return not sampling.processors and cuda_step.decodes(model)
 
 
 def _replayed(model, carry, sampling, draw, limit) -> Iterator[Choice]:

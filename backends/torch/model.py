@@ -5,9 +5,9 @@ from torch import Tensor, nn
 
 from mamba_core import architectures, tasks
 from mamba_core.backend import State
-from mamba_core.backends.torch import ops, private, stack
+from mamba_core.backends.torch import ops, stack
 from mamba_core.backends.torch import state as states
-from mamba_core.backends.torch.blocks import Block, RMSNorm
+from mamba_core.backends.torch.blocks import Block, RMSNorm, anchor
 from mamba_core.backends.torch.mixers import Options
 from mamba_core.backends.torch.positions import call_of
 from mamba_core.backends.torch.untouched import untouched
@@ -31,7 +31,11 @@ class Backbone(nn.Module):
         kinds, options = architectures.of(config).blocks(config), Options(policy)
         self.layers = nn.ModuleList(Block(config, layer, *kind, options) for layer, kind in enumerate(kinds))
         self.norm_f = RMSNorm(config.d_model, config.norm_eps) if norms else None
-        self.built = tuple((type(block.mixer), type(block.feed_forward)) for block in self.layers)
+        self.record()
+
+    def record(self) -> None:
+        """Takes the modules as they are for those that were built."""
+        self.built = tuple(map(type, self.modules()))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -39,12 +43,21 @@ class Backbone(nn.Module):
 
     @property
     def residual_dtype(self) -> torch.dtype:
-        return torch.float32 if self.residual_in_fp32 else self.dtype
+        dtype = self.dtype
+        return torch.float32 if self.residual_in_fp32 and dtype != torch.float64 else dtype
 
-    @stack.in_pieces
-    def forward(self, inputs: Tensor, state: State, call: Call, piece: int | None) -> tuple[Tensor, State]:
-        """The output (b, l, d) and the state after it; with call.last, (b, 1, d) may be the last position's output."""
-        residual = inputs if self.embeddings is None else call.observe("embedding", self._embed(inputs))
+    def forward(self, inputs: Tensor, state: State, call: Call) -> tuple[Tensor, State]:
+        """The output (b, l, d) and the state after it; with call.last, (b, 1, d) may be the last position's output.
+
+        inputs: ids (b, l), or what stands in the place of their embeddings (b, l, d).
+        """
+        return stack.in_pieces(self, inputs, state, call)
+
+    def forward_piece(self, inputs: Tensor, state: State, call: Call, piece: int | None) -> tuple[Tensor, State]:
+        """`forward`, all at once; piece: as in `stack.run`."""
+        residual = inputs
+        if self.embeddings is not None:
+            residual = call.observe("embedding", inputs if inputs.is_floating_point() else self._embed(inputs))
         residual = residual.to(self.residual_dtype)
         if call.last and self.norm_f is not None and not untouched(RMSNorm, self.norm_f):
             call = call._replace(last=False)
@@ -52,31 +65,20 @@ class Backbone(nn.Module):
         residual, pending, layers = stack.run(list(self.layers), residual, layers, call, self.remat, piece)
         if self.norm_f is not None:
             hidden = stack.finish(self.norm_f, residual, pending, self.policy, call, piece)
+            hidden = hidden if type(self.norm_f) is RMSNorm else hidden.to(self.dtype)
         else:
             hidden = (residual if pending is None else residual + pending).to(self.dtype)
         return hidden, states.leaving(layers, state, call)
 
     def is_untouched(self) -> bool:
-        """Whether embedding, blocks, norms and mixers are of the classes that were built, and no module has hooks."""
-        blocks = list(self.layers)
-        if len(blocks) != len(self.built) or not untouched(Block, *blocks) or private.hooked(*self.modules()):
-            return False
-        if self.embeddings is not None and not untouched(nn.Embedding, self.embeddings):
-            return False
-        norms = [norm for block in blocks for norm in (block.norm, block.norm2) if norm is not None]
-        kinds = zip(blocks, self.built, strict=True)
-        return untouched(RMSNorm, *norms, *([] if self.norm_f is None else [self.norm_f])) and all(
-            untouched(mixer, block.mixer) and type(block.feed_forward) is feed_forward
-            for block, (mixer, feed_forward) in kinds
-        )
+        """Whether all modules inside are of the classes that were built, and none is patched or has hooks."""
+        modules = list(self.modules())
+        return tuple(map(type, modules)) == self.built and all(untouched(type(module), module) for module in modules)
 
     def anchor(self) -> Tensor:
-        """A parameter in the compute dtype, on the model's device."""
-        try:
-            return self.layers[0].norm.weight
-        except AttributeError:  # the block or its norm was replaced
-            half = (parameter for parameter in self.parameters() if parameter.dtype.itemsize == 2)
-            return next(half, None) or next(self.parameters())
+        """A parameter in the compute dtype."""
+        norm = getattr(self.layers[0], "norm", None)
+        return norm.weight if type(norm) is RMSNorm else anchor(self)
 
     def _embed(self, input_ids):
         """An id outside the vocabulary raises on a CPU and gives NaN elsewhere, where it would end the CUDA context."""
@@ -92,6 +94,8 @@ class Model(nn.Module):
     """What the tasks share. `.to(torch.bfloat16)` keeps in float32 the parameters that the table keeps there."""
 
     backend = "torch"
+    # The class that it was built as.
+    built: type | None = None
 
     def __init__(self, config, policy: Kernels):
         super().__init__()
@@ -103,38 +107,66 @@ class Model(nn.Module):
 
     @property
     def dtype(self) -> str:
-        return str(self.backbone.dtype).removeprefix("torch.")
+        return str(self._anchor().dtype).removeprefix("torch.")
 
     @property
     def device(self) -> str:
-        return str(self.backbone.anchor().device)
+        """Where it computes, also where its parameters are kept elsewhere between calls."""
+        found = self._anchor().device
+        return str(_execution_device(self) or found) if found.type == "meta" else str(found)
 
     @property
     def remat(self) -> bool:
-        return self.backbone.remat
+        return self.inner.remat
 
     @remat.setter
     def remat(self, value: bool) -> None:
-        self.backbone.remat = value
+        self.inner.remat = value
 
     @property
     def kernels(self) -> dict[str, str]:
         """Op -> the kernel that is chosen for it here and now."""
-        return ops.chosen(self.policy, torch.device(self.device), self.backbone.dtype)
+        return ops.chosen(self.policy, torch.device(self.device), self._anchor().dtype)
+
+    @property
+    def inner(self) -> Backbone:
+        """The backbone that was built, which may be inside of what stands in its place.
+
+        Raises:
+            TypeError: it is not there.
+        """
+        if type(self.backbone) is Backbone:
+            return self.backbone
+        found = next((module for module in self.backbone.modules() if isinstance(module, Backbone)), None)
+        if found is None:
+            raise TypeError(
+                f"backbone is {type(self.backbone).__qualname__}; expected the one that was built inside it"
+            )
+        return found
+
+    def is_untouched(self) -> bool:
+        """Whether its call and its backbone's are what was built, so that its parts may be called without it."""
+        return self.built is not None and untouched(self.built, self) and untouched(Backbone, self.backbone)
 
     def init_state(self, batch: int, room: int = 0) -> State:
         """Before the first position. room: how many positions a growing state has memory for."""
-        anchor = self.backbone.anchor()
-        return states.init_state(self.config, batch, anchor.dtype, anchor.device, room)
+        return states.init_state(self.config, batch, self._anchor().dtype, torch.device(self.device), room)
 
-    def _run(self, inputs, state, mask, segment_ids, observe) -> tuple[Tensor, State]:
+    def _anchor(self) -> Tensor:
+        backbone = self.backbone
+        return backbone.anchor() if type(backbone) is Backbone else anchor(backbone)
+
+    def _run(self, inputs, inputs_embeds, state, mask, segment_ids, observe) -> tuple[Tensor, State]:
         """The backbone's output, and the state after it."""
-        self.task.check(self.config, inputs, mask, segment_ids)
+        inputs, kind = self.task.given(inputs, inputs_embeds)
+        _check_tensors({kind: inputs, "mask": mask, "segment_ids": segment_ids})
+        self.task.check(self.config, inputs, mask, segment_ids, kind)
         batch, length = inputs.shape[:2]
         if state is None:
             state = self.init_state(batch, length)
         else:
             check_state(self.config, batch, state)
+            _check_tensors({"segment of the state": state.segment})
             state = states.with_room(self.config, state, length)
         return self.backbone(inputs, state, call_of(mask, segment_ids, length=length, observe=observe))
 
@@ -153,3 +185,20 @@ class Model(nn.Module):
             return tensor.to(changed.device) if narrowed else changed
 
         return super()._apply(keep_float32, recurse)
+
+
+def _execution_device(model: nn.Module) -> torch.device | None:
+    """Where modules compute whose parameters hooks bring there: accelerate's attribute `_hf_hook` says it."""
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for own in getattr(hook, "hooks", (hook,)):
+            if (device := getattr(own, "execution_device", None)) is not None:
+                return torch.device(device)
+    return None
+
+
+def _check_tensors(named: dict) -> None:
+    for name, value in named.items():
+        if value is not None and not isinstance(value, Tensor):
+            kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+            raise TypeError(f"{name} is {kind}; expected a torch.Tensor, such as torch.as_tensor gives")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mamba_core.backends.torch.kernels import triton, triton_linear
 from mamba_core.backends.torch.kernels.triton_linear import Packed
+from mamba_core.backends.torch.untouched import untouched
 
 GROUP = 32
 
@@ -24,22 +25,34 @@ def quantize(model: nn.Module, bits: int = 8) -> nn.Module:
 
     Raises:
         ValueError: bits is neither 8 nor 4, or a weight's columns are no multiple of a group in each strip.
-        TypeError: in_proj or out_proj of a layer is no `torch.nn.Linear`.
+        TypeError: in_proj or out_proj of a layer, or the head, is no `torch.nn.Linear` as built, but was replaced,
+            patched or hooked; of a tied head, the embedding.
     """
     if bits not in (8, 4):
         raise ValueError(f"bits is {bits!r}; expected 8 or 4")
-    head = model.head_weight() if hasattr(model, "head_weight") else None
+    head = None
+    if hasattr(model, "lm_head"):
+        kind, source = (nn.Embedding, model.inner.embeddings) if model.lm_head is None else (nn.Linear, model.lm_head)
+        _check_built(kind, source, "the head")
+        head = source
     # Parameters are shared, not copied.
     quantized = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     for index, block in enumerate(quantized.backbone.layers):
         for name in ("in_proj", "out_proj"):
             linear = getattr(block.mixer, name, None)
-            if type(linear) is not nn.Linear:
-                raise TypeError(f"layer {index} has {type(linear).__name__} for {name}; expected torch.nn.Linear")
+            _check_built(nn.Linear, linear, f"{name} of layer {index}")
             setattr(block.mixer, name, QuantizedLinear(linear.weight, linear.bias, bits))
     if head is not None:
-        quantized.lm_head = QuantizedLinear(head, None, bits)
+        quantized.lm_head = QuantizedLinear(head.weight, getattr(head, "bias", None), bits)
+    quantized.inner.record()
     return quantized
+
+
+def _check_built(kind: type, layer: nn.Module | None, name: str) -> None:
+    if type(layer) is not kind:
+        raise TypeError(f"{name} is {type(layer).__name__}; expected torch.nn.{kind.__name__}")
+    if not untouched(kind, layer):
+        raise TypeError(f"{name} is patched or has hooks, which its quantised form would not have; remove them first")
 
 
 class QuantizedLinear(nn.Module):

@@ -11,7 +11,7 @@ from mamba_core.backends.torch import ways
 from mamba_core.backends.torch.blocks import Block, RMSNorm
 from mamba_core.backends.torch.positions import call_of
 from mamba_core.backends.torch.untouched import untouched
-from mamba_core.backends.torch.ways import fused
+from mamba_core.backends.torch.ways import cuda_step, fused
 from mamba_core.call import Call
 
 # Bytes of a mixer's widest array that are computed at once on a CPU: a longer one leaves the cache, and malloc asks the
@@ -56,31 +56,26 @@ def finish(norm, residual: Tensor, pending: Tensor | None, policy, call: Call, p
     return torch.cat([_recomputed(norm, part) for part in residual.split(piece, dim=1)], dim=1)
 
 
-def in_pieces(forward):
-    """Makes a backbone's call of `forward(backbone, inputs, state, call, piece)`.
+def in_pieces(backbone, inputs: Tensor, state, call: Call) -> tuple:
+    """A backbone's call by its `forward_piece(inputs, state, call, piece)`.
 
-    Where nothing is kept for a gradient, it calls forward for one piece of a long sequence after the other. Where
-    blocks are recomputed in a gradient, it calls forward once, with the length of the pieces.
+    Where nothing is kept for a gradient, that is called for one piece of a long sequence after the other. Where blocks
+    are recomputed in a gradient, it is called once, with the length of the pieces.
     """
-
-    @functools.wraps(forward)
-    def call_forward(backbone, inputs, state, call):
-        piece = None if call.observed else _piece(backbone, inputs)
-        if piece is None or torch.is_grad_enabled():
-            return forward(backbone, inputs, state, call, piece if call.plain else None)
-        outputs, cut = [], (_split(value, piece, inputs) for value in (inputs, call.mask, call.segment_ids))
-        for part, *positions in zip(*cut, strict=True):
-            here = call_of(*positions, length=part.shape[1], last=call.last)
-            output, state = forward(backbone, part, state, here, None)
-            outputs.append(output)
-        return torch.cat(outputs, dim=1), state
-
-    return call_forward
+    piece = None if call.observed else _piece(backbone, inputs)
+    if piece is None or torch.is_grad_enabled():
+        return backbone.forward_piece(inputs, state, call, piece if call.plain else None)
+    outputs, cut = [], (_split(value, piece, inputs) for value in (inputs, call.mask, call.segment_ids))
+    for part, *positions in zip(*cut, strict=True):
+        here = call_of(*positions, length=part.shape[1], last=call.last)
+        output, state = backbone.forward_piece(part, state, here, None)
+        outputs.append(output)
+    return torch.cat(outputs, dim=1), state
 
 
 def explain(model, batch: int = 1, length: int = 1) -> list[tuple[int, int, str, dict[str, str]]]:
     """(first layer, last layer, way, {each faster way: why not}) of a call without gradients; nothing is computed."""
-    backbone, state = model.backbone, model.init_state(batch)
+    backbone, state = model.inner, model.init_state(batch)
     blocks, weight = list(backbone.layers), backbone.anchor()
     residual = torch.empty(batch, length, model.config.d_model, dtype=backbone.residual_dtype, device=weight.device)
     runs = []
@@ -88,7 +83,7 @@ def explain(model, batch: int = 1, length: int = 1) -> list[tuple[int, int, str,
         first = 0
         while first < len(blocks):
             refusals = {}
-            call = call_of(None, None, length=length)
+            call = call_of(None, None, length=length, in_place=length == 1 and cuda_step.decodes(model))
             name, taken = _asked(blocks[first:], residual, state.layers[first:], call, refusals)
             if runs and runs[-1][2:] == (name, refusals):
                 runs[-1] = (runs[-1][0], first + taken.count - 1, name, refusals)
@@ -167,6 +162,11 @@ def _called(function, *arguments):
     return function(*arguments)
 
 
-def _recomputed(function, *arguments):
-    """Calls the function again in the backward pass, from its inputs, which are all that is kept of it."""
-    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+def _recomputed(function, residual, *arguments):
+    """Calls the function again in the backward pass, from its inputs, which are all that is kept of it.
+
+    Random numbers, such as those of an adapter's dropout, are the same again. While a CUDA graph is captured their
+    state cannot be read: only models as built are captured.
+    """
+    captured = residual.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
+    return checkpoint(function, residual, *arguments, use_reentrant=False, preserve_rng_state=not captured)

@@ -28,10 +28,14 @@ register((LayerState,))
 
 
 def init_state(config, batch: int, dtype: torch.dtype, device: torch.device, room: int = 0) -> State:
-    """Before the first position: zeros. room: how many positions a growing state has memory for."""
+    """Before the first position: zeros; all floats in float64 where that is the compute dtype.
+
+    room: how many positions a growing state has memory for.
+    """
 
     def zeros(shape, kind):
-        return torch.zeros(shape, dtype=dtype if kind == "compute" else dtype_of(kind), device=device)
+        own = dtype if kind == "compute" or (kind == "float32" and dtype == torch.float64) else dtype_of(kind)
+        return torch.zeros(shape, dtype=own, device=device)
 
     return states.initial(config, batch, zeros, room)
 

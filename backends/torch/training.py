@@ -5,11 +5,13 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from mamba_core.backends.torch.arrays import from_numpy, to_numpy
+from mamba_core.backends.torch.arrays import dtype_name, dtype_of, from_numpy, to_numpy
 from mamba_core.backends.torch.kernels.cuda_graph import CapturedStep
 from mamba_core.backends.torch.kernels.triton_loss import IGNORED
 from mamba_core.backends.torch.ops.cross_entropy import cross_entropy, fuses_head, linear_cross_entropy
 from mamba_core.backends.torch.ops.selective_scan import kernel_for
+from mamba_core.backends.torch.weights import check_stored, foreign
+from mamba_core.merging import check_held
 from mamba_core.spec.checks import check_targets
 from mamba_core.spec.params import parameter_table
 from mamba_core.tasks import check_trains
@@ -21,14 +23,16 @@ def loss(model, tokens, mask=None) -> torch.Tensor:
     tokens, targets = tokens[:, :-1], tokens[:, 1:].long()
     if mask is not None:
         mask, targets = mask[:, :-1], targets.masked_fill(~mask[:, 1:], IGNORED)
-    weight = model.head_weight()
+    weight = model.head_weight() if model.is_untouched() else None
     if weight is not None and fuses_head(model.policy.of("cross_entropy"), weight):
         return linear_cross_entropy(model.hidden(tokens, mask), weight, targets)
-    return cross_entropy(model(tokens, mask=mask).logits, targets)
+    given = {} if mask is None else {"mask": mask}
+    return cross_entropy(model(tokens, **given).logits, targets)
 
 
 def loss_and_gradients(model, tokens, mask=None) -> tuple[float, dict[str, np.ndarray]]:
     check_trains(model.config, "its loss")
+    check_held(model.config, foreign(model))
     tokens = from_numpy(tokens, device=model.device)
     value = loss(model, tokens, None if mask is None else from_numpy(mask, device=model.device))
     names = list(parameter_table(model.config))
@@ -37,14 +41,14 @@ def loss_and_gradients(model, tokens, mask=None) -> tuple[float, dict[str, np.nd
 
 
 class Trainer:
-    """AdamW with the decay of the parameter table, its moments and its arithmetic in float32."""
+    """AdamW, its moments and its arithmetic in float32, of the parameters that require a gradient."""
 
     def __init__(self, model, settings):
         check_trains(model.config, "training")
         self.model = model
         self.settings = settings
         # The optimizer's view: the parameters themselves, or float32 copies of those in half precision.
-        self.parameters = {name: model.get_parameter(name) for name in parameter_table(model.config)}
+        self.parameters = _trained(model)
         self.updated = {name: _in_float32(parameter) for name, parameter in self.parameters.items()}
         self.count = 0
         self.on_gpu = all(parameter.is_cuda for parameter in self.updated.values())
@@ -61,17 +65,20 @@ class Trainer:
         else:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-        captures = self.on_gpu and self._has_cuda_scan() and self.model.backbone.is_untouched()
+        captures = self.on_gpu and self._has_cuda_scan() and self._is_untouched()
         found = self.captured(tokens, self._settings()) if captures else self._update(tokens)
         self.count += 1
         # The only place where the host waits for the device.
         value, norm = found.tolist()
         return value, norm
 
+    def _is_untouched(self) -> bool:
+        return self.model.is_untouched() and self.model.backbone.is_untouched()
+
     def _has_cuda_scan(self) -> bool:
         """Whether the scan is the CUDA kernel. Others have not been tried in a captured step."""
-        kernel, backbone = self.model.policy.of("selective_scan"), self.model.backbone
-        return kernel_for(kernel, torch.device(self.model.device), backbone.dtype) == "cuda"
+        kernel, device = self.model.policy.of("selective_scan"), torch.device(self.model.device)
+        return kernel_for(kernel, device, dtype_of(self.model.dtype)) == "cuda"
 
     def _update(self, tokens) -> torch.Tensor:
         """One update; the loss and the gradient's norm, (2,)."""
@@ -83,7 +90,8 @@ class Trainer:
         halves = [name for name, parameter in self.parameters.items() if self.updated[name] is not parameter]
         for name in halves:
             self.updated[name].data.copy_(self.parameters[name].data)
-            self.updated[name].grad = self.parameters[name].grad.float()
+            gradient = self.parameters[name].grad
+            self.updated[name].grad = None if gradient is None else gradient.float()
         norm = torch.nn.utils.clip_grad_norm_(self.updated.values(), self.settings.clip_norm)
         for group in self.optimizer.param_groups:
             group["capturable"] = self.on_gpu and torch.cuda.is_current_stream_capturing()
@@ -96,6 +104,9 @@ class Trainer:
         """What a captured step depends on besides the shape of its batch."""
         device = torch.device(self.model.device).type
         return self.model.remat, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
 
     def state(self) -> dict[str, np.ndarray]:
         arrays = {"step": np.array(self.count, np.int64)}
@@ -115,9 +126,10 @@ class Trainer:
 
     def _optimizer(self) -> torch.optim.AdamW:
         s, table = self.settings, parameter_table(self.model.config)
+        decays = {name: table[name].decay if name in table else value.ndim > 1 for name, value in self.updated.items()}
         groups = [
             {
-                "params": [value for name, value in self.updated.items() if table[name].decay == decay],
+                "params": [value for name, value in self.updated.items() if decays[name] == decay],
                 "weight_decay": s.weight_decay if decay else 0.0,
             }
             for decay in (True, False)
@@ -128,9 +140,19 @@ class Trainer:
 _MOMENTS = {"m": "exp_avg", "v": "exp_avg_sq"}
 
 
+def _trained(model) -> dict[str, torch.nn.Parameter]:
+    """The parameters that require a gradient, those of the table first, in its order."""
+    check_stored(model)
+    found = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not found:
+        raise ValueError("no parameter of the model requires a gradient; call requires_grad_() on those to be trained")
+    return {name: found[name] for name in parameter_table(model.config) if name in found} | found
+
+
 def _in_float32(parameter):
-    return parameter if parameter.dtype == torch.float32 else torch.nn.Parameter(parameter.detach().float())
+    """The parameter itself where it is not in half precision."""
+    return torch.nn.Parameter(parameter.detach().float()) if parameter.dtype.itemsize < 4 else parameter
 
 
 def _like(value, parameter):
-    return from_numpy(value, dtype="float32", device=str(parameter.device))
+    return from_numpy(value, dtype=dtype_name(parameter), device=str(parameter.device))

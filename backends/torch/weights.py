@@ -1,19 +1,28 @@
 """Canonical names <-> the module tree. They are the same names, so this is only construction and iteration."""
 
 from collections.abc import Iterable
+from functools import partial
 
 import numpy as np
 import torch
 from torch import nn
 
-from mamba_core.backends.torch import ops
+from mamba_core.backend import Foreign
+from mamba_core.backends.torch import ops, private
 from mamba_core.backends.torch.arrays import devices, dtype_of, from_numpy, keep_freed_memory, to_numpy
 from mamba_core.backends.torch.heads import model_class
-from mamba_core.backends.torch.model import Model
+from mamba_core.backends.torch.model import Backbone, Model
+from mamba_core.backends.torch.ops.causal_conv import by_module
 from mamba_core.backends.torch.quantization import QuantizedLinear
+from mamba_core.backends.torch.untouched import remember, untouched
+from mamba_core.call import Call
 from mamba_core.kernels import Kernels
+from mamba_core.merging import check_held, merged
 from mamba_core.spec.checks import choose_device
-from mamba_core.spec.params import Values, checked
+from mamba_core.spec.params import Values, checked, parameter_table
+
+# What changes the function of a layer beside its parameters.
+SETTINGS = ("eps", "stride", "dilation", "padding_mode", "groups", "max_norm")
 
 
 def build(config, parameters: Iterable[tuple[str, np.ndarray]], *, dtype="float32", device=None, kernels="auto"):
@@ -31,11 +40,128 @@ def build(config, parameters: Iterable[tuple[str, np.ndarray]], *, dtype="float3
         owner, _, leaf = parameter.name.rpartition(".")
         tensor = from_numpy(value, dtype=parameter.dtype(dtype), device=device)
         setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
+    model.built = type(model)
+    remember(model)
     return model
 
 
-def parameters(model: Model) -> Values:
-    """Raises ValueError for a quantised model, which does not hold the values of its table."""
+def parameters(model: Model, merge: bool = False) -> Values:
+    """Raises ValueError also for a quantised model, and for one that is sharded over processes."""
+    check_stored(model, offloaded=True)
+    found, read = foreign(model), partial(_read, model)
+    if merge:
+        return merged(model.config, found, read, partial(layer, model), model.dtype)
+    check_held(model.config, found)
+    return Values(model.config, read)
+
+
+def foreign(model: Model) -> Foreign:
+    with torch.device("meta"):
+        built = dict(model_class(model.config.task)(model.config, model.policy).named_modules())
+    changed, hooked, modules = {}, {}, dict(model.named_modules())
+    for path, expected in built.items():
+        if _is_inside(path, changed) or not any(True for _ in expected.parameters()):
+            continue
+        module = modules.get(path)
+        if change := _change(module, expected):
+            changed[path] = change
+        elif _is_layer(expected) and not untouched(type(module), module):
+            hooked[path] = "it has hooks" if private.hooked(module) else "it is patched"
+    # One that is shared has the name of its first place.
+    names = [name for name, _ in model.named_parameters()]
+    names += [name for name, _ in model.named_buffers() if _is_persistent(model, name)]
+    table = parameter_table(model.config)
+    return Foreign(
+        tuple(name for name in names if name not in table and not _is_inside(name, changed)), changed, hooked
+    )
+
+
+def layer(model: Model, path: str, inputs: np.ndarray) -> np.ndarray:
+    module = model.get_submodule(path)
+    given = from_numpy(inputs, device=model.device)
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        with torch.no_grad():
+            if not given.is_floating_point():
+                return to_numpy(module(given.long()).float())
+            given = given.to(dtype_of(model.dtype))
+            weight = parameter_table(model.config)[f"{path}.weight"]
+            if len(weight.shape) == 3:
+                state = given.new_zeros(len(given), weight.shape[2] - 1, given.shape[2])
+                return to_numpy(by_module(module, given, state, Call())[0].float())
+            return to_numpy(module(given).float())
+    finally:
+        for part in training:
+            part.training = True
+
+
+def check_stored(model: Model, offloaded: bool = False) -> None:
+    """Check that the model itself holds its parameters.
+
+    offloaded: those that hooks bring where they are used will do.
+
+    Raises:
+        ValueError: it does not.
+    """
     if any(isinstance(module, QuantizedLinear) for module in model.modules()):
         raise ValueError("the model is quantised, for inference only; save or train the model that it was made from")
-    return Values(model.config, lambda name: to_numpy(model.get_parameter(name)))
+    # A module that is sharded by PyTorch may hold all of its parameters between two calls.
+    if any(kind.__name__ == "FSDPModule" for module in model.modules() for kind in type(module).__mro__):
+        raise ValueError(
+            "the model is sharded by fully_shard, so that each process holds a part; gather its parameters with "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options="
+            "StateDictOptions(full_state_dict=True)), load them into a model of mamba_core.build, and use that"
+        )
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "full_tensor"):
+            raise ValueError(f"{name} is a DTensor; expected a tensor of this process, such as its full_tensor()")
+        if parameter.is_meta and not offloaded:
+            raise ValueError(f"{name} is on the device 'meta', without values; move the model to a device first")
+
+
+def _read(model, name: str) -> np.ndarray:
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    value = getattr(module, leaf)
+    if value.is_meta:
+        kept = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+        if kept is None:
+            raise ValueError(f"{name} is on the device 'meta', without values")
+        value = kept[leaf]
+    return to_numpy(value)
+
+
+def _change(module: nn.Module | None, expected: nn.Module) -> str | None:
+    """What stands in the place of a module that was built; None if it is of the same class with the same parameters.
+
+    A model and its backbone may be of a subclass. What else a module with others inside holds is left out.
+    """
+    kind = type(module).__qualname__
+    is_model = isinstance(expected, (Model, Backbone))
+    if not (isinstance(module, type(expected)) if is_model else type(module) is type(expected)):
+        return "nothing" if module is None else kind
+    own = {name: value.shape for name, value in expected.named_parameters(recurse=False)}
+    held = {name: value.shape for name, value in module.named_parameters(recurse=_is_layer(expected))}
+    held |= {name: value.shape for name, value in module.named_buffers(recurse=_is_layer(expected))}
+    if missing := [name for name, shape in own.items() if held.get(name) != shape]:
+        return f"{kind} without {', '.join(missing)} of the same shape"
+    if not _is_layer(expected):
+        return None
+    if more := sorted(set(held) - set(own)):
+        return f"{kind} with {', '.join(more)}"
+    others = [name for name in SETTINGS if getattr(module, name, None) != getattr(expected, name, None)]
+    return f"{kind} with {others[0]}={getattr(module, others[0])}" if others else None
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return not any(True for _ in module.children())
+
+
+def _is_persistent(model: nn.Module, name: str) -> bool:
+    path, _, leaf = name.rpartition(".")
+    return leaf not in model.get_submodule(path)._non_persistent_buffers_set
+
+
+def _is_inside(path: str, changed: Iterable[str]) -> bool:
+    return any(path == outer or path.startswith(f"{outer}.") or outer == "" for outer in changed)

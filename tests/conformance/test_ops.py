@@ -9,7 +9,7 @@ from mamba_core.spec import ops
 from mamba_core.spec.ops import selective_scan
 
 from .assertions import assert_close
-from .strategies import EDGES, law, lengths, op_cases
+from .strategies import EDGES, Case, law, lengths, op_cases
 from .subjects import Piece
 from .test_laws import check
 
@@ -27,10 +27,26 @@ def test_every_kernel_equals_the_recurrence(backend, data):
     check_kernel(backend, data, lengths())
 
 
+@pytest.mark.parametrize("op", ops.public())
+def test_every_kernel_equals_the_recurrence_where_it_restarts(backend, op):
+    """Masked and packed at once, over several chunks: what is drawn above need not hold that for each kernel."""
+    for kernel in runnable(backend, op):
+        rng = np.random.default_rng(0)
+        arrays, options = ops.public()[op].draw(rng, lambda values: values[1], 2, 40)
+        arrays = {name: value.astype(np.float32) for name, value in arrays.items()}
+        positions = {"mask": rng.random((2, 40)) < 0.8, "segment_ids": np.cumsum(rng.random((2, 40)) < 0.2, axis=1)}
+        positions["segment_ids"] = positions["segment_ids"].astype(np.int32)
+        case = Case(arrays, positions, options | {"kernel": kernel}, dict.fromkeys(arrays, "plain"))
+        check(backend, op, case, [Piece()], kernel)
+
+
+def runnable(backend, op) -> list[str]:
+    return [name for name, reason in backend.available_kernels()[op].items() if reason is None]
+
+
 def check_kernel(backend, data, drawn_lengths):
     for op in ops.public():
-        runnable = [name for name, reason in backend.available_kernels()[op].items() if reason is None]
-        kernel = data.draw(st.sampled_from([*runnable, "plain"]))
+        kernel = data.draw(st.sampled_from([*runnable(backend, op), "plain"]))
         case = data.draw(op_cases(op, drawn_lengths))
         check(backend, op, case._replace(options=case.options | {"kernel": kernel}), [Piece()], kernel)
 

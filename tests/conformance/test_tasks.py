@@ -15,6 +15,7 @@ from mamba_core.comparison import parity
 from mamba_core.spec.init import initial_values
 from mamba_core.spec.reference import ReferenceModel
 from mamba_core.spec.tolerances import tolerance
+from mamba_core.tasks.base import EMBEDDING, EMBEDS, IDS
 from mamba_core.training import TrainSettings
 
 from . import models
@@ -89,6 +90,63 @@ def test_the_kind_of_result(backend, name):
     out = model(backend.from_numpy(inputs(name), device=model.device))
     assert type(out) is tasks.of(CONFIGS[name]).output is type(reference(name)(inputs(name)))
     assert isinstance(out.state, State)
+
+
+FROM_IDS = [name for name, config in CONFIGS.items() if tasks.of(config).inputs == IDS]
+
+
+@pytest.mark.parametrize("name", FROM_IDS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_embeddings_take_the_place_of_ids(backend, name, masked):
+    """The same output, state and nodes as of the ids whose rows they are; and the reference's gradient in them."""
+    model, ids = built(backend, name), inputs(name)
+    embeds = values(name)[EMBEDDING][ids]
+    positions = {"mask": MASK} if masked else {}
+    told = {key: backend.from_numpy(value, device=model.device) for key, value in positions.items()}
+    native, seen = backend.from_numpy(embeds, device=model.device), {}
+
+    def run(given):
+        return model(inputs_embeds=given, observe=lambda node, value: seen.update({node: value}), **told)
+
+    wanted, state = call(backend, model, ids, **positions)
+    out = run(native)
+    assert_close(backend.to_numpy(out[0]), wanted, "float32", "value", "of embeddings")
+    for key, value in models.leaves(CONFIGS[name], state, backend.to_numpy).items():
+        found = models.leaves(CONFIGS[name], out.state, backend.to_numpy)[key]
+        assert_close(found, value, "float32", "value", f"state {key}")
+    np.testing.assert_array_equal(backend.to_numpy(seen["embedding"]), embeds)
+    expected = reference(name)(inputs_embeds=embeds, **positions)[0]
+    assert_close(backend.to_numpy(out[0]), expected, "float32", "value", "of embeddings, against the reference")
+    cotangent = np.random.default_rng(2).standard_normal(expected.shape).astype(np.float32)
+    gradients, _ = reference(name).vjp(cotangent, inputs_embeds=embeds, **positions)
+    given = backend.from_numpy(cotangent, device=model.device)
+    _, (found,) = backend.vjp(lambda value: (model(inputs_embeds=value, **told)[0],), [native], [given])
+    assert_close(found, gradients[EMBEDS], "float32", "gradient", "gradient in the embeddings")
+
+
+@pytest.mark.parametrize("name", FROM_IDS)
+def test_ids_or_embeddings_are_given(backend, name):
+    model = built(backend, name)
+    ids, embeds = (backend.from_numpy(value, device=model.device) for value in (inputs(name), inputs("layers")))
+    with pytest.raises(TypeError, match="expected input_ids or inputs_embeds; both given"):
+        model(ids, inputs_embeds=embeds)
+    with pytest.raises(TypeError, match="expected input_ids or inputs_embeds; neither given"):
+        model()
+    with pytest.raises(ValueError, match=r"inputs_embeds has shape .* expected \(b, l, d\) = \(2, 13, 12\)"):
+        model(inputs_embeds=embeds[..., :-1])
+    with pytest.raises(TypeError, match=r"inputs_embeds is .*expected real floating-point"):
+        model(inputs_embeds=backend.from_numpy(np.zeros((2, LENGTH, 12), np.int32), device=model.device))
+
+
+def test_a_prompt_of_embeddings_is_prefilled(backend):
+    """As the ids whose rows they are, in chunks, padded, and from a state."""
+    model, ids = built(backend, "minimamba"), inputs("minimamba")
+    embeds, mask = values("minimamba")[EMBEDDING][ids], np.arange(LENGTH) >= np.array([[0], [3]])
+    wanted, found = None, None
+    for part in (slice(0, 8), slice(8, 12), slice(12, 13)):
+        wanted = backend.prefill(model, ids[:, part], mask[:, part], wanted and wanted.state)
+        found = backend.prefill(model, embeds[:, part], mask[:, part], found and found.state)
+        assert_close(backend.to_numpy(found.logits), backend.to_numpy(wanted.logits), "float32", "value", str(part))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -64,6 +64,9 @@ def test_twenty_steps_equal_the_reference(backend, config):
     assert losses[-1] < losses[0] - 0.5
     state = trainer.state()
     assert int(state["step"]) == SETTINGS.steps
+    shapes = trainer.shapes()
+    assert set(state) == {"step", *(f"{moment}.{name}" for name in shapes for moment in "mv")}
+    assert all(state[f"{moment}.{name}"].shape == shape for name, shape in shapes.items() for moment in "mv")
     for name, value in backend.parameters(model).items():
         assert np.abs(value - values[name]).max() < 1e-3, name
         np.testing.assert_allclose(state[f"m.{name}"], m[name], atol=2e-4 * max(1e-3, np.abs(m[name]).max()) + 1e-6)

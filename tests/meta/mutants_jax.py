@@ -31,8 +31,8 @@ CAUGHT_BY = {
         "B and C swapped": Mutant(S6, 'call.observe("B", B), call.observe("C", C)', 'call.observe("B", C), call.observe("C", B)'),
         "conv taps reversed": Mutant("weights.py", "    return np.moveaxis(value, (0, 1), (-1, -2))", "    return np.moveaxis(value, (0, 1), (-1, -2))[::-1]"),
         "norm eps ignored": Mutant("ops/rms_norm.py", "keepdims=True) + eps", "keepdims=True) + 1e-5"),
-        "head of the embedding when untied": Mutant("heads/lm.py", "_head(config, options)\n", "None\n"),
-        "MiniMamba's bias once": Mutant("mixers/minimamba.py", "2 * s6.delta_bias(self)", "s6.delta_bias(self)"),
+        "head of the embedding when untied": Mutant("heads/lm.py", "_head(config, options))\n", "None)\n"),
+        "MiniMamba's bias once": Mutant("mixers/minimamba.py", "else 2 * bias", "else bias"),
     },
     "test_masks_and_segments_together_equal_the_reference": {
         "segment of the last position, counting or not": Mutant("state.py", "flipped = None if call.mask is None else call.mask[:, ::-1]", "flipped = None"),

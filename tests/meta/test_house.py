@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mamba_core import architectures
+from mamba_core.kernels import OF_SOME
 from mamba_core.spec import state as states
 from mamba_core.spec.dims import LETTERS
 from mamba_core.spec.params import parameter_table
@@ -31,6 +32,7 @@ ALONE = {
     "jax/ops/block_step.py": "as for torch",
     "torch/ways/native_step.py": "as its op",
     "jax/ways/native_step.py": "as its op",
+    "jax/programs.py": "a compiled program of JAX is a function, out of which must come what a call changes",
     "torch/ways/fused.py": "a block's sum and the next norm are one kernel; XLA and MLX fuse them by themselves",
     "torch/ways/cuda_step.py": "kernels in Triton for one position",
 }
@@ -90,11 +92,19 @@ def test_the_backends_have_the_same_files():
     assert not missing, f"ALONE explains files that are not there: {missing}"
 
 
+def test_ops_that_not_every_backend_has_are_listed():
+    having = [{path.stem for path in (ROOT / "backends" / backend / "ops").glob("[a-z]*.py")} for backend in BACKENDS]
+    assert set.union(*having) - set.intersection(*having) == set(OF_SOME)
+
+
 # file: why one backend has public functions in it that another has not.
 DIFFERENT = {
     "arrays.py": "devices, dtypes and what is set in the process are each framework's own",
+    "blocks.py": "a module of torch has no dtype and no device; a parameter of it shows them",
+    "layers.py": "torch and MLX keep the bias of dt_proj in float32 by a class; flax's Embed is a head too",
     "stack.py": "what is cut and computed again is said in each framework's terms",
     "state.py": "torch must know the types of its trees",
+    "untouched.py": "torch looks at classes before its compiler does",
     "weights.py": "MLX and JAX keep some weights in another layout than the canonical one",
     "mixers/s6.py": "fused kernels of torch and one-position kernels read parameters; MLX keeps no product of dt_proj",
     "ops/__init__.py": "torch's kernels depend on a tensor's device",

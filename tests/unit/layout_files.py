@@ -18,7 +18,9 @@ from mamba_core.weights.writing import write_layout
 CONFIG = MambaConfig(d_model=6, n_layer=2, vocab_size=13, d_state=3, d_conv=4, dt_rank=2, tie_embeddings=False)
 # What mamba_ssm and minimamba have no field for; none of it changes the function.
 LOST = ("rescale_prenorm_residual", "initializer_range", "dt_init_floor", "residual_in_fp32")
+TIED = ("mamba_minimal",)
 LOST += ("bos_token_id", "eos_token_id", "pad_token_id")
+TIED_CONFIG = dataclasses.replace(CONFIG, tie_embeddings=True)
 OUTER = {
     ("hf", "lm"): ("backbone.embeddings.weight", "backbone.layers.", "backbone.norm_f.weight", "lm_head.weight"),
     ("hf", "features"): ("embeddings.weight", "layers.", "norm_f.weight"),
@@ -31,6 +33,7 @@ OUTER = {
         *("embedding.token_embedding.weight", "backbone.layers.", "backbone.norm.weight", "lm_head.lm_head.weight"),
     ),
     ("minimamba", "features"): ("embedding.token_embedding.weight", "backbone.layers.", "backbone.norm.weight"),
+    ("mamba_minimal", "lm"): ("embedding.weight", "layers.", "norm_f.weight", "lm_head.weight"),
     ("mlx_lm", "lm"): ("backbone.embeddings.weight", "backbone.layers.", "backbone.norm_f.weight", "lm_head.weight"),
 }
 
@@ -42,9 +45,10 @@ def of_architecture(config, name):
 
 
 def of_layout(config, layout):
-    """The same fields in a config of the architecture that a layout holds."""
+    """The same fields in a config of the architecture that a layout holds, tied where it holds no other."""
     held = tables.holding(layout)
-    return config if config.architecture in held else of_architecture(config, next(iter(held)))
+    config = config if config.architecture in held else of_architecture(config, next(iter(held)))
+    return dataclasses.replace(config, tie_embeddings=True) if layout in TIED else config
 
 
 COMPAT = of_architecture(CONFIG, "minimamba")

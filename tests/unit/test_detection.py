@@ -7,13 +7,16 @@ import time
 import numpy as np
 import pytest
 
+import mamba_core as mc
 from mamba_core.config import MambaConfig
-from mamba_core.weights.formats import CheckpointError
+from mamba_core.tasks.base import EMBEDDING
+from mamba_core.weights import layouts
+from mamba_core.weights.formats import CheckpointError, sources_of, write_safetensors_file
 from mamba_core.weights.io import open_checkpoint
 from mamba_core.weights.opening import open_model
-from mamba_core.weights.writing import copy_tokenizer, write_layout
+from mamba_core.weights.writing import copy_companions, write_layout
 
-from .layout_files import COMPAT, CONFIG, arrays_of, options_of, state_dict, write
+from .layout_files import CONFIG, TIED_CONFIG, arrays_of, of_layout, options_of, state_dict, write
 
 # --- detection -------------------------------------------------------------------------------------
 
@@ -27,10 +30,11 @@ from .layout_files import COMPAT, CONFIG, arrays_of, options_of, state_dict, wri
         ("mambapy_mlx", ("config.json has n_layers", "mamba.layers.0.mixer.conv1d.conv1d.weight")),
         ("minimamba", ("config.json has norm_epsilon", "embedding.token_embedding.weight")),
         ("mlx_lm", ("config.json has model_type", "MLX wrote it")),
+        ("mamba_minimal", ("config.json has ssm_cfg", "layers.0.mixer.conv1d.weight")),
     ],
 )
 def test_detection_says_why(tmp_path, layout, words):
-    config = COMPAT if layout == "minimamba" else CONFIG
+    config = of_layout(CONFIG, layout)
     opened = open_model(write(tmp_path / "out", config, layout), **options_of(config))
     assert opened.layout == layout
     for word in words:
@@ -76,15 +80,20 @@ def test_wrappers_without_end(tmp_path):
     assert time.process_time() - began < 10
 
 
-QUANTISED = "quantised checkpoints are not read; dequantise it first"
+BITSANDBYTES = "quantised by bitsandbytes; save it dequantised"
+GPTQ = "quantised by GPTQ or AWQ; save it dequantised"
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("mamba.layers.0.mixer.in_proj.scales", QUANTISED),
-        ("mamba.layers.0.mixer.in_proj.weight.absmax", QUANTISED),
-        ("mamba.layers.0.mixer.in_proj.qweight", QUANTISED),
+        ("mamba.layers.0.mixer.in_proj.scales", "quantised; save it dequantised"),
+        ("mamba.layers.0.mixer.in_proj.weight.absmax", BITSANDBYTES),
+        ("mamba.layers.0.mixer.in_proj.SCB", BITSANDBYTES),
+        ("mamba.layers.0.mixer.in_proj.weight.quant_state.bitsandbytes__nf4", BITSANDBYTES),
+        ("mamba.layers.0.mixer.in_proj.qweight", GPTQ),
+        ("mamba.layers.0.mixer.in_proj.qzeros", GPTQ),
+        ("mamba.layers.0.mixer.in_proj.weight_scale", "quantised; save it dequantised"),
         ("mamba.layers.0.mixer.dt_layernorm.weight", "norms of dt, B and C.*which is not read"),
     ],
 )
@@ -101,6 +110,195 @@ def test_mambapys_mup_is_named_before_the_norms_that_it_lacks(tmp_path):
         open_model(state_dict(tmp_path / "b", plain, n_layers=2, mup=True))
     with pytest.raises(CheckpointError, match=r"norm\.weight is missing.*mup=True"):
         open_model(state_dict(tmp_path / "c", plain, n_layers=2))
+
+
+# --- names that two functions share ----------------------------------------------------------------
+
+STATE_SPACES = {"ssm_cfg": {}, "rms_norm": True, "residual_in_fp32": True, "fused_add_norm": True}
+STATE_SPACES |= {"pad_vocab_size_multiple": 8, "d_model": 6, "n_layer": 2, "vocab_size": 13}
+
+
+def of_mamba_minimal(folder) -> dict[str, np.ndarray]:
+    return arrays_of(write(folder, TIED_CONFIG, "mamba_minimal"))
+
+
+def assert_opens_as(folder, expected, **options):
+    """The layout and the architecture, and the values of a checkpoint that was written."""
+    opened = open_model(folder, **options)
+    values = dict(open_model(expected).tensors())
+    found = dict(opened.tensors())
+    assert found.keys() == values.keys()
+    assert all(array.tobytes() == values[name].tobytes() for name, array in found.items())
+    return opened
+
+
+@pytest.mark.parametrize("fields", [{}, {"d_model": 6, "n_layer": 2, "vocab_size": 13}])
+def test_names_that_do_not_tell_the_function_ask_for_it(tmp_path, fields):
+    arrays = of_mamba_minimal(tmp_path / "a")
+    folder = state_dict(tmp_path / "b", arrays, **fields)
+    with pytest.raises(CheckpointError) as caught:
+        open_model(folder)
+    for words in (
+        "layout='mamba_minimal' (--from mamba-minimal) reads it as mamba",
+        "layout='minimamba', compat='minimamba' (--from minimamba --compat minimamba) reads it as minimamba",
+        "adds the dt bias twice and its gate has no SiLU",
+    ):
+        assert words in str(caught.value)
+    ours = {"layout": "mamba_minimal"}, {"layout": "mamba-minimal"}, {"compat": "mamba"}
+    for options in ours:
+        opened = assert_opens_as(folder, tmp_path / "a", **options)
+        assert (opened.layout, opened.config.architecture) == ("mamba_minimal", "mamba")
+        assert opened.config.tie_embeddings
+    for options in ({"compat": "minimamba"}, {"layout": "minimamba", "compat": "minimamba"}):
+        opened = assert_opens_as(folder, tmp_path / "a", **options)
+        assert (opened.layout, opened.config.architecture) == ("minimamba", "minimamba")
+
+
+def test_a_config_tells_the_function_that_names_do_not(tmp_path):
+    arrays = of_mamba_minimal(tmp_path / "a")
+    folder = state_dict(tmp_path / "b", arrays, **STATE_SPACES)
+    opened = assert_opens_as(folder, tmp_path / "a")
+    assert (opened.layout, opened.config.architecture) == ("mamba_minimal", "mamba")
+    assert (opened.config.vocab_size, opened.config.padded_vocab_size) == (13, 16)
+    folder = state_dict(tmp_path / "c", arrays, d_model=6, n_layer=2, vocab_size=13, norm_epsilon=1e-3)
+    with pytest.raises(CheckpointError, match=r"another function than Mamba.*--compat minimamba"):
+        open_model(folder)
+    folder = state_dict(tmp_path / "d", arrays, **STATE_SPACES | {"ssm_cfg": {"layer": "Mamba2"}})
+    with pytest.raises(CheckpointError, match="ssm_cfg layer 'Mamba2'; this version reads 'Mamba1'"):
+        open_model(folder)
+
+
+@pytest.mark.parametrize("fields", [CONFIG.to_hf(), CONFIG.to_dict(), {"layer_norm_epsilon": 1e-3}])
+def test_a_config_of_another_layout_than_the_named_one_is_not_passed_over(tmp_path, fields):
+    for layout in ("mamba_minimal", "mambapy"):
+        arrays = arrays_of(write(tmp_path / f"{layout}-a", TIED_CONFIG, layout))
+        folder = state_dict(tmp_path / layout, arrays, **fields)
+        with pytest.raises(CheckpointError, match=r"config\.json: has none of the fields .*is no config of layout"):
+            open_model(folder, layout=layout)
+        (folder / "config.json").write_text("{}")
+        assert open_model(folder, layout=layout).config.d_model == 6
+
+
+def test_mamba_minimals_head_is_the_embedding(tmp_path):
+    with pytest.raises(ValueError, match="tie_embeddings=False cannot be written as mamba_minimal"):
+        write(tmp_path / "a", CONFIG, "mamba_minimal")
+    arrays = of_mamba_minimal(tmp_path / "b")
+    arrays["lm_head.weight"] = arrays["lm_head.weight"] + 1
+    opened = open_model(state_dict(tmp_path / "c", arrays), layout="mamba_minimal")
+    assert not opened.config.tie_embeddings
+    assert "tie_embeddings is the config's False, though mamba_minimal computes with True" in opened.evidence
+
+
+def test_hf_names_without_their_backbone(tmp_path):
+    """With a head they are a language model's, without one the features'."""
+    plain = write(tmp_path / "a", CONFIG, "hf")
+    fields = json.loads((plain / "config.json").read_text())
+    arrays = {name.removeprefix("backbone."): array for name, array in arrays_of(plain).items()}
+    assert assert_opens_as(state_dict(tmp_path / "b", arrays, **fields), plain).config == CONFIG
+    del arrays["lm_head.weight"]
+    assert open_model(state_dict(tmp_path / "c", arrays, **fields)).config.task == "features"
+
+
+# --- a head that stands for the embedding ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["", "net."])
+@pytest.mark.parametrize("layout", [name for name in layouts.names() if name != "mlx_lm"])
+def test_a_tied_file_that_has_its_head_alone(tmp_path, layout, prefix):
+    config = dataclasses.replace(of_layout(CONFIG, layout), tie_embeddings=True)
+    whole = write(tmp_path / "a", config, layout)
+    fields = json.loads((whole / "config.json").read_text())
+    opened = open_model(whole, **options_of(config))
+    names = {name: stored.names[0] for name, stored in opened.stored.items()}
+    arrays = arrays_of(whole)
+    head = {"minimamba": "lm_head.lm_head.weight"}.get(layout, "lm_head.weight")
+    arrays[head] = arrays.pop(names[EMBEDDING])
+    folder = state_dict(tmp_path / "b", {prefix + name: array for name, array in arrays.items()}, **fields)
+    found = open_model(folder, **options_of(config))
+    assert found.config == config
+    assert found.stored[EMBEDDING].names == (prefix + head,)
+    expected = dict(opened.tensors())
+    assert all(array.tobytes() == expected[name].tobytes() for name, array in found.tensors())
+
+
+def test_a_head_of_its_own_is_not_the_embedding(tmp_path):
+    whole = write(tmp_path / "a", CONFIG, "hf")
+    arrays = arrays_of(whole)
+    del arrays["backbone.embeddings.weight"]
+    folder = state_dict(tmp_path / "b", arrays, **json.loads((whole / "config.json").read_text()))
+    with pytest.raises(CheckpointError, match=r"does not fit its config: missing backbone\.embeddings\.weight"):
+        open_model(folder)
+
+
+# --- adapters --------------------------------------------------------------------------------------
+
+ADAPTER = {"base_model.model.backbone.layers.0.mixer.in_proj.lora_A.weight": np.zeros((2, 6), np.float32)}
+ADVICE = r"merge it into its base first \(peft: merge_and_unload; .*mamba_core\.save\(merge=True\)\)"
+
+
+def adapter(folder, field="base_model_name_or_path", **arrays):
+    folder.mkdir(exist_ok=True)
+    write_safetensors_file(folder / "adapter_model.safetensors", sources_of(ADAPTER))
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", field: "someone/base"}))
+    return folder
+
+
+@pytest.mark.parametrize("field", ["base_model_name_or_path", "model"])
+def test_a_folder_of_an_adapter(tmp_path, field):
+    folder = adapter(tmp_path / "a", field)
+    for path in (folder, folder / "adapter_model.safetensors"):
+        with pytest.raises(CheckpointError, match=f"is an adapter of someone/base; {ADVICE}"):
+            open_model(path)
+    (folder / "adapter_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="is an adapter of another model"):
+        open_model(folder)
+
+
+def test_an_adapter_beside_its_base_is_not_passed_over(tmp_path):
+    """transformers would read both."""
+    folder = adapter(write(tmp_path / "a", CONFIG, "hf"))
+    with pytest.raises(CheckpointError, match="is an adapter of someone/base"):
+        open_model(folder)
+    assert open_model(folder / "model.safetensors").config == CONFIG
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda name: name.replace("in_proj.", "in_proj.base_layer."),
+        lambda name: name.replace("in_proj.weight", "in_proj.lora_A.default.weight"),
+        lambda name: name.replace("in_proj.weight", "in_proj.lora_a"),
+        lambda name: name.replace("norm_f.", "norm_f.modules_to_save.default."),
+        lambda name: name.replace("embeddings.weight", "embeddings.lora_embedding_B.default"),
+    ],
+)
+def test_a_state_dict_with_adapters(tmp_path, change):
+    plain = write(tmp_path / "a", CONFIG, "hf")
+    fields = json.loads((plain / "config.json").read_text())
+    arrays = {"base_model.model." + change(name): array for name, array in arrays_of(plain).items()}
+    with pytest.raises(CheckpointError, match=f"it is or holds an adapter of another model; {ADVICE}"):
+        open_model(state_dict(tmp_path / "b", arrays, **fields))
+
+
+def test_a_model_that_peft_has_unloaded(tmp_path):
+    plain = write(tmp_path / "a", CONFIG, "hf")
+    fields = json.loads((plain / "config.json").read_text())
+    arrays = {"base_model.model." + name: array for name, array in arrays_of(plain).items()}
+    assert_opens_as(state_dict(tmp_path / "b", arrays, **fields), plain)
+
+
+# --- names that nobody knows -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", [None, "hf", "mambapy", "mamba_ssm"])
+def test_unknown_names_are_shown_with_those_that_were_expected(tmp_path, layout):
+    fields = json.loads((write(tmp_path / "a", CONFIG, layout or "hf") / "config.json").read_text())
+    arrays = {f"encoder.{index}.w": np.zeros(2) for index in range(5)}
+    with pytest.raises(CheckpointError) as caught:
+        open_model(state_dict(tmp_path / "b", arrays, **fields), layout=layout)
+    message = str(caught.value)
+    assert "'encoder.0.w', 'encoder.1.w', 'encoder.2.w' and 2 more" in message
+    assert ("embedding.weight" if layout in ("mambapy", "mamba_ssm") else "backbone.embeddings.weight") in message
 
 
 # --- where it lies ---------------------------------------------------------------------------------
@@ -165,11 +363,11 @@ def test_the_tokenizers_files_are_copied(tmp_path):
         folder.mkdir()
     for name in (*HUB, *HUB_OTHERS[:2]):
         (source / name).write_text(name)
-    copy_tokenizer(source, target)
+    copy_companions(source, target, CONFIG, "hf")
     assert sorted(path.name for path in target.iterdir()) == sorted(HUB[2:])
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "_orig_mod.module."])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "_orig_mod.module.", "net.", "a.b.c.net."])
 @pytest.mark.parametrize("layout", ["hf", "mambapy"])
 def test_the_prefix_of_a_wrapper_is_read_through(tmp_path, prefix, layout):
     plain = write(tmp_path / "a", CONFIG, layout)
@@ -199,3 +397,49 @@ def test_hf_config_without_a_head_takes_the_backbone_of_a_model_with_one(tmp_pat
     opened = open_model(folder)
     assert opened.config.task == "features"
     assert dict(opened.tensors()).keys() == open_checkpoint(folder).keys()
+
+
+@pytest.mark.parametrize("word", ["_fsdp_wrapped_module.", "_orig_mod.", "module.", "_checkpoint_wrapped_module."])
+@pytest.mark.parametrize("prefix", ["", "net."])
+@pytest.mark.parametrize("layout", ["hf", "mamba_ssm", "mambapy"])
+def test_wrappers_inside_of_names_are_read_through(tmp_path, word, prefix, layout):
+    plain = write(tmp_path / "a", CONFIG, layout)
+    fields = json.loads((plain / "config.json").read_text())
+
+    def wrapped(name):
+        return prefix + word + name.replace(".mixer.", f".{word}mixer.{word}")
+
+    arrays = {wrapped(name): array for name, array in arrays_of(plain).items()}
+    opened = assert_opens_as(state_dict(tmp_path / "b", arrays, **fields), plain)
+    assert f"names have '{word[:-1]}' inside, which is left out" in opened.evidence
+    arrays[wrapped("more.mixer.x")] = np.zeros(2)
+    with pytest.raises(CheckpointError, match=f"unexpected {wrapped('more.mixer.x')}"):
+        open_model(state_dict(tmp_path / "c", arrays, **fields))
+    clash = {**arrays, wrapped("more.mixer.x").replace(word, ""): np.zeros(2)}
+    with pytest.raises(CheckpointError, match=r"cannot tell the layout.*the file has"):
+        open_model(state_dict(tmp_path / "d", clash, **fields))
+
+
+def test_what_torchs_averaged_model_counts_is_left_out(tmp_path):
+    torch = pytest.importorskip("torch")
+    plain = write(tmp_path / "a", CONFIG, "hf")
+    fields = json.loads((plain / "config.json").read_text())
+    wrapped = {"module." + name: array for name, array in arrays_of(plain).items()}
+    names = set(torch.optim.swa_utils.AveragedModel(torch.nn.Linear(1, 1)).state_dict())
+    assert names == {"n_averaged", "module.weight", "module.bias"}
+    opened = assert_opens_as(state_dict(tmp_path / "b", wrapped | {"n_averaged": np.array(3)}, **fields), plain)
+    assert opened.left_out == ("n_averaged",)
+    assert "not read: n_averaged" in opened.evidence
+
+
+def test_what_lies_beside_the_weights_is_said(tmp_path):
+    torch = pytest.importorskip("torch")
+    plain = write(tmp_path / "a", CONFIG, "mambapy")
+    state = {f"model.{name}": torch.from_numpy(array) for name, array in arrays_of(plain).items()}
+    saved = {"state_dict": state, "optimizer_states": [{"state": {}}], "epoch": 3}
+    torch.save(saved, tmp_path / "last.ckpt")
+    opened = assert_opens_as(tmp_path / "last.ckpt", plain)
+    assert opened.left_out == ("optimizer_states", "epoch")
+    assert "not read: optimizer_states, epoch" in opened.evidence
+    done = mc.convert(tmp_path / "last.ckpt", tmp_path / "out", to="mambapy")
+    assert done.left_out == opened.left_out

@@ -177,6 +177,7 @@ OPCODES = [
     *(b"s", b"u", b"R", b"b", b"Q", b"0", b"2", b"1", b"q\x00", b"h\x00", b"r\xff\xff\xff\x7f", b"j\xff\xff\xff\x7f"),
     *(b"K\x01", b"J\xff\xff\xff\xff", b"J\x02\x00\x00\x00", b"X\x01\x00\x00\x00w", b"X\x07\x00\x00\x00storage"),
     *(b"\x8a\x01\x05", b"\x8a\xff" + b"\x7f" * 255, b"G\x7f\xf0\x00\x00\x00\x00\x00\x00", b"cos\nsystem\n"),
+    *(b"\x81", b"cargparse\nNamespace\n", b"cpathlib\nPath\n", b"cnumpy\ndtype\n", b"c_codecs\nencode\n"),
     *(b"ccollections\nOrderedDict\n", b"ctorch\nFloatStorage\n", b"ctorch._utils\n_rebuild_tensor_v2\n"),
     *(b"ctorch._utils\n_rebuild_parameter\n", b"ctorch\nSize\n", b"ctorch\nbfloat16\n"),
 ]
@@ -223,6 +224,40 @@ def test_any_value_in_a_config(folder, layout, data):
     for key in data.draw(st.lists(st.sampled_from(sorted(fields)), min_size=1, max_size=2)):
         fields[key] = data.draw(json_values)
     (path / "config.json").write_bytes(dump_json(fields))
+    open_or_refuse(path)
+
+
+TOKEN_FILES = ("generation_config.json", "tokenizer_config.json", "added_tokens.json", "tokenizer.json", "vocab.json")
+TOKEN_KEYS = ("eos_token_id", "bos_token", "eos_token", "added_tokens_decoder", "added_tokens", "model", "content")
+
+
+@given(data=st.data())
+def test_any_value_in_the_files_of_tokens(folder, data):
+    path = folder / "tokens"
+    write_checkpoint(path, "mamba_ssm")
+    for name in TOKEN_FILES:
+        keys = st.sampled_from(TOKEN_KEYS) | st.text(max_size=2)
+        fields = {"eos_token": "a"} | data.draw(st.dictionaries(keys, json_values, max_size=3))
+        (path / name).write_bytes(dump_json(fields))
+    open_or_refuse(path)
+
+
+@given(data=st.data())
+def test_any_value_in_the_settings_of_a_quantisation(folder, data):
+    path = folder / "quantised"
+    fields = write_checkpoint(path, "mlx_lm")
+    name = "backbone.layers.0.mixer.in_proj"
+    shapes = st.lists(st.sampled_from([0, 1, 2, 3, 8, 16, 32]), max_size=3)
+    arrays = dict(open_checkpoint(path))
+    arrays[f"{name}.weight"] = np.zeros(data.draw(shapes), np.uint32)
+    for end in ("scales", "biases"):
+        arrays[f"{name}.{end}"] = np.zeros(data.draw(shapes), np.float32)
+    write_safetensors_file(path / "new.safetensors", sources_of(arrays), metadata={"format": "mlx"})
+    (path / "new.safetensors").replace(path / "model.safetensors")
+    settings = {"group_size": 4, "bits": 4} | data.draw(
+        st.dictionaries(st.sampled_from(["group_size", "bits", "mode", name]), json_values, max_size=2)
+    )
+    (path / "config.json").write_bytes(dump_json(fields | {"quantization": settings}))
     open_or_refuse(path)
 
 

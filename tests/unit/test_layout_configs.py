@@ -117,15 +117,15 @@ def test_an_inspection_is_json(tmp_path):
     assert json.loads(text)["config"]["extra"] == {"note": None, "nested": [{"limit": None}]}
 
 
-@pytest.mark.parametrize("name", ["model", "state_dict", "model_state_dict"])
+@pytest.mark.parametrize("name", ["model", "state_dict", "model_state_dict", "module", "ema"])
 def test_the_usual_entry_of_a_training_scripts_file(tmp_path, name):
     torch = pytest.importorskip("torch")
     arrays = arrays_of(write(tmp_path / "a", CONFIG, "mambapy"))
     tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
     torch.save({name: tensors, "step": torch.ones(1)}, tmp_path / "b.pt")
     assert contents(tmp_path / "b.pt") == contents(tmp_path / "a")
-    torch.save({"ema": tensors, "step": torch.ones(1)}, tmp_path / "c.pt")
-    with pytest.raises(CheckpointError, match="entries that are not tensors under a text name: 'ema'"):
+    torch.save({"mine": tensors, "step": torch.ones(1)}, tmp_path / "c.pt")
+    with pytest.raises(CheckpointError, match="entries that are not tensors under a text name: 'mine'"):
         open_checkpoint(tmp_path / "c.pt")
 
 

@@ -76,6 +76,7 @@ def layouts_for(config) -> list[str]:
         possible = {"hf": config.task != "layers", "mambapy": alone, "mambapy_mlx": mlx}
         possible["mlx_lm"] = config.task == "lm" and config.norm_eps == 1e-5
         possible["mamba_ssm"] = config.task == "lm" and config.norm_eps == 1e-5
+        possible["mamba_minimal"] = possible["mamba_ssm"] and config.tie_embeddings
     return [name for name, holds in possible.items() if holds]
 
 
@@ -106,7 +107,8 @@ def test_a_round_trip_keeps_every_bit_and_the_config(data):
 
 
 def test_the_round_trips_are_between_all_layouts():
-    held = set().union(*(layouts_for(config) for config in (CONFIG, COMPAT)))
+    tied = dataclasses.replace(CONFIG, tie_embeddings=True)
+    held = set().union(*(layouts_for(config) for config in (CONFIG, tied, COMPAT)))
     assert held == set(LAYOUTS)
 
 
@@ -173,7 +175,7 @@ def test_every_task_that_a_layout_cannot_hold_is_refused(tmp_path):
                 with pytest.raises(ValueError, match=rf"task '{task}'.*(layout (mambapy|hf)|no layout)"):
                     write(tmp_path / f"{layout}-{task}", config, layout)
                 refused += 1
-    assert refused == 8
+    assert refused == 10
 
 
 def test_the_dense_convolution_is_the_depthwise_one_on_its_diagonal():

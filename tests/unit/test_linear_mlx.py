@@ -10,8 +10,8 @@ from mamba_core.spec.tolerances import relative_l2
 mx = pytest.importorskip("mlx.core")
 nn = pytest.importorskip("mlx.nn")
 
+from mamba_core.backends.mlx import layers  # noqa: E402
 from mamba_core.backends.mlx.kernels import numpy_linear  # noqa: E402
-from mamba_core.backends.mlx.ops import linear  # noqa: E402
 
 CONFIG = mc.MambaConfig(d_model=20, n_layer=2, vocab_size=29, d_state=5, initializer_range=0.5)
 LINEARS = 4 * CONFIG.n_layer
@@ -58,7 +58,7 @@ def test_values_and_gradients_are_the_product_s(calls, dtype, rows, bias, stride
 
     def run(wide, weight):
         made.weight = weight
-        return linear.call(made, wide[..., 1:8] if strided else wide[..., :7], "auto")
+        return layers.linear(made, wide[..., 1:8] if strided else wide[..., :7], "auto")
 
     (y,), (dwide, dweight) = mx.vjp(run, (wide, made.weight), (dy,))
     few = dtype == mx.bfloat16 and np.prod(rows) <= numpy_linear.FEW_ROWS and library.missing() is None
@@ -101,8 +101,8 @@ def test_decoding(calls, dtype):
 def test_few_products_are_not_worth_it(calls, monkeypatch):
     monkeypatch.setattr(numpy_linear, "LEAST", 3 * 20 * 5)
     made = layer(20, 5)
-    linear.call(made, mx.ones((3, 20)), "auto")
-    linear.call(made, mx.ones((2, 20)), "auto")
+    layers.linear(made, mx.ones((3, 20)), "auto")
+    layers.linear(made, mx.ones((2, 20)), "auto")
     assert calls == ["_product"]
 
 
@@ -113,39 +113,39 @@ def test_where_mlx_computes_it(calls, monkeypatch):
     def check(y):
         assert relative_l2(np.array(y), wanted) < 1e-6
 
-    check(linear.call(made, x, "plain"))
-    check(mx.compile(lambda x: linear.call(made, x, "auto"))(x))
-    check(mx.vmap(lambda x: linear.call(made, x, "auto"))(x))
+    check(layers.linear(made, x, "plain"))
+    check(mx.compile(lambda x: layers.linear(made, x, "auto"))(x))
+    check(mx.vmap(lambda x: layers.linear(made, x, "auto"))(x))
     monkeypatch.setattr(numpy_linear, "NUMPY_IS_FASTER", False)
-    check(linear.call(made, x, "auto"))
+    check(layers.linear(made, x, "auto"))
     assert calls == []
 
 
 def test_by_name_where_it_cannot_compute():
     made, x = layer(20, 5), mx.random.normal((3, 20))
     with pytest.raises(ValueError, match=r"mx\.compile"):
-        mx.compile(lambda x: linear.call(made, x, "numpy"))(x)
+        mx.compile(lambda x: layers.linear(made, x, "numpy"))(x)
     with pytest.raises(ValueError, match="x is float16 and the weight float32"):
-        linear.call(made, x.astype(mx.float16), "numpy")
+        layers.linear(made, x.astype(mx.float16), "numpy")
     with pytest.raises(ValueError, match="linear has no kernel 'native'"):
-        linear.call(made, x, "native")
+        layers.linear(made, x, "native")
 
 
 def test_another_module_in_a_layer_s_place(calls):
     made = nn.QuantizedLinear.from_linear(layer(64, 5), group_size=32, bits=8)
     x = mx.random.normal((3, 64))
-    np.testing.assert_array_equal(np.array(linear.call(made, x, "auto")), np.array(made(x)))
+    np.testing.assert_array_equal(np.array(layers.linear(made, x, "auto")), np.array(made(x)))
     assert calls == []
 
 
 def test_other_derivatives_are_refused():
     made, x = layer(20, 5), mx.random.normal((3, 20))
     with pytest.raises(NotImplementedError, match="plain"):
-        mx.jvp(lambda x: linear.call(made, x, "auto"), (x,), (x,))
+        mx.jvp(lambda x: layers.linear(made, x, "auto"), (x,), (x,))
     with pytest.raises(NotImplementedError, match="plain"):
-        mx.grad(lambda x: mx.grad(lambda x: (linear.call(made, x, "auto") ** 2).sum())(x).sum())(x)
+        mx.grad(lambda x: mx.grad(lambda x: (layers.linear(made, x, "auto") ** 2).sum())(x).sum())(x)
 
 
 def test_a_wrong_width_is_mlx_s_error():
     with pytest.raises(ValueError, match="matmul"):
-        linear.call(layer(20, 5), mx.zeros((3, 19)), "auto")
+        layers.linear(layer(20, 5), mx.zeros((3, 19)), "auto")

@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch")
 if not torch.backends.mkldnn.is_available():
     pytest.skip("torch is built without oneDNN", allow_module_level=True)
 
+from mamba_core.backends.torch import layers  # noqa: E402
 from mamba_core.backends.torch.kernels import onednn_linear  # noqa: E402
 from mamba_core.backends.torch.ops import linear  # noqa: E402
 
@@ -60,7 +61,7 @@ def test_values_and_gradients_are_those_of_the_plain_layer(calls, rows, biased, 
     torch.manual_seed(0)
     layer, wide = torch.nn.Linear(7, 5, bias=biased), torch.randn(*rows, 9, requires_grad=True)
     x = wide[..., 1:8] if strided else wide[..., :7].contiguous()
-    y = linear.call(layer, x, "auto")
+    y = layers.linear(layer, x, "auto")
     wanted, inputs, dy = layer(x), (wide, *layer.parameters()), torch.randn(*rows, 5)
     assert calls == [(*rows, 7)]
     assert y.layout is torch.strided
@@ -140,7 +141,7 @@ def test_derivatives_of_other_orders_and_modes(calls):
 
     def loss(x):
         layer = model.backbone.layers[0].mixer.in_proj
-        return linear.call(layer, x, "plain").square().sum()
+        return layers.linear(layer, x, "plain").square().sum()
 
     assert torch.func.hessian(loss)(x[0, :1]).abs().sum() > 0
     second = x[0, :1].clone().requires_grad_()
@@ -149,7 +150,7 @@ def test_derivatives_of_other_orders_and_modes(calls):
     torch.func.grad(lambda parameters: call(built(), parameters, (IDS,)).logits.sum())(parameters)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
-        y = linear.call(model.backbone.layers[0].mixer.in_proj, dual, "auto")
+        y = layers.linear(model.backbone.layers[0].mixer.in_proj, dual, "auto")
         assert torch.autograd.forward_ad.unpack_dual(y).tangent is not None
     assert calls == []
 
@@ -169,7 +170,7 @@ def test_hooks_are_called(calls, when, globally):
     layer, seen = torch.nn.Linear(20, 5), []
     register = getattr(torch.nn.modules.module if globally else layer, _name_of(when, globally))
     with register(lambda *_: seen.append(when)):
-        linear.call(layer, torch.randn(3, 20, requires_grad=True), "auto").sum().backward()
+        layers.linear(layer, torch.randn(3, 20, requires_grad=True), "auto").sum().backward()
     assert seen == [when]
     assert calls == []
 
@@ -186,11 +187,11 @@ def test_another_module_in_a_layer_s_place(calls):
     layer = Doubled(20, 5)
     x = torch.randn(3, 20)
     torch.testing.assert_close(
-        linear.call(layer, x, "auto"), 2 * torch.nn.functional.linear(x, layer.weight, layer.bias)
+        layers.linear(layer, x, "auto"), 2 * torch.nn.functional.linear(x, layer.weight, layer.bias)
     )
     assert calls == []
 
 
 def test_a_wrong_width_is_torch_s_error():
     with pytest.raises(RuntimeError, match=r"shape|size"):
-        linear.call(torch.nn.Linear(20, 5), torch.zeros(3, 19), "auto")
+        layers.linear(torch.nn.Linear(20, 5), torch.zeros(3, 19), "auto")

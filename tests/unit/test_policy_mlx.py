@@ -113,6 +113,15 @@ def test_a_name_of_another_op_or_dtype_is_refused():
         run("metal")
 
 
+def test_a_policy_for_an_op_of_other_backends_is_accepted_where_it_leaves_it_to_the_backend(calls):
+    for name in ("auto", "plain"):
+        _, loss = run({"block_step": name, "fused_mixer": name, "selective_scan": "chunked"})
+        assert abs(loss - run("plain")[1]) < 1e-4
+        assert "chunked" in calls["selective_scan"]
+    with pytest.raises(ValueError, match="block_step has no kernel 'native' on this backend"):
+        run({"block_step": "native"})
+
+
 def test_a_model_keeps_its_policy_and_tells_its_mixers():
     model, _ = run("chunked")
     assert isinstance(model.policy, Kernels)

@@ -1,6 +1,9 @@
 """Torch's files: what torch saves is read, and a broken or hostile one is one clear error."""
 
+import argparse
+import collections
 import os
+import pathlib
 import pickle
 import re
 import struct
@@ -15,6 +18,7 @@ import pytest
 from mamba_core.weights.formats import torch as torch_file
 from mamba_core.weights.formats import zip as zip_file
 from mamba_core.weights.formats.base import count_bytes, map_file
+from mamba_core.weights.formats.pickle import load_pickle
 from mamba_core.weights.io import open_checkpoint
 
 from .checkpoints import assert_fault, write
@@ -125,6 +129,76 @@ def test_a_state_dict_and_one_inside_a_training_checkpoint(tmp_path):
         assert opened["weight"].tolist() == model.weight.tolist()
 
 
+def beside_the_weights(torch) -> dict:
+    """What training scripts keep, of every harmless class."""
+    return {
+        "args": argparse.Namespace(out=pathlib.PurePosixPath("/a"), device=torch.device("cuda", 1), lr=0.1),
+        "device": torch.device("cpu"),
+        "dtype": torch.bfloat16,
+        "other_dtype": torch.complex64,
+        "path": pathlib.Path("a") / "b",
+        "windows": pathlib.PureWindowsPath("a"),
+        "best": np.float64(0.5),
+        "half": np.float16(0.5),
+        "flag": np.bool_(True),
+        "random": np.random.RandomState(0).get_state(),
+        "epoch": 3,
+        "ordered": collections.OrderedDict(a=1),
+    }
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.pth", "a.bin", "a.ckpt"])
+@pytest.mark.parametrize("entry", ["state_dict", "model", "model_state_dict", "module", "ema"])
+def test_the_weights_of_a_training_checkpoint(tmp_path, name, entry):
+    torch = pytest.importorskip("torch")
+    model = torch.nn.Linear(2, 3)
+    flat = {"exp_avg.weight": torch.zeros(3, 2)}
+    beside = beside_the_weights(torch) | {"optimizer_states": [{"state": {0: flat}}], "moments": flat}
+    torch.save({entry: model.state_dict()} | beside, tmp_path / name)
+    opened = open_checkpoint(tmp_path / name)
+    assert {key: array.tolist() for key, array in opened.items()} == {
+        key: tensor.tolist() for key, tensor in model.state_dict().items()
+    }
+    assert opened.skipped == tuple(beside)
+
+
+def test_an_entry_in_an_entry(tmp_path):
+    torch = pytest.importorskip("torch")
+    x = torch.ones(2)
+    torch.save({"ema": {"module": {"w": x}, "decay": 0.9}, "step": 1}, tmp_path / "a.pt")
+    opened = open_checkpoint(tmp_path / "a.pt")
+    assert list(opened) == ["w"]
+    assert opened.skipped == ("step", "ema.decay")
+    torch.save({"ema": {"shadow": {"w": x}}, "optimizer": {"state": {"w": x}}}, tmp_path / "a.pt")
+    assert open_checkpoint(tmp_path / "a.pt").skipped == ("optimizer",)
+    torch.save({"ema": {"module": {"w": x}}, "state_dict": {"w": x}}, tmp_path / "a.pt")
+    assert_fault(tmp_path / "a.pt", "found 'ema.module', 'state_dict'", "['ema']['module'], 'weights.pt')")
+
+
+@pytest.mark.parametrize("value", [pathlib.Path, complex(1), {1}, type, slice(1), collections.Counter("a")])
+def test_other_classes_beside_the_weights_are_refused_by_name(tmp_path, value):
+    torch = pytest.importorskip("torch")
+    torch.save({"model": {"w": torch.ones(2)}, "more": {"value": value}}, tmp_path / "a.pt")
+    if value is pathlib.Path:  # a name alone does nothing
+        assert list(open_checkpoint(tmp_path / "a.pt")) == ["w"]
+    else:
+        assert_fault(tmp_path / "a.pt", "the pickle asks for", "which is not executed; save the weights alone")
+
+
+def test_what_is_dropped_is_never_made(monkeypatch):
+    """Neither a path nor a namespace nor a dtype is made of the arguments that a file gives."""
+    parts = [
+        b"\x80\2]cpathlib\nPosixPath\n(X\1\0\0\0/tRa",
+        b"cargparse\nNamespace\n)\x81}X\1\0\0\0aK\1sba",
+        b"cnumpy\ndtype\n(X\2\0\0\0f4tRa.",
+    ]
+    with monkeypatch.context() as patched:
+        for owner, name in ((argparse, "Namespace"), (pathlib, "PosixPath"), (np, "dtype")):
+            patched.setattr(owner, name, None)
+        found = load_pickle(b"".join(parts))
+    assert [value.kind for value in found] == ["pathlib.PosixPath", "argparse.Namespace", "numpy.dtype"]
+
+
 @pytest.mark.parametrize(
     ("build", "word"),
     [
@@ -132,6 +206,11 @@ def test_a_state_dict_and_one_inside_a_training_checkpoint(tmp_path):
         (lambda x: [x], "holds a list"),
         (lambda x: {"step": 3}, "found none among 'step'"),
         (lambda x: {"model": {"w": x}, "ema": {"w": x}}, "found 'model', 'ema'"),
+        (lambda x: {"model": {"w": x}, "ema": {"w": x}}, "torch.load(path, weights_only=True)['model'], 'weights.pt')"),
+        (
+            lambda x: {"student": {"w": x}, "teacher": {"w": x}},
+            "found 'student', 'teacher'; save the one that is meant",
+        ),
         (lambda x: {"w": x, "step": 3}, "entries that are not tensors under a text name: 'step'"),
         (lambda x: {3: x}, "entries that are not tensors under a text name: 3"),
         (lambda x: {"w": x, None: x}, "neither text nor an integer"),
@@ -320,6 +399,12 @@ def test_nothing_in_a_pickle_is_executed(torch_path, tmp_path):
         (b"\x80\2(ios\nsystem\n.", "opcode INST"),
         (b"\x80\2(cos\nsystem\no.", "'os.system'"),
         (b"\x80\2ccollections\nOrderedDict\n)\x81.", "opcode NEWOBJ"),
+        (b"\x80\2})\x81.", "opcode NEWOBJ"),
+        (b"\x80\2cargparse\nNamespace\n]\x81.", "opcode NEWOBJ"),
+        (b"\x80\2cargparse\nNamespace\n]R.", "calls argparse.Namespace"),
+        (b"\x80\2)\x81.", "never made"),
+        (b"\x80\2cpathlib\nos\n.", "'pathlib.os'"),
+        (b"\x80\2cnumpy\nload\n.", "'numpy.load'"),
         (b"\x80\2X\2\0\0\0osX\6\0\0\0system\x93.", "opcode STACK_GLOBAL"),
         (b"\x80\2\x82\1.", "opcode EXT1"),
         (b"\x80\2h\7.", "never made"),

@@ -72,10 +72,73 @@ def test_a_copy_trains_its_own_model():
     assert losses == [trainer.step(TOKENS)[0] for _ in range(2)]
 
 
-def test_variables_of_others_stay_as_they_are():
+def test_parameters_that_were_added_are_trained():
+    """They decay if they have two axes, and nothing else moves these, which nobody uses."""
     model = mc.build(CONFIG, backend="jax")
-    model.other = nnx.Param(jnp.arange(3.0))
+    model.row, model.table = nnx.Param(jnp.arange(3.0)), nnx.Param(jnp.ones((2, 2)))
+    model.counts, model.fixed = nnx.Param(jnp.arange(3)), nnx.BatchStat(jnp.ones(3))
     trainer = registry.get("jax").trainer(model, SETTINGS)
+    assert {name: shape for name, shape in trainer.shapes().items() if "backbone" not in name} == {
+        "row": (3,),
+        "table": (2, 2),
+    }
     losses = [trainer.step(TOKENS)[0] for _ in range(4)]
-    assert losses == trained()[0]
-    np.testing.assert_array_equal(model.other[...], [0, 1, 2])
+    np.testing.assert_allclose(losses, trained()[0], rtol=1e-6)
+    np.testing.assert_array_equal(model.row[...], [0, 1, 2])
+    np.testing.assert_array_equal(model.fixed[...], [1, 1, 1])
+    assert (model.table[...] < 1).all()
+
+
+def adapted():
+    """A model with two adapters; one layer is wrapped so that its table parameter has a path of its own."""
+    model = mc.build(CONFIG, backend="jax")
+    for layer, block in enumerate(model.backbone.layers):
+        inside = block.mixer.in_proj
+        block.mixer.in_proj = nnx.LoRA(8, 2, 32, base_module=inside, rngs=nnx.Rngs(layer))
+    return model
+
+
+def test_adapters_alone_are_trained_and_their_state_goes_on():
+    model = adapted()
+    before = {path: np.array(value[...]) for path, value in nnx.to_flat_state(nnx.state(model))}
+    trainer = registry.get("jax").trainer(model, SETTINGS)
+    names = [f"backbone.layers.{layer}.mixer.in_proj.lora_{leaf}" for layer in (0, 1) for leaf in "ab"]
+    assert list(trainer.shapes()) == names
+    losses = [trainer.step(TOKENS)[0] for _ in range(2)]
+    state = trainer.state()
+    assert set(state) == {"step", *(f"{moment}.{name}" for moment in "mv" for name in names)}
+    for path, value in nnx.to_flat_state(nnx.state(model)):
+        assert (np.array(value[...]) != before[path]).any() == ("lora" in path[-1]), path
+        assert type(value) is (nnx.LoRAParam if "lora" in path[-1] else nnx.Param)
+    other = registry.get("jax").trainer(copy.deepcopy(model), SETTINGS)
+    other.load_state(state)
+    rest = [trainer.step(TOKENS)[0] for _ in range(2)]
+    assert [other.step(TOKENS)[0] for _ in range(2)] == rest
+    assert rest[-1] < losses[0]
+
+
+def test_a_model_with_nothing_trainable_is_refused():
+    model = mc.build(CONFIG, backend="jax")
+    frozen = jax.tree.map(
+        lambda variable: nnx.BatchStat(variable[...]),
+        nnx.state(model),
+        is_leaf=lambda value: isinstance(value, nnx.Variable),
+    )
+    for path, variable in nnx.to_flat_state(frozen):
+        owner = model
+        for key in path[:-1]:
+            owner = owner[key] if isinstance(key, int) else getattr(owner, key)
+        setattr(owner, path[-1], variable)
+    with pytest.raises(ValueError, match="nothing of the model is trainable"):
+        registry.get("jax").trainer(model, SETTINGS)
+
+
+def test_an_update_is_compiled_once_for_adapters():
+    first, second = (registry.get("jax").trainer(adapted(), SETTINGS) for _ in range(2))
+    sizes = []
+    for trainer in (first, second):
+        for _ in range(2):
+            trainer.step(TOKENS)
+        sizes.append(trainer.update._cache_size())
+    assert first.update is second.update
+    assert sizes[0] == sizes[1]

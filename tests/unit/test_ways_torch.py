@@ -59,8 +59,8 @@ class Normed(type(built().backbone.layers[0].mixer)):
         x, z = s6.project(self, "in_proj", hidden).chunk(2, dim=-1)
         x, conv = s6.convolve(self, x, state.conv, call)
         dt, B, C = s6.norm_selection(*s6.select(self, x, call), self.selection_eps, call)
-        delta = s6.step_sizes(self, dt, call)
-        y, ssm = s6.recur(self, x, delta, B, C, z, self.dt_proj.bias, state.ssm, call)
+        delta, bias = s6.step_sizes(self, dt, call)
+        y, ssm = s6.recur(self, x, delta, B, C, z, bias, state.ssm, call)
         return self.out_proj(y), LayerState(conv, ssm)
 
 

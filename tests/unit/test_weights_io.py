@@ -380,6 +380,17 @@ def test_an_unaligned_file_of_others_is_read(tmp_path):
     assert opened["b"].tolist() == [1.5, -2.5]
 
 
+def test_metadata_that_is_null(tmp_path):
+    """As MLX writes it where it is given none."""
+    opened = open_checkpoint(write_raw(tmp_path / "a.safetensors", {"__metadata__": None, "w": entry()}, bytes(8)))
+    assert opened["w"].tolist() == [0, 0]
+    assert opened.metadata == {"format": "mlx"}
+    mx = pytest.importorskip("mlx.core")
+    mx.save_safetensors(str(tmp_path / "b.safetensors"), {"w": mx.ones(3)})
+    assert b'"__metadata__":null' in (tmp_path / "b.safetensors").read_bytes()
+    assert open_checkpoint(tmp_path / "b.safetensors")["w"].tolist() == [1, 1, 1]
+
+
 # --- broken files ----------------------------------------------------------------------------------
 
 

@@ -74,7 +74,7 @@ Writer = Callable[[Path, Iterable[TensorSource], dict[str, str], int | None, Pro
 
 # The end of a file's name -> its reader.
 READERS: dict[str, Callable[[Path], FileContents]] = {".safetensors": read_safetensors, ".npz": read_npz}
-READERS |= dict.fromkeys((".bin", ".pt", ".pth"), read_torch)
+READERS |= dict.fromkeys((".bin", ".pt", ".pth", ".ckpt"), read_torch)
 
 
 def _safetensors(folder, sources, metadata, shard_bytes, progress) -> None:

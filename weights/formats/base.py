@@ -105,10 +105,14 @@ class StoredTensor(NamedTuple):
 
 
 class FileContents(NamedTuple):
-    """The tensors and the metadata of one file."""
+    """The tensors and the metadata of one file.
+
+    skipped: names of what lies beside the tensors and is not read, such as an optimizer's state.
+    """
 
     tensors: dict[str, StoredTensor]
     metadata: dict[str, str]
+    skipped: tuple[str, ...] = ()
 
 
 class TensorSource(NamedTuple):

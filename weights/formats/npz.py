@@ -93,8 +93,8 @@ def _array_record(source: TensorSource, records: Progress, progress: Progress | 
     return Record(source.name + _SUFFIX, nbytes, write)
 
 
-def _read_records(directory: list[zipfile.ZipInfo], buffer, check: Callable) -> dict[str, StoredTensor]:
-    tensors = {}
+def _read_records(directory: list[zipfile.ZipInfo], buffer, check: Callable) -> FileContents:
+    tensors: dict[str, StoredTensor] = {}
     for record in directory:
         name = record.filename.removesuffix(_SUFFIX)
         if name == record.filename or name in tensors:
@@ -103,7 +103,7 @@ def _read_records(directory: list[zipfile.ZipInfo], buffer, check: Callable) -> 
             tensors[name] = _read_record(buffer, record, check)
         except ValueError as fault:
             raise ValueError(f"tensor {list_names([name])}: {fault}") from None
-    return tensors
+    return FileContents(tensors, {})
 
 
 def _read_record(buffer, record: zipfile.ZipInfo, check: Callable) -> StoredTensor:

@@ -1,7 +1,8 @@
 """The pickle inside a torch checkpoint, read and written without the pickle machine.
 
 The opcodes are data here: those that a dictionary of tensors needs are interpreted into plain values and the
-stand-ins below, every other one is refused, and nothing is ever imported or called. An interpreter of our own rather
+stand-ins below, every other one is refused, and nothing is ever imported or called. Values of a few harmless classes
+that training scripts keep beside the weights are dropped. An interpreter of our own rather
 than `pickle.Unpickler` with a whitelist, because the latter allocates what a hostile file asks for (a memo of 2**32
 slots), sets attributes on whatever the whitelist returns, and hashes keys that take exponential time.
 """
@@ -40,6 +41,12 @@ class PickledTensor(NamedTuple):
     strides: tuple[int, ...]
 
 
+class Dropped(NamedTuple):
+    """A value that holds no tensor, of a class that training scripts keep beside the weights."""
+
+    kind: str
+
+
 _ORDERED_DICT = Global("collections", "OrderedDict")
 _SIZE = Global("torch", "Size")
 _TENSOR = Global("torch._utils", "_rebuild_tensor_v2")
@@ -52,10 +59,23 @@ _STORAGES: dict[Global, str | None] = {
 }
 _STORAGES[_BYTES] = None
 _TORCH_DTYPES = {Global("torch", name): name for name in DTYPES}
+_OTHER_TORCH_DTYPES = ("complex32", "complex64", "complex128", "quint8", "qint8", "qint32")
+_NUMPY = ("numpy.core.multiarray", "numpy._core.multiarray")
+_PATHS = ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")
+_DROPPED = {
+    Global("argparse", "Namespace"),
+    Global("torch", "device"),
+    Global("_codecs", "encode"),  # the bytes of what follows
+    *(Global("numpy", name) for name in ("dtype", "ndarray")),
+    *(Global(module, name) for module in _NUMPY for name in ("scalar", "_reconstruct")),
+    *(Global(module, name) for module in ("pathlib", "pathlib._local") for name in _PATHS),
+    *(Global("torch", name) for name in _OTHER_TORCH_DTYPES),
+}
 _KNOWN_GLOBALS = {
     *(_ORDERED_DICT, _SIZE, _TENSOR, _TENSOR_OF_BYTES, _PARAMETER, _PARAMETER_WITH_STATE),
     *_STORAGES,
     *_TORCH_DTYPES,
+    *_DROPPED,
 }
 
 
@@ -120,10 +140,15 @@ class _Machine:
                 stack.append(_find_storage(stack.pop()))
             case "REDUCE":
                 stack.append(_call(*self.pop(2)))
+            case "NEWOBJ":
+                kind, arguments = self.pop(2)
+                if not isinstance(kind, Global) or kind not in _DROPPED or not isinstance(arguments, tuple):
+                    raise ValueError(f"the pickle uses opcode {opcode} for what no dictionary of tensors needs")
+                stack.append(Dropped(".".join(kind)))
             case "BUILD":
                 # The attributes of a state_dict, its `_metadata`, are dropped.
                 stack.pop()
-                if not isinstance(stack[-1], dict):
+                if not isinstance(stack[-1], (dict, Dropped)):
                     raise ValueError("the pickle sets attributes on something that is not a dictionary")
             case _:
                 raise ValueError(f"the pickle uses opcode {opcode}, which no dictionary of tensors needs")
@@ -165,7 +190,10 @@ def _update(container, values: list) -> None:
 def _find_global(argument: str) -> Global:
     found = Global(*argument.split(" ", 1))
     if found not in _KNOWN_GLOBALS:
-        raise ValueError(f"the pickle asks for {list_names(['.'.join(found)])}, which is not executed")
+        raise ValueError(
+            f"the pickle asks for {list_names(['.'.join(found)])}, which is not executed; save the weights alone, such "
+            "as by torch.save(model.state_dict(), path)"
+        )
     return found
 
 
@@ -193,6 +221,8 @@ def _call(function, arguments):
             return data
         case Global(), (PickledTensor() as data, _, _, _) if function == _PARAMETER_WITH_STATE:
             return data
+        case Global(), tuple() if function in _DROPPED:
+            return Dropped(".".join(function))
     name = ".".join(function) if isinstance(function, Global) else type(function).__name__
     raise ValueError(f"the pickle calls {name} with arguments that are not read here")
 

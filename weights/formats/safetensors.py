@@ -81,6 +81,8 @@ def _parse(buffer) -> FileContents:
     start = _header_end(buffer)
     header = parse_json(buffer[8:start])
     metadata = header.pop(_METADATA, {})
+    # MLX alone writes null, where it is given no metadata.
+    metadata = {"format": "mlx"} if metadata is None else metadata
     _check_metadata(metadata)
     spans, tensors = [], {}
     for name, fields in header.items():

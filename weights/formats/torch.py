@@ -1,4 +1,4 @@
-"""Torch checkpoints (.bin, .pt, .pth), read through a memory map and written one tensor at a time, without torch.
+"""Torch checkpoints (.bin, .pt, .pth, .ckpt), read through a memory map and written a tensor at a time, without torch.
 
 A file is a zip of stored records: NAME/data.pkl, the dictionary; NAME/data/KEY, the bytes of a storage;
 NAME/byteorder; NAME/version.
@@ -29,15 +29,17 @@ from mamba_core.weights.formats.zip import Record, read_zip, record_start, write
 
 # 250 bytes a tensor are usual. An opcode of one byte can make a value of 64, so this bounds the memory near 1 GiB.
 MAX_PICKLE_BYTES = 16 * 2**20
-_STATE_DICT_NAMES = ("model", "state_dict", "model_state_dict")  # in training scripts, beside tensors too
+# What training scripts call the weights, beside tensors too.
+_STATE_DICT_NAMES = ("model", "state_dict", "model_state_dict", "module", "ema", "ema_state_dict", "model_ema")
+_DEEPEST = 2  # of an entry in an entry
 
 
 def read_torch(path: Path) -> FileContents:
     """The tensors of one file, nothing loaded and nothing executed. Raises CheckpointError.
 
-    The file holds a dictionary of tensors, or a dictionary with exactly one such dictionary in it
-    ({"model": {...}, "epoch": 3}), beside tensors only under a usual name. Tensors that share a storage share their
-    bytes.
+    The file holds a dictionary of tensors, or a training checkpoint with one such dictionary in it
+    ({"model": {...}, "epoch": 3}): the only one, or the only one under a usual name. Beside tensors it has a usual
+    name. What lies beside it is skipped. Tensors that share a storage share their bytes.
     """
     return read_zip(path, _read_records, _explain)
 
@@ -63,7 +65,7 @@ def _explain(buffer, fault: Exception) -> str:
     return "this is not a torch checkpoint: it is no zip"
 
 
-def _read_records(directory: list[zipfile.ZipInfo], buffer, check: Callable) -> dict[str, StoredTensor]:
+def _read_records(directory: list[zipfile.ZipInfo], buffer, check: Callable) -> FileContents:
     records = {record.filename: record for record in directory}
     if len(records) < len(directory):
         raise ValueError("the zip has two records of one name")
@@ -72,10 +74,11 @@ def _read_records(directory: list[zipfile.ZipInfo], buffer, check: Callable) -> 
         raise ValueError(f"this is not a torch checkpoint: the zip has {len(pickles)} records NAME/data.pkl, not one")
     prefix = pickles[0].removesuffix("data.pkl")
     _check_byteorder(buffer, records.get(prefix + "byteorder"), check)
-    tensors = _find_tensors(load_pickle(_read_small(buffer, records[pickles[0]], MAX_PICKLE_BYTES, check)))
+    tensors, skipped = _find_tensors(load_pickle(_read_small(buffer, records[pickles[0]], MAX_PICKLE_BYTES, check)))
     # Several tensors may share a record, which is compared once.
     check = functools.cache(check)
-    return {name: _place(name, tensor, buffer, records, prefix, check) for name, tensor in tensors.items()}
+    placed = {name: _place(name, tensor, buffer, records, prefix, check) for name, tensor in tensors.items()}
+    return FileContents(placed, {}, skipped)
 
 
 def _check_byteorder(buffer, record: zipfile.ZipInfo | None, check: Callable) -> None:
@@ -92,22 +95,58 @@ def _read_small(buffer, record: zipfile.ZipInfo, limit: int, check: Callable) ->
     return buffer[start : start + record.file_size]
 
 
-def _find_tensors(value) -> dict[str, PickledTensor]:
-    """The dictionary of tensors that is the value, or the only one that is an entry of the value."""
+def _find_tensors(value) -> tuple[dict[str, PickledTensor], tuple[str, ...]]:
+    """The dictionary of tensors that is the value or the one that is meant inside of it, and what lies beside it."""
     if not isinstance(value, dict):
         raise ValueError(f"the file holds a {type(value).__name__}, not a dictionary of tensors")
-    nested = [name for name, entry in value.items() if _is_state_dict(entry)]
-    if len(nested) == 1 and nested[0] in _STATE_DICT_NAMES:
-        return value[nested[0]]
+    found = _state_dicts(value, _DEEPEST)
+    usual = [path for path in found if path[-1] in _STATE_DICT_NAMES]
+    if len(usual) == 1:
+        return found[usual[0]], _beside(value, usual[0])
     if any(isinstance(entry, PickledTensor) for entry in value.values()) or not value:
-        others = [name for name, entry in value.items() if not _is_named_tensor(name, entry)]
-        if others:
+        if others := [name for name, entry in value.items() if not _is_named_tensor(name, entry)]:
             raise ValueError(f"entries that are not tensors under a text name: {list_names(others)}")
-        return value
-    if len(nested) != 1:
-        found = list_names(nested) or f"none among {list_names(value)}"
-        raise ValueError(f"expected one dictionary of tensors, found {found}; save the one that is meant by itself")
-    return value[nested[0]]
+        return value, ()
+    if len(found) != 1:
+        raise ValueError(_advice(value, list(found)))
+    (path,) = found
+    return found[path], _beside(value, path)
+
+
+def _state_dicts(value: dict, depth: int) -> dict[tuple[str, ...], dict[str, PickledTensor]]:
+    """Path -> dictionary of tensors, of the entries of a dictionary and, under usual names, of their entries."""
+    found: dict[tuple[str, ...], dict[str, PickledTensor]] = {}
+    known: dict[int, bool] = {}  # a pickle may name one dictionary again and again
+    for name, entry in value.items():
+        if not isinstance(entry, dict) or not isinstance(name, str):
+            continue
+        if id(entry) not in known:
+            known[id(entry)] = _is_state_dict(entry)
+        if known[id(entry)]:
+            found[(name,)] = entry
+        elif depth > 1 and name in _STATE_DICT_NAMES:
+            found |= {(name, *path): tensors for path, tensors in _state_dicts(entry, depth - 1).items()}
+    return found
+
+
+def _beside(value: dict, path: tuple[str, ...]) -> tuple[str, ...]:
+    """The entries that a dictionary of tensors lies beside, as "outer.inner"."""
+    names: list[str] = []
+    for depth, own in enumerate(path):
+        names += (".".join((*path[:depth], str(name))) for name in value if name != own)
+        value = value[own]
+    return tuple(names)
+
+
+def _advice(value: dict, found: list[tuple[str, ...]]) -> str:
+    """Which entries there are, and how to say which is meant."""
+    if not found:
+        return f"expected one dictionary of tensors, found none among {list_names(value)}"
+    keys = "".join(f"[{name!r}]" for name in found[0])
+    return (
+        f"expected one dictionary of tensors, found {list_names('.'.join(path) for path in found)}; save the one that "
+        f"is meant by itself, such as by torch.save(torch.load(path, weights_only=True){keys}, 'weights.pt')"
+    )
 
 
 def _is_named_tensor(name, entry) -> bool:

@@ -77,7 +77,7 @@ class Check:
 
 
 def read_zip(path: Path, parse: Callable, explain: Callable) -> FileContents:
-    """The tensors of one file: parse(records, buffer, check) of its records and the mapped file.
+    """What one file holds: parse(records, buffer, check) of its records and the mapped file.
 
     check(record, start) is a `Check` of a record whose bytes begin there, or None in a file without checksums, which
     torch.save writes when it is told to.
@@ -92,7 +92,7 @@ def read_zip(path: Path, parse: Callable, explain: Callable) -> FileContents:
                 directory = archive.infolist()
                 has_checksums = any(record.CRC for record in directory)
                 check = functools.partial(Check, path, buffer) if has_checksums else lambda record, start: None
-                return FileContents(parse(directory, buffer, check), {})
+                return parse(directory, buffer, check)
         except CheckpointError:
             raise
         except ValueError as fault:

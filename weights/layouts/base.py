@@ -20,6 +20,7 @@ class Layout:
         metadata_format: what its safetensors files say of who wrote them.
         told_by_format: nothing but `metadata_format` tells its files from those of another layout, so that no other
             format may hold them.
+        module: the library's module, with those inside of it, whose config objects have the fields of config.json.
         keys: fields of config.json that tell it, the plainest first.
         dialect: the same for a config without a checkpoint, in `mamba_core.config.from_dict`.
         kind: the field that names the architecture, as the path to it; () where there is none.
@@ -38,12 +39,12 @@ class Layout:
         writes_tied_head: the library wants a tied head in the file, as a copy of the embedding.
         holds_every_task: a task that no scheme of the table is for is held too, its own parameters under their
             canonical names.
-        wrappers: what wrappers of a model put before every name.
     """
 
     file_format: str
     metadata_format: str = "pt"
     told_by_format: bool = False
+    module: str | None = None
     keys: tuple[str, ...] = ()
     dialect: tuple[str, ...] = ()
     kind: tuple[str, ...] = ()
@@ -57,8 +58,6 @@ class Layout:
     counts_rows: bool = False
     writes_tied_head: bool = False
     holds_every_task: bool = False
-    # torch.compile, data parallelism, and the habit of `self.model = ...`.
-    wrappers: tuple[str, ...] = ("_orig_mod.", "module.", "model.")
 
     def key(self, fields: Mapping[str, Any]) -> str | None:
         """The field by which a config.json can be of this layout; None if it cannot."""

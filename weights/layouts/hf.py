@@ -4,6 +4,7 @@ from mamba_core.weights.layouts.base import Layout
 
 LAYOUT = Layout(
     file_format="safetensors",
+    module="transformers",
     keys=("model_type", "hidden_size"),
     dialect=("hidden_size", "model_type"),
     kind=("model_type",),

@@ -4,6 +4,7 @@ from mamba_core.weights.layouts.base import Layout
 
 LAYOUT = Layout(
     file_format="pt",
+    module="mambapy",
     keys=("n_layers",),
     hides="changed",
     shadows=True,

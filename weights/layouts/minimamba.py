@@ -4,6 +4,7 @@ from mamba_core.weights.layouts.base import Layout
 
 LAYOUT = Layout(
     file_format="pt",
+    module="minimamba.config",
     keys=("norm_epsilon", "d_model"),
     keeps_unknown=False,
     sized_by_tensors=True,

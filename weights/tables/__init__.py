@@ -140,6 +140,38 @@ def dialect(fields: Mapping[str, Any]) -> str | None:
     return next((name for name in layouts.names() if set(layouts.find(name).dialect) & set(fields)), None)
 
 
+def modules() -> tuple[str, ...]:
+    """The modules whose config objects have the fields of a layout's config.json."""
+    return tuple(module for name in layouts.names() if (module := layouts.find(name).module) is not None)
+
+
+def layout_of_object(config: Any) -> str | None:
+    """The layout of the library that a config object is of, None where it is of none."""
+    for base in type(config).__mro__:
+        for name in layouts.names():
+            if (module := layouts.find(name).module) and f"{base.__module__}.".startswith(f"{module}."):
+                return name
+    return None
+
+
+def read_object(layout: str, fields: Mapping[str, Any]) -> Any:
+    """A config from the fields of a config object of a layout's library.
+
+    Raises:
+        TypeError, ValueError: as for `read_config`; also a function that nobody gets without naming it.
+    """
+    from mamba_core.weights import configs
+
+    name = architecture_of(layout, fields)
+    if (reason := find(name, layout).consent) is not None:
+        kind = architectures.find(name).Config.__name__
+        raise ValueError(f"{reason}; a {kind} of mamba_core, with the same sizes, is that function")
+    table = find(name, layout)
+    # A library that keeps the vocabulary elsewhere builds layers alone from its config.
+    alone = "layers" in {scheme.task for scheme in table.schemes} and "vocab_size" not in fields
+    return configs.read_config(layout, fields, architecture=name, told={"task": "layers"} if alone else None)
+
+
 def read_config(layout: str, fields: Mapping[str, Any]) -> Any:
     """A config from the fields of a layout's library.
 

@@ -100,13 +100,15 @@ def hf_derived(config: Any) -> dict[str, Any]:
 
 
 _HF_OUTER = same(EMBEDDING, FINAL_NORM, HEAD)
+_HF_BARE = {EMBEDDING: "embeddings.weight", FINAL_NORM: "norm_f.weight"}
 HF = Table(
     schemes=(
         scheme("lm", outer=_HF_OUTER, classes=("MambaForCausalLM",)),
+        scheme("lm", "layers", _HF_BARE | same(HEAD), classes=("MambaForCausalLM",)),  # without "backbone."
         scheme(
             "features",
             "layers",
-            {EMBEDDING: "embeddings.weight", FINAL_NORM: "norm_f.weight"},
+            _HF_BARE,
             classes=("MambaModel",),
         ),
     ),
@@ -193,9 +195,9 @@ def sizes(shapes: Mapping[str, Shape]) -> dict[str, Any]:
 
 
 def library_completed(values: dict[str, Any], rest: dict[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
-    if values["dt_rank"] == "auto":  # of which each library has an idea of its own
-        values["dt_rank"] = sizes["dt_rank"]
-    return _automatic_rank(values, sizes["d_model"])
+    if values.get("dt_rank") == "auto":  # of which each library has an idea of its own
+        values["dt_rank"] = sizes.get("dt_rank", "auto")
+    return _automatic_rank(values, sizes.get("d_model", values["d_model"]))
 
 
 def _mambapy_derived(config: Any) -> dict[str, Any]:
@@ -217,6 +219,14 @@ MAMBAPY = Table(
     completed=library_completed,
     derived=_mambapy_derived,
 )
+# Of mamba-minimal, whose head is always the embedding. mamba_ssm's model without its head has the same names.
+MAMBA_MINIMAL = dataclasses.replace(
+    MAMBA_SSM,
+    schemes=(scheme("lm", "layers", _MAMBAPY_OUTER),),
+    required={"norm_eps": 1e-5, "tie_embeddings": True},
+    sizes=sizes,
+    completed=library_completed,
+)
 _dense = partial(scheme, conv=DENSE, conv_name="mixer.conv1d.conv1d.")
 MAMBAPY_MLX = dataclasses.replace(
     MAMBAPY,
@@ -225,7 +235,14 @@ MAMBAPY_MLX = dataclasses.replace(
     required={"norm_eps": 1e-5, "conv_bias": True},  # for which it has no choice
 )
 
-TABLES = {"hf": HF, "mamba_ssm": MAMBA_SSM, "mambapy": MAMBAPY, "mambapy_mlx": MAMBAPY_MLX, "mlx_lm": MLX_LM}
+TABLES = {
+    "hf": HF,
+    "mamba_ssm": MAMBA_SSM,
+    "mamba_minimal": MAMBA_MINIMAL,
+    "mambapy": MAMBAPY,
+    "mambapy_mlx": MAMBAPY_MLX,
+    "mlx_lm": MLX_LM,
+}
 
 
 def _automatic_rank(values: dict[str, Any], d: Any = None) -> dict[str, Any]:

@@ -10,9 +10,16 @@ class FeatureModel(model.Model):
     """The backbone's output, from input_ids or, for task "layers", from inputs_embeds."""
 
     def __call__(
-        self, inputs: jax.Array, state: State | None = None, *, mask=None, segment_ids=None, observe=None
+        self,
+        inputs: jax.Array | None = None,
+        state: State | None = None,
+        *,
+        inputs_embeds: jax.Array | None = None,
+        mask=None,
+        segment_ids=None,
+        observe=None,
     ) -> Hidden:
-        hidden, state, call = self._run(inputs, state, mask, segment_ids, observe)
+        hidden, state, call = self._run(inputs, inputs_embeds, state, mask, segment_ids, observe)
         return Hidden(call.observe("hidden", self._masked(hidden, mask)), state)
 
 

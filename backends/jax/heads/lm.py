@@ -6,6 +6,7 @@ from flax import nnx
 
 from mamba_core.backend import Output, State
 from mamba_core.backends.jax import model
+from mamba_core.backends.jax.layers import attends, in_dtype
 from mamba_core.backends.jax.mixers import Options
 from mamba_core.backends.jax.ops.linear import precision, product, product_of_one
 from mamba_core.backends.jax.untouched import untouched
@@ -16,41 +17,65 @@ class LanguageModel(model.Model):
 
     def __init__(self, config, options: Options):
         super().__init__(config, options)
-        self.lm_head = None if config.tie_embeddings else _head(config, options)
+        # As data, so that a head may be added to a model whose embedding is its head.
+        self.lm_head = nnx.data(None if config.tie_embeddings else _head(config, options))
 
     def __call__(
-        self, input_ids: jax.Array, state: State | None = None, *, mask=None, segment_ids=None, observe=None
+        self,
+        input_ids: jax.Array | None = None,
+        state: State | None = None,
+        *,
+        inputs_embeds: jax.Array | None = None,
+        mask=None,
+        segment_ids=None,
+        observe=None,
     ) -> Output:
-        hidden, state, call = self._run(input_ids, state, mask, segment_ids, observe)
+        hidden, state, call = self._run(input_ids, inputs_embeds, state, mask, segment_ids, observe)
         return Output(call.observe("logits", self._masked(self.head(hidden), mask)), state)
 
     def hidden(self, input_ids: jax.Array, mask=None) -> jax.Array:
         """The head's inputs (b, l, d), zero at masked positions, where the logits then are."""
-        return self._masked(self._run(input_ids, None, mask, None, None)[0], mask)
+        return self._masked(self._run(input_ids, None, None, mask, None, None)[0], mask)
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """Logits in float32 from the backbone's output."""
-        head, embeddings = self.lm_head, self.backbone.embeddings
-        if (weight := self._weight()) is None:
-            return head(hidden) if head is not None else embeddings.attend(hidden).astype(jnp.float32)
-        array, transposed = weight[...], head is not None
-        logits = product_of_one(hidden, array, transposed=transposed, kernel=self.policy.of("block_step"))
+        weight, transposed = self._weight(), self.lm_head is not None
+        if weight is None:
+            logits = self.lm_head(hidden) if transposed else self._embeddings().attend(hidden)
+            return in_dtype(jnp.float32, logits)
+        logits = product_of_one(hidden, weight, transposed=transposed, kernel=self.policy.of("block_step"))
         if logits is not None:
             return logits
-        return product(hidden, array, transposed=False) if head is None else head(hidden)
+        return self.lm_head(hidden) if transposed else product(hidden, weight, transposed=False)
 
     def head_weight(self) -> jax.Array | None:
-        """The output projection's weight (v, d), or None if the head or the embedding was replaced."""
+        """The output projection's weight (v, d), or None where the head must be called."""
         if (weight := self._weight()) is None:
             return None
-        return weight[...] if self.lm_head is None else weight[...].T
+        return weight if self.lm_head is None else weight.T
 
-    def _weight(self) -> nnx.Param | None:
-        """(v, d) of the embedding, or (d, v) of a head of its own; None where its module must be called."""
+    def _weight(self) -> jax.Array | None:
+        """(v, d) of the embedding, or (d, v) of a head of its own; None where its module must be called.
+
+        An embedding that was changed is asked for the rows of all ids, unless it brings an `attend` of its own.
+        """
         if self.lm_head is not None:
-            return self.lm_head.kernel if _only_multiplies(self.lm_head) else None
-        embeddings = self.backbone.embeddings
-        return embeddings.embedding if untouched(nnx.Embed, embeddings) else None
+            return self.lm_head.kernel[...] if _only_multiplies(self.lm_head) else None
+        embeddings = self._embeddings()
+        if untouched(nnx.Embed, embeddings):
+            return embeddings.embedding[...]
+        if attends(embeddings):
+            return None
+        return in_dtype(self.dtype, embeddings(jnp.arange(self.config.padded_vocab_size)))
+
+    def _embeddings(self):
+        """What the head is tied to."""
+        if (found := getattr(self.backbone, "embeddings", None)) is None:
+            raise TypeError(
+                f"the backbone is {type(self.backbone).__name__} without `embeddings`, to which the head is tied; "
+                "give the model an lm_head"
+            )
+        return found
 
 
 def _only_multiplies(head) -> bool:

@@ -21,7 +21,7 @@ class FalconMambaMixer(nnx.Module):
     def __call__(self, hidden: jax.Array, state: LayerState, call: Call) -> tuple[jax.Array, LayerState]:
         x, z = s6.project_in(self, hidden, call)
         y, state = self._mix(x, z, state, call)
-        return call.observe("out_proj", self.out_proj(y)), state
+        return s6.project_out(self, y, call), state
 
     def last_position(self, hidden: jax.Array, state: LayerState, call: Call) -> tuple[jax.Array, LayerState] | None:
         """Like a call, but returns only the last position's output, (b, 1, d); gates of others are not computed."""
@@ -37,8 +37,8 @@ class FalconMambaMixer(nnx.Module):
     def _mix(self, x, z, state, call):
         x, conv = s6.convolve(self, x, state, call)
         dt, B, C = s6.norm_selection(*s6.select(self, x, call), self.eps, call)
-        delta = s6.step_sizes(self, dt, call)
-        y, ssm = s6.recur(self, x, delta, B, C, z, s6.delta_bias(self), state, call)
+        delta, bias = s6.step_sizes(self, dt, call)
+        y, ssm = s6.recur(self, x, delta, B, C, z, bias, state, call)
         return y, LayerState(conv, ssm)
 
 

@@ -4,6 +4,7 @@ import jax
 from flax import nnx
 
 from mamba_core.backend import LayerState
+from mamba_core.backends.jax import layers
 from mamba_core.backends.jax.mixers import s6
 from mamba_core.call import Call
 
@@ -19,7 +20,7 @@ class MiniMambaMixer(nnx.Module):
     def __call__(self, hidden: jax.Array, state: LayerState, call: Call) -> tuple[jax.Array, LayerState]:
         x, z = s6.project_in(self, hidden, call)
         y, state = self._mix(x, state, call)
-        return call.observe("out_proj", self.out_proj(call.observe("gate", y * z))), state
+        return s6.project_out(self, call.observe("gate", y * z), call), state
 
     def last_position(self, hidden: jax.Array, state: LayerState, call: Call) -> tuple[jax.Array, LayerState] | None:
         """Like a call, but returns only the last position's output, (b, 1, d); gates of others are not computed."""
@@ -32,8 +33,10 @@ class MiniMambaMixer(nnx.Module):
     def _mix(self, x, state, call):
         x, conv = s6.convolve(self, x, state, call)
         dt, B, C = s6.select(self, x, call)
-        delta = s6.step_sizes(self, dt, call)
-        y, ssm = s6.recur(self, x, delta, B, C, None, 2 * s6.delta_bias(self), state, call)
+        delta, bias = s6.step_sizes(self, dt, call)
+        # The bias once more: a layer that is called has added it to delta.
+        bias = layers.bias(self.dt_proj, dt) if bias is None else 2 * bias
+        y, ssm = s6.recur(self, x, delta, B, C, None, bias, state, call)
         return y, LayerState(conv, ssm)
 
 

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mamba_core.backends.jax import layers
 from mamba_core.backends.jax.kernels.native_step import MixerStep
-from mamba_core.backends.jax.ops.causal_conv import causal_conv_step, conv
 from mamba_core.backends.jax.ops.linear import precision
 from mamba_core.backends.jax.ops.rms_norm import rms_norm
 from mamba_core.backends.jax.ops.selective_scan import scan, selective_step
@@ -49,26 +49,20 @@ def add_parameters(mixer: nnx.Module, config, options) -> None:
 
 def project_in(mixer, hidden: jax.Array, call: Call) -> tuple[jax.Array, jax.Array]:
     """hidden (b, l, d) -> x, z (b, l, e)."""
-    x, z = jnp.split(call.observe("in_proj", mixer.in_proj(hidden)), 2, axis=-1)
+    x, z = jnp.split(call.observe("in_proj", layers.linear(mixer.in_proj, hidden)), 2, axis=-1)
     return call.observe("x", x), call.observe("z", z)
 
 
 def convolve(mixer, x: jax.Array, state, call: Call) -> tuple[jax.Array, jax.Array]:
     """(x (b, l, e) after the convolution and its SiLU, its state)."""
-    layer = _read(mixer, "conv1d", nnx.Conv)
-    weight, bias = layer.kernel[...][:, 0].T, None if layer.bias is None else layer.bias[...]
-    if call.one:
-        y, after = causal_conv_step(x[:, 0], weight, bias, activation="silu", state=state.conv)
-        y = y[:, None]
-    else:
-        kernel = mixer.kernels.of("causal_conv")
-        y, after = conv(call, x, weight, bias, activation="silu", initial_state=state.conv, kernel=kernel)
+    kernel = mixer.kernels.of("causal_conv")
+    y, after = layers.convolution(mixer.conv1d, x, state.conv, call, kernel, "mixer.conv1d")
     return call.observe("conv", y), after
 
 
 def select(mixer, x: jax.Array, call: Call) -> tuple[jax.Array, jax.Array, jax.Array]:
     """x (b, l, e) -> dt (b, l, r), B and C (b, l, n)."""
-    dtbc, n = call.observe("x_proj", mixer.x_proj(x)), mixer.A_log.shape[1]
+    dtbc, n = call.observe("x_proj", layers.linear(mixer.x_proj, x)), mixer.A_log.shape[1]
     r = dtbc.shape[-1] - 2 * n
     dt, B, C = jnp.split(dtbc, (r, r + n), axis=-1)
     return call.observe("dt", dt), call.observe("B", B), call.observe("C", C)
@@ -81,15 +75,13 @@ def norm_selection(dt, B, C, eps: float, call: Call) -> tuple[jax.Array, jax.Arr
     return dt, B, C
 
 
-def step_sizes(mixer, dt: jax.Array, call: Call) -> jax.Array:
-    """(b, l, e) without the bias of dt_proj."""
-    layer = _read(mixer, "dt_proj", nnx.Linear)
-    return call.observe("dt_proj", jnp.matmul(dt, layer.kernel[...], precision=layer.precision))
+def step_sizes(mixer, dt: jax.Array, call: Call) -> tuple[jax.Array, jax.Array | None]:
+    """(b, l, e) without the bias of dt_proj, which enters inside the scan, before the softplus; and the bias.
 
-
-def delta_bias(mixer) -> jax.Array:
-    """(e,) float32, the bias of dt_proj, which enters inside the scan, before the softplus."""
-    return _read(mixer, "dt_proj", nnx.Linear).bias[...]
+    None for it where dt_proj is called, which adds its own.
+    """
+    delta, bias = layers.step_projection(mixer.dt_proj, dt)
+    return call.observe("dt_proj", delta), bias
 
 
 def recur(mixer, x, delta, B, C, z, bias, state, call: Call) -> tuple[jax.Array, jax.Array]:
@@ -106,6 +98,11 @@ def recur(mixer, x, delta, B, C, z, bias, state, call: Call) -> tuple[jax.Array,
     return call.observe("scan", y), after
 
 
+def project_out(mixer, y: jax.Array, call: Call) -> jax.Array:
+    """y (b, l, e) -> (b, l, d)."""
+    return call.observe("out_proj", layers.linear(mixer.out_proj, y))
+
+
 # --- what a mixer made of them may have in its own class -------------------------------------------
 
 
@@ -116,7 +113,7 @@ def native_operands(mixer, selection_eps: float | None = None) -> MixerStep | st
     """
     linears = {name: getattr(mixer, name) for name in ("in_proj", "x_proj", "dt_proj", "out_proj")}
     replaced = [name for name, layer in linears.items() if not untouched(nnx.Linear, layer)]
-    if replaced or not untouched(nnx.Conv, mixer.conv1d) or not untouched(type(mixer), mixer):
+    if replaced or not layers.is_convolution(mixer.conv1d) or not untouched(type(mixer), mixer):
         return f"{', '.join(replaced) or 'the mixer or its convolution'} was replaced or changed"
     if selection_eps is None:
         return MixerStep(NATIVE_STEP)
@@ -126,12 +123,13 @@ def native_operands(mixer, selection_eps: float | None = None) -> MixerStep | st
 
 
 def width(mixer) -> int | None:
-    """Elements of its widest array, in_proj's output, for each position; None if a layer was replaced or changed.
+    """Elements of its widest array, in_proj's output, for each position; None if it or a layer was changed.
 
-    Another layer may look along the sequence.
+    What was changed may look along the sequence.
     """
     linears = (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj)
-    return 2 * mixer.A_log.shape[0] if untouched(nnx.Linear, *linears) and untouched(nnx.Conv, mixer.conv1d) else None
+    is_built = untouched(type(mixer), mixer) and untouched(nnx.Linear, *linears) and layers.is_convolution(mixer.conv1d)
+    return 2 * mixer.A_log.shape[0] if is_built else None
 
 
 def project_for_last(mixer, hidden: jax.Array) -> tuple[jax.Array, jax.Array] | None:
@@ -143,7 +141,7 @@ def project_for_last(mixer, hidden: jax.Array) -> tuple[jax.Array, jax.Array] | 
     # An exported program may be for any length.
     if not isinstance(length, int) or length < 2 or hidden.dtype != jnp.float32:
         return None
-    if not untouched(nnx.Linear, layer, mixer.out_proj):
+    if not (untouched(nnx.Linear, layer, mixer.out_proj) and untouched(type(mixer), mixer)):
         return None
     kernel, bias = (None if value is None else value[...] for value in (layer.kernel, layer.bias))
     e = kernel.shape[1] // 2
@@ -153,14 +151,3 @@ def project_for_last(mixer, hidden: jax.Array) -> tuple[jax.Array, jax.Array] | 
         return y if bias is None else y + bias[columns]
 
     return half(hidden, slice(None, e)), half(hidden[:, -1:], slice(e, None))
-
-
-def _read(mixer, name: str, kind: type) -> nnx.Module:
-    """A layer whose weights are read."""
-    layer = getattr(mixer, name)
-    if not untouched(kind, layer):
-        raise TypeError(
-            f"mixer.{name} is {type(layer).__name__}, subclassed or changed; its weights are read, not called. "
-            f"Merge the change into the weights of an nnx.{kind.__name__}, or write a mixer of your own"
-        )
-    return layer

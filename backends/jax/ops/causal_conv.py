@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import lax
 
 from mamba_core.backends.jax.arrays import PLATFORMS
@@ -100,6 +101,68 @@ def shifted(x, weight, bias, state, mask, restart, order=None, inverse=None, *, 
     return y, state
 
 
+def by_module(layer, x, state, call, activation, name):
+    """`conv` by a module that somebody put in the place of the convolution, which is called: (y, final state).
+
+    Masked positions and restarts are those of `shifted`. name: of the layer, for errors.
+    """
+    length, carried, state = x.shape[1], state.shape[1], state.astype(x.dtype)
+    check_taps(layer, carried + 1, name)
+    if isinstance(length, int) and length == 0:
+        return x, state
+    restart, end = call.restart, jnp.full(x.shape[:1], length)
+    if call.mask is not None:
+        order, end = call.order, call.mask.sum(1)
+        x = jnp.take_along_axis(jnp.where(call.mask[..., None], x, 0), order[..., None], axis=1)
+        restart = None if restart is None else jnp.take_along_axis(restart, order, axis=1)
+    inputs = jnp.concatenate([state, x], axis=1)
+    last = end[:, None] + jnp.arange(carried)
+    after = jnp.take_along_axis(inputs, last[..., None], axis=1)
+    if restart is None:
+        y = valid(layer, inputs, carried + 1, name)
+    else:
+        run = jnp.pad(jnp.cumsum(restart, axis=1), ((0, 0), (carried, 0)))
+        y = _by_window(layer, inputs, run, carried + 1, name)
+        in_last_run = jnp.take_along_axis(run, last, axis=1) == restart.sum(1, keepdims=True)
+        after = jnp.where(in_last_run[..., None], after, 0)
+    y = _activate(y.astype(jnp.promote_types(y.dtype, jnp.float32)), activation).astype(x.dtype)
+    if call.mask is not None:
+        y = jnp.where(call.mask[..., None], jnp.take_along_axis(y, call.inverse[..., None], axis=1), 0)
+    return y, after
+
+
+def check_taps(layer, taps: int, name: str) -> None:
+    """Check that the convolutions inside of a changed layer look at so many inputs, the position's own the last.
+
+    Raises:
+        TypeError: one does not.
+    """
+    for path, inside in nnx.iter_modules(layer) if isinstance(layer, nnx.Module) else ():
+        if isinstance(inside, nnx.Conv) and (fault := _reaches_further(inside, taps)):
+            where = ".".join(map(str, (name, *path)))
+            raise TypeError(
+                f"{where} has {fault}; expected a convolution of at most {taps} inputs, the position's own the last: "
+                f"nnx.Conv(..., kernel_size={taps}, padding='CAUSAL')"
+            )
+
+
+def valid(layer, inputs: jax.Array, taps: int, name: str) -> jax.Array:
+    """The layer's outputs at the positions that have all their inputs: (b, l, e) of inputs (b, l + k - 1, e).
+
+    A layer may pad with k - 1 zeros on the left, on both sides, or not at all.
+    """
+    y, more = layer(inputs), taps - 1
+    given = inputs.shape[1]
+    if y.ndim == 3 and (y.shape[0], y.shape[2]) == (inputs.shape[0], inputs.shape[2]):
+        for count, first in ((given, more), (given + more, more), (given - more, 0)):
+            if y.shape[1] == count:
+                return y[:, first : first + given - more]
+    raise TypeError(
+        f"{name}, {type(layer).__name__}, gave {y.shape} for {inputs.shape}; expected (b, l, e) with as many "
+        f"positions, with {more} more, or with {more} fewer"
+    )
+
+
 KERNELS = {"native": native_conv.beside(shifted), "cuda": cuda_conv.beside(shifted), "shifted": shifted}
 
 
@@ -168,3 +231,30 @@ def _linear(windows, weight, bias):
 
 def _activate(linear, activation):
     return jax.nn.silu(linear) if activation == "silu" else linear
+
+
+def _by_window(layer, inputs, run, taps, name):
+    """Of each position's inputs alone, zero where they stand before the last restart: k times the work."""
+    batch, _, channels = inputs.shape
+    length = inputs.shape[1] - taps + 1
+    at = jnp.arange(length)[:, None] + jnp.arange(taps)
+    windows = jnp.where((run[:, at] == run[:, taps - 1 :, None])[..., None], inputs[:, at], 0)
+    return valid(layer, windows.reshape(-1, taps, channels), taps, name).reshape(batch, length, channels)
+
+
+def _reaches_further(layer: nnx.Conv, taps: int) -> str | None:
+    """What makes a convolution look at other inputs than the last ones."""
+    for name in ("strides", "input_dilation", "kernel_dilation"):
+        value = getattr(layer, name)
+        if value not in (None, 1) and any(each != 1 for each in jax.tree.leaves(value)):
+            return f"{name}={value}"
+    if len(layer.kernel_size) != 1 or layer.kernel_size[0] > taps:
+        return f"kernel_size={layer.kernel_size}"
+    more, padding = layer.kernel_size[0] - 1, layer.padding
+    sides = {"CAUSAL": (more, 0), "VALID": (0, 0)}.get(padding) if isinstance(padding, str) else padding
+    while isinstance(sides, (list, tuple)) and len(sides) == 1:
+        sides = sides[0]
+    sides = (sides, sides) if isinstance(sides, int) else sides
+    if more and (sides is None or tuple(sides) not in ((0, 0), (more, 0), (more, more))):
+        return f"padding={padding!r}"
+    return None

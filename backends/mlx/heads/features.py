@@ -10,9 +10,16 @@ class FeatureModel(model.Model):
     """The backbone's output, from input_ids or, for task "layers", from inputs_embeds."""
 
     def __call__(
-        self, inputs: mx.array, state: State | None = None, *, mask=None, segment_ids=None, observe=None
+        self,
+        inputs: mx.array | None = None,
+        state: State | None = None,
+        *,
+        inputs_embeds: mx.array | None = None,
+        mask=None,
+        segment_ids=None,
+        observe=None,
     ) -> Hidden:
-        return self._hidden(inputs, state, mask, segment_ids, observe)
+        return self._hidden(inputs, inputs_embeds, state, mask, segment_ids, observe)
 
 
 Model = FeatureModel

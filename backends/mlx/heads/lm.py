@@ -4,7 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mamba_core.backend import Output, State
-from mamba_core.backends.mlx import model
+from mamba_core.backends.mlx import layers, model
 from mamba_core.backends.mlx.ops import linear
 from mamba_core.backends.mlx.untouched import untouched
 from mamba_core.kernels import Kernels
@@ -18,11 +18,18 @@ class LanguageModel(model.Model):
             self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
 
     def __call__(
-        self, input_ids: mx.array, state: State | None = None, *, mask=None, segment_ids=None, observe=None
+        self,
+        input_ids: mx.array | None = None,
+        state: State | None = None,
+        *,
+        inputs_embeds: mx.array | None = None,
+        mask=None,
+        segment_ids=None,
+        observe=None,
     ) -> Output:
         observe = reporting(observe)
         with self.on_device():
-            hidden, state = self._run(input_ids, state, mask, segment_ids, observe)
+            hidden, state = self._run(input_ids, inputs_embeds, state, mask, segment_ids, observe)
             return Output(observe("logits", self._masked(self.head(hidden), mask)), state)
 
     def head(self, hidden: mx.array) -> mx.array:
@@ -32,16 +39,34 @@ class LanguageModel(model.Model):
         return self._project(hidden).astype(mx.float32)
 
     def _project(self, hidden):
-        kernel, embeddings = self.policy.of("linear"), self.backbone.embeddings
+        kernel = self.policy.of("linear")
         # Also a head that somebody gave to a model whose embedding was its head.
-        if "lm_head" in self:
-            return linear.call(self.lm_head, hidden, kernel)
-        if untouched(nn.Embedding, embeddings):
+        head = self.get("lm_head", vars(self).get("lm_head"))
+        if head is not None:
+            return layers.linear(head, hidden, kernel)
+        if not self.config.tie_embeddings:
+            raise TypeError("lm_head is missing, and the model's config does not tie it to the embedding")
+        embeddings = self.inner_backbone("the head, which is the embedding,").embeddings
+        if untouched(nn.Embedding, embeddings) and untouched(nn.Embedding, method="as_linear"):
             return linear.linear(hidden, embeddings.weight, kernel)
-        if not hasattr(embeddings, "as_linear"):
-            kind = f"{type(embeddings).__module__}.{type(embeddings).__qualname__}"
-            raise TypeError(f"backbone.embeddings is {kind}, without as_linear; the model's head is the embedding's")
-        return embeddings.as_linear(hidden)
+        if _projects(embeddings):
+            return embeddings.as_linear(hidden)
+        rows = embeddings(mx.arange(self.config.padded_vocab_size))
+        return linear.linear(hidden, rows.astype(hidden.dtype), kernel)
+
+
+def _projects(embeddings) -> bool:
+    """Whether whoever wrote what the embedding gives for ids also wrote its `as_linear`.
+
+    Else its rows are asked for: a class that changes them alone has inherited another embedding's `as_linear`.
+    """
+    kind = type(embeddings)
+    call, project = (
+        next((base for base in kind.__mro__ if name in vars(base)), object) for name in ("__call__", "as_linear")
+    )
+    if project is object or not issubclass(project, call):
+        return False
+    return untouched(kind) or not untouched(kind, method="as_linear")
 
 
 Model = LanguageModel

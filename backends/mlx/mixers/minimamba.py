@@ -4,6 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mamba_core.backend import LayerState
+from mamba_core.backends.mlx import layers
 from mamba_core.backends.mlx.mixers import Options, s6
 from mamba_core.call import Call
 
@@ -22,11 +23,9 @@ class MiniMambaMixer(nn.Module):
         x, conv = s6.convolve(self, x, state.conv, call)
         dt, B, C = s6.select(self, x, call)
         delta, bias = s6.step_sizes(self, dt, call)
-        if bias is None:
-            raise TypeError(
-                f"{s6.name(self, 'dt_proj')} adds its bias itself; MiniMamba adds it once more, and reads it"
-            )
-        y, ssm = s6.recur(self, x, delta, B, C, None, 2 * bias, state.ssm, call)
+        # The bias once more: a layer that is called has added it to delta.
+        bias = layers.bias(self.dt_proj, dt) if bias is None else 2 * bias
+        y, ssm = s6.recur(self, x, delta, B, C, None, bias, state.ssm, call)
         y = call.observe("gate", s6.at_positions_of(z, y) * z)
         return s6.project_out(self, y, call), LayerState(conv, ssm)
 

@@ -1,33 +1,21 @@
 """The parts of Mamba-1's mixer (Gu and Dao 2023, figure 3), as functions that mixers like it are made of.
 
-Each takes the mixer, whose projections are modules under the canonical names and are called, so that others may stand
-in their place: LoRA, quantised layers. What is read instead, the weights of conv1d, may not be replaced.
+Each takes the mixer, whose layers are modules under the canonical names. `layers` calls those that are not as they were
+built, so that others may stand in their place: LoRA, quantised layers.
 """
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from mamba_core.backends.mlx import layers
 from mamba_core.backends.mlx.mixers import Options
-from mamba_core.backends.mlx.ops import causal_conv, linear, selective_scan
+from mamba_core.backends.mlx.ops import linear, selective_scan
 from mamba_core.backends.mlx.ops.rms_norm import rms_norm
 from mamba_core.backends.mlx.untouched import untouched
 from mamba_core.call import Call
 
-
-class StepProjection(nn.Module):
-    """dt_proj without its bias, which the scan adds in float32.
-
-    Not an `nn.Linear`, so that `nn.quantize` leaves it alone: its rank is small and seldom a multiple of a group.
-    """
-
-    def __init__(self, rank: int, channels: int, options: Options):
-        super().__init__()
-        self.kernel = options.kernels.of("linear")
-        self.weight = mx.zeros((channels, rank))
-        self.bias = mx.zeros((channels,))
-
-    def __call__(self, dt: mx.array) -> mx.array:
-        return linear.linear(dt, self.weight, self.kernel)
+# Linear layers that look at each position alone.
+LINEAR = (nn.Linear, layers.StepProjection, nn.QuantizedLinear)
 
 
 def add_parameters(mixer: nn.Module, config, layer: int, options: Options) -> None:
@@ -40,7 +28,7 @@ def add_parameters(mixer: nn.Module, config, layer: int, options: Options) -> No
     mixer.in_proj = nn.Linear(d, 2 * e, bias=config.bias)
     mixer.conv1d = nn.Conv1d(e, e, k, groups=e, padding=k - 1, bias=config.conv_bias)
     mixer.x_proj = nn.Linear(e, r + 2 * n, bias=False)
-    mixer.dt_proj = StepProjection(r, e, options)
+    mixer.dt_proj = layers.StepProjection(r, e)
     mixer.A_log = mx.zeros((e, n))
     mixer.D = mx.ones((e,))
     mixer.out_proj = nn.Linear(e, d, bias=config.bias)
@@ -68,18 +56,8 @@ def _project_in_last(mixer, hidden):
 
 def convolve(mixer: nn.Module, x: mx.array, state: mx.array, call: Call) -> tuple[mx.array, mx.array]:
     """The causal convolution and its SiLU; x (b, l, e) -> (b, l, e) and the convolution's state."""
-    if not untouched(nn.Conv1d, mixer.conv1d):
-        kind = type(mixer.conv1d)
-        raise TypeError(
-            f"{name(mixer, 'conv1d')} is {kind.__module__}.{kind.__qualname__}; expected mlx.nn.Conv1d: "
-            "its weights are read and it is not called, so that another module would be ignored"
-        )
-    weight, bias = mixer.conv1d.weight[..., 0], mixer.conv1d.get("bias")
-    if call.one:
-        y, state = causal_conv.causal_conv_step(x[:, 0], weight, bias, activation="silu", state=state)
-        return call.observe("conv", y[:, None]), state
     kernel = mixer.kernels.of("causal_conv")
-    y, state = causal_conv.conv(call, x, weight, bias, activation="silu", initial_state=state, kernel=kernel)
+    y, state = layers.convolution(mixer.conv1d, x, state, call, kernel, name(mixer, "conv1d"))
     return call.observe("conv", y), state
 
 
@@ -98,16 +76,9 @@ def norm_selection(mixer: nn.Module, dt, B, C, eps: float, call: Call) -> tuple[
 
 
 def step_sizes(mixer: nn.Module, dt: mx.array, call: Call) -> tuple[mx.array, mx.array | None]:
-    """delta (b, l, e), and the bias that the scan still has to add to it.
-
-    A `StepProjection` leaves its bias to the scan; so does a module that has one inside, such as an adapter. Any other
-    module in the place of dt_proj adds its own bias, as an `nn.Linear` does: there is none left then.
-    """
-    delta = call.observe("dt_proj", mixer.dt_proj(dt))
-    if untouched(StepProjection, mixer.dt_proj):
-        return delta, mixer.dt_proj.bias
-    inside = [module for module in mixer.dt_proj.modules() if isinstance(module, StepProjection)]
-    return delta, inside[0].bias if inside else None
+    """delta (b, l, e), and the bias that the scan still has to add to it; None where delta has it already."""
+    delta, bias = layers.step_projection(mixer.dt_proj, dt, mixer.kernels.of("linear"))
+    return call.observe("dt_proj", delta), bias
 
 
 def recur(mixer: nn.Module, x, delta, B, C, z, bias, state, call: Call) -> tuple[mx.array, mx.array]:
@@ -146,7 +117,7 @@ def name(mixer: nn.Module, module: str) -> str:
 
 
 def _linear(mixer, layer, x):
-    return linear.call(layer, x, mixer.kernels.of("linear"))
+    return layers.linear(layer, x, mixer.kernels.of("linear"))
 
 
 def width(mixer: nn.Module) -> int | None:
@@ -154,7 +125,6 @@ def width(mixer: nn.Module) -> int | None:
 
     Another layer may look along the sequence.
     """
-    linears = [mixer.in_proj, mixer.x_proj, mixer.out_proj]
-    own = untouched(StepProjection, mixer.dt_proj) and untouched(nn.Conv1d, mixer.conv1d)
-    known = all(untouched(nn.Linear, layer) or untouched(nn.QuantizedLinear, layer) for layer in linears)
-    return 2 * len(mixer.A_log) if own and known else None
+    linears = (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj)
+    known = all(any(untouched(kind, layer) for kind in LINEAR) for layer in linears)
+    return 2 * len(mixer.A_log) if known and layers.is_convolution(mixer.conv1d) else None

@@ -1,20 +1,10 @@
-"""Linear layers: MLX's own product, or on a CPU NumPy's."""
+"""The product of linear layers: MLX's own product, or on a CPU NumPy's."""
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from mamba_core.backends.mlx.arrays import default_device, keep_float32
 from mamba_core.backends.mlx.kernels import numpy_linear
-from mamba_core.backends.mlx.untouched import untouched
 from mamba_core.kernels import choose
-
-
-def call(layer: nn.Module, x: mx.array, kernel: str = "auto") -> mx.array:
-    """layer(x), by a kernel where the layer is an `nn.Linear`; any other module is called."""
-    if not untouched(nn.Linear, layer):
-        return layer(x)
-    y = linear(x, layer.weight, kernel)
-    return y + layer.bias if "bias" in layer else y
 
 
 def linear(x: mx.array, weight: mx.array, kernel: str = "auto") -> mx.array:

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from mamba_core import discovery
+from mamba_core.backends.mlx.untouched import untouched
 
 
 class Taken(NamedTuple):
@@ -33,5 +34,6 @@ def ranked() -> tuple[tuple[str, ModuleType], ...]:
 
 
 def own(module, name: str) -> Any:
-    """What the module's very class, not a base of it, says under this name; None where it says nothing."""
-    return vars(type(module)).get(name)
+    """What the module's very class, not a base of it, says under this name; None where it does not, or is patched."""
+    kind = type(module)
+    return vars(kind).get(name) if untouched(kind, module) else None

@@ -11,10 +11,17 @@ class FeatureModel(model.Model):
     """The backbone's output, from input_ids or, for task "layers", from inputs_embeds."""
 
     def forward(
-        self, inputs: Tensor, state: State | None = None, *, mask=None, segment_ids=None, observe=None
+        self,
+        inputs: Tensor | None = None,
+        state: State | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        mask=None,
+        segment_ids=None,
+        observe=None,
     ) -> Hidden:
         observe = reporting(observe)
-        hidden, state = self._run(inputs, state, mask, segment_ids, observe)
+        hidden, state = self._run(inputs, inputs_embeds, state, mask, segment_ids, observe)
         return Hidden(observe("hidden", self._masked(hidden, mask)), state)
 
 

@@ -36,8 +36,8 @@ class MambaMixer(nn.Module):
         """The mixer between in_proj and out_proj; without the gate if z is None."""
         x, conv = s6.convolve(self, x, state.conv, call)
         dt, B, C = s6.select(self, x, call)
-        delta = s6.step_sizes(self, dt, call)
-        y, ssm = s6.recur(self, x, delta, B, C, z, self.dt_proj.bias, state.ssm, call)
+        delta, bias = s6.step_sizes(self, dt, call)
+        y, ssm = s6.recur(self, x, delta, B, C, z, bias, state.ssm, call)
         return y, LayerState(conv, ssm)
 
 

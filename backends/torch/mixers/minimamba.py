@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from mamba_core.backend import LayerState
+from mamba_core.backends.torch import layers
 from mamba_core.backends.torch.mixers import s6
 
 
@@ -31,8 +32,10 @@ class MiniMambaMixer(nn.Module):
         """The mixer between in_proj and the gate."""
         x, conv = s6.convolve(self, x, state.conv, call)
         dt, B, C = s6.select(self, x, call)
-        delta = s6.step_sizes(self, dt, call)
-        y, ssm = s6.recur(self, x, delta, B, C, None, 2 * self.dt_proj.bias, state.ssm, call)
+        delta, bias = s6.step_sizes(self, dt, call)
+        again = layers.bias(self.dt_proj, dt)
+        bias = again if bias is None else bias + again
+        y, ssm = s6.recur(self, x, delta, B, C, None, bias, state.ssm, call)
         return y, LayerState(conv, ssm)
 
 

@@ -4,10 +4,12 @@ import torch
 from torch import Tensor, nn
 
 from mamba_core.backend import LayerState
+from mamba_core.backends.torch import layers
 from mamba_core.backends.torch.kernels import native_step
 from mamba_core.backends.torch.kernels.operator import KINDS
+from mamba_core.backends.torch.layers import StepProjection
 from mamba_core.backends.torch.mixers import Options
-from mamba_core.backends.torch.ops import causal_conv, fused_mixer, linear, rms_norm, selective_scan
+from mamba_core.backends.torch.ops import fused_mixer, linear, rms_norm, selective_scan
 from mamba_core.backends.torch.quantization import QuantizedLinear, stored_weight
 from mamba_core.backends.torch.untouched import untouched
 from mamba_core.call import Call
@@ -21,7 +23,7 @@ def add_parameters(mixer: nn.Module, config, options: Options) -> None:
     mixer.in_proj = nn.Linear(d, 2 * e, bias=config.bias)
     mixer.conv1d = nn.Conv1d(e, e, k, groups=e, padding=k - 1, bias=config.conv_bias)
     mixer.x_proj = nn.Linear(e, r + 2 * n, bias=False)
-    mixer.dt_proj = nn.Linear(r, e)
+    mixer.dt_proj = StepProjection(r, e)
     mixer.A_log = nn.Parameter(torch.empty(e, n))
     mixer.D = nn.Parameter(torch.empty(e))
     mixer.out_proj = nn.Linear(e, d, bias=config.bias)
@@ -32,17 +34,12 @@ def add_parameters(mixer: nn.Module, config, options: Options) -> None:
 
 def project(mixer, name: str, value: Tensor) -> Tensor:
     """The output of the mixer's linear layer of that name."""
-    return linear.call(getattr(mixer, name), value, mixer.kernels.of("linear"))
+    return layers.linear(getattr(mixer, name), value, mixer.kernels.of("linear"))
 
 
 def convolve(mixer, x: Tensor, state: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """The convolution with its SiLU, (b, l, e), and its state."""
-    weight, bias = mixer.conv1d.weight[:, 0], mixer.conv1d.bias
-    if call.one:
-        y, state = causal_conv.causal_conv_step(x[:, 0], weight, bias, activation="silu", state=state)
-        return call.observe("conv", y[:, None]), state
-    kernel = mixer.kernels.of("causal_conv")
-    y, state = causal_conv.conv(call, x, weight, bias, activation="silu", initial_state=state, kernel=kernel)
+    y, state = layers.convolution(mixer.conv1d, x, state, call, mixer.kernels.of("causal_conv"))
     return call.observe("conv", y), state
 
 
@@ -59,10 +56,10 @@ def norm_selection(dt, B, C, eps: float, call: Call) -> tuple[Tensor, Tensor, Te
     return dt, B, C
 
 
-def step_sizes(mixer, dt: Tensor, call: Call) -> Tensor:
-    """(b, l, e) without the bias of dt_proj, which the scan adds in float32 before the softplus."""
-    delta = linear.linear(dt, mixer.dt_proj.weight, kernel=mixer.kernels.of("linear"))
-    return call.observe("dt_proj", delta)
+def step_sizes(mixer, dt: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+    """(b, l, e), and the bias that the scan adds to it in float32 before the softplus."""
+    delta, bias = layers.step_projection(mixer.dt_proj, dt, mixer.kernels.of("linear"))
+    return call.observe("dt_proj", delta), bias
 
 
 def recur(mixer, x, delta, B, C, z, delta_bias, state: Tensor, call: Call) -> tuple[Tensor, Tensor]:
@@ -86,12 +83,9 @@ def is_fused(mixer, xz: Tensor, call: Call) -> bool:
     """Whether `fused` computes here what Mamba-1's mixer does between in_proj and out_proj."""
     if call.mask is not None or call.observed:
         return False
-    weight = mixer.conv1d.weight
-    return (
-        fused_mixer.is_fused(mixer.kernels, xz, weight.shape[-1], mixer.A_log.shape[1])
-        and untouched(nn.Linear, mixer.x_proj, mixer.dt_proj)
-        and untouched(nn.Conv1d, mixer.conv1d)
-    )
+    if not _is_built_inside(mixer):
+        return False
+    return fused_mixer.is_fused(mixer.kernels, xz, mixer.conv1d.weight.shape[-1], mixer.A_log.shape[1])
 
 
 def fused(mixer, xz: Tensor, state: LayerState, call: Call, selection_eps: float = 0.0) -> tuple[Tensor, LayerState]:
@@ -121,8 +115,17 @@ def width(mixer) -> int | None:
 
     Another layer may look along the sequence.
     """
-    small = untouched(nn.Linear, mixer.x_proj, mixer.dt_proj) and untouched(nn.Conv1d, mixer.conv1d)
-    return 2 * len(mixer.A_log) if small and all(map(_is_ours, (mixer.in_proj, mixer.out_proj))) else None
+    built = _is_built_inside(mixer) and _is_ours(mixer.in_proj) and _is_ours(mixer.out_proj)
+    return 2 * len(mixer.A_log) if built else None
+
+
+def _is_built_inside(mixer) -> bool:
+    """Whether the layers between in_proj and out_proj are as they were built."""
+    return (
+        untouched(nn.Linear, mixer.x_proj)
+        and untouched(StepProjection, mixer.dt_proj)
+        and layers.is_convolution(mixer.conv1d)
+    )
 
 
 def _is_ours(large) -> bool:
@@ -160,7 +163,9 @@ def native_operands(mixer, selection_eps: float = 0.0) -> native_step.Operands |
     """For the way native_step; None if a layer was changed."""
     in_proj, x_proj, dt_proj, out_proj = mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj
     conv = mixer.conv1d
-    if not (untouched(nn.Linear, in_proj, x_proj, dt_proj, out_proj) and untouched(nn.Conv1d, conv)):
+    if not (untouched(nn.Linear, in_proj, x_proj, out_proj) and untouched(StepProjection, dt_proj)):
+        return None
+    if not layers.is_convolution(conv):
         return None
     if x_proj.bias is not None:
         return None
@@ -173,7 +178,7 @@ def native_operands(mixer, selection_eps: float = 0.0) -> native_step.Operands |
 def cuda_operands(mixer, selection_eps: float = 0.0) -> tuple | None:
     """For the way cuda_step, as `kernels.triton_step.Layer` after the norm; None if a layer was changed."""
     in_proj, x_proj, dt_proj, out_proj = mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj
-    if not (untouched(nn.Linear, x_proj, dt_proj) and untouched(nn.Conv1d, mixer.conv1d)) or x_proj.bias is not None:
+    if not _is_built_inside(mixer) or x_proj.bias is not None:
         return None
     if not (_is_ours(in_proj) and _is_ours(out_proj)):
         return None

@@ -5,9 +5,9 @@ The plain form is faster than `conv1d` on a CPU, and unlike it, it can leave out
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from mamba_core.backends.torch.arrays import check_devices, in_compute_dtype
+from mamba_core.backends.torch.arrays import at_least_float32, check_devices, in_compute_dtype
 from mamba_core.backends.torch.kernels import native_tensors, triton_conv
 from mamba_core.backends.torch.kernels.native_conv import native
 from mamba_core.backends.torch.kernels.triton_conv import cuda
@@ -88,6 +88,32 @@ def shifted(x, weight, bias, activation, state, call: Call):
     return y.to(dtype), _last_inputs(inputs, state.shape[1], mask, runs).to(dtype)
 
 
+def by_module(layer: nn.Module, x, state, call: Call, activation=None) -> tuple[Tensor, Tensor]:
+    """(y, final state) of a causal convolution that is called, on (b, channels, positions) as `nn.Conv1d` is.
+
+    It may pad as `nn.Conv1d` does on both sides, or on the left alone, or not at all.
+
+    Raises:
+        TypeError: there is a convolution inside that reaches beyond the k-1 positions of the state.
+        ValueError: it gives another number of positions.
+    """
+    carried, mask, restart = state.shape[1], call.mask, call.restart
+    _check_reach(layer, carried + 1)
+    if x.shape[1] == 0:
+        return x, state
+    dtype = x.dtype
+    if mask is not None:
+        x = _take(where_counting(mask, x), call.order)
+        restart = None if restart is None else restart.gather(1, call.order)
+    inputs = torch.cat([state.to(dtype), x], dim=1)
+    runs = None if restart is None else _runs(restart, carried)
+    y = _valid(layer, inputs, carried) if runs is None else _by_windows(layer, inputs, runs, carried)
+    y = _activate(at_least_float32(y), activation)
+    if mask is not None:
+        y = where_counting(mask, _take(y, call.inverse))
+    return y.to(dtype), _last_inputs(inputs, carried, mask, runs)
+
+
 # Fastest first.
 KERNELS = {"native": native, "cuda": cuda, "shifted": shifted}
 
@@ -107,6 +133,43 @@ def _filter(inputs, weight, bias, runs) -> Tensor:
         else:
             total = torch.addcmul(total, shifted, weight[:, tap])
     return total
+
+
+def _check_reach(layer, width):
+    for part in layer.modules():
+        if not isinstance(part, nn.Conv1d):
+            continue
+        kind, taps = type(layer).__qualname__, part.kernel_size[0]
+        if any(size != 1 for size in (*part.stride, *part.dilation)):
+            raise TypeError(f"{kind} in the place of conv1d has a convolution with stride or dilation; expected none")
+        if taps > width:
+            raise TypeError(f"{kind} in the place of conv1d has a convolution of {taps} taps; expected {width} at most")
+        if taps > 1 and part.padding not in ((0,), (taps - 1,), "valid"):
+            padding = f"padding {part.padding}"
+            raise TypeError(f"{kind} in the place of conv1d has a convolution with {padding}; expected 0 or {taps - 1}")
+
+
+def _valid(layer, inputs, carried):
+    """What the layer gives at every input but the first k-1."""
+    y, length = layer(inputs.mT).mT, inputs.shape[1]
+    if y.shape[1] == length - carried:
+        return y
+    if y.shape[1] not in (length, length + carried):
+        raise ValueError(
+            f"{type(layer).__qualname__} in the place of conv1d gives {y.shape[1]} positions for {length}; expected "
+            f"{length + carried} with padding on both sides, {length} with causal padding, or {length - carried}"
+        )
+    return y[:, carried:length]
+
+
+def _by_windows(layer, inputs, runs, carried):
+    """As `_valid`, a row for each position, with the inputs of its own run alone."""
+    width = carried + 1
+    windows = inputs.unfold(1, width, 1).mT
+    same = runs.unfold(1, width, 1) == runs[:, carried:, None]
+    windows = torch.where(same[..., None], windows, 0.0)
+    y = _valid(layer, windows.flatten(0, 1), carried)
+    return y.view(*windows.shape[:2], -1)
 
 
 def _last_inputs(inputs, carried, mask, runs):

@@ -1,11 +1,11 @@
-"""Linear layers, and the product of the head."""
+"""The product of linear layers, and that of the head."""
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from mamba_core.backends.torch.arrays import at_least_float32
 from mamba_core.backends.torch.kernels import native_step, onednn_linear
-from mamba_core.backends.torch.untouched import untouched
 from mamba_core.kernels import Kernels
 
 
@@ -16,18 +16,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, kernel: str
     return F.linear(x, weight, bias)
 
 
-def call(layer: nn.Module, x: Tensor, kernel: str = "auto") -> Tensor:
-    """layer(x), by the same kernels if the layer is an untouched `nn.Linear`."""
-    if onednn_linear.ONEDNN_IS_FASTER and untouched(nn.Linear, layer):
-        return linear(x, layer.weight, layer.bias, kernel=kernel)
-    return layer(x)
-
-
 def head(hidden: Tensor, weight: Tensor, policy: Kernels) -> Tensor:
-    """Logits in float32. Those of one position are a native step where blocks are."""
+    """Logits, at least in float32. Those of one position are a native step where blocks are."""
     if policy.of("block_step") in ("auto", "native") and native_step.head_reason(hidden, weight) is None:
         return native_step.head(hidden, weight)
-    return linear(hidden, weight, kernel=policy.of("linear")).float()
+    return at_least_float32(linear(hidden, weight, kernel=policy.of("linear")))
 
 
 def kernels(device: torch.device, dtype: torch.dtype | None = None) -> dict[str, str | None]:

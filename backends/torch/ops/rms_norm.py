@@ -3,17 +3,21 @@
 import torch
 from torch import Tensor
 
+from mamba_core.backends.torch.arrays import at_least_float32
 from mamba_core.backends.torch.kernels import native_norm, native_tensors, triton_norm
 from mamba_core.backends.torch.kernels.triton import linear_dtype
 from mamba_core.kernels import Kernels
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight in float32, returned in the dtype of the weight; without one, in that of x."""
+    """x / sqrt(mean(x^2) + eps) * weight in float32, returned in the dtype of the weight; without one, in that of x.
+
+    A float64 x is normed in float64.
+    """
     dtype = x.dtype if weight is None else weight.dtype
-    x = x.float()
+    x = at_least_float32(x)
     normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-    return (normed if weight is None else normed * weight.float()).to(dtype)
+    return (normed if weight is None else normed * at_least_float32(weight)).to(dtype)
 
 
 def kernels(device: torch.device, dtype: torch.dtype | None = None, size: int = 0) -> dict[str, str | None]:

@@ -37,12 +37,23 @@ def take(blocks, residual, states, call) -> Taken | str:
     return Taken(len(layers), run)
 
 
+def decodes(model) -> bool:
+    """Whether decoding takes this way with the model, which it does in the memory of its own states."""
+    return torch.device(model.device).type == "cuda" and hasattr(model, "lm_head") and reason(model) is None
+
+
 def reason(model) -> str | None:
     """Why `logits` cannot compute a position of this language model; None if it can."""
     backbone = model.backbone
-    if not (untouched(nn.Embedding, backbone.embeddings) and untouched(RMSNorm, backbone.norm_f)):
+    if not model.is_untouched():
+        return "the model or its backbone was changed"
+    embeddings = backbone.embeddings
+    if not (
+        untouched(nn.Embedding, embeddings) and embeddings.max_norm is None and untouched(RMSNorm, backbone.norm_f)
+    ):
         return "its embedding or its final norm was changed"
-    if model.lm_head is not None and not untouched(_linear_kind(model.lm_head), model.lm_head):
+    head = model.lm_head
+    if head is not None and not (untouched(_linear_kind(head), head) and head.bias is None):
         return "its head was changed"
     for block in backbone.layers:
         if type(layer := _layer(block)) is str:
@@ -62,7 +73,9 @@ def logits(model, tokens: Tensor, state: State) -> Tensor:
     """(b, v) float32 after tokens (b,), in the memory of the state. For `reason(model)` None, and without gradients."""
     backbone, norm = model.backbone, model.backbone.norm_f
     weight = backbone.embeddings.weight
-    residual = triton_step.embed(tokens, weight, torch.float32 if backbone.residual_in_fp32 else backbone.dtype)
+    residual = triton_step.embed(
+        tokens.contiguous(), weight, torch.float32 if backbone.residual_in_fp32 else backbone.dtype
+    )
     step = take(list(backbone.layers), residual[:, None], state.layers, Call(one=True, in_place=True))
     residual, pending, _ = step.run(residual[:, None], None, state.layers)
     pending = None if pending is None else pending[:, 0]

@@ -1,0 +1,69 @@
+"""Layers of a mixer: as built, they are computed from their weights by our kernels; any other layer is called.
+
+A layer that somebody replaced or wrapped need not have weights, so that nothing here asks it for any.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mamba_core.backends.torch.kernels import onednn_linear
+from mamba_core.backends.torch.ops import causal_conv
+from mamba_core.backends.torch.ops.linear import linear as product
+from mamba_core.backends.torch.untouched import untouched
+from mamba_core.call import Call
+
+
+class StepProjection(nn.Linear):
+    """A linear layer whose bias may stay in float32, where it is added."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight)
+        return y if self.bias is None else y + self.bias
+
+
+def linear(layer: nn.Module, x: Tensor, kernel: str = "auto") -> Tensor:
+    """layer(x), by the kernels of the op if the layer is an untouched `nn.Linear`."""
+    if onednn_linear.ONEDNN_IS_FASTER and untouched(nn.Linear, layer):
+        return product(x, layer.weight, layer.bias, kernel=kernel)
+    return layer(x)
+
+
+def step_projection(layer: nn.Module, dt: Tensor, kernel: str = "auto") -> tuple[Tensor, Tensor | None]:
+    """The step sizes before the softplus, and the bias that the scan is to add to them in float32.
+
+    Of a layer that is not as built, the step sizes have the bias inside, and there is none to add.
+    """
+    if untouched(StepProjection, layer):
+        return product(dt, layer.weight, kernel=kernel), layer.bias
+    return layer(dt).to(dt.dtype), None
+
+
+def bias(layer: nn.Module, dt: Tensor) -> Tensor:
+    """The bias of a step projection, (e,) float32: what it gives for zeros."""
+    if untouched(StepProjection, layer):
+        return layer.bias
+    given = layer(dt.new_zeros(1, 1, dt.shape[-1]))[0, 0]
+    return given if given.dtype == torch.float64 else given.float()
+
+
+def convolution(layer: nn.Module, x: Tensor, state: Tensor, call: Call, kernel: str) -> tuple[Tensor, Tensor]:
+    """The causal convolution with its SiLU, (b, l, e), and its state: the last k-1 inputs, (b, k-1, e)."""
+    if not is_convolution(layer):
+        return causal_conv.by_module(layer, x, state, call, "silu")
+    weight = layer.weight[:, 0]
+    if call.one:
+        y, state = causal_conv.causal_conv_step(x[:, 0], weight, layer.bias, activation="silu", state=state)
+        return y[:, None], state
+    return causal_conv.conv(call, x, weight, layer.bias, activation="silu", initial_state=state, kernel=kernel)
+
+
+def is_convolution(layer: nn.Module) -> bool:
+    """Whether this is an untouched causal convolution of each channel, with the padding of one that is built."""
+    return (
+        untouched(nn.Conv1d, layer)
+        and layer.groups == layer.in_channels == layer.out_channels
+        and layer.padding == (layer.kernel_size[0] - 1,)
+        and layer.stride == layer.dilation == (1,)
+        and layer.padding_mode == "zeros"
+    )
