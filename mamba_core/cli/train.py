@@ -19,7 +19,7 @@ from mamba_core.config import from_dict, preset
 from mamba_core.data import read_tokens
 from mamba_core.tokenizer import SubwordTokenizer
 from mamba_core.training import TOKENIZER_FILE, TrainSettings, load_settings, train
-from mamba_core.weights.formats import CheckpointError, parse_json
+from mamba_core.weights.formats import CheckpointError, parse_json, restore_folder
 
 SIGNALLED = 128  # plus the signal's number is the exit status of what a signal ended, as shells have it
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainSettings)}
@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    restore_folder(arguments.out)
     given = {name: value for name in _DEFAULTS if (value := getattr(arguments, name)) is not None}
     settings = _resumed(arguments.out, given) if arguments.resume else TrainSettings(**given)
     if not arguments.resume and arguments.out.exists() and any(arguments.out.iterdir()):

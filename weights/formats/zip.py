@@ -71,7 +71,7 @@ class Check:
                 checksum = zlib.crc32(view[begin : min(begin + BLOCK_BYTES, end)], checksum)
         if not self._passed and checksum != self._record.CRC:
             raise CheckpointError(
-                f"{self._path}: record {self._record.filename!r} is damaged: its checksum does not fit"
+                f"record {self._record.filename!r} of {self._path.name} is damaged: its checksum does not fit"
             )
         self._passed = True
 
@@ -93,8 +93,6 @@ def read_zip(path: Path, parse: Callable, explain: Callable) -> FileContents:
                 has_checksums = any(record.CRC for record in directory)
                 check = functools.partial(Check, path, buffer) if has_checksums else lambda record, start: None
                 return parse(directory, buffer, check)
-        except CheckpointError:
-            raise
         except ValueError as fault:
             raise CheckpointError(f"{path}: {fault}") from None
         except (zipfile.BadZipFile, NotImplementedError, EOFError, OverflowError, struct.error) as fault:
