@@ -198,6 +198,16 @@ class Backend(Protocol):
     def to_numpy(self, array: Array) -> Any:
         """The array as NumPy, on the host; bfloat16 as `ml_dtypes.bfloat16`."""
 
+    def on_device(self, device: str) -> Any:
+        """A context in which ops are computed on that device, as far as their arrays do not say where."""
+
+    def device_facts(self, device: str) -> Mapping[str, str]:
+        """The name of the device and the versions of what computes there: what a kernel's self-test holds for.
+
+        Raises:
+            RuntimeError, ValueError, AssertionError: there is no such device.
+        """
+
     def peak_memory(self, device: str) -> int | None:
         """The most bytes of the device's own memory that were in use at once; None for a CPU or where nobody knows."""
 

@@ -164,6 +164,8 @@ def parity(
     chosen = [registry.get(name) for name in (registry.installed() if backends is None else backends)]
     if not chosen:
         raise ValueError("no backend to compare; name one, or install a framework")
+    if not isinstance(source, (str, Path)):
+        raise TypeError(f"source is {type(source).__name__}; expected a checkpoint's name. Save a model to compare it")
     opened = open_model(source, layout=layout, revision=revision, compat=compat)
     if grad:
         tasks.check_trains(opened.config, "grad")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mamba_core.tokenizer import as_tokenizer
 from mamba_core.weights.formats import read_npy
 
 
@@ -12,7 +13,7 @@ def read_tokens(path: Path | str, tokenizer=None) -> np.ndarray:
     """(tokens,) of a text file, of every text file in a folder, or of a .npy file of token ids.
 
     Args:
-        tokenizer: has `encode(text)`; text is its UTF-8 bytes without one.
+        tokenizer: any object with `encode(text)` and `decode(ids)`; text is its UTF-8 bytes without one.
 
     Raises:
         ValueError: there is nothing there that can be read as text.
@@ -42,6 +43,7 @@ def standard_library(limit: int = 4_000_000) -> np.ndarray:
 
 def encode_files(files: list[Path], tokenizer=None, *, where: Path) -> np.ndarray:
     """The files one after another. Those that are not UTF-8 text are left out."""
+    tokenizer = None if tokenizer is None else as_tokenizer(tokenizer)
     parts = []
     for path in files:
         data = path.read_bytes()

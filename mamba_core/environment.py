@@ -34,8 +34,14 @@ VARIABLES = (
         "the one that the installation built",
     ),
     Variable(
+        "MAMBA_CORE_SELFTEST",
+        'whether "auto" tries a kernel on a GPU, TPU or other accelerator before it uses it',
+        "0 to use every kernel untried, 1 to try it in every process",
+        "a kernel is tried once for each device, driver and version",
+    ),
+    Variable(
         "MAMBA_CORE_CACHE",
-        "where compiled GPU kernels are kept",
+        "where compiled GPU kernels and the verdicts of self-tests are kept",
         "a folder",
         "mamba_core in XDG_CACHE_HOME",
     ),
@@ -55,7 +61,13 @@ VARIABLES = (
         "XDG_CACHE_HOME",
         "where caches are kept, unless MAMBA_CORE_CACHE is set",
         "a folder",
-        ".cache in the home folder",
+        "~/Library/Caches on a Mac, LOCALAPPDATA on Windows, elsewhere ~/.cache",
+    ),
+    Variable(
+        "LOCALAPPDATA",
+        "where Windows keeps caches, unless XDG_CACHE_HOME is set",
+        "a folder",
+        "Windows sets it",
     ),
     Variable(
         "OMP_NUM_THREADS",

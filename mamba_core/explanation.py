@@ -5,6 +5,7 @@ from typing import Any
 
 from mamba_core import registry
 from mamba_core.backend import Explained
+from mamba_core.wrappers import unwrap
 
 
 @dataclass(frozen=True)
@@ -45,15 +46,14 @@ def explain(model: Any, batch: int = 1, length: int = 1) -> Explanation:
     """Say which way computes which layers in a call without gradients, and why not a faster one. Nothing is run.
 
     Args:
-        model: of `build` or `load`.
+        model: of `build` or `load`; may be wrapped by torch.compile, DistributedDataParallel, AveragedModel or PEFT.
         batch, length: the shape of the call; a length of 1 is a step of decoding.
 
     Raises:
         TypeError: the model is not of `build` or `load`.
         ValueError: batch or length is no integer from 1.
     """
-    if not isinstance(getattr(model, "backend", None), str):
-        raise TypeError(f"model is {type(model).__name__}; expected one of mc.build or mc.load")
+    model = unwrap(model, "explaining")
     if not all(type(size) is int and size > 0 for size in (batch, length)):
         raise ValueError(f"batch is {batch!r} and length {length!r}; expected integers from 1")
     layers = tuple(Explained(*part) for part in registry.get(model.backend).explain(model, batch, length))

@@ -1,5 +1,6 @@
 """Models by name, by config and from checkpoints: `build`, `load`, `save`, and the decode state's file."""
 
+import warnings
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
@@ -13,9 +14,12 @@ from mamba_core.backend import State
 from mamba_core.config import COMPUTE_DTYPES, BaseConfig, from_object
 from mamba_core.spec import state as states
 from mamba_core.spec.init import initial_values
+from mamba_core.tokenizer import source_of
 from mamba_core.weights.formats import FLOATS, CheckpointError, atomic_file, atomic_folder
 from mamba_core.weights.io import open_checkpoint
 from mamba_core.weights.opening import open_model
+from mamba_core.weights.source import TOKENIZER_FILES
+from mamba_core.weights.tokens import GENERATION
 from mamba_core.weights.writing import copy_companions, write_model
 from mamba_core.wrappers import unwrap
 
@@ -86,7 +90,9 @@ def load(
     dtype = opened.dtype if dtype is None else dtype
     _check_dtype(dtype)
     model = registry.get(backend).build(opened.config, opened.tensors(), dtype=dtype, device=device, kernels=kernels)
-    model.source = opened.folder
+    # The model needs the folder for these only.
+    kept = any((opened.folder / name).is_file() for name in (*TOKENIZER_FILES, GENERATION))
+    model.source = opened.folder.absolute() if kept else None
     return model
 
 
@@ -115,7 +121,11 @@ def save_into(folder: Path, model: Any, layout: str = "hf", merge: bool = False)
     """Write a model's files into a folder that exists."""
     parameters = registry.get(model.backend).parameters(model, merge=merge)
     write_model(folder, model.config, parameters, layout=layout, dtype=model.dtype)
-    copy_companions(getattr(model, "source", None), folder, model.config, layout)
+    source = source_of(model)
+    if source is not None and not source.is_dir():
+        warnings.warn(f"{source}: gone; the model is saved without the tokenizer that was there", stacklevel=3)
+        source = None
+    copy_companions(source, folder, model.config, layout)
 
 
 def save_state(state: State, path: str | Path, model: Any) -> None:

@@ -11,15 +11,17 @@ from typing import Any
 
 import numpy as np
 
+from mamba_core import prompts as inputs
 from mamba_core import registry, tasks
 from mamba_core.backend import Choice, Output, State
 from mamba_core.sampling import Sampling, Uniforms, first_context, integer
 from mamba_core.spec.checks import check_state
-from mamba_core.tokenizer import tokenizer_of
+from mamba_core.tokenizer import as_tokenizer, tokenizer_of
 from mamba_core.wrappers import unwrap
 
 # Positions of a prompt that are computed at once: enough to be fast, and few enough to need little memory.
 PREFILL_CHUNK = 1024
+GREEDY = Sampling()
 
 
 @dataclass
@@ -27,7 +29,11 @@ class Result:
     """What was generated, one entry a row: the n continuations of the first prompt, then those of the second, ...
 
     tokens: new token ids, the prompt excluded, the token that ended the row included.
-    text: the same as text without what ended the row; None without a tokenizer.
+    text: the same as text without what ended the row; None without a tokenizer. It is what stands after the prompt in
+        the text of the prompt and the new tokens together. A character that the prompt's last token begins and the
+        first new one completes is the text's. Of a tokenizer whose text of some tokens changes with later ones in other
+        ways, such as bytes that are no text, the first text is kept. After a state or embeddings the tokens before are
+        not known, and the text is what stands after the tokens of this call.
     logprobs: of each new token under the model, before what `mamba_core.sampling` does to the logits.
     top_logprobs: for each new token the likeliest as (token, log-probability) pairs; None unless asked for.
     finish_reasons: "length", "eos" or "stop"; "masked" where no token was left to choose, "nan" where the logits were
@@ -48,8 +54,10 @@ class Result:
 
 def generate(
     model: Any,
-    prompts: Any,
+    prompts: Any = None,
     *,
+    messages: Any = None,
+    inputs_embeds: Any = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -72,8 +80,15 @@ def generate(
     """Continue a batch of prompts of any lengths; a row does not depend on its neighbours.
 
     Args:
-        prompts: a text or a list of texts, or a list of token ids or a list of such lists. An empty one is the config's
-            bos_token_id.
+        model: may be wrapped by torch.compile, DistributedDataParallel, AveragedModel or PEFT.
+        prompts: a text or a list of texts, or a list of token ids or a list of such lists; or an array of any framework
+            of one or two axes of token ids, or what a tokenizer gives, such as a mapping of input_ids and
+            attention_mask, whose padding is left out. An empty one is the config's bos_token_id.
+        messages: in the place of prompts: a conversation, which is a list of mappings such as {"role": "user",
+            "content": "Hello"}, or a list of conversations. The chat template of the tokenizer or of the checkpoint
+            makes the prompts of them.
+        inputs_embeds: in the place of prompts: (l, d) or (b, l, d) floats, which are what the embedding would give,
+            as an array of the model's framework or of NumPy.
         max_new_tokens: for each row; with 0 the prompts are read, and no more.
         temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias: see
             `mamba_core.sampling`; temperature 0 is greedy. The penalties know what this call is given and generates.
@@ -87,13 +102,15 @@ def generate(
         return_state: whether the result has a state, to go on from in another call.
         prefill_chunk: positions of the prompts that are computed at once. The memory they need grows with it, and not
             with the prompts.
-        tokenizer: has `encode(text)` and `decoder()` as `mamba_core.tokenizer.ByteTokenizer`, and `encode_more(text)`
-            if text that goes on from a state is encoded otherwise; by default the checkpoint's own, or bytes for a
-            vocabulary of 256.
+        tokenizer: any object with `encode(text)` and `decode(ids)`, such as those of transformers, tokenizers,
+            sentencepiece and tiktoken; by default the checkpoint's own, or bytes for a vocabulary of 256.
 
     Raises:
+        TypeError: the model is not of this library, or something is of another type than above.
         ValueError: the model is of another task than "lm", a prompt is empty and there is a state or the config has no
-            bos_token_id, a token is outside the vocabulary, or a setting is out of range.
+            bos_token_id, a token is outside the vocabulary, there is no template for the messages, or a setting is out
+            of range.
+        ImportError: messages are given and jinja2 is not installed.
     """
     sampling = Sampling(
         *(temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty),
@@ -102,6 +119,8 @@ def generate(
     )
     run = Run(
         *(model, prompts, sampling),
+        messages=messages,
+        inputs_embeds=inputs_embeds,
         max_new_tokens=max_new_tokens,
         logit_bias=logit_bias,
         stop=stop,
@@ -143,8 +162,10 @@ class Stream(Iterator[str]):
 
 def stream(
     model: Any,
-    prompt: Any,
+    prompt: Any = None,
     *,
+    messages: Any = None,
+    inputs_embeds: Any = None,
     max_new_tokens: int = 64,
     logit_bias: Mapping[int, float] | None = None,
     stop: str | int | Sequence[str | int] = (),
@@ -157,6 +178,8 @@ def stream(
     """Continue one prompt, yielding text as it comes; arguments as in `generate`."""
     run = Run(
         *(model, prompt, Sampling(**sampling)),
+        messages=messages,
+        inputs_embeds=inputs_embeds,
         max_new_tokens=max_new_tokens,
         logit_bias=logit_bias,
         stop=stop,
@@ -178,9 +201,11 @@ class Run:
     def __init__(
         self,
         model,
-        prompts: Any,
-        sampling: Sampling,
+        prompts: Any = None,
+        sampling: Sampling = GREEDY,
         *,
+        messages: Any = None,
+        inputs_embeds: Any = None,
         max_new_tokens: int = 64,
         logit_bias: Mapping[int, float] | None = None,
         stop: str | int | Sequence[str | int] = (),
@@ -192,17 +217,27 @@ class Run:
     ):
         model = unwrap(model, "generating")
         tasks.check_generates(model.config, "generating")
-        tokenizer = tokenizer or tokenizer_of(model)
+        tokenizer = tokenizer_of(model) if tokenizer is None else as_tokenizer(tokenizer)
         self._model, self._backend, self._sampling = model, registry.get(model.backend), sampling
         self._chunk, n = integer("prefill_chunk", prefill_chunk, least=1), integer("n", n, least=1)
         self._limit = integer("max_new_tokens", max_new_tokens, least=0)
-        self._prompts = _encode(model.config, prompts, tokenizer, state is not None, self._limit)
+        given = {"prompts": prompts, "messages": messages, "inputs_embeds": inputs_embeds}
+        if (count := sum(value is not None for value in given.values())) != 1:
+            raise TypeError(f"expected one of {', '.join(given)}; {count or 'none'} given")
+        # (b, l, d), in the place of prompts, which are then empty.
+        self._embeds = None if inputs_embeds is None else inputs.embeddings(model, inputs_embeds)
+        if self._embeds is not None:
+            self._prompts: list[list[int]] = [[] for _ in self._embeds]
+        elif messages is not None:
+            self._prompts = inputs.of_messages(model, messages, tokenizer, state is not None)
+        else:
+            self._prompts = inputs.of_prompts(model, prompts, tokenizer, state is not None, self._limit)
         self._state = self._given(state)
         self._forks = np.repeat(np.arange(len(self._prompts)), n)
         self._draw = Uniforms(seed, len(self._prompts), n)
         contexts = [self._prompts[prompt] for prompt in self._forks]
         self._context = first_context(sampling, logit_bias, contexts, model.config.vocab_size)
-        self.rows = [_Row(model.config, stop, tokenizer, self._limit) for _ in self._forks]
+        self.rows = [_Row(model.config, stop, tokenizer, self._limit, prompt) for prompt in contexts]
         self.has_text = tokenizer is not None
         self._read = False
         self._began = self._first = self._ended = perf_counter()
@@ -210,7 +245,7 @@ class Run:
     def steps(self) -> Iterator[None]:
         """Decode until every row has ended, filling the rows; yields after each token."""
         self._began = self._first = self._ended = perf_counter()
-        prefilled = self._prefill(self._prompts, self._state)
+        prefilled = self._prefill(self._prompts, self._state, self._embeds)
         if len(self._forks) > len(self._prompts):
             prefilled = self._backend.fork(prefilled, self._forks)
         self._state, self._read = prefilled.state, True
@@ -251,11 +286,13 @@ class Run:
         check_state(self._model.config, rows, state)
         return state
 
-    def _prefill(self, rows: list[list[int]], state: State | None) -> Output:
-        """The logits after each row's last token, and the state there, chunk by chunk.
+    def _prefill(self, rows: list[list[int]], state: State | None, embeds: np.ndarray | None = None) -> Output:
+        """The logits after each row's last token, and the state there, chunk by chunk; embeds in the place of rows.
 
         Rows are padded on the left, so that all end in the last chunk, and a chunk's end does not depend on neighbours.
         """
+        if embeds is not None:
+            return self._in_chunks(embeds, np.ones(embeds.shape[:2], bool), state)
         longest = max(len(row) for row in rows)
         if longest == 0:
             return Output(None, self._model.init_state(len(rows)) if state is None else state)
@@ -264,8 +301,12 @@ class Run:
         for row, given in enumerate(rows):
             if given:
                 tokens[row, -len(given) :], mask[row, -len(given) :] = given, True
-        ends = range(longest % self._chunk or self._chunk, longest + 1, self._chunk)
-        for end in ends:
+        return self._in_chunks(tokens, mask, state)
+
+    def _in_chunks(self, tokens: np.ndarray, mask: np.ndarray, state: State | None) -> Output:
+        """tokens (b, l), or (b, l, d) in the place of their embeddings; mask (b, l)."""
+        length = tokens.shape[1]
+        for end in range(length % self._chunk or self._chunk, length + 1, self._chunk):
             part = slice(max(end - self._chunk, 0), end)
             prefilled = self._backend.prefill(self._model, tokens[:, part], mask[:, part], state)
             state = prefilled.state
@@ -284,7 +325,7 @@ def _by_row(choice: Choice) -> Iterator[tuple]:
 class _Row:
     """One row's tokens and text so far, and why it ended."""
 
-    def __init__(self, config, stop, tokenizer, limit: int):
+    def __init__(self, config, stop, tokenizer, limit: int, prompt: Sequence[int] = ()):
         stops = [stop] if isinstance(stop, str) or not isinstance(stop, Iterable) else list(stop)
         self._stop_texts = [item for item in stops if isinstance(item, str)]
         self._stop_tokens = {integer("stop", item) for item in stops if not isinstance(item, str)}
@@ -294,7 +335,7 @@ class _Row:
             raise ValueError("stop has an empty text, which would end every row at once")
         self._longest = max((len(text) for text in self._stop_texts), default=0)
         self._eos = config.eos_token_ids
-        self._decode = tokenizer.decoder() if tokenizer else (lambda token: "")
+        self._decode = (lambda token: "") if tokenizer is None else tokenizer.decoder(prompt)
         self._limit = limit
         # Text that is surely there, and what may yet be the beginning of a stop text.
         self._pieces: list[str] = []
@@ -352,29 +393,3 @@ class _Row:
             self._pieces.append(text[: len(text) - held])
             self._held = text[len(text) - held :]
         return False
-
-
-def _encode(config, prompts, tokenizer, goes_on: bool, limit: int) -> list[list[int]]:
-    """Prompts of any accepted form as a list of token lists, empty ones only where nothing follows them."""
-    if not isinstance(prompts, (str, Sequence, np.ndarray)):
-        raise TypeError(f"prompts is {type(prompts).__name__}; expected text, token ids, or a list of either")
-    if isinstance(prompts, str) or (len(prompts) and not isinstance(prompts[0], (str, Sequence, np.ndarray))):
-        prompts = [prompts]
-    if len(prompts) == 0:
-        raise ValueError("prompts is empty; expected at least one")
-    if any(isinstance(prompt, str) for prompt in prompts) and tokenizer is None:
-        raise ValueError("the prompts are text and the model has no tokenizer; pass tokenizer= or token ids")
-    encode: Any = getattr(tokenizer, "encode_more" if goes_on else "encode", getattr(tokenizer, "encode", None))
-    encoded = [
-        encode(item) if isinstance(item, str) else [integer("a token", token) for token in item] for item in prompts
-    ]
-    for row, tokens in enumerate(encoded):
-        if not tokens and goes_on and limit:
-            raise ValueError(f"prompt {row} is empty; going on from a state takes at least one token")
-        if not tokens and not goes_on and config.bos_token_id is None:
-            raise ValueError(f"prompt {row} is empty and the config has no bos_token_id; give at least one token")
-        if not tokens and not goes_on:
-            tokens.append(config.bos_token_id)
-        if outside := [token for token in tokens if not 0 <= token < config.vocab_size]:
-            raise ValueError(f"prompt {row} holds token {outside[0]}; vocab_size is {config.vocab_size}")
-    return encoded

@@ -1,7 +1,11 @@
 """Which kernel computes each op: a policy, the same on every backend."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from mamba_core import selftest
+from mamba_core.selftest import CannotRunError
 
 # The op that a bare kernel's name is of, and the op that such a name leaves alone.
 NAMED, APART = "selective_scan", "linear"
@@ -71,25 +75,45 @@ class Kernels:
         return f"{named}, others: {self.rest}" if named else self.rest
 
 
-def choose(kernel: str, available: Mapping[str, str | None], op: str = NAMED) -> str:
+def choose(
+    kernel: str, available: Mapping[str, str | None], op: str = NAMED, backend: str | None = None, device: Any = "cpu"
+) -> str:
     """The kernel of that name, or for "auto" the first that runs; "plain" is the last, which always runs.
 
     Args:
         available: the op's kernels, the fastest first and the plain one last: None for one that runs, else why not.
+        backend, device: where it is to run. "auto" passes over a kernel that fails its self-test there.
 
     Raises:
         ValueError: no such kernel, or it cannot run here.
     """
     running = [name for name, reason in available.items() if reason is None]
     if kernel == "auto":
-        return running[0]
+        if backend is None or getattr(device, "type", device) in selftest.TRUSTED:
+            return running[0]
+        return first_passing(running, op, backend, device)
     if kernel == "plain":
         return running[-1]
     if kernel not in available:
         raise ValueError(f"{op} has no kernel {kernel!r}; expected 'auto', 'plain' or one of {', '.join(available)}")
     if kernel not in running:
-        raise ValueError(f"kernel {kernel!r} cannot run here: {available[kernel]}; these can: {', '.join(running)}")
+        raise CannotRunError(f"kernel {kernel!r} cannot run here: {available[kernel]}; these can: {', '.join(running)}")
     return kernel
+
+
+def first_passing(running: Sequence[str], op: str, backend: str, device: Any) -> str:
+    """The first that passes its self-test on that device, or the last, which is the plain one."""
+    for name in running[:-1]:
+        if selftest.passes(backend, op, name, device):
+            return name
+    return running[-1]
+
+
+def takes(asked: str, kernel: str, op: str, backend: str, device: Any) -> bool:
+    """Whether a policy takes a kernel that runs on the device: by its name, or as "auto" where the kernel passes."""
+    if asked != "auto" or getattr(device, "type", device) in selftest.TRUSTED:
+        return asked in ("auto", kernel)
+    return selftest.passes(backend, op, kernel, device)
 
 
 def _named(kernel: str, ops: Mapping[str, Mapping[str, str | None]]):

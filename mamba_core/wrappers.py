@@ -1,5 +1,6 @@
 """Models inside of what frameworks wrap around them."""
 
+from pathlib import Path
 from typing import Any
 
 # Where wrappers keep what they wrap: torch.compile, then DistributedDataParallel, DataParallel and AveragedModel.
@@ -18,8 +19,7 @@ def unwrap(model: Any, use: str) -> Any:
     while (found := _inside(inner)) is not None:
         inner = found
     if not all(hasattr(inner, name) for name in ("backend", "config", "init_state")):
-        kind = f"{type(model).__module__}.{type(model).__qualname__}"
-        raise TypeError(f"model is {kind}; {use} needs a model of this library, of mamba_core.build or mamba_core.load")
+        raise TypeError(f"model is {_kind(inner)}; {use} needs a model of this library, of mamba_core.build or load")
     return inner
 
 
@@ -33,3 +33,15 @@ def _inside(model: Any) -> Any:
         raise TypeError("model is FullyShardedDataParallel, which takes parameters apart; use fully_shard (FSDP2)")
     own = vars(model) | vars(model).get("_modules", {}) if hasattr(model, "__dict__") else {}
     return next((own[name] for name in INSIDE if own.get(name) is not None and "backend" not in own), None)
+
+
+def _kind(model: Any) -> str:
+    """What it is, and how a model of another package becomes one of this library."""
+    if isinstance(model, (str, Path)):
+        return f"{str(model)!r}, a name"
+    kind = type(model)
+    if kind.__module__ == "builtins":
+        return kind.__qualname__
+    package = kind.__module__.partition(".")[0]
+    advice = f", a model of {package}, which mamba_core.load reads once it is saved"
+    return f"{kind.__module__}.{kind.__qualname__}{advice if hasattr(model, 'parameters') else ''}"

@@ -54,6 +54,17 @@ def multiprocessors(device: int = 0) -> int:
     return count.value
 
 
+@functools.cache
+def version() -> str:
+    """The driver's, such as "12.8", as CUDA counts; "" where there is none."""
+    number = ctypes.c_int()
+    try:
+        _check(_driver().cuDriverGetVersion(ctypes.byref(number)))
+    except (OSError, RuntimeError):
+        return ""
+    return f"{number.value // 1000}.{number.value % 1000 // 10}"
+
+
 def _enter_context(device: int) -> None:
     """A thread that has not computed there yet, such as one that computes gradients, has none."""
     context = ctypes.c_void_p()

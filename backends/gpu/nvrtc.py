@@ -1,14 +1,15 @@
 """CUDA C++ compiled when it is first needed, by NVRTC, which every framework's CUDA build brings along; no toolkit.
 
-What was compiled is kept in $MAMBA_CORE_CACHE, by default a folder of the user's cache.
+What was compiled is kept in the user's cache: `mamba_core.cache`.
 """
 
 import ctypes
 import functools
 import hashlib
 import importlib.util
-import os
 from pathlib import Path
+
+from mamba_core import cache
 
 # Newest first; what is loaded already wins.
 _NAMES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
@@ -33,11 +34,11 @@ def compile_source(source: str, defines: tuple[tuple[str, int], ...], architectu
     """
     options = [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{name}={value}" for name, value in defines)]
     key = hashlib.sha256("\0".join([source, *options, repr(_version())]).encode()).hexdigest()
-    kept = _folder() / f"{key}.{form.lower()}"
+    kept = cache.folder() / f"{key}.{form.lower()}"
     if kept.is_file():
         return kept.read_bytes()
     image = _compile(source, options, form)
-    _keep(kept, image)
+    cache.keep(kept, image)
     return image
 
 
@@ -59,22 +60,6 @@ def _read(program, what: str) -> bytes:
     text = ctypes.create_string_buffer(size.value)
     _check(getattr(library, f"nvrtcGet{what}")(program, text))
     return text.raw if what == "CUBIN" else text.value
-
-
-def _keep(path: Path, image: bytes) -> None:
-    """Whole or not at all; a cache that cannot be written is done without."""
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(image)
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-
-
-def _folder() -> Path:
-    given = os.environ.get("MAMBA_CORE_CACHE")
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mamba_core"
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 from mamba_core import discovery
 from mamba_core.backends.jax import ops
-from mamba_core.backends.jax.arrays import devices, from_numpy, peak_memory, to_numpy, vjp
+from mamba_core.backends.jax.arrays import device_facts, devices, from_numpy, on_device, peak_memory, to_numpy, vjp
 from mamba_core.backends.jax.decoding import choose, decode, distribution, fork, prefill
 from mamba_core.backends.jax.ops import available_kernels
 from mamba_core.backends.jax.stack import explain
@@ -15,6 +15,7 @@ __all__ = [
     "build",
     "choose",
     "decode",
+    "device_facts",
     "devices",
     "distribution",
     "explain",
@@ -24,6 +25,7 @@ __all__ = [
     "layer",
     "loss_and_gradients",
     "name",
+    "on_device",
     "op",
     "parameters",
     "peak_memory",

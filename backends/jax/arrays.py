@@ -1,9 +1,11 @@
 """Arrays in and out of JAX: devices, dtypes, NumPy, and the vector-Jacobian product that the tests compare."""
 
 import contextlib
+import platform
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 
 # The platforms that JAX lowers for -> their devices as `devices` names them.
@@ -32,7 +34,7 @@ def dtype_name(dtype) -> str:
 
 def from_numpy(value, dtype: str | None = None, device: str | None = None) -> jax.Array:
     """Without `dtype`, 64-bit values come in as 32-bit ones unless jax_enable_x64 is on, as everywhere in JAX."""
-    place = None if device is None else jax.devices(device)[0]
+    place = None if device is None else jax.local_devices(backend=device)[0]
     return jnp.array(value, None if dtype is None else dtype_of(dtype), device=place)
 
 
@@ -54,6 +56,23 @@ def as_array(name: str, value) -> jax.Array | None:
 
 def to_numpy(array) -> np.ndarray:
     return np.asarray(array)
+
+
+def on_device(device: str):
+    """A context in which arrays without a place of their own are on that device."""
+    return jax.default_device(jax.local_devices(backend=device)[0])
+
+
+def device_facts(device: str) -> dict[str, str]:
+    """The device's name and the versions that its kernels depend on.
+
+    Raises:
+        RuntimeError: there is no such device.
+    """
+    first = jax.local_devices(backend=device)[0]
+    name = first.device_kind if device != "cpu" else platform.processor() or platform.machine()
+    versions = {"jax": jax.__version__, "jaxlib": jaxlib.version.__version__}
+    return {"device": name, **versions, "driver": " ".join(first.client.platform_version.split())}
 
 
 def peak_memory(device: str) -> int | None:

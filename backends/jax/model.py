@@ -110,7 +110,7 @@ class Model(nnx.Module):
     def kernels(self) -> dict[str, str]:
         """The kernel of each op that the policy chooses on the model's device."""
         found = ops.available_kernels(self.device, self.dtype)
-        return {op: choose(self.policy.of(op), names, op) for op, names in found.items()}
+        return {op: choose(self.policy.of(op), names, op, "jax", self.device) for op, names in found.items()}
 
     def init_state(self, batch: int, room: int = 0) -> State:
         """Before the first position. room: how many positions a growing state has memory for."""

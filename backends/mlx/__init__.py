@@ -7,7 +7,16 @@ This module is a `mamba_core.backend.Backend`.
 
 from mamba_core import discovery
 from mamba_core.backends.mlx import ops
-from mamba_core.backends.mlx.arrays import devices, from_numpy, in_force, peak_memory, to_numpy, vjp
+from mamba_core.backends.mlx.arrays import (
+    device_facts,
+    devices,
+    from_numpy,
+    in_force,
+    on_device,
+    peak_memory,
+    to_numpy,
+    vjp,
+)
 from mamba_core.backends.mlx.decoding import choose, decode, distribution, fork, prefill
 from mamba_core.backends.mlx.ops import available_kernels
 from mamba_core.backends.mlx.stack import explain

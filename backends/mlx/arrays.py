@@ -1,10 +1,13 @@
 """NumPy in and out, dtypes, devices, the settings of the process and differentiation in MLX."""
 
 import os
+import platform
 
 import ml_dtypes
 import mlx.core as mx
 import numpy as np
+
+from mamba_core.backends.gpu import driver
 
 DTYPES = {
     "float32": mx.float32,
@@ -114,6 +117,28 @@ def set_random_key(key: int | None) -> None:
     """Go on from a state of `random_key`."""
     if key is not None:
         mx.random.seed(key)
+
+
+def on_device(device: str):
+    """A context in which operations are computed on that device."""
+    return mx.stream(getattr(mx, device))
+
+
+def device_facts(device: str) -> dict[str, str]:
+    """The device's name and the versions that its kernels depend on.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    check_device(device)
+    facts = mx.device_info(getattr(mx, device)) if hasattr(mx, "device_info") else {}
+    found = {"device": str(facts.get("device_name") or platform.processor() or platform.machine())}
+    found |= {"mlx": mx.__version__}
+    if device == "gpu":
+        # On a Mac the driver is part of the system.
+        found |= {"architecture": str(facts.get("architecture", "")), "system": platform.platform()}
+        found |= {"driver": driver.version()}
+    return found
 
 
 def peak_memory(device: str) -> int | None:

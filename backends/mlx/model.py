@@ -156,7 +156,7 @@ class Model(nn.Module):
     def kernels(self) -> dict[str, str]:
         """Op -> the kernel that computes it here. Inside `mx.compile` "auto" may be another."""
         available = ops.available_kernels(self.device, self.compute_dtype)
-        return {op: choose(self.policy.of(op), kernels, op) for op, kernels in available.items()}
+        return {op: choose(self.policy.of(op), kernels, op, "mlx", self.device) for op, kernels in available.items()}
 
     def on_device(self):
         """A context in which operations are computed on the model's device."""

@@ -5,7 +5,17 @@ This module is a `mamba_core.backend.Backend`.
 
 from mamba_core import discovery
 from mamba_core.backends.torch import ops
-from mamba_core.backends.torch.arrays import devices, from_numpy, in_force, peak_memory, to_numpy, vjp
+from mamba_core.backends.torch.arrays import (
+    device_facts,
+    devices,
+    from_numpy,
+    in_force,
+    is_capturing,
+    on_device,
+    peak_memory,
+    to_numpy,
+    vjp,
+)
 from mamba_core.backends.torch.decoding import choose, decode, distribution, fork, prefill
 from mamba_core.backends.torch.ops import available_kernels
 from mamba_core.backends.torch.quantization import quantize
@@ -19,6 +29,7 @@ __all__ = [
     "build",
     "choose",
     "decode",
+    "device_facts",
     "devices",
     "distribution",
     "explain",
@@ -26,9 +37,11 @@ __all__ = [
     "fork",
     "from_numpy",
     "in_force",
+    "is_capturing",
     "layer",
     "loss_and_gradients",
     "name",
+    "on_device",
     "op",
     "parameters",
     "peak_memory",

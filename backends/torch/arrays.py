@@ -3,15 +3,18 @@
 import ctypes
 import functools
 import os
+import platform
 import re
 import sys
+from contextlib import nullcontext
 
 import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor
 
-from mamba_core.backends.torch.kernels import native_tensors
+from mamba_core.backends.gpu import driver
+from mamba_core.backends.torch.kernels import native_tensors, triton
 
 # From malloc.h, and the environment variables that set the same.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -57,6 +60,33 @@ def to_numpy(array: Tensor) -> np.ndarray:
     if array.dtype == torch.bfloat16:
         return array.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return array.numpy()
+
+
+def on_device(device: str):
+    """Tensors say where they are: nothing is set."""
+    return nullcontext()
+
+
+def device_facts(device: str) -> dict[str, str]:
+    """The device's name and the versions that its kernels depend on.
+
+    Raises:
+        RuntimeError, AssertionError: there is no such device.
+    """
+    found, kind = {"device": platform.processor() or platform.machine(), "torch": torch.__version__}, device[:4]
+    if kind == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found["device"] = f"{properties.name}, sm_{properties.major}{properties.minor}"
+        found |= {"CUDA": str(torch.version.cuda or torch.version.hip), "driver": driver.version()}
+    elif kind != "cpu":
+        torch.zeros(1, device=device)
+        found |= {"device": f"{device} of {platform.machine()}", "driver": platform.platform()}
+    return found | ({} if triton.triton is None else {"triton": triton.triton.__version__})
+
+
+def is_capturing() -> bool:
+    """Whether this thread's work is being captured into a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def peak_memory(device: str) -> int | None:

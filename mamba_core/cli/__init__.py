@@ -16,6 +16,7 @@ from mamba_core.version import VERSION
 COMMANDS = {
     "demo": "train a small model on Python's own source and compare every backend on it",
     "info": "which backends, devices and kernels there are here",
+    "doctor": "try every kernel that runs here, and write a report for an issue",
     "generate": "continue a prompt",
     "train": "train a model on text",
     "convert": "write a checkpoint in another layout",

@@ -5,6 +5,7 @@ import dataclasses
 import sys
 
 from mamba_core import factory, registry
+from mamba_core.backend import State
 from mamba_core.cli.output import add_backend, add_json, add_source, print_json
 from mamba_core.generation import PREFILL_CHUNK, Result, Run, Stream, stream
 from mamba_core.sampling import Sampling
@@ -33,6 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     told = "turn by turn, each going on from what was before"
     parser.add_argument("--interactive", action=Interactive, nargs=0, default=False, help=told)
+    parser.add_argument(
+        "--chat", action="store_true", help="PROMPT is a message, which the chat template puts in place"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="the system's message, before it; with --chat")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0 for all")
@@ -57,6 +62,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if arguments.interactive and (arguments.json or arguments.n != 1):
         raise ValueError("--interactive shows one continuation as it comes; it goes without --json and -n")
+    if arguments.system is not None and not arguments.chat:
+        raise ValueError("--system is a message; it goes with --chat")
+    if arguments.chat and arguments.state is not None:
+        raise ValueError("--chat reads messages from their beginning; it goes without --state")
     model = factory.load(
         arguments.source,
         backend=arguments.backend,
@@ -72,16 +81,20 @@ def run(arguments: argparse.Namespace) -> int:
     settings = {name: getattr(arguments, name) for name in ("max_new_tokens", "prefill_chunk", "seed")}
     settings |= {"stop": [*arguments.stop, *arguments.stop_token], "logit_bias": dict(arguments.logit_bias)}
     sampling = {name: getattr(arguments, name) for name in SAMPLING}
+    system = [] if arguments.system is None else [{"role": "system", "content": arguments.system}]
     if arguments.interactive:
-        return _converse(model, prompt, state, settings | sampling, arguments.save_state)
+        turns: _Chat | _Text = _Chat(model, system) if arguments.chat else _Text(model, state)
+        return _converse(model, prompt, turns, settings | sampling, arguments.save_state)
+    talk = [*system, {"role": "user", "content": prompt.rstrip("\n")}] if arguments.chat else None
+    text, given = None if arguments.chat else prompt, settings | {"messages": talk, "state": state}
     taken: Run | Stream
     if arguments.json or arguments.n != 1:
-        run = taken = Run(model, prompt, Sampling(**sampling), n=arguments.n, state=state, **settings)
+        run = taken = Run(model, text, Sampling(**sampling), n=arguments.n, **given)
         interrupted = _interrupted(run.steps())
         _show_all(model, prompt, run, arguments)
     else:
-        shown = taken = stream(model, prompt, state=state, **settings, **sampling)
-        print(prompt, end="", flush=True)
+        shown = taken = stream(model, text, **given, **sampling)
+        print("" if arguments.chat else prompt, end="", flush=True)
         interrupted = _shown(shown)
         _report(model, shown.result())
     if arguments.save_state is not None and (state := taken.result(return_state=True).state) is not None:
@@ -89,7 +102,40 @@ def run(arguments: argparse.Namespace) -> int:
     return INTERRUPTED if interrupted else 0
 
 
-def _converse(model, prompt: str | None, state, settings: dict, path: str | None) -> int:
+class _Text:
+    """A text that grows by turns, each going on from the state of the last."""
+
+    def __init__(self, model, state):
+        self._model, self.state = model, state
+
+    def begin(self, prompt: str, settings: dict) -> Stream:
+        # What stands on the screen: a turn begins on a line of its own.
+        text = prompt if self.state is None else f"\n{prompt}"
+        return stream(self._model, text, state=self.state, **settings)
+
+    def end(self, result: Result) -> None:
+        # There is none where the interrupt came before all was read: then the turn has not been.
+        self.state = self.state if result.state is None else result.state
+
+
+class _Chat:
+    """A conversation. Each turn reads all of it, because a template may write earlier messages anew."""
+
+    def __init__(self, model, messages: list):
+        self._model, self._messages, self._asked = model, messages, messages
+        self.state: State | None = None
+
+    def begin(self, prompt: str, settings: dict) -> Stream:
+        self._asked = [*self._messages, {"role": "user", "content": prompt}]
+        return stream(self._model, messages=self._asked, **settings)
+
+    def end(self, result: Result) -> None:
+        if result.state is not None and result.text is not None:
+            self._messages = [*self._asked, {"role": "assistant", "content": result.text[0]}]
+            self.state = result.state
+
+
+def _converse(model, prompt: str | None, turns: _Text | _Chat, settings: dict, path: str | None) -> int:
     """Turn by turn until the end of the input. An interrupt ends a turn with what there is, and between them all."""
     seed = settings.pop("seed")
     while True:
@@ -99,19 +145,17 @@ def _converse(model, prompt: str | None, state, settings: dict, path: str | None
             print()
             return 0
         try:
-            # What stands on the screen: a turn begins on a line of its own.
-            text = prompt if state is None else f"\n{prompt}"
-            taken = stream(model, text, state=state, seed=seed, **settings)
+            taken = turns.begin(prompt, settings | {"seed": seed})
             _shown(taken)
             result = taken.result(return_state=True)
         except ValueError as fault:
             print(f"mamba-core: {fault}", file=sys.stderr)
         else:
             _report(model, result)
-            # There is none where the interrupt came before all was read: then the turn has not been.
-            state, seed = state if result.state is None else result.state, seed + 1
-            if path is not None and state is not None:
-                factory.save_state(state, path, model)
+            turns.end(result)
+            seed += 1
+            if path is not None and turns.state is not None:
+                factory.save_state(turns.state, path, model)
         prompt = None
 
 
@@ -145,7 +189,7 @@ def _show_all(model, prompt: str, taken: Run, arguments: argparse.Namespace) -> 
         print_json({name: value for name, value in shown.items() if name != "state"})
         return
     for index, text in enumerate(result.text or []):
-        print(f"--- {index}\n{prompt}{text}")
+        print(f"--- {index}\n{'' if arguments.chat else prompt}{text}")
     _report(model, result)
 
 

@@ -26,7 +26,7 @@ os.environ["MAMBA_CORE_BACKEND"] = sys.argv[1]
 import numpy as np
 
 import mamba_core as mc
-from mamba_core import registry
+from mamba_core import registry, selftest
 
 name, folder = sys.argv[1], Path(sys.argv[2])
 backend = registry.get(name)
@@ -46,6 +46,10 @@ assert again.config == config, again.config
 mc.convert(folder / "saved", folder / "converted", to="hf", verify=True)
 report = mc.parity(folder / "converted", backends=[name], length=21, steps=9, grad=True)
 assert report.passed, report.to_dict()
+
+# Its op is tried by the self-tests because it is there; JAX would compile each trial.
+verdict = selftest.examine(backend, "leaky_sum", "plain", "cpu") if name != "jax" else selftest.Verdict(trials=6)
+assert (verdict.faults, verdict.trials) == ((), 6), verdict
 
 # Generated beyond every capacity: in one call, in chunks of the prompt, and from a state that went through a file.
 prompts = [[1, 2, 3, 4, 5, 6, 7], [8, 9]]

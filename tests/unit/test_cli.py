@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 import mamba_core as mc
-from mamba_core import registry
+from mamba_core import chat, registry
 from mamba_core.architectures.minimamba import MiniMambaConfig
 from mamba_core.backends.native import library
 from mamba_core.cli import COMMANDS, main
@@ -165,6 +166,57 @@ def test_generate_turn_by_turn(backend, checkpoint, tmp_path, monkeypatch, capsy
     assert "prompt 0 is empty" in shown.err
     assert first.text[0] in shown.out
     assert main([*command, "def a", "--json"]) == 2
+
+
+TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}<assistant>"
+
+
+def rendered(monkeypatch) -> list[str]:
+    """What the chat template makes from now on."""
+    texts, real = [], chat.render
+    monkeypatch.setattr(chat, "render", lambda *arguments: texts.append(real(*arguments)) or texts[-1])
+    return texts
+
+
+def test_generate_answers_messages(backend, checkpoint, tmp_path, monkeypatch, capsys):
+    shutil.copytree(checkpoint, tmp_path / "model")
+    command = ["generate", str(tmp_path / "model"), "--chat", "--max-new-tokens", "5", "--backend", backend.name]
+    assert main([*command, "Hello"]) == 2
+    assert "messages need a chat template" in capsys.readouterr().err
+    (tmp_path / "model" / "chat_template.jinja").write_text(TEMPLATE)
+    model = mc.load(tmp_path / "model", backend=backend.name)
+    wanted = mc.generate(model, "<system>Be kind.\n<user>Hello\n<assistant>", max_new_tokens=5)
+    talk = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}]
+    assert mc.generate(model, messages=talk, max_new_tokens=5).tokens == wanted.tokens
+    state = tmp_path / "state.safetensors"
+    assert main([*command, "Hello", "--system", "Be kind.", "--save-state", str(state)]) == 0
+    assert capsys.readouterr().out == f"{wanted.text[0]}\n"
+    mc.load_state(state, model)
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
+    read = rendered(monkeypatch)
+    assert main([*command, "-", "--system", "Be kind.", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == wanted.tokens
+    assert read == ["<system>Be kind.\n<user>Hello\n<assistant>"]
+    assert main([*command, "Hello", "--system", "Be kind.", "-n", "2"]) == 0
+    assert capsys.readouterr().out == "".join(f"--- {k}\n{wanted.text[0]}\n" for k in range(2))
+    assert main([*command, "Hello", "--state", str(state)]) == 2
+    assert main([*[item for item in command if item != "--chat"], "Hello", "--system", "x"]) == 2
+
+
+def test_generate_talks(backend, checkpoint, tmp_path, monkeypatch, capsys):
+    shutil.copytree(checkpoint, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(TEMPLATE)
+    model = mc.load(tmp_path / "model", backend=backend.name)
+    talk = [{"role": "user", "content": "a"}]
+    first = mc.generate(model, messages=talk, max_new_tokens=5)
+    talk += [{"role": "assistant", "content": first.text[0]}, {"role": "user", "content": "b"}]
+    second = mc.generate(model, messages=talk, max_new_tokens=5)
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\nb\n"))
+    command = ["generate", str(tmp_path / "model"), "--interactive", "--chat", "--max-new-tokens", "5"]
+    read = rendered(monkeypatch)
+    assert main([*command, "--backend", backend.name]) == 0
+    assert read == ["<user>a\n<assistant>", f"<user>a\n<assistant>{first.text[0]}\n<user>b\n<assistant>"]
+    assert capsys.readouterr().out == f"> {first.text[0]}\n> {second.text[0]}\n> \n"
 
 
 class Interrupting:

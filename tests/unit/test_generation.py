@@ -1,7 +1,9 @@
-"""What generation does on the host: random numbers, stops, whole characters, interrupts, memory and threads."""
+"""What generation does on the host: random numbers, prompts, stops, whole characters, interrupts, memory, threads."""
 
+import copy
 import dataclasses
 import gc
+import pickle
 import threading
 
 import numpy as np
@@ -77,6 +79,174 @@ def test_settings_that_are_refused(settings):
 def test_biases_that_are_refused(model, bias):
     with pytest.raises((TypeError, ValueError), match="logit_bias"):
         mc.generate(model, "x", logit_bias=bias)
+
+
+# --- prompts -------------------------------------------------------------------------------------------------------
+
+
+def framework_array(backend, value):
+    if backend.name == "torch":
+        import torch
+
+        return torch.tensor(value)
+    if backend.name == "mlx":
+        import mlx.core as mx
+
+        return mx.array(value)
+    return backend.from_numpy(np.asarray(value))
+
+
+def test_prompts_may_be_arrays(backend, model):
+    rows = [[100, 101, 102], [32, 120, 61]]
+    wanted = mc.generate(model, rows, max_new_tokens=4).tokens
+    for kind in (np.asarray, lambda value: np.asarray(value, np.uint8), lambda value: framework_array(backend, value)):
+        assert mc.generate(model, kind(rows), max_new_tokens=4).tokens == wanted
+        assert mc.generate(model, kind(rows[0]), max_new_tokens=4).tokens == wanted[:1]
+        assert mc.generate(model, [kind(row) for row in rows], max_new_tokens=4).tokens == wanted
+        assert mc.generate(model, list(kind(rows[0])), max_new_tokens=4).tokens == wanted[:1]
+        mask = kind([[0, 1, 1], [1, 1, 1]])
+        for given in (mask, mask != 0):
+            batch = {"input_ids": kind(rows), "attention_mask": given}
+            assert (
+                mc.generate(model, batch, max_new_tokens=4).tokens
+                == mc.generate(model, [rows[0][1:], rows[1]], max_new_tokens=4).tokens
+            )
+    taken = mc.stream(model, framework_array(backend, rows[0]), max_new_tokens=4)
+    list(taken)
+    assert taken.result().tokens == wanted[:1]
+
+
+def test_prompts_may_be_arrays_of_another_framework(model):
+    for name in installed():
+        ids = framework_array(mc.registry.get(name), [100, 101])
+        assert mc.generate(model, ids, max_new_tokens=2).tokens == mc.generate(model, "de", max_new_tokens=2).tokens
+
+
+def test_arrays_that_are_no_prompts(backend, model):
+    for value, fault in (
+        ([1.0, 2.0], r"prompts has an array of \S*float\d\d; expected integers"),
+        ([True, False], r"prompts has an array of \S*bool; expected integers"),
+        ([[[1]]], r"prompts is an array of shape \(1, 1, 1\); expected one or two axes"),
+        (7, r"prompts is an array of shape \(\); expected one or two axes"),
+    ):
+        for array in (np.asarray(value), framework_array(backend, value)):
+            with pytest.raises(TypeError, match=fault):
+                mc.generate(model, array)
+    for value, fault in (
+        ([np.ones((1, 1), np.int32)], r"a prompt of a list has shape \(1, 1\)"),
+        ([np.ones(1)], "expected integers"),
+        ([[1.5]], "a token is 1.5"),
+        ([{"role": "user", "content": "x"}], "a conversation is messages="),
+        (3, "prompts is int"),
+        (object(), "prompts is object"),
+    ):
+        with pytest.raises(TypeError, match=fault):
+            mc.generate(model, value)
+
+
+def test_embeddings_are_read_in_the_place_of_prompts(backend, model, monkeypatch):
+    table = backend.parameters(model)["backbone.embeddings.weight"].astype(np.float32)
+    given, real = [], backend.prefill
+    monkeypatch.setattr(
+        backend, "prefill", lambda model, tokens, *more: given.append(tokens) or real(model, tokens, *more)
+    )
+    rows = np.array([list(b"def main"), list(b"class A(")])
+    read = mc.generate(model, rows[:, :-1], max_new_tokens=0, return_state=True).state
+    settings = {"max_new_tokens": 5, "prefill_chunk": 3}
+    wanted, embeds = mc.generate(model, rows, **settings), table[rows]
+    given.clear()
+    for array in (embeds, embeds.astype(np.float64), framework_array(backend, embeds)):
+        found = mc.generate(model, inputs_embeds=array, **settings)
+        assert (found.tokens, found.text) == (wanted.tokens, wanted.text)
+        np.testing.assert_allclose(found.logprobs, wanted.logprobs, rtol=1e-4)
+    assert [(each.shape[1], each.dtype.name) for each in given] == [(size, "float32") for size in (2, 3, 3)] * 3
+    assert mc.generate(model, inputs_embeds=embeds[0], n=2, **settings).tokens == wanted.tokens[:1] * 2
+    assert "".join(mc.stream(model, inputs_embeds=embeds[1], **settings)) == wanted.text[1]
+    more = mc.generate(model, inputs_embeds=embeds[:, -1:], state=read, return_state=True, **settings)
+    assert more.tokens == wanted.tokens
+    again = mc.generate(model, ["x", "x"], state=more.state, **settings)
+    whole = [[*row, *new, ord("x")] for row, new in zip(rows, more.tokens, strict=True)]
+    assert again.tokens == mc.generate(model, whole, **settings).tokens
+    # The penalty of a prompt that is known chooses another token than the likeliest, which stands in it.
+    likeliest = mc.generate(model, rows[0], max_new_tokens=1).tokens[0]
+    penalty = {"repetition_penalty": 1e9, "max_new_tokens": 1}
+    row = next(
+        [*rows[0][:at], *likeliest, *rows[0][at:]]
+        for at in range(8)
+        if mc.generate(model, [*rows[0][:at], *likeliest, *rows[0][at:]], max_new_tokens=1).tokens[0] == likeliest
+    )
+    assert mc.generate(model, row, **penalty).tokens[0] != likeliest
+    assert mc.generate(model, inputs_embeds=table[row], **penalty).tokens[0] == likeliest
+
+
+def test_embeddings_that_are_refused(model):
+    for value, kind, fault in (
+        (np.ones((2, 16), np.int32), TypeError, "inputs_embeds is int32; expected floats"),
+        (np.ones(16, np.float32), TypeError, r"has shape \(16,\); expected \(l, d\) or \(b, l, d\)"),
+        (np.ones((1, 1, 2, 16), np.float32), TypeError, "expected"),
+        ([[1.0] * 16], TypeError, "inputs_embeds is list; expected an array"),
+        (np.ones((2, 15), np.float32), ValueError, r"expected \(b, l, 16\)"),
+        (np.ones((0, 16), np.float32), ValueError, "at least 1"),
+        (np.ones((0, 2, 16), np.float32), ValueError, "at least 1"),
+    ):
+        with pytest.raises(kind, match=fault):
+            mc.generate(model, inputs_embeds=value)
+
+
+# --- what is wrapped, copied, or of another package ----------------------------------------------------------------
+
+
+class Wrapper:
+    """As DistributedDataParallel and AveragedModel keep what they wrap."""
+
+    def __init__(self, module):
+        self.module = module
+
+
+def test_wrapped_models_generate_and_are_explained(model, tmp_path):
+    wrapped = Wrapper(Wrapper(model))
+    wanted = mc.generate(model, "def ", max_new_tokens=4, return_state=True)
+    assert mc.generate(wrapped, "def ", max_new_tokens=4).tokens == wanted.tokens
+    assert "".join(mc.stream(wrapped, "def ", max_new_tokens=4)) == wanted.text[0]
+    assert mc.explain(wrapped) == mc.explain(model)
+    mc.save_state(wanted.state, tmp_path / "state.safetensors", wrapped)
+    mc.load_state(tmp_path / "state.safetensors", wrapped)
+
+
+def test_what_a_model_of_another_package_is_said_to_be():
+    torch = pytest.importorskip("torch")
+    foreign = type("Model", (torch.nn.Module,), {"__module__": "other_package.models"})()
+    for call in (
+        lambda: mc.generate(foreign, "x"),
+        lambda: mc.stream(foreign, "x"),
+        lambda: mc.save(foreign, "nowhere"),
+        lambda: mc.explain(foreign),
+    ):
+        with pytest.raises(
+            TypeError, match=r"model is other_package\.models\.Model, a model of other_package, which mam"
+        ):
+            call()
+    with pytest.raises(TypeError, match="model is 'mamba-130m', a name; generating needs"):
+        mc.generate("mamba-130m", "x")
+    with pytest.raises(TypeError, match="source is Model; expected a checkpoint's name"):
+        mc.parity(foreign)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))], ids=["copy", "pickle"]
+)
+def test_results_states_and_settings_are_copied(model, copied):
+    result = mc.generate(model, "def ", max_new_tokens=4, top_logprobs=2, return_state=True)
+    found = copied(result)
+    state, found.state = found.state, None
+    assert found == dataclasses.replace(result, state=None)
+    for each in (state, copied(result.state)):
+        wanted = mc.generate(model, "x", max_new_tokens=4, state=result.state)
+        assert mc.generate(model, "x", max_new_tokens=4, state=each).logprobs == wanted.logprobs
+    sampling = Sampling(temperature=0.5, top_k=3)
+    assert copied(sampling) == sampling
+    again = mc.generate(copied(model), "def ", max_new_tokens=4)
+    assert (again.tokens, again.text) == (result.tokens, result.text)
 
 
 # --- when a row ends, and its text ---------------------------------------------------------------------------------

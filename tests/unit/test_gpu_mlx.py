@@ -14,8 +14,11 @@ import numpy as np
 import pytest
 
 import mamba_core as mc
+from mamba_core import selftest
 from mamba_core.backends.gpu import launch as gpu
+from mamba_core.spec import ops
 from mamba_core.spec.ops import selective_scan as scan_spec
+from mamba_core.spec.ops.base import samples_of
 from mamba_core.spec.tolerances import relative_l2, tolerance
 
 mx = pytest.importorskip("mlx.core")
@@ -219,6 +222,25 @@ def test_values_and_gradients_are_those_of_the_recurrence(kernel, case):
         assert relative_l2(as_numpy(value), wanted[name]) < tolerance(dtype, "gradient"), name
 
 
+def test_it_passes_its_self_test_and_a_broken_one_does_not(kernel, monkeypatch):
+    backend, device = mc.registry.get("mlx"), "cpu" if kernel == "on a CPU" else "gpu"
+    right, all_samples = op.KERNELS[kernel], samples_of(ops.public()["selective_scan"])
+    monkeypatch.setattr(op, "KERNELS", {kernel: right} | op.KERNELS)
+    if device == "cpu":  # there each kernel is compiled for each
+        monkeypatch.setattr(selftest, "samples_of", lambda op: all_samples[2:3])
+    verdict = selftest.examine(backend, "selective_scan", kernel, device)
+    assert (verdict.faults, verdict.skipped) == ((), ())
+    assert verdict.trials == (1 if device == "cpu" else len(all_samples))
+
+    def wrong(call, x, *others):
+        y, h = right(call, x, *others)
+        return y, h * 1.001
+
+    monkeypatch.setitem(op.KERNELS, kernel, wrong)
+    verdict = selftest.examine(backend, "selective_scan", kernel, device, to_the_end=False)
+    assert "final_state is 1.0e-03 from the plain kernel" in verdict.faults[0]
+
+
 @pytest.mark.parametrize("small", [False, True])
 def test_the_case_in_chunks_has_several(small):
     sizes = (*CASES["in chunks"][0]["x"].shape, 16)
@@ -257,6 +279,12 @@ def test_inside_compile_and_at_any_address(kernel):
     moved = [mx.concatenate([mx.zeros(1, v.dtype), v.flatten()])[1:].reshape(v.shape) for v in arrays.values()]
     for one, other in zip(mx.compile(gradient)(*arrays.values()), gradient(*moved), strict=True):
         assert mx.array_equal(one, other).item()
+
+
+def test_metal_takes_every_trial_of_its_self_test():
+    for sample in samples_of(ops.public()["selective_scan"]):
+        sizes = [value.size for value in (*sample.drawn.arrays.values(), *sample.positions.values())]
+        assert min(sizes) >= gpu_scan.LEAST_METAL_SIZE
 
 
 def test_other_transformations_are_refused(kernel):

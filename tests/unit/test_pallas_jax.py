@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 import mamba_core as mc
+from mamba_core import selftest
+from mamba_core.spec import ops
 from mamba_core.spec.ops import selective_scan as scan_spec
+from mamba_core.spec.ops.base import samples_of
 from mamba_core.spec.tolerances import relative_l2, tolerance
 from tests.unit.test_cuda_jax import arguments, positions
 
@@ -60,6 +63,24 @@ def test_values_and_gradients_are_those_of_the_recurrence(interpreted, case):
     for name, other in scan_spec.selective_scan_vjp(*map(np.asarray, cotangents), **arrays, **given).items():
         assert gradients[name].dtype == jax_arrays[name].dtype
         assert relative_l2(gradients[name].astype("float32"), other) < tolerance(dtype, "gradient"), name
+
+
+def test_it_passes_its_self_test_and_a_broken_one_does_not(interpreted, monkeypatch):
+    backend, right = mc.registry.get("jax"), jax_scan.KERNELS[interpreted]
+    short = samples_of(ops.public()["selective_scan"])[2:3]
+    monkeypatch.setattr(selftest, "samples_of", lambda op: short)
+    monkeypatch.setattr(jax_scan, "KERNELS", {interpreted: right} | jax_scan.KERNELS)
+    verdict = selftest.examine(backend, "selective_scan", interpreted, "cpu")
+    assert (verdict.faults, verdict.trials) == ((), 1)
+
+    def wrong(*arguments, **options):
+        y, h = right(*arguments, **options)
+        return y, h * 1.001
+
+    jax.clear_caches()
+    monkeypatch.setitem(jax_scan.KERNELS, interpreted, wrong)
+    verdict = selftest.examine(backend, "selective_scan", interpreted, "cpu", to_the_end=False)
+    assert "final_state is 1.0e-03 from the plain kernel" in verdict.faults[0]
 
 
 def test_a_restart_forgets_a_state_that_is_not_finite(interpreted):

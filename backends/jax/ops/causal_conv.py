@@ -63,7 +63,10 @@ def _conv(x, weight, bias, state, mask, restart, order, inverse, *, activation, 
     if kernel != "auto":
         run = shifted if kernel == "plain" else KERNELS[_that_runs(kernel, x.dtype)]
         return run(*arguments, activation=activation)
-    fastest = {platform: choose("auto", kernels(device, x.dtype)) for platform, device in PLATFORMS.items()}
+    fastest = {
+        platform: choose("auto", kernels(device, x.dtype), "causal_conv", "jax", device)
+        for platform, device in PLATFORMS.items()
+    }
     branches = {
         platform: functools.partial(KERNELS[name], activation=activation, portable=True)
         for platform, name in fastest.items()

@@ -95,7 +95,10 @@ def _that_runs(kernel, dtype, states):
 def _auto(*arguments, delta_softplus):
     x, _, A, *_ = arguments
     options = {"delta_softplus": delta_softplus}
-    fastest = {name: choose("auto", kernels(device, x.dtype, A.shape[1])) for name, device in PLATFORMS.items()}
+    fastest = {
+        name: choose("auto", kernels(device, x.dtype, A.shape[1]), "selective_scan", "jax", device)
+        for name, device in PLATFORMS.items()
+    }
     branches = {
         platform: functools.partial(KERNELS[name], **options, **({"portable": True} if name in HOMES else {}))
         for platform, name in fastest.items()
@@ -153,6 +156,8 @@ KERNELS = {
     "sequential": sequential,
 }
 PLAIN = "sequential"
+# JAX's own operations, which take XLA longer to compile than a trial should.
+UNTRIED = ("chunked", "associative")
 
 
 @functools.partial(jax.jit, static_argnames=("delta_softplus", "kernel"))

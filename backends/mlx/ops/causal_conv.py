@@ -56,7 +56,7 @@ def chosen(kernel: str, dtype: mx.Dtype, arrays=()) -> str:
         ValueError: there is no such kernel, or not for them.
     """
     arrays = arrays if kernel in ("auto", "native") else ()
-    return choose(kernel, kernels(None, dtype, arrays), "causal_conv")
+    return choose(kernel, kernels(None, dtype, arrays), "causal_conv", "mlx", default_device())
 
 
 def _conv(call, x, weight, bias, activation, state, kernel):

@@ -98,7 +98,8 @@ def chosen(kernel: str, dtype: mx.Dtype, arrays=(), states: int | None = None) -
     Raises:
         ValueError: there is no such kernel, or not for them.
     """
-    return choose(kernel, kernels(None, dtype, arrays, states, wanted=kernel), "selective_scan")
+    available = kernels(None, dtype, arrays, states, wanted=kernel)
+    return choose(kernel, available, "selective_scan", "mlx", default_device())
 
 
 def _scan(call, arrays, delta_softplus, kernel):

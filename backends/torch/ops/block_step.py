@@ -1,8 +1,19 @@
 """One position of a residual block at once. Its kernels are the ways `native_step` and `cuda_step`."""
 
-import torch
+from functools import partial
 
-from mamba_core.backends.torch.kernels import native_step, native_tensors, triton_norm, triton_step
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from mamba_core.backends.torch.kernels import native_step, native_tensors, triton_norm, triton_product, triton_step
+from mamba_core.backends.torch.ops.causal_conv import causal_conv_step
+from mamba_core.backends.torch.ops.rms_norm import rms_norm
+from mamba_core.backends.torch.ops.selective_scan import selective_step
+from mamba_core.kernels import takes
+from mamba_core.selftest import CannotRunError, Trial
+
+EPS = 1e-5
 
 
 def kernels(device: torch.device, dtype: torch.dtype | None = None, size: int = 0) -> dict[str, str | None]:
@@ -11,5 +22,60 @@ def kernels(device: torch.device, dtype: torch.dtype | None = None, size: int = 
     return dict.fromkeys(KERNELS) | reasons
 
 
+def takes_cuda(asked: str, device: torch.device) -> bool:
+    """Whether a policy takes the kernel "cuda" on a device where it runs."""
+    return takes(asked, "cuda", "block_step", "torch", device)
+
+
 # Fastest first.
 KERNELS = {"native": native_step.blocks, "cuda": triton_step.block, "plain": None}
+# A call each to try the kernels with: dtype, rows, width, and the eps of the norms of dt, B and C. With more rows the
+# products are other kernels.
+TRIALS = (("float32", 2, 24, 0.0), ("float32", 5, 20, 1e-6), ("bfloat16", 1, 24, 0.0), ("bfloat16", 24, 32, 0.0))
+
+
+def trials(device: str):
+    for dtype, b, d, eps in TRIALS:
+        rng, (e, n, k, r) = np.random.default_rng(0), (2 * d, 16, 4, 3)
+        stored = {"residual": (b, d), "norm": (d,), "in_proj": (2 * e, d), "in_bias": (2 * e,), "conv": (e, k)}
+        stored |= {"conv_bias": (e,), "x_proj": (r + 2 * n, e), "dt_proj": (e, r), "out_proj": (d, e)}
+        stored |= {"out_bias": (d,), "conv_state": (b, k - 1, e)}
+        float32 = {"dt_bias": (e,), "A_log": (e, n), "D": (e,), "ssm_state": (b, e, n)}
+        drawn = {name: (rng.normal(size=shape) / shape[-1] ** 0.5, dtype) for name, shape in stored.items()}
+        drawn |= {name: (rng.normal(size=shape), "float32") for name, shape in float32.items()}
+        drawn |= {"residual": (rng.normal(size=(b, d)), "float32")}
+        outputs = {name: (drawn[name][0].shape, drawn[name][1]) for name in ("residual", "conv_state", "ssm_state")}
+        call = partial(_step, names=tuple(drawn), selection_eps=eps)
+        yield Trial(f"{dtype}, {b} rows", dtype, drawn, outputs, call, forward_only=tuple(KERNELS))
+
+
+@torch.no_grad()
+def _step(kernel: str, *values, names, selection_eps: float):
+    """The residual stream after a block, and the block's states."""
+    named = dict(zip(names, values, strict=True))
+    residual, conv_state, ssm_state, norm = (named.pop(n) for n in ("residual", "conv_state", "ssm_state", "norm"))
+    if kernel == "native":
+        if len(residual) > native_step.MOST_ROWS:
+            raise CannotRunError(f"it computes at most {native_step.MOST_ROWS} rows")
+        operands = native_step.Operands(**named | {"conv": named["conv"][:, None]}, selection_eps=selection_eps)
+        tensors = [conv_state, ssm_state, norm, *operands[:-1]]
+        residual, conv_state, ssm_state = native_step.blocks(residual[:, None], tensors, [EPS], [selection_eps])
+        return residual[:, 0], conv_state, ssm_state
+    if kernel == "cuda":
+        layer = triton_step.Layer(norm=norm, eps=EPS, **named, selection_eps=selection_eps)
+        after, counters = (conv_state.clone(), ssm_state.clone()), triton_product.new_counters(residual.device)
+        residual, hidden = triton_step.block(layer, residual, None, conv_state, ssm_state, after, counters)
+        return residual if hidden is None else residual + hidden, *after
+    return _plain(residual, conv_state, ssm_state, norm, selection_eps, **named)
+
+
+def _plain(residual, conv_state, ssm_state, norm, selection_eps, **w):
+    normed = rms_norm(residual, norm, EPS)
+    x, z = F.linear(normed, w["in_proj"], w["in_bias"]).chunk(2, dim=-1)
+    x, conv_state = causal_conv_step(x, w["conv"], w["conv_bias"], activation="silu", state=conv_state)
+    A, r = -torch.exp(w["A_log"]), w["dt_proj"].shape[1]
+    parts = F.linear(x, w["x_proj"]).split((r, A.shape[1], A.shape[1]), dim=-1)
+    dt, B, C = (rms_norm(part, None, selection_eps) if selection_eps > 0 else part for part in parts)
+    fixed = {"z": z, "delta_bias": w["dt_bias"], "delta_softplus": True, "state": ssm_state}
+    y, ssm_state = selective_step(x, F.linear(dt, w["dt_proj"]), A, B, C, w["D"], **fixed)
+    return residual + F.linear(y, w["out_proj"], w["out_bias"]), conv_state, ssm_state

@@ -49,7 +49,7 @@ def _check(x, weight, bias, activation, initial_state, mask, segment_ids):
 
 
 def _run(call, x, weight, bias, activation, state, kernel):
-    chosen = choose(kernel, kernels(x.device, x.dtype), "causal_conv")
+    chosen = choose(kernel, kernels(x.device, x.dtype), "causal_conv", "torch", x.device)
     if chosen == "cuda" and (call.mask is not None or weight.shape[1] > triton_conv.WIDEST):
         chosen = "shifted"
     return KERNELS[chosen](x, weight, bias, activation, state, call)

@@ -1,5 +1,6 @@
 """The product of linear layers, and that of the head."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,6 +8,7 @@ from torch import Tensor
 from mamba_core.backends.torch.arrays import at_least_float32
 from mamba_core.backends.torch.kernels import native_step, onednn_linear
 from mamba_core.kernels import Kernels
+from mamba_core.selftest import Trial
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, kernel: str = "auto") -> Tensor:
@@ -30,3 +32,10 @@ def kernels(device: torch.device, dtype: torch.dtype | None = None) -> dict[str,
 
 # Fastest first.
 KERNELS = {"onednn": onednn_linear.linear, "plain": F.linear}
+
+
+def trials(device: str):
+    rng, shapes = np.random.default_rng(0), {"x": (2, 33, 67), "weight": (129, 67), "bias": (129,)}
+    arrays = {name: (rng.normal(size=shape) / 8, "float32") for name, shape in shapes.items()}
+    outputs = {"y": ((2, 33, 129), "float32")}
+    yield Trial("float32", "float32", arrays, outputs, lambda kernel, *given: (KERNELS[kernel](*given),))

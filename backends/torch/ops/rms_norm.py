@@ -1,12 +1,14 @@
 """The RMS norm, and the sum of a residual block together with the norm of the next."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mamba_core.backends.torch.arrays import at_least_float32
 from mamba_core.backends.torch.kernels import native_norm, native_tensors, triton_norm
 from mamba_core.backends.torch.kernels.triton import linear_dtype
-from mamba_core.kernels import Kernels
+from mamba_core.kernels import Kernels, takes
+from mamba_core.selftest import Trial
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -32,7 +34,9 @@ def fused_kernel(policy: Kernels, residual: Tensor, weight: Tensor) -> str | Non
     if asked in ("auto", "native") and native_norm.reason(residual, weight) is None:
         return "native"
     if asked in ("auto", "triton") and triton_norm.reason(residual.device, residual.dtype, len(weight)) is None:
-        return None if triton_norm.reason(weight.device, weight.dtype, len(weight)) else "triton"
+        if triton_norm.reason(weight.device, weight.dtype, len(weight)) is not None:
+            return None
+        return "triton" if takes(asked, "triton", "rms_norm", "torch", weight.device) else None
     return None
 
 
@@ -52,3 +56,17 @@ def _plain(residual, hidden, weight, eps):
 
 # Fastest first.
 KERNELS = {"native": native_norm.add_norm, "triton": _triton, "plain": _plain}
+# A call each to try the kernels with: dtype, shape, and whether there is a sum.
+TRIALS = (("float32", (2, 257, 67), True), ("float32", (1, 7, 8), False), ("bfloat16", (2, 1, 129), True))
+
+
+def trials(device: str):
+    def call(kernel, residual, weight, hidden=None):
+        return add_norm(residual, hidden, weight, 1e-5, kernel)
+
+    for dtype, shape, adds in TRIALS:
+        rng = np.random.default_rng(0)
+        arrays = {"residual": (rng.normal(size=shape), "float32"), "weight": (rng.normal(size=shape[-1:]), dtype)}
+        arrays |= {"hidden": (rng.normal(size=shape), dtype)} if adds else {}
+        outputs = {"norm": (shape, dtype), "sum": (shape, "float32")}
+        yield Trial(f"{dtype} {shape}", dtype, arrays, outputs, call, forward_only=("native",))

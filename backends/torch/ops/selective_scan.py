@@ -89,7 +89,7 @@ def kernel_for(kernel: str, device: torch.device, dtype: torch.dtype, states: in
     Raises:
         ValueError: no such kernel, or it cannot run there.
     """
-    return choose(kernel, kernels(device, dtype, states), "selective_scan")
+    return choose(kernel, kernels(device, dtype, states), "selective_scan", "torch", device)
 
 
 def _prepared(scan):

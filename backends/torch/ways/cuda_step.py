@@ -7,6 +7,7 @@ from mamba_core.backend import State
 from mamba_core.backends.torch.blocks import Block, RMSNorm
 from mamba_core.backends.torch.kernels import triton_norm, triton_product, triton_step
 from mamba_core.backends.torch.kernels.operator import KINDS
+from mamba_core.backends.torch.ops import block_step
 from mamba_core.backends.torch.quantization import QuantizedLinear, stored_weight
 from mamba_core.backends.torch.untouched import untouched
 from mamba_core.backends.torch.ways import Taken, own
@@ -91,12 +92,15 @@ def _layer(block) -> triton_step.Layer | str:
         return f"{type(mixer).__name__} was not written for it"
     if not (untouched(type(mixer), mixer) and untouched(RMSNorm, norm)):
         return "the norm or the mixer was changed"
-    if mixer.kernels.of("block_step") not in ("auto", "cuda"):
-        return f"kernels has {mixer.kernels.of('block_step')!r} for block_step"
+    asked = mixer.kernels.of("block_step")
+    if asked not in ("auto", "cuda"):
+        return f"kernels has {asked!r} for block_step"
     if (operands := read(mixer)) is None:
         return "a layer of the mixer was changed"
     if (why := triton_norm.reason(norm.weight.device, norm.weight.dtype, len(norm.weight))) is not None:
         return why
+    if not block_step.takes_cuda(asked, norm.weight.device):
+        return "its kernels fail their self-test here"
     layer = triton_step.Layer(norm.weight, norm.eps, *operands)
     dense = [value for value in (layer.in_proj, layer.x_proj, layer.dt_proj, layer.out_proj) if type(value) in KINDS]
     if any(value.dtype != norm.weight.dtype or not value.is_contiguous() for value in dense):

@@ -4,7 +4,7 @@ A file of this folder has `OP`, an op that every backend has in a file of the sa
 graph by name, or both.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +25,8 @@ class Op(NamedTuple):
     draw: (rng, choose, b, l) -> `Drawn`, how tests draw arguments.
     magnitude: (arrays, positions, options) -> the norm that y would have if its terms did not cancel; None where y has
         no long sums.
+    samples: rng -> a few calls that between them have every option and odd sizes: with them a kernel is tried on the
+        machine where it is to run (`mamba_core.selftest`). None for some that `draw` gives.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Op(NamedTuple):
     state_shape: Callable[[Mapping[str, np.ndarray]], tuple[int, ...]]
     draw: Callable[[np.random.Generator, Callable[[Sequence], Any], int, int], "Drawn"]
     magnitude: Callable | None = None
+    samples: "Callable[[np.random.Generator], Iterable[Sample]] | None" = None
 
 
 class Drawn(NamedTuple):
@@ -43,6 +46,45 @@ class Drawn(NamedTuple):
 
     arrays: dict[str, np.ndarray]
     options: dict[str, Any]
+
+
+class Sample(NamedTuple):
+    """A call of an op: the compute dtype, its arguments, and those of mask and segment_ids that are given."""
+
+    dtype: str
+    drawn: Drawn
+    positions: dict[str, np.ndarray]
+
+
+# Of `samples_of` an op that lists none: dtype, length, and which of mask and segment_ids are given.
+DRAWN = (
+    ("float32", 257, ("mask", "segment_ids")),
+    ("float32", 7, ()),
+    ("float32", 1, ("mask",)),
+    ("float32", 257, ("segment_ids",)),
+    ("bfloat16", 257, ()),
+    ("float16", 7, ("mask", "segment_ids")),
+)
+
+
+def samples_of(op: Op) -> list[Sample]:
+    """The same calls every time."""
+    rng = np.random.default_rng(0)
+    if op.samples is not None:
+        return list(op.samples(rng))
+    found = []
+    for index, (dtype, length, positions) in enumerate(DRAWN):
+        # The first has what is chosen last, such as True, the second what is chosen first.
+        of_all = [lambda values: values[-1], lambda values: values[0]]
+        choose = of_all[index] if index < len(of_all) else lambda values: values[rng.integers(len(values))]
+        found.append(Sample(dtype, op.draw(rng, choose, 2, length), draw_positions(rng, 2, length, positions)))
+    return found
+
+
+def draw_positions(rng, b: int, l: int, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Those of mask, with holes, and segment_ids that are named."""
+    drawn = {"mask": rng.random((b, l)) < 0.7, "segment_ids": np.cumsum(rng.random((b, l)) < 0.15, 1).astype(np.int32)}
+    return {name: drawn[name] for name in names}
 
 
 class NodeOp(NamedTuple):

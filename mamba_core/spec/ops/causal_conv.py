@@ -6,8 +6,10 @@ from mamba_core.spec.ops.base import (
     Drawn,
     NodeOp,
     Op,
+    Sample,
     check_positions,
     counting,
+    draw_positions,
     expect_floats,
     expect_rows,
     expect_shape,
@@ -154,13 +156,36 @@ def _conv_windows(x, weight, initial_state, mask, segment_ids):
 # --- how tests draw arguments ------------------------------------------------------------------------------
 
 
+OPTIONAL = ("bias", "initial_state")
+BOTH = ("mask", "segment_ids")
+# A call each: dtype, length, channels, taps, activation, and what is given beside x and weight.
+SAMPLES = (
+    ("float32", 257, 20, 4, "silu", OPTIONAL, BOTH),
+    ("float32", 7, 5, 3, None, (), ()),
+    ("float32", 1, 33, 2, "silu", OPTIONAL, ()),
+    ("float32", 257, 20, 4, "silu", OPTIONAL, ("segment_ids",)),
+    ("bfloat16", 257, 20, 4, "silu", OPTIONAL, ()),
+    ("float16", 7, 67, 4, None, OPTIONAL, ("segment_ids",)),
+    ("float16", 257, 5, 4, "silu", (), ("mask",)),
+)
+
+
 def draw(rng, choose, b: int, l: int) -> Drawn:
     e, k = choose((1, 5, 8, 67)), choose((1, 2, 3, 4))
+    given = [name for name in OPTIONAL if choose((False, True))]
+    return _draw(rng, b, l, e, k, choose((None, "silu")), given)
+
+
+def samples(rng):
+    for dtype, l, e, k, activation, given, positions in SAMPLES:
+        yield Sample(dtype, _draw(rng, 2, l, e, k, activation, given), draw_positions(rng, 2, l, positions))
+
+
+def _draw(rng, b, l, e, k, activation, given) -> Drawn:
     arrays = {"x": rng.normal(size=(b, l, e)), "weight": rng.normal(size=(e, k))}
-    for name, shape in {"bias": (e,), "initial_state": (b, k - 1, e)}.items():
-        if choose((False, True)):
-            arrays[name] = rng.normal(size=shape)
-    return Drawn(arrays, {"activation": choose((None, "silu"))})
+    shapes = {"bias": (e,), "initial_state": (b, k - 1, e)}
+    arrays |= {name: rng.normal(size=shapes[name]) for name in given}
+    return Drawn(arrays, {"activation": activation})
 
 
 def _state_shape(arrays) -> tuple[int, ...]:
@@ -177,6 +202,7 @@ OP = Op(
     float32=(),
     state_shape=_state_shape,
     draw=draw,
+    samples=samples,
 )
 
 # --- in the block graph ------------------------------------------------------------------------------------

@@ -10,8 +10,10 @@ from mamba_core.spec.ops.base import (
     Drawn,
     NodeOp,
     Op,
+    Sample,
     check_positions,
     counting,
+    draw_positions,
     expect_floats,
     expect_rows,
     expect_shape,
@@ -196,16 +198,39 @@ class _Scan:
 # --- how tests draw arguments ------------------------------------------------------------------------------
 
 
+OPTIONAL = ("D", "delta_bias", "initial_state", "z")
+BOTH = ("mask", "segment_ids")
+# A call each: dtype, length, channels, states, whether with the softplus, and what is given beside x, delta, A, B, C.
+SAMPLES = (
+    ("float32", 257, 20, 16, True, OPTIONAL, BOTH),
+    ("float32", 7, 5, 8, False, (), ()),
+    ("float32", 1, 33, 16, True, ("z", "initial_state"), ()),
+    ("float32", 257, 9, 1, True, ("D", "delta_bias"), ("segment_ids",)),
+    ("bfloat16", 257, 20, 16, True, OPTIONAL, ("segment_ids",)),
+    ("float16", 7, 67, 8, False, ("D", "delta_bias", "z"), ("mask",)),
+)
+
+
 def draw(rng, choose, b: int, l: int) -> Drawn:
     """Each optional argument is present or not; step sizes are from 1e-6 to 20."""
     e, n, softplus_on = choose((1, 5, 8, 67)), choose((1, 2, 3, 7, 16, 33, 64)), choose((False, True))
+    given = [name for name in OPTIONAL if choose((False, True))]
+    return _draw(rng, b, l, e, n, softplus_on, given)
+
+
+def samples(rng):
+    for dtype, l, e, n, softplus_on, given, positions in SAMPLES:
+        yield Sample(dtype, _draw(rng, 2, l, e, n, softplus_on, given), draw_positions(rng, 2, l, positions))
+
+
+def _draw(rng, b, l, e, n, softplus_on, given) -> Drawn:
     arrays = {"x": rng.normal(size=(b, l, e)), "delta": draw_steps(rng, (b, l, e), softplus_on)}
     arrays |= {"A": -np.exp(rng.normal(size=(e, n))), "B": rng.normal(size=(b, l, n)), "C": rng.normal(size=(b, l, n))}
-    for name, shape in {"D": (e,), "delta_bias": (e,), "initial_state": (b, e, n), "z": (b, l, e)}.items():
-        if choose((False, True)):
-            # Without the softplus the sum must stay a positive step.
-            positive = name == "delta_bias" and not softplus_on
-            arrays[name] = rng.uniform(0, 1, shape) if positive else rng.normal(size=shape)
+    shapes = {"D": (e,), "delta_bias": (e,), "initial_state": (b, e, n), "z": (b, l, e)}
+    for name in given:
+        # Without the softplus the sum must stay a positive step.
+        positive = name == "delta_bias" and not softplus_on
+        arrays[name] = rng.uniform(0, 1, shapes[name]) if positive else rng.normal(size=shapes[name])
     return Drawn(arrays, {"delta_softplus": softplus_on})
 
 
@@ -232,6 +257,7 @@ OP = Op(
     state_shape=lambda arrays: (arrays["x"].shape[0], *arrays["A"].shape),
     draw=draw,
     magnitude=_magnitude,
+    samples=samples,
 )
 
 # --- in the block graph ------------------------------------------------------------------------------------
