@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from mamba_core.weights.formats import atomic_file
+from mamba_core.weights.formats import atomic_file, probe_file
 
 # A case is measured under these; results of others do not stand in the same file.
 CONDITIONS = ("machine", "threads", "quick")
@@ -15,8 +15,9 @@ def begin(path: Path, found: dict[str, Any]) -> dict[str, Any]:
     """The results to add to: those of the file, or `found` where there is none.
 
     Raises:
-        ValueError: the file is none of ours, or was measured under other conditions.
+        ValueError: the file is none of ours, was measured under other conditions, or cannot be written.
     """
+    probe_file(path, overwrite=True)
     if not path.exists():
         return found
     kept = read(path)

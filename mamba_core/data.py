@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from mamba_core.tokenizer import as_tokenizer
+from mamba_core.weights.formats import read_npy
 
 
 def read_tokens(path: Path | str, tokenizer=None) -> np.ndarray:
@@ -19,7 +20,7 @@ def read_tokens(path: Path | str, tokenizer=None) -> np.ndarray:
     """
     path = Path(path)
     if path.suffix == ".npy":
-        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+        tokens = read_npy(path).array()
         if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
             raise ValueError(f"{path}: is {tokens.dtype} of shape {tokens.shape}; expected one axis of integers")
         return tokens

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from mamba_core import factory, registry
 from mamba_core.spec.init import random_stream
-from mamba_core.weights.formats import CheckpointError, atomic_folder, parse_json
+from mamba_core.weights.formats import CheckpointError, atomic_folder, parse_json, probe_folder, restore_folder
 from mamba_core.weights.io import open_checkpoint
 from mamba_core.weights.opening import open_model
 from mamba_core.wrappers import unwrap
@@ -98,6 +98,7 @@ def train(
     checkpoint: Path | str | None = None,
     checkpoint_every: int = 0,
     tokenizer: Path | str | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> list[dict]:
     """Train a model in place.
 
@@ -111,6 +112,7 @@ def train(
         checkpoint: a folder to write, after every `checkpoint_every` updates (0 for the end only) and at the end. It
             must be new, or the one that is resumed.
         tokenizer: the tokenizer.json that made the data, kept in the checkpoint.
+        stop: asked after every update; where it says so, the checkpoint is written and the run ends early.
 
     Returns:
         What was logged, one entry an update, those before the resumption included.
@@ -140,9 +142,11 @@ def train(
         history.append(entry)
         if log:
             log(entry)
-        last = step + 1 == settings.steps
+        last = step + 1 == settings.steps or (stop is not None and stop())
         if checkpoint is not None and (last or (checkpoint_every and (step + 1) % checkpoint_every == 0)):
             save_checkpoint(checkpoint, model, trainer, run | {"history": history}, tokenizer)
+        if last:
+            break
     return history
 
 
@@ -176,11 +180,19 @@ def _checked(data, config) -> np.ndarray:
 
 
 def _check_target(checkpoint, resume) -> None:
-    if checkpoint is None or (resume is not None and Path(checkpoint).resolve() == Path(resume).resolve()):
+    """Check that the checkpoint can be written, before the work is done that it is to hold."""
+    for folder in (checkpoint, resume):
+        if folder is not None:
+            restore_folder(folder)
+    if checkpoint is None:
+        return
+    if resume is not None and Path(checkpoint).resolve() == Path(resume).resolve():
+        probe_folder(checkpoint, overwrite=True)
         return
     path = Path(checkpoint)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise CheckpointError(f"{path}: exists; resume the run in it, or choose another folder for the checkpoint")
+    probe_folder(path)
 
 
 def _digest(data: np.ndarray) -> str:

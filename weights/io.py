@@ -81,7 +81,11 @@ class Checkpoint(Mapping[str, np.ndarray]):
         tensors = self.tensors[first], self.tensors[second]
         if tensors[0].header() != tensors[1].header():
             return False
-        for one, other in zip(*(blocks(tensor.array()) for tensor in tensors), strict=True):
+        arrays = []
+        for tensor in tensors:
+            arrays.append(tensor.array())
+            tensor.release()  # what was read for its checksum
+        for one, other in zip(*map(blocks, arrays), strict=True):
             if not np.array_equal(one.view(np.uint8), other.view(np.uint8)):
                 return False
             for tensor in tensors:

@@ -2,6 +2,7 @@
 // the gate.
 
 #define LOG2_E 1.4426950408889634f
+#define LEAST -3.402823466e38f
 
 // N elements as they are read and written at once; no GPU reads more than 16 bytes.
 template <int N>

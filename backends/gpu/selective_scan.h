@@ -312,12 +312,19 @@ DEVICE void clear(LOCAL float (*h)[NS]) {
   UNROLL for (int k = 0; k < K; ++k) UNROLL for (int j = 0; j < NS; ++j) h[k][j] = 0.0f;
 }
 
-// A log2(e), so that decays are powers of 2; zero for the states that fill up.
+// A log2(e), so that decays are powers of 2. Finite: a step of size zero, that of a position that does not count, times
+// -inf would be NaN.
+DEVICE float rate_of(float a) {
+  float rate = a * LOG2_E;
+  return rate < LEAST ? LEAST : rate;
+}
+
+// The rates; zero for the states that fill up.
 DEVICE void load_rates(const Inputs in, const Thread at, LOCAL float (*rates)[NS]) {
   UNROLL for (int k = 0; k < K; ++k) UNROLL for (int j = 0; j < NS; ++j) {
       int state = at.states + (j ^ at.flip);
       bool given = at.global_channel(k) < in.channels && state < in.states;
-      rates[k][j] = given ? in.A[int64(at.global_channel(k)) * in.states + state] * LOG2_E : 0.0f;
+      rates[k][j] = given ? rate_of(in.A[int64(at.global_channel(k)) * in.states + state]) : 0.0f;
     }
 }
 
@@ -502,7 +509,7 @@ DEVICE void scan_forward(const Inputs given, const ForwardResults out, const Pla
 DEVICE void combine(const Inputs in, GLOBAL float* added, const GLOBAL float* total, bool backwards, int64 index) {
   int64 states = int64(in.channels) * PADDED, row = index / states, state = index % states;
   int channel = state / PADDED, n = state % PADDED;
-  float rate = n < in.states ? in.A[int64(channel) * in.states + n] * LOG2_E : 0.0f;
+  float rate = n < in.states ? rate_of(in.A[int64(channel) * in.states + n]) : 0.0f;
   float h = HAS_STATE ? in.begin[index] : 0.0f;
   for (int i = 0; i < in.chunks; ++i) {
     int64 chunk = row * in.chunks + (backwards ? in.chunks - 1 - i : i);

@@ -4,6 +4,7 @@
 
 #ifndef WIDTH
 
+#include <cfloat>
 #include <initializer_list>
 
 #include "scan.h"
@@ -283,6 +284,8 @@ static void load_state(const Scan &s, float *tile, const float *state, int64_t o
 // What does not change over the positions.
 static void load_channels(const Scan &s, Work &w, int64_t first, int64_t channels) {
     to_tile(w.A, s.A + first * s.n, channels, s.n, 1.4426950409f);
+    // A step of size zero, that of a position that does not count, times -inf would be NaN.
+    for (int64_t i = 0; i < tile_of(s); i++) w.A[i] = w.A[i] < -FLT_MAX ? -FLT_MAX : w.A[i];
     memset(w.D, 0, sizeof w.D);
     memset(w.bias, 0, sizeof w.bias);
     if (s.D) memcpy(w.D, s.D + first, sizeof(float) * channels);

@@ -8,7 +8,7 @@ from pathlib import Path
 from mamba_core.cli.output import add_json, add_layout, add_source, byte_progress, console, print_nonfinite, print_table
 from mamba_core.config import COMPUTE_DTYPES
 from mamba_core.weights.convert import Conversion, convert
-from mamba_core.weights.formats import WRITERS, atomic_file
+from mamba_core.weights.formats import WRITERS, atomic_file, probe_file
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
@@ -31,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.report is not None:
+        probe_file(arguments.report, arguments.overwrite)
     with ExitStack() as shown:
         done = convert(
             arguments.source,

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from mamba_core import factory, registry
-from mamba_core.cli.output import add_json, console, print_json, print_table, progress_bar
+from mamba_core.cli.output import Text, add_json, console, print_json, print_table, progress_bar
 from mamba_core.comparison import Parity, parity
 from mamba_core.config import MambaConfig
 from mamba_core.data import read_tokens, standard_library
@@ -206,7 +206,7 @@ def _plot(history: list[dict], path: Path) -> None:
 def _show(arguments, report: dict, history: list[dict], texts: dict) -> None:
     for title, text in (("greedy", texts["text"]), ("temperature 0.7, top_p 0.95", texts["sampled"])):
         console.rule(title, align="left")
-        console.print(f"[bold]{_escape(arguments.prompt)}[/bold]{_escape(text)}", soft_wrap=True)
+        console.print(Text.assemble((arguments.prompt, "bold"), text), soft_wrap=True)
     console.rule()
     rows = [
         [
@@ -229,13 +229,7 @@ def _show(arguments, report: dict, history: list[dict], texts: dict) -> None:
     console.print(f"to mamba_ssm and back, bit for bit: {'yes' if report['conversion_exact'] else 'NO'}")
     console.print(f"{arguments.out}/loss.png, {arguments.out}/report.json; {report['seconds']:.0f} s in all")
     for failure in report["failures"]:
-        console.print(f"[red]FAILED[/red] {_escape(failure)}")
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
+        console.print(Text.assemble(("FAILED", "red"), f" {failure}"))
 
 
 def _say(arguments, message: str) -> None:

@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     rows = [_row(name, info, left_out) for name, info in found.items()]
     print_table(f"mamba_core {VERSION}", ["backend", "version", "devices", "kernels, fastest first"], rows)
     if left_out:
-        console.print(f"The CPU kernels in C++, native, are left out: {left_out}.", markup=False)
+        console.print(f"The CPU kernels in C++, native, are left out: {left_out}.")
     if variables:
         meanings = {variable.name: variable.meaning for variable in environment.VARIABLES}
         rows = [[name, value, meanings[name]] for name, value in variables.items()]
@@ -54,7 +54,7 @@ def _explain(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(found.to_dict())
     else:
-        console.print(str(found), markup=False)
+        console.print(str(found))
     return 0
 
 

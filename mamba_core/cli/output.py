@@ -22,6 +22,7 @@ try:
         TransferSpeedColumn,
     )
     from rich.table import Table
+    from rich.text import Text
 except ModuleNotFoundError:
     raise ImportError("the command line needs rich; pip install 'mamba_core[cli]'") from None
 
@@ -32,7 +33,8 @@ class _Console(Console):
         raise BrokenPipeError
 
 
-console = _Console(highlight=False)
+# Square brackets are text: in paths, in prompts, in the names of extras.
+console = _Console(highlight=False, markup=False)
 
 
 def add_source(parser: argparse.ArgumentParser, metavar: str = "CHECKPOINT") -> None:
@@ -75,16 +77,16 @@ def print_json(value) -> None:
 
 
 def print_table(title: str, columns: list[str], rows: list[list]) -> None:
-    table = Table(*columns, title=title, title_justify="left")
+    table = Table(*columns, title=Text(title), title_justify="left")
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+        table.add_row(*(cell if isinstance(cell, Text) else str(cell) for cell in row))
     console.print(table)
 
 
 def progress_bar(quiet: bool = False) -> Progress:
     """A progress display on standard error, with a `status` field for each task."""
-    columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn())
-    shown = (*columns, TimeElapsedColumn(), TextColumn("{task.fields[status]}"))
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+    shown = (*columns, TimeElapsedColumn(), TextColumn("{task.fields[status]}", markup=False))
     return Progress(*shown, console=_Console(stderr=True), disable=quiet)
 
 
@@ -93,7 +95,7 @@ def byte_progress(shown: ExitStack, description: str) -> Callable[[int, int], No
 
     Not before: bad input is answered by one line alone. It ends with `shown`.
     """
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     progress = Progress(*columns, TimeElapsedColumn(), console=_Console(stderr=True))
     task = progress.add_task(description, total=None)
 

@@ -8,9 +8,10 @@ import json
 from contextlib import ExitStack
 from pathlib import Path
 
-from mamba_core.cli.output import add_json, add_source, console, print_json, print_table, progress_bar
+from mamba_core.cli.output import Text, add_json, add_source, console, print_json, print_table, progress_bar
 from mamba_core.comparison import STEPS, Comparison, Parity, depth, parity
 from mamba_core.config import COMPUTE_DTYPES
+from mamba_core.weights.formats import atomic_file, probe_file
 
 # An error of 1 has nothing in common with the reference, and the picture cannot show infinity.
 HIGHEST = 10.0
@@ -30,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.out is not None:
+        probe_file(arguments.out / "report.json", overwrite=True)
     progress = progress_bar(arguments.json)
     task = progress.add_task("parity", total=None, status="")
     with ExitStack() as shown:
@@ -56,8 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
     report = {"checkpoint": arguments.source} | found.to_dict()
     if arguments.out is not None:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+        with atomic_file(arguments.out / "report.json", overwrite=True) as path:
+            path.write_text(json.dumps(report, indent=1) + "\n")
         _plot(found, arguments.out / "errors.png")
     if arguments.json:
         print_json(report)
@@ -70,7 +73,9 @@ def _show(arguments, found: Parity) -> None:
     rows = []
     for entry in found.backends:
         for mode, compared in entry.modes.items():
-            verdict = "agrees" if compared.passed else f"[red]DIVERGES[/red] at {compared.first_divergent}"
+            verdict = Text("agrees")
+            if not compared.passed:
+                verdict = Text.assemble(("DIVERGES", "red"), f" at {compared.first_divergent}")
             rows.append([f"{entry.backend} {entry.device}", mode, _worst(compared), verdict])
     title = f"{found.dtype} against float64: relative L2 errors, {found.layers} layers"
     print_table(title, ["backend", "mode", "nearest to the limit, or beyond", "verdict"], rows)

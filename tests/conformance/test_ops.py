@@ -112,6 +112,37 @@ def test_masked_positions_do_not_leak_what_is_not_finite(backend):
     np.testing.assert_array_equal(h_spoilt, h)
 
 
+def test_a_rate_of_minus_infinity_forgets_at_every_position_that_counts(backend):
+    """In every kernel, over lengths that fill no chunk, and beside positions that do not count."""
+    rng, (b, l, e, n) = np.random.default_rng(0), (2, 300, 5, 3)
+    arrays = {"x": rng.normal(size=(b, l, e)), "delta": rng.uniform(0.1, 2.0, (b, l, e))}
+    arrays |= {"A": -rng.uniform(0.5, 2.0, (e, n)), "B": rng.normal(size=(b, l, n)), "C": rng.normal(size=(b, l, n))}
+    arrays["A"][[0, 2], [0, 1]] = -np.inf
+    arrays = {name: value.astype(np.float32) for name, value in arrays.items()}
+    mask = rng.random((b, l)) < 0.8
+    mask[:, -3:] = False
+    for positions in ({}, {"mask": mask}):
+        wanted = selective_scan.selective_scan(**arrays, **positions, return_final_state=True)
+        for kernel, reason in backend.available_kernels()["selective_scan"].items():
+            if reason is not None:
+                continue
+            found = call(backend, "selective_scan", arrays | positions, {"kernel": kernel})
+            for what, value, expected in zip(("y", "final state"), found, wanted, strict=True):
+                assert np.isfinite(expected).all()
+                assert_close(value, expected, "float32", "value", f"{kernel}: {what}")
+
+            def scan(*values, kernel=kernel, positions=positions):
+                given = dict(zip(arrays, values, strict=True))
+                given |= {name: backend.from_numpy(value) for name, value in positions.items()}
+                return (backend.op("selective_scan").selective_scan(**given, kernel=kernel),)
+
+            given = [backend.from_numpy(value) for value in arrays.values()]
+            _, gradients = backend.vjp(scan, given, [backend.from_numpy(np.ones((b, l, e), np.float32))])
+            expected = selective_scan.selective_scan_vjp(np.ones((b, l, e)), None, **arrays, **positions)
+            for name, gradient in zip(arrays, gradients, strict=True):
+                assert_close(gradient, expected[name], "float32", "gradient", f"{kernel}: gradient of {name}")
+
+
 def test_a_restart_forgets_a_state_that_is_not_finite(backend):
     rng = np.random.default_rng(0)
     arrays = {"x": rng.normal(size=(1, 40, 3)), "delta": rng.uniform(0.1, 1, (1, 40, 3)), "A": -np.ones((3, 2))}

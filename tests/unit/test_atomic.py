@@ -2,7 +2,9 @@
 
 import errno
 import os
+import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -11,12 +13,15 @@ import pytest
 
 from mamba_core.weights.formats import (
     CheckpointError,
+    atomic,
     atomic_file,
     atomic_folder,
     early_sync,
+    restore_folder,
     sources_of,
     write_safetensors,
 )
+from mamba_core.weights.formats.exchange import exchange
 
 # --- atomicity -------------------------------------------------------------------------------------
 
@@ -45,7 +50,8 @@ def test_a_failure_leaves_the_old_folder(tmp_path, failure):
     assert (tmp_path / "out" / "config.json").read_text() == "old"
 
 
-def test_a_failed_rename_leaves_the_old_folder(tmp_path, monkeypatch):
+@pytest.mark.parametrize("exchanges", [False, True])
+def test_a_failed_rename_leaves_the_old_folder(tmp_path, monkeypatch, exchanges):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text("old")
     rename = os.rename
@@ -55,7 +61,13 @@ def test_a_failed_rename_leaves_the_old_folder(tmp_path, monkeypatch):
             raise OSError("no space")
         rename(source, target)
 
+    def fail_to_exchange(one, other):
+        if exchanges:
+            raise OSError("no space")
+        return False
+
     monkeypatch.setattr(os, "rename", fail_into_place)
+    monkeypatch.setattr(atomic, "exchange", fail_to_exchange)
     with pytest.raises(OSError, match="no space"), atomic_folder(tmp_path / "out", overwrite=True) as partial:
         (partial / "config.json").write_text("new")
     assert names(tmp_path) == ["out"]
@@ -186,21 +198,89 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the locks are of POSIX")
-def test_a_file_that_a_killed_process_left_is_removed_and_one_that_is_being_written_is_not(tmp_path):
+def test_a_file_that_a_killed_process_left_is_removed(tmp_path):
     others = [".out.0123abcd.partial2", ".other.0123abcd.partial", ".out.words.partial"]
     for name in [".out.0123abcd.partial", *others]:
         (tmp_path / name).write_text("half")
-    with atomic_file(tmp_path / "out", overwrite=True) as first:  # noqa: SIM117
-        with atomic_file(tmp_path / "out") as second:
-            assert names(tmp_path) == sorted([*others, first.name, second.name])
+    with atomic_file(tmp_path / "out", overwrite=True) as partial:
+        assert names(tmp_path) == sorted([*others, partial.name])
     assert names(tmp_path) == sorted([*others, "out"])
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the locks are of POSIX")
-def test_a_folder_that_is_being_written_is_left_alone(tmp_path):
-    with atomic_folder(tmp_path / "out") as first:  # noqa: SIM117
-        with atomic_folder(tmp_path / "out") as second:
-            assert names(tmp_path) == sorted([first.name, second.name])
+@pytest.mark.parametrize("writer", [atomic_file, atomic_folder])
+def test_of_two_writers_the_second_is_refused(tmp_path, writer):
+    with writer(tmp_path / "out", overwrite=True) as first:
+        for _ in range(2):
+            with pytest.raises(CheckpointError, match="out: is being written by another process"):
+                writer(tmp_path / "out", overwrite=True).__enter__()
+            assert names(tmp_path) == [first.name]
+    assert names(tmp_path) == ["out"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from mamba_core.weights.formats import atomic, atomic_folder
+
+def write(out):
+    with atomic_folder(out, overwrite=True) as partial:
+        for name in ("config.json", "a", "b"):
+            (partial / name).write_text("new")
+
+def die_at(event):
+    # Kills this process at that event of the file system, counted from 1.
+    left = [event]
+    def hook(name, arguments):
+        if name.startswith(("os.", "open", "shutil.")):
+            left[0] -= 1
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(hook)
+
+if sys.argv[2] == "without exchange":
+    atomic.exchange = lambda one, other: False
+for event in range(1, 200):
+    folder = Path(sys.argv[1], str(event))
+    (folder / "out").mkdir(parents=True)
+    for name in ("config.json", "a", "b", "c"):
+        (folder / "out" / name).write_text("old")
+    if not (child := os.fork()):
+        die_at(event)
+        write(folder / "out")
+        os._exit(0)
+    if not os.waitpid(child, 0)[1]:
+        print(event)
+        break
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
+@pytest.mark.parametrize("how", ["with exchange", "without exchange"])
+def test_a_process_that_is_killed_anywhere_leaves_the_old_folder_or_the_new_one(tmp_path, how):
+    """Before each step; without an exchange of names the old folder may have to be put back."""
+    can = exchange(*(tempfile.mkdtemp(dir=tmp_path) for _ in range(2)))
+    if how == "with exchange" and not can:
+        pytest.skip("this system or its file system cannot exchange names")
+    line = [sys.executable, "-c", KILLED, str(tmp_path / "kills"), how]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    kills, seen = int(done.stdout), set()
+    assert kills > 15
+    for event in range(1, kills):
+        folder = tmp_path / "kills" / str(event)
+        if how == "without exchange":
+            restore_folder(folder / "out")
+        texts = {path.name: path.read_text() for path in (folder / "out").iterdir()}
+        whole = {"old": {"a", "b", "c", "config.json"}, "new": {"a", "b", "config.json"}}
+        (text,) = set(texts.values())
+        assert set(texts) == whole[text]
+        seen.add(text)
+        with atomic_folder(folder / "out", overwrite=True) as partial:
+            (partial / "config.json").write_text("next")
+        assert names(folder) == ["out"]
+        assert names(folder / "out") == ["config.json"]
+    assert seen == {"old", "new"}
 
 
 def test_a_folder_that_was_moved_away_by_a_killed_process_returns(tmp_path):

@@ -114,6 +114,21 @@ def test_a_restart_forgets_what_is_not_finite(folder):
     assert np.isfinite(y[:, 20:]).all()
 
 
+@needs_compiler
+def test_a_rate_of_minus_infinity_beside_positions_that_do_not_count(folder):
+    shape = (1, 300, 8, 16)
+    arrays, positions, _ = draw(shape, "float32", {"mask"})
+    positions["mask"][:, -5:] = False
+    arrays["A"][[0, 3], [0, 7]] = -np.inf
+    dy = np.ones(shape[:3], np.float32)
+    y, h, gradients = run(shape, "float32", 64, arrays, positions, False, dy, None, folder)
+    wanted, wanted_h = scan_spec.selective_scan(**arrays, **positions, return_final_state=True)
+    assert_close(y, wanted, "float32", "value", "y")
+    assert_close(h, wanted_h, "float32", "value", "final state")
+    for name, value in scan_spec.selective_scan_vjp(dy, None, **arrays, **positions).items():
+        assert_close(gradients[name], value, "float32", "gradient", f"gradient of {name}")
+
+
 SIZES = [(states, False) for states in (1, 4, 5, 16, 17, 64, 100, 128, 129, 256)]
 SIZES += [(states, True) for states in (1, 4, 5, 16, 17, 64, 100, 128)]
 

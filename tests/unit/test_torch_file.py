@@ -321,7 +321,7 @@ def test_encrypted_records_are_refused(torch_path):
 
 def test_a_pickle_that_does_not_fit_its_checksum(torch_path):
     torch_path.write_bytes(torch_path.read_bytes().replace(b"X\1\0\0\0w", b"X\1\0\0\0v"))
-    assert_fault(torch_path, "'archive/data.pkl' is damaged")
+    assert_fault(torch_path, "'archive/data.pkl' of a.bin is damaged")
 
 
 def test_records_before_the_file(torch_path):

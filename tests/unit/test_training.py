@@ -70,6 +70,16 @@ def resume(run, model=None, data=DATA, settings=SETTINGS):
     return mc.train(model, data, settings, resume=run)
 
 
+def test_a_checkpoint_that_a_killed_process_moved_away_is_found(run):
+    aside = run.with_name(f".{run.name}.0123abcd.old")
+    model = mc.load(run, backend=installed()[0])
+    run.rename(aside)
+    with pytest.raises(CheckpointError, match="exists; resume the run in it"):
+        mc.train(model, DATA, SETTINGS, checkpoint=run)
+    run.rename(aside)
+    assert len(resume(run, model)) == 3
+
+
 def test_only_the_same_run_is_resumed(run):
     assert len(resume(run)) == 3
     with pytest.raises(ValueError, match=r"trained with learning_rate=0\.001, not 0\.5"):

@@ -6,7 +6,14 @@ A reader maps a file into memory and executes nothing in it. A writer takes one 
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from mamba_core.weights.formats.atomic import atomic_file, atomic_folder, early_sync
+from mamba_core.weights.formats.atomic import (
+    atomic_file,
+    atomic_folder,
+    early_sync,
+    probe_file,
+    probe_folder,
+    restore_folder,
+)
 from mamba_core.weights.formats.base import (
     DTYPES,
     FLOATS,
@@ -26,7 +33,7 @@ from mamba_core.weights.formats.base import (
     parse_json,
     sources_of,
 )
-from mamba_core.weights.formats.npz import read_npz, write_npz
+from mamba_core.weights.formats.npz import read_npy, read_npz, write_npz
 from mamba_core.weights.formats.safetensors import read_safetensors, write_safetensors, write_safetensors_file
 from mamba_core.weights.formats.torch import read_torch, write_torch
 
@@ -52,6 +59,10 @@ __all__ = [
     "list_names",
     "map_file",
     "parse_json",
+    "probe_file",
+    "probe_folder",
+    "read_npy",
+    "restore_folder",
     "sources_of",
     "write_npz",
     "write_safetensors",

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mamba_core.weights.formats.base import CheckpointError
+from mamba_core.weights.formats.exchange import exchange
 
 try:
     import fcntl
@@ -27,15 +28,15 @@ def atomic_folder(path, overwrite: bool = False) -> Iterator[Path]:
 
     A folder that is not empty is refused unless `overwrite`; then it stays as it was until the new one is complete.
     One that holds no config.json is no checkpoint and is never replaced, nor is the current directory, nor those above
-    it. What a killed process left beside `path` is put in
-    order first: a folder that it was replacing returns, an incomplete one goes.
+    it. Whoever is killed leaves the old folder or the new one; what it left beside `path` goes, or returns, when the
+    next begins.
 
     Raises:
-        CheckpointError: `path` cannot be replaced, or the disk is full or read-only.
+        CheckpointError: `path` cannot be replaced, another process is writing it, or the disk is full or read-only.
     """
     final = Path(path).resolve()
     with _disk_faults(final):
-        _restore(final)
+        restore_folder(final)
         _check_folder(final, overwrite)
         _remove_stale(final)
         partial = _beside(final, _PARTIAL)
@@ -43,6 +44,7 @@ def atomic_folder(path, overwrite: bool = False) -> Iterator[Path]:
         partial.mkdir(parents=True)
         lock = _lock(partial)
         try:
+            _check_alone(final, partial)
             yield partial
             for entry in partial.rglob("*"):
                 _sync(entry)
@@ -70,21 +72,44 @@ def atomic_file(path, overwrite: bool = False) -> Iterator[Path]:
     _check_file(final, overwrite)
     partial = _beside(final, _PARTIAL)
     with _disk_faults(final):
+        parents = _missing_parents(final)
         partial.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(final)
         partial.touch()
         lock = _lock(partial)
         try:
+            _check_alone(final, partial)
             yield partial
             _sync(partial)
             _check_file(final, overwrite)
             os.replace(partial, final)
         except BaseException:
             partial.unlink(missing_ok=True)
+            _remove_empty(parents)
             raise
         finally:
             _unlock(lock)
         _sync(final.parent)
+
+
+def probe_folder(path, overwrite: bool = False) -> None:
+    """Check that `atomic_folder` could write there now: before the work is done that the folder is to hold.
+
+    Raises:
+        CheckpointError: as `atomic_folder`.
+    """
+    with suppress(_ProbedError), atomic_folder(path, overwrite):
+        raise _ProbedError
+
+
+def probe_file(path, overwrite: bool = False) -> None:
+    """As `probe_folder`, of `atomic_file`."""
+    with suppress(_ProbedError), atomic_file(path, overwrite):
+        raise _ProbedError
+
+
+class _ProbedError(Exception):
+    """Ends a probe, so that nothing is left of it."""
 
 
 @contextmanager
@@ -154,8 +179,12 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 def _replace_folder(partial: Path, final: Path) -> None:
+    """Where names cannot be exchanged there is no folder for a moment; who is killed then leaves the old one aside."""
     if not final.exists():
         os.rename(partial, final)
+        return
+    if exchange(partial, final):
+        shutil.rmtree(partial, ignore_errors=True)  # what is left goes with the next writer
         return
     old = _beside(final, _OLD)
     os.rename(final, old)
@@ -167,8 +196,9 @@ def _replace_folder(partial: Path, final: Path) -> None:
     shutil.rmtree(old)
 
 
-def _restore(final: Path) -> None:
+def restore_folder(path) -> None:
     """The folder that a killed process had moved away returns, or goes if its successor is in place."""
+    final = Path(path).resolve()
     for old in _all_beside(final, _OLD):
         if final.exists():
             shutil.rmtree(old)
@@ -181,6 +211,16 @@ def _remove_stale(final: Path) -> None:
         if (lock := _lock(partial)) is not None:
             shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
             _unlock(lock)
+
+
+def _check_alone(final: Path, partial: Path) -> None:
+    """Of several writers that begin at once, each sees another: all may be refused, and never two go on."""
+    for other in _all_beside(final, _PARTIAL):
+        if other == partial or fcntl is None:
+            continue
+        if (lock := _lock(other)) is None and other.exists():
+            raise CheckpointError(f"{final}: is being written by another process")
+        _unlock(lock)
 
 
 def _lock(path: Path) -> int | None:

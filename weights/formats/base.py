@@ -16,7 +16,7 @@ import numpy as np
 
 MAX_JSON_BYTES = 100_000_000  # the limit that safetensors itself sets on a header
 MAX_AXES = 64  # NumPy's limit, and torch's
-MAX_MESSAGE = 4000
+MAX_MESSAGE = 2000
 _SHALLOW = reprlib.Repr()
 _SHALLOW.maxlevel = 2
 # Small enough to stay in a processor's cache while it is cast, hashed and written.
@@ -71,19 +71,29 @@ class Header(NamedTuple):
 
 
 class StoredTensor(NamedTuple):
-    """A tensor's place in a mapped file: `offset` in bytes, `strides` in elements, None for row-major."""
+    """A tensor's place in a mapped file: `offset` in bytes, `strides` in elements, None for row-major.
+
+    check: raises CheckpointError if its bytes are not those that were written; None where nothing tells.
+    """
 
     buffer: mmap.mmap
     offset: int
     shape: tuple[int, ...]
     dtype: str
     strides: tuple[int, ...] | None = None
+    check: Callable[[], None] | None = None
 
     def header(self) -> Header:
         return Header(self.shape, self.dtype, count_bytes(self.shape, self.dtype))
 
     def array(self) -> np.ndarray:
-        """A read-only view of the file."""
+        """A read-only view of the file.
+
+        Raises:
+            CheckpointError: the bytes have not their checksum.
+        """
+        if self.check is not None:
+            self.check()
         dtype = DTYPES[self.dtype].numpy
         strides = None if self.strides is None else tuple(stride * dtype.itemsize for stride in self.strides)
         return np.ndarray(self.shape, dtype, self.buffer, self.offset, strides)

@@ -9,7 +9,7 @@ import io
 import math
 import re
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,6 +26,7 @@ from mamba_core.weights.formats.base import (
     checked_sources,
     count_bytes,
     list_names,
+    map_file,
     write_tensor,
 )
 from mamba_core.weights.formats.zip import Record, read_zip, record_start, write_zip
@@ -46,6 +47,21 @@ def read_npz(path: Path) -> FileContents:
     return read_zip(
         path, _read_records, lambda buffer, fault: f"the zip is broken or cut short, or it is none: {fault}"
     )
+
+
+def read_npy(path: Path) -> StoredTensor:
+    """The array of a .npy file, nothing loaded and nothing unpickled.
+
+    Raises:
+        CheckpointError: it is none, or none of a known dtype.
+        OSError: there is no such file, or it cannot be opened.
+    """
+    with open(path, "rb") as file:
+        buffer = map_file(file)
+    try:
+        return _read_array(buffer, 0, len(buffer))
+    except ValueError as fault:
+        raise CheckpointError(f"{path}: {fault}") from None
 
 
 def write_npz(path, tensors: Iterable[TensorSource], progress: Progress | None = None) -> None:
@@ -77,22 +93,27 @@ def _array_record(source: TensorSource, records: Progress, progress: Progress | 
     return Record(source.name + _SUFFIX, nbytes, write)
 
 
-def _read_records(directory: list[zipfile.ZipInfo], buffer) -> FileContents:
+def _read_records(directory: list[zipfile.ZipInfo], buffer, check: Callable) -> FileContents:
     tensors: dict[str, StoredTensor] = {}
     for record in directory:
         name = record.filename.removesuffix(_SUFFIX)
         if name == record.filename or name in tensors:
             raise ValueError(f"record {record.filename!r} is there twice, or is no array NAME{_SUFFIX}")
         try:
-            tensors[name] = _read_record(buffer, record)
+            tensors[name] = _read_record(buffer, record, check)
         except ValueError as fault:
             raise ValueError(f"tensor {list_names([name])}: {fault}") from None
     return FileContents(tensors, {})
 
 
-def _read_record(buffer, record: zipfile.ZipInfo) -> StoredTensor:
+def _read_record(buffer, record: zipfile.ZipInfo, check: Callable) -> StoredTensor:
     begin = record_start(buffer, record)
-    header, start = _split_header(buffer, begin, begin + record.file_size)
+    return _read_array(buffer, begin, begin + record.file_size)._replace(check=check(record, begin))
+
+
+def _read_array(buffer, begin: int, end: int) -> StoredTensor:
+    """The array whose header and data lie there."""
+    header, start = _split_header(buffer, begin, end)
     match = _HEADER.fullmatch(header)
     if match is None:
         raise ValueError("its header is not that of an array")
@@ -100,9 +121,9 @@ def _read_record(buffer, record: zipfile.ZipInfo) -> StoredTensor:
     if descr not in _NAMES:
         raise ValueError(f"dtype {descr!r} is not read; expected one of {', '.join(_NAMES)}")
     shape = tuple(int(size) for size in sizes.split(",") if size.strip())
-    expected, found = count_bytes(shape, _NAMES[descr]), begin + record.file_size - start
+    expected, found = count_bytes(shape, _NAMES[descr]), end - start
     if expected != found:
-        raise ValueError(f"{_NAMES[descr]} {shape} is {expected} bytes, but the record has {found}")
+        raise ValueError(f"{_NAMES[descr]} {shape} is {expected} bytes, but there are {found}")
     # Column-major, as MLX stores a transposed array: the first axis is the nearest.
     strides = tuple(math.prod(shape[:axis]) for axis in range(len(shape))) if order == "True" else None
     return StoredTensor(buffer, start, shape, _NAMES[descr], strides)

@@ -4,13 +4,15 @@ The fields are those of PKWARE's APPNOTE, sections 4.3 and 4.5.3. The standard l
 computes a checksum of its own between the writes; ours comes from the thread beside them.
 """
 
+import functools
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from mamba_core.weights.formats.base import CheckpointError, FileContents, map_file
+from mamba_core.weights.formats.base import BLOCK_BYTES, CheckpointError, FileContents, map_file
 
 ALIGNMENT = 64  # what torch.save aligns records to
 _LOCAL_SIGNATURE, _CENTRAL_SIGNATURE = b"PK\x03\x04", b"PK\x01\x02"
@@ -54,8 +56,31 @@ def write_zip(path, records: Iterable[Record]) -> None:
         file.write(_end(len(directory), begin, file.tell()))
 
 
+class Check:
+    """Compares a record's bytes with its checksum, once."""
+
+    def __init__(self, path: Path, buffer, record: zipfile.ZipInfo, start: int) -> None:
+        self._path, self._buffer, self._record, self._start = path, buffer, record, start
+        self._passed = False
+
+    def __call__(self) -> None:
+        """Raises CheckpointError."""
+        checksum, end = 0, self._start + self._record.file_size
+        with memoryview(self._buffer) as view:
+            for begin in () if self._passed else range(self._start, end, BLOCK_BYTES):
+                checksum = zlib.crc32(view[begin : min(begin + BLOCK_BYTES, end)], checksum)
+        if not self._passed and checksum != self._record.CRC:
+            raise CheckpointError(
+                f"record {self._record.filename!r} of {self._path.name} is damaged: its checksum does not fit"
+            )
+        self._passed = True
+
+
 def read_zip(path: Path, parse: Callable, explain: Callable) -> FileContents:
-    """What one file holds: parse(records, buffer) of its records and the mapped file.
+    """What one file holds: parse(records, buffer, check) of its records and the mapped file.
+
+    check(record, start) is a `Check` of a record whose bytes begin there, or None in a file without checksums, which
+    torch.save writes when it is told to.
 
     Raises:
         CheckpointError: a ValueError of `parse`; a broken zip, as explain(buffer, fault) has it.
@@ -64,7 +89,10 @@ def read_zip(path: Path, parse: Callable, explain: Callable) -> FileContents:
         buffer = map_file(file)
         try:
             with zipfile.ZipFile(file) as archive:
-                return parse(archive.infolist(), buffer)
+                directory = archive.infolist()
+                has_checksums = any(record.CRC for record in directory)
+                check = functools.partial(Check, path, buffer) if has_checksums else lambda record, start: None
+                return parse(directory, buffer, check)
         except ValueError as fault:
             raise CheckpointError(f"{path}: {fault}") from None
         except (zipfile.BadZipFile, NotImplementedError, EOFError, OverflowError, struct.error) as fault:

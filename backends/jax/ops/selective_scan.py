@@ -18,7 +18,7 @@ from mamba_core.backends.jax.kernels.operator import HOMES
 from mamba_core.backends.jax.kernels.operator import reason as why_not_native
 from mamba_core.backends.jax.positions import call_of, where_counting
 from mamba_core.kernels import choose
-from mamba_core.spec.ops.selective_scan import check_scan, check_step
+from mamba_core.spec.ops.selective_scan import LEAST, check_scan, check_step
 
 # On a CPU a chunk's (t, b, n, e) arrays should stay in cache; elsewhere few and large operations pay.
 LOOP_CHUNK = 16
@@ -75,7 +75,7 @@ def selective_step(x, delta, A, B, C, D=None, *, z=None, delta_bias=None, delta_
     dtype = x.dtype
     A, D, delta_bias, h = _in_compute_dtype(dtype, A, D, delta_bias, state)
     x, step, B, C, z = _prepare(x, delta, B, C, z, delta_bias, None, delta_softplus)
-    linear, h = _advance(h, x, step, A, B, C)
+    linear, h = _advance(h, x, step, jnp.maximum(A, LEAST), B, C)
     return _output(linear, x, D, z).astype(dtype), h
 
 
@@ -163,6 +163,7 @@ UNTRIED = ("chunked", "associative")
 @functools.partial(jax.jit, static_argnames=("delta_softplus", "kernel"))
 def _scan(x, delta, A, B, C, D, z, delta_bias, initial_state, mask, restart, *, delta_softplus, kernel):
     A, D, delta_bias, h0 = _in_compute_dtype(x.dtype, A, D, delta_bias, initial_state)
+    A = jnp.maximum(A, LEAST)
     if h0 is None:
         h0 = jnp.zeros((x.shape[0], *A.shape), A.dtype)
     run = _auto if kernel == "auto" else KERNELS[kernel]

@@ -16,7 +16,7 @@ from mamba_core.backends.mlx.kernels.reverse_only import first_derivative_only
 from mamba_core.backends.mlx.positions import call_of, where_counting
 from mamba_core.call import Call
 from mamba_core.kernels import choose
-from mamba_core.spec.ops.selective_scan import check_scan, check_step
+from mamba_core.spec.ops.selective_scan import LEAST, check_scan, check_step
 
 # In positions. The state before each chunk is kept: with 16 of them and 16 states a channel, as much as x.
 CHUNK = 16
@@ -73,7 +73,7 @@ def selective_step(x, delta, A, B, C, D=None, *, z=None, delta_bias=None, delta_
     keep_float32()
     dtype = x.dtype
     x, A, B, C, D, z, state = (_float32(value) for value in (x, A, B, C, D, z, state))
-    step = _step_size(delta, delta_bias, delta_softplus)
+    step, A = _step_size(delta, delta_bias, delta_softplus), mx.maximum(A, LEAST)
     h = _advance(state, mx.exp(step[..., None] * A), step * x, B, None)
     return _output(_contract(h, C), x, D, z).astype(dtype), h
 
@@ -119,7 +119,7 @@ def _prepared(scan):
             # Not by a factor of zero: a masked position may hold Inf or NaN.
             x, delta, B, C, z = (where_counting(mask, value) for value in (x, delta, B, C, z))
         x, A, B, C, D, z = (_float32(value) for value in (x, A, B, C, D, z))
-        step = where_counting(mask, _step_size(delta, delta_bias, delta_softplus))
+        step, A = where_counting(mask, _step_size(delta, delta_bias, delta_softplus)), mx.maximum(A, LEAST)
         y, h = x, mx.zeros((x.shape[0], *A.shape)) if h0 is None else _float32(h0)
         if x.shape[1] > 0:
             y, h = scan(x, step, A, B, C, D, z, h, call.restart)

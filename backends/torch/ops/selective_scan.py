@@ -18,7 +18,7 @@ from mamba_core.backends.torch.kernels.operator import differentiable, refuse_ta
 from mamba_core.backends.torch.positions import call_of, where_counting
 from mamba_core.call import Call
 from mamba_core.kernels import choose
-from mamba_core.spec.ops.selective_scan import check_scan, check_step
+from mamba_core.spec.ops.selective_scan import LEAST, check_scan, check_step
 
 # Positions computed in bulk: more cost memory and cache, fewer cost calls.
 CHUNK = 64
@@ -73,7 +73,7 @@ def selective_step(x, delta, A, B, C, D=None, *, z=None, delta_bias=None, delta_
     check_step(x, delta, A, B, C, D, z, delta_bias, state)
     dtype = x.dtype
     x, delta, A, B, C, D, z, delta_bias, h = in_compute_dtype(x, delta, A, B, C, D, z, delta_bias, state)
-    linear, h = _advance(h, x, _step_size(delta, delta_bias, delta_softplus), A, B, C)
+    linear, h = _advance(h, x, _step_size(delta, delta_bias, delta_softplus), A.clamp(min=LEAST), B, C)
     return _output(linear, x, D, z).to(dtype), h
 
 
@@ -101,7 +101,7 @@ def _prepared(scan):
         x, delta, A, B, C, D, z, delta_bias, h0 = in_compute_dtype(x, delta, A, B, C, D, z, delta_bias, h0)
         # Zeros at masked positions of every input, not only of the step: y is zero there, and a NaN does no harm.
         x, delta, B, C, z = (where_counting(mask, value) for value in (x, delta, B, C, z))
-        step = where_counting(mask, _step_size(delta, delta_bias, delta_softplus))
+        step, A = where_counting(mask, _step_size(delta, delta_bias, delta_softplus)), A.clamp(min=LEAST)
         if h0 is None:
             h0 = x.new_zeros(x.shape[0], *A.shape)
         y, h = scan(x, step, A, B, C, D, z, h0, restart)

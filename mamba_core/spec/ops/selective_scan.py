@@ -26,6 +26,8 @@ from mamba_core.spec.ops.base import (
     softplus,
 )
 
+LEAST = float(np.finfo(np.float32).min)
+
 
 def selective_scan(
     x,
@@ -168,6 +170,8 @@ class _Scan:
 
     def __init__(self, x, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, mask, segment_ids):
         x, A, B, C = (float64(value) for value in (x, A, B, C))
+        # A rate of -inf forgets at any step but one of size zero, which is that of a position that does not count.
+        A = np.maximum(A, LEAST)
         self.x, self.A, self.B, self.C = x, A, B, C
         batch, length, channels = x.shape
         self.valid = counting(np.shape(x), mask)
