@@ -100,11 +100,9 @@ def test_ops_that_not_every_backend_has_are_listed():
 # file: why one backend has public functions in it that another has not.
 DIFFERENT = {
     "arrays.py": "devices, dtypes and what is set in the process are each framework's own",
-    "blocks.py": "a module of torch has no dtype and no device; a parameter of it shows them",
     "layers.py": "torch and MLX keep the bias of dt_proj in float32 by a class; flax's Embed is a head too",
     "stack.py": "what is cut and computed again is said in each framework's terms",
     "state.py": "torch must know the types of its trees",
-    "untouched.py": "torch looks at classes before its compiler does",
     "weights.py": "MLX and JAX keep some weights in another layout than the canonical one",
     "mixers/s6.py": "fused kernels of torch and one-position kernels read parameters; MLX keeps no product of dt_proj",
     "ops/__init__.py": "torch's kernels depend on a tensor's device",
