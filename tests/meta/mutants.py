@@ -70,7 +70,7 @@ CAUGHT_BY = {
         "restart at masked positions": Mutant("positions.py", "gather(1, inverse) & mask", "gather(1, inverse)"),
     },
     "test_half_precision_rounds_once": {
-        "norm in half precision": Mutant("ops/rms_norm.py", "    x = x.float()\n", "    x = x.to(weight.dtype)\n"),
+        "norm in half precision": Mutant("ops/rms_norm.py", "    x = at_least_float32(x)\n", "    x = x.to(weight.dtype)\n"),
         "half-precision accumulation": Mutant("arrays.py", "else torch.float32\n", "else x.dtype\n"),
     },
     "test_parameters_are_the_table": {
@@ -130,7 +130,7 @@ CAUGHT_BY = {
         "likeliest in any order": Mutant("decoding.py", "logprobs.sort(dim=-1, descending=True, stable=True)", "(value.flip(-1) for value in logprobs.sort(dim=-1))"),
     },
     "test_twenty_steps_equal_the_reference": {
-        "decay of every parameter": Mutant("training.py", "table[name].decay == decay", "decay"),
+        "decay of every parameter": Mutant("training.py", "if decays[name] == decay]", "if decay]"),
         "no clipping": Mutant("training.py", "self.settings.clip_norm)", "1e9)"),
         "rate of the next step": Mutant("training.py", "self.settings.rate(self.count)", "self.settings.rate(self.count + 1)"),
         "targets not shifted": Mutant("training.py", "tokens[:, :-1], tokens[:, 1:].long()", "tokens[:, :-1], tokens[:, :-1].long()"),
