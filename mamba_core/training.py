@@ -118,11 +118,14 @@ def train(
         What was logged, one entry an update, those before the resumption included.
 
     Raises:
+        TypeError: this is no model of this library, or one that is spread over processes.
         ValueError: the data does not fit the model or the settings, the run cannot be resumed with these, nothing of
             the model can be trained, or a checkpoint cannot hold it.
         CheckpointError: the checkpoint's folder holds something else, or what is resumed is broken.
         FloatingPointError: the loss is no longer finite.
     """
+    if type(model).__name__ == "DistributedDataParallel":
+        raise TypeError("model is DistributedDataParallel, but train runs in one process; give it model.module")
     model = unwrap(model, "training")
     data = _checked(data, model.config)
     if not (isinstance(checkpoint_every, int) and checkpoint_every >= 0):
