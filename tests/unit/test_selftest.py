@@ -583,6 +583,20 @@ def test_fused_kernels_of_torch_that_fail_are_passed_over(monkeypatch):
     assert len(asked) == 8, "a kernel that is named is not asked for"
 
 
+def test_a_trial_of_torch_multiplies_in_float32():
+    """A user's TF32 would make a right kernel and its plain twin differ."""
+    torch = pytest.importorskip("torch")
+    backend, before = registry.get("torch"), torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        with backend.on_device("cuda:0"):
+            assert not torch.backends.cuda.matmul.allow_tf32
+        assert torch.backends.cuda.matmul.allow_tf32
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_to_ask_costs_a_look_up():
     selftest._known["torch", "selective_scan", "cuda", "gpu"] = True
     seconds = min(timeit.repeat(lambda: selftest.passes("torch", "selective_scan", "cuda", "gpu"), number=1000)) / 1000
