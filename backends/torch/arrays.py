@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import ml_dtypes
 import numpy as np
@@ -66,16 +67,19 @@ def to_numpy(array: Tensor) -> np.ndarray:
 @contextmanager
 def on_device(device: str) -> Iterator[None]:
     """Tensors say where they are. On CUDA, products of float32 are not rounded to TF32 meanwhile, in the process."""
+    if not device.startswith("cuda"):
+        yield
+        return
     matmul = torch.backends.cuda.matmul
-    name, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
-    before = getattr(matmul, name)
-    if device.startswith("cuda"):
-        setattr(matmul, name, exact)
+    try:
+        before, exact, set_to = torch.get_float32_matmul_precision(), "highest", torch.set_float32_matmul_precision
+    except RuntimeError:  # the program has set it by the other of PyTorch's interfaces
+        before, exact, set_to = matmul.fp32_precision, "ieee", partial(setattr, matmul, "fp32_precision")
+    set_to(exact)
     try:
         yield
     finally:
-        if device.startswith("cuda"):
-            setattr(matmul, name, before)
+        set_to(before)
 
 
 def device_facts(device: str) -> dict[str, str]:
