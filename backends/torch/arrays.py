@@ -6,7 +6,9 @@ import os
 import platform
 import re
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import ml_dtypes
 import numpy as np
@@ -62,9 +64,22 @@ def to_numpy(array: Tensor) -> np.ndarray:
     return array.numpy()
 
 
-def on_device(device: str):
-    """Tensors say where they are: nothing is set."""
-    return nullcontext()
+@contextmanager
+def on_device(device: str) -> Iterator[None]:
+    """Tensors say where they are. On CUDA, products of float32 are not rounded to TF32 meanwhile, in the process."""
+    if not device.startswith("cuda"):
+        yield
+        return
+    matmul = torch.backends.cuda.matmul
+    try:
+        before, exact, set_to = torch.get_float32_matmul_precision(), "highest", torch.set_float32_matmul_precision
+    except RuntimeError:  # the program has set it by the other of PyTorch's interfaces
+        before, exact, set_to = matmul.fp32_precision, "ieee", partial(setattr, matmul, "fp32_precision")
+    set_to(exact)
+    try:
+        yield
+    finally:
+        set_to(before)
 
 
 def device_facts(device: str) -> dict[str, str]:

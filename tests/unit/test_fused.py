@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import mamba_core as mc
+from mamba_core import selftest
 from mamba_core.backends.torch import decoding, training
 from mamba_core.backends.torch.blocks import RMSNorm
 from mamba_core.backends.torch.kernels import (
@@ -26,7 +27,7 @@ from mamba_core.backends.torch.kernels import (
     triton_product,
     triton_step,
 )
-from mamba_core.backends.torch.ops import causal_conv, rms_norm, selective_scan
+from mamba_core.backends.torch.ops import causal_conv, fused_mixer, rms_norm, selective_scan
 from mamba_core.backends.torch.quantization import GROUP, pack, unpack
 from mamba_core.backends.torch.ways import cuda_step
 from mamba_core.call import Call
@@ -77,6 +78,32 @@ def compare(function, plain, arguments, limit, at_least=1):
         if other.numel():
             apart = relative_l2(one.detach().double().cpu().numpy(), other.detach().double().cpu().numpy())
             assert apart <= limit, f"{index} is {apart} apart"
+
+
+# An op's kernel, by module and name, and what makes one of its results wrong.
+CHANGED = {
+    "rms_norm": (triton_norm, "add_norm", lambda found: (found[0] * 1.1, found[1])),
+    "cross_entropy": (triton_loss, "linear_cross_entropy", lambda loss: loss * 1.1),
+    "block_step": (triton_step, "block", lambda found: (found[0] * 1.1, found[1])),
+    "fused_mixer": (triton_mixer, "inner", lambda found: (*found[:2], found[2] * 1.1)),
+}
+
+
+@here
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", CHANGED)
+def test_a_kernel_passes_its_self_test_and_a_broken_one_does_not(op, monkeypatch):
+    backend = mc.registry.get("torch")
+    kernel = "cuda" if op == "block_step" else "triton"
+    if op == "fused_mixer" and triton.INTERPRETED:  # the others take it half a minute
+        monkeypatch.setattr(fused_mixer, "TRIALS", fused_mixer.TRIALS[1:2])
+    verdict = selftest.examine(backend, op, kernel, DEVICE)
+    assert (verdict.faults, verdict.skipped) == ((), ())
+    assert verdict.trials == len(list(backend.op(op).trials(DEVICE)))
+    module, name, change = CHANGED[op]
+    right = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *given, **options: change(right(*given, **options)))
+    assert "from the plain kernel" in selftest.examine(backend, op, kernel, DEVICE, to_the_end=False).faults[0]
 
 
 @here

@@ -583,6 +583,30 @@ def test_fused_kernels_of_torch_that_fail_are_passed_over(monkeypatch):
     assert len(asked) == 8, "a kernel that is named is not asked for"
 
 
+PRECISION = """
+    import torch
+    from mamba_core.backends import torch as backend
+
+    torch.set_float32_matmul_precision("medium")
+    with backend.on_device("cuda:0"):
+        assert not torch.backends.cuda.matmul.allow_tf32
+    assert torch.get_float32_matmul_precision() == "medium"
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        with backend.on_device("cuda:0"):
+            assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+"""
+
+
+def test_a_trial_of_torch_multiplies_in_float32():
+    """A user's TF32 would make a right kernel and its plain twin differ."""
+    pytest.importorskip("torch")
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(PRECISION)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_to_ask_costs_a_look_up():
     selftest._known["torch", "selective_scan", "cuda", "gpu"] = True
     seconds = min(timeit.repeat(lambda: selftest.passes("torch", "selective_scan", "cuda", "gpu"), number=1000)) / 1000
