@@ -1,7 +1,6 @@
 """FalconMamba on JAX: against the reference, and every fast path against the plain operations."""
 
 import dataclasses
-import functools
 
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ nnx = pytest.importorskip("flax.nnx")
 jnp = jax.numpy
 
 from mamba_core.backends.jax import stack  # noqa: E402 (after the packages that it needs)
-from mamba_core.backends.jax.mixers import Options  # noqa: E402
+from mamba_core.backends.jax.mixers import Options, s6  # noqa: E402
 from mamba_core.backends.jax.mixers.falcon_mamba import FalconMambaMixer  # noqa: E402
 from mamba_core.backends.jax.mixers.mamba import MambaMixer  # noqa: E402
 
@@ -248,14 +247,13 @@ def test_a_subclass_among_both_ends_the_run():
 def test_pieces_of_a_long_sequence(monkeypatch, remat):
     monkeypatch.setattr(stack, "PIECE_BYTES", 1)
     monkeypatch.setattr(stack, "FEWEST", 10)
-    lengths, called = [], FalconMambaMixer.__call__
+    lengths, called = [], s6.project_in
 
-    @functools.wraps(called)
-    def watched(mixer, hidden, *arguments):
+    def watched(mixer, hidden, call):
         lengths.append(hidden.shape[1])
-        return called(mixer, hidden, *arguments)
+        return called(mixer, hidden, call)
 
-    monkeypatch.setattr(FalconMambaMixer, "__call__", watched)
+    monkeypatch.setattr(s6, "project_in", watched)
     model = built()
     model.remat = remat
     assert_same(jax.jit(model)(IDS), reference()(IDS))
@@ -263,17 +261,17 @@ def test_pieces_of_a_long_sequence(monkeypatch, remat):
 
 
 def test_a_prefill_gates_the_last_position_alone(monkeypatch):
-    gated, of_last = [], FalconMambaMixer.last_position
+    gated, of_last = [], s6.project_for_last
 
     def watched(*arguments):
         gated.append(found := of_last(*arguments))
         return found
 
-    monkeypatch.setattr(FalconMambaMixer, "last_position", watched)
+    monkeypatch.setattr(s6, "project_for_last", watched)
     found = BACKEND.prefill(built(), IDS, np.ones(IDS.shape, bool))
     wanted = reference()(IDS)
     assert_same(found, wanted._replace(logits=wanted.logits[:, -1, :29]))
-    assert [hidden.shape for hidden, _ in gated] == [(2, 1, 20)]
+    assert [gate.shape for _, gate in gated] == [(2, 1, 40)]
 
 
 def test_nnx_jit():
