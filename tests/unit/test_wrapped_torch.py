@@ -302,7 +302,7 @@ def test_wrappers(kind, tmp_path, process_group):
     assert relative_l2(built()(IDS).logits.detach(), inner(IDS).logits.detach()) > 1e-3
     assert_saved(wrapped, tmp_path / "model")
     if kind == "ddp":
-        with pytest.raises(TypeError, match="train runs in one process; give it model.module"):
+        with pytest.raises(TypeError, match=r"train runs in one process; give it model\.module"):
             mc.train(wrapped, DATA, SETTINGS)
     else:
         assert mc.train(wrapped, DATA, SETTINGS)[-1]["gradient_norm"] > 0
