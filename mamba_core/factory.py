@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 from mamba_core import registry
 from mamba_core.backend import State
 from mamba_core.config import COMPUTE_DTYPES, BaseConfig, from_object
+from mamba_core.merging import warn_of_hooks
 from mamba_core.spec import state as states
 from mamba_core.spec.init import initial_values
 from mamba_core.tokenizer import source_of
@@ -119,7 +120,10 @@ def save(model: Any, path: str | Path, *, layout: str = "hf", overwrite: bool = 
 
 def save_into(folder: Path, model: Any, layout: str = "hf", merge: bool = False) -> None:
     """Write a model's files into a folder that exists."""
-    parameters = registry.get(model.backend).parameters(model, merge=merge)
+    backend = registry.get(model.backend)
+    parameters = backend.parameters(model, merge=merge)
+    if not merge:
+        warn_of_hooks(backend.foreign(model))
     write_model(folder, model.config, parameters, layout=layout, dtype=model.dtype)
     source = source_of(model)
     if source is not None and not source.is_dir():

@@ -4,6 +4,7 @@ A changed layer is merged by measuring: it is called with inputs that show its w
 any layer that still is a linear map, a causal convolution, a norm or a table of rows can be merged, whoever wrote it.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -35,8 +36,15 @@ def check_held(config: Any, foreign: Foreign) -> None:
     if found:
         raise ValueError(
             f"the model has {_some(found)}, which the parameter table of {config.architecture!r} cannot hold; "
-            "where they are adapters, merge them first, or save with merge=True"
+            "where they are adapters, merge them first, as mamba_core.save(model, path, merge=True) does"
         )
+
+
+def warn_of_hooks(foreign: Foreign) -> None:
+    """Warn of what was hooked or patched, which parameters do not show."""
+    if foreign.hooked:
+        found = [f"{path or 'the model'} ({what})" for path, what in foreign.hooked.items()]
+        warnings.warn(f"what is saved is the parameters alone, without what acts on {_some(found)}", stacklevel=3)
 
 
 def merged(config: Any, foreign: Foreign, read: Callable[[str], np.ndarray], call: Call, dtype: str) -> Values:
@@ -54,7 +62,8 @@ def merged(config: Any, foreign: Foreign, read: Callable[[str], np.ndarray], cal
             computes what no weights of the table compute.
     """
     layers = _layers(config)
-    lost = [*foreign.names, *(f"{path} ({kind})" for path, kind in foreign.changed.items() if path not in layers)]
+    others = foreign.changed | foreign.hooked
+    lost = [*foreign.names, *(f"{path or 'itself'} ({kind})" for path, kind in others.items() if path not in layers)]
     if lost:
         raise ValueError(
             f"the model has {_some(lost)}, which cannot be merged into the parameters of {config.architecture!r}"
@@ -87,9 +96,16 @@ def _layers(config) -> dict[str, dict[str, Parameter]]:
 def _measured(config, path: str, leaves: Mapping[str, Parameter], call: Call, dtype: str) -> dict[str, np.ndarray]:
     """Leaf -> its value in float32, of a layer that was changed."""
     weight = leaves["weight"]
-    if weight.name == EMBEDDING:
-        return {"weight": _called(call, path, np.arange(weight.shape[0], dtype=np.int32))}
     rng, inputs = np.random.default_rng(0), weight.shape[0 if len(weight.shape) != 2 else 1]
+    tolerance, refusal = TOLERANCE.get(dtype, HALF_TOLERANCE), f"{path} does not compute what a weight {weight.shape}"
+    if weight.name == EMBEDDING:
+        rows = _called(call, path, np.arange(weight.shape[0], dtype=np.int32))
+        ids = rng.integers(0, weight.shape[0], (2, 5)).astype(np.int32)
+        found = _called(call, path, ids)
+        are_rows = rows.shape == weight.shape and found.shape == (*ids.shape, weight.shape[1])
+        if not are_rows or not relative_l2(found, rows[ids]) <= tolerance:
+            raise ValueError(f"{refusal} looks up; it cannot be merged")
+        return {"weight": rows}
     bias = _called(call, path, np.zeros((1, 1, inputs), np.float32))[0, 0]
     if len(weight.shape) == 2:
         rows = _called(call, path, SCALE * np.eye(inputs, dtype=np.float32)[None])[0]
@@ -105,12 +121,15 @@ def _measured(config, path: str, leaves: Mapping[str, Parameter], call: Call, dt
         ones = np.ones((1, 1, inputs), np.float32)
         found = _called(call, path, ones)[0, 0] * np.float32(np.sqrt(1 + config.norm_eps))
         predict = lambda x: found * x / np.sqrt((x * x).mean(-1, keepdims=True) + config.norm_eps)  # noqa: E731
-    x = rng.standard_normal((2, 5, inputs)).astype(np.float32)
-    y, expected = _called(call, path, x), predict(x)
     values = {"weight": found.astype(np.float32), "bias": bias}
-    tolerance = TOLERANCE.get(dtype, HALF_TOLERANCE)
-    if y.shape != expected.shape or not relative_l2(y, expected) <= tolerance or found.shape != weight.shape:
-        raise ValueError(f"{path} does not compute what a weight {weight.shape} computes; it cannot be merged")
+    if found.shape != weight.shape:
+        raise ValueError(f"{refusal} computes; it cannot be merged")
+    # Small ones too: a norm's epsilon shows in these.
+    for scale in (1.0, 1e-3):
+        x = scale * rng.standard_normal((2, 5, inputs)).astype(np.float32)
+        y, expected = _called(call, path, x), predict(x)
+        if y.shape != expected.shape or not relative_l2(y, expected) <= tolerance:
+            raise ValueError(f"{refusal} computes; it cannot be merged")
     if "bias" not in leaves and len(weight.shape) != 1 and np.abs(bias).max(initial=0) > 0:
         raise ValueError(f"{path} adds a bias, which the parameters of {config.architecture!r} do not have")
     return {leaf: values[leaf] for leaf in leaves}

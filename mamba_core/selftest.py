@@ -47,7 +47,9 @@ LONGEST = 300.0
 SOURCES = (".py", ".cu", ".h", ".cpp")
 # A fault of the moment, which is not kept.
 OUT_OF_MEMORY = re.compile(r"out of memory|OUT_OF_MEMORY|RESOURCE_EXHAUSTED", re.IGNORECASE)
-DIED = "the process that tried it before ended during the trial"
+DIED = "the processes that tried it before ended during the trial"
+# So many processes that ended are the kernel's fault: one may have been killed for another reason.
+DEATHS = 2
 ENDLESS = f"it did not end within {LONGEST:.0f} s"
 
 
@@ -223,10 +225,12 @@ def _read(path: Path | None) -> Verdict | None:
 
 
 class _Mark:
-    """A file that is there while a kernel is tried, locked by the process that tries it.
+    """A file that is there while a kernel is tried, locked by the process that tries it. Each adds a line.
 
-    was_left: whether another process left one, and has ended.
+    was_left: whether `DEATHS` processes left one, and have ended.
     """
+
+    LINE = b"a trial is under way\n"
 
     def __init__(self, path: Path | None):
         self._path = None if path is None else path.with_suffix(".running")
@@ -234,8 +238,8 @@ class _Mark:
         self.was_left = False
         if self._descriptor is not None:
             with suppress(OSError):
-                self.was_left = os.fstat(self._descriptor).st_size > 0
-                os.write(self._descriptor, b"a trial is under way")
+                self.was_left = os.fstat(self._descriptor).st_size >= DEATHS * len(self.LINE)
+                os.write(self._descriptor, self.LINE)
 
     def release(self) -> None:
         if self._descriptor is not None:
@@ -254,7 +258,7 @@ class _Mark:
             return None
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT)
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         except OSError:
             return None
         try:

@@ -3,8 +3,16 @@
 from pathlib import Path
 from typing import Any
 
-# Where wrappers keep what they wrap: torch.compile, then DistributedDataParallel, DataParallel and AveragedModel.
-INSIDE = ("_orig_mod", "module")
+# Wrappers of torch that compute what the module inside computes -> where they keep it.
+INSIDE = {
+    "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
+    "torch.nn.parallel.distributed.DistributedDataParallel": "module",
+    "torch.nn.parallel.data_parallel.DataParallel": "module",
+    "torch.optim.swa_utils.AveragedModel": "module",
+}
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Packages whose checkpoints are read.
+READ = ("transformers", "mamba_ssm", "mambapy", "mlx_lm", "minimamba")
 
 
 def unwrap(model: Any, use: str) -> Any:
@@ -23,16 +31,36 @@ def unwrap(model: Any, use: str) -> Any:
     return inner
 
 
+def checked_output(model: Any, output: Any) -> Any:
+    """What a model's own call gave.
+
+    Raises:
+        TypeError: it has no logits, or no state.
+    """
+    if not (hasattr(output, "logits") and hasattr(output, "state")):
+        raise TypeError(f"a call of {type(model).__name__} gives {type(output).__name__}; expected logits and state")
+    return output
+
+
 def _inside(model: Any) -> Any:
-    """What the outermost wrapper wraps; None if this is none."""
+    """What the outermost wrapper wraps; None if this is none that is known."""
+    if type(model).__name__ == "FullyShardedDataParallel":
+        raise TypeError("model is FullyShardedDataParallel, which takes parameters apart; use fully_shard (FSDP2)")
     if (base := getattr(model, "get_base_model", None)) is not None:  # PEFT, whose layers are inside the model
         if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
             raise TypeError("model is a PEFT model that learns a prompt, which only its own call prepends; call it")
-        return base()
-    if type(model).__name__ == "FullyShardedDataParallel":
-        raise TypeError("model is FullyShardedDataParallel, which takes parameters apart; use fully_shard (FSDP2)")
-    own = vars(model) | vars(model).get("_modules", {}) if hasattr(model, "__dict__") else {}
-    return next((own[name] for name in INSIDE if own.get(name) is not None and "backend" not in own), None)
+        inner = base()
+    elif (name := INSIDE.get(_name(type(model)))) is not None:
+        inner = getattr(model, name)
+    else:
+        return None
+    if any(getattr(model, hooks, None) for hooks in HOOKS):
+        raise TypeError(f"model is {_name(type(model))} with hooks, which only its own call runs; hook what is inside")
+    return inner
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _kind(model: Any) -> str:
@@ -43,5 +71,5 @@ def _kind(model: Any) -> str:
     if kind.__module__ == "builtins":
         return kind.__qualname__
     package = kind.__module__.partition(".")[0]
-    advice = f", a model of {package}, which mamba_core.load reads once it is saved"
-    return f"{kind.__module__}.{kind.__qualname__}{advice if hasattr(model, 'parameters') else ''}"
+    advice = f", a model of {package}, which mamba_core.load reads once it is saved" if package in READ else ""
+    return _name(kind) + advice

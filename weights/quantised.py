@@ -114,10 +114,6 @@ def dequantised(path: Path, fields: dict | None, checkpoint: Checkpoint) -> tupl
     return rest, Dequantised(checkpoint, quantised)
 
 
-def _is_packed(checkpoint: Checkpoint, name: str) -> bool:
-    return name in checkpoint and checkpoint.header(name).dtype == "uint32"
-
-
 def unpacked(words: np.ndarray, bits: int) -> np.ndarray:
     """The whole numbers in rows of words: (rows, w) uint32 -> (rows, 32 * w / bits) uint8."""
     runs = np.ascontiguousarray(words).view(np.uint8).reshape(-1, bits)

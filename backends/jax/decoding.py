@@ -18,6 +18,7 @@ from mamba_core.backends.jax.arrays import from_numpy, to_numpy
 from mamba_core.backends.jax.positions import call_of
 from mamba_core.backends.jax.programs import after_call, divided, methods_in, put_back, whole
 from mamba_core.sampling import Sampling
+from mamba_core.wrappers import checked_output
 
 # Tokens between two looks of the host, which cost a fraction of a millisecond each.
 BLOCK = 16
@@ -173,9 +174,8 @@ def _called(model, inputs, state, mask=None) -> Output:
         if jnp.issubdtype(inputs.dtype, jnp.floating):
             out = model(inputs_embeds=inputs, state=state, **positions)
         else:
-            out = model(inputs, state, **positions)
-        if not (hasattr(out, "logits") and hasattr(out, "state")):
-            raise TypeError(f"a call of {type(model).__name__} gives {type(out).__name__}; expected logits and state")
+            out = model(inputs, state=state, **positions)
+        out = checked_output(model, out)
         logits, state = out.logits[:, -1].astype(jnp.float32), out.state
     return Output(logits[:, : model.config.vocab_size], state)
 

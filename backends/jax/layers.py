@@ -25,14 +25,15 @@ def step_projection(layer, dt: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     Of a layer that is called, the step sizes have the bias inside, and there is none to add.
     """
     if untouched(nnx.Linear, layer):
-        return jnp.matmul(dt, layer.kernel[...], precision=layer.precision), layer.bias[...]
+        bias = None if layer.bias is None else layer.bias[...]
+        return jnp.matmul(dt, layer.kernel[...], precision=layer.precision), bias
     return linear(layer, dt), None
 
 
 def bias(layer, dt: jax.Array) -> jax.Array:
     """The bias of a step projection, (e,) float32: what it gives for zeros."""
     if untouched(nnx.Linear, layer):
-        return layer.bias[...]
+        return jnp.zeros(layer.kernel.shape[1]) if layer.bias is None else layer.bias[...]
     given = layer(jnp.zeros((1, 1, dt.shape[-1]), dt.dtype))[0, 0]
     return given.astype(jnp.promote_types(given.dtype, jnp.float32))
 

@@ -130,9 +130,14 @@ def foreign(model: Model) -> Foreign:
             if keys not in changed and not untouched(type(original), module, **_given(original)):
                 hooked[keys] = kind
         else:
+            if type(module).__call__ is not type(original).__call__ or not untouched(type(module), module):
+                hooked[keys] = f"{kind} with another call"
             for name, value in vars(original).items():  # such as a feed-forward in a block that was built without
                 if value is None and (other := getattr(module, name, None)) is not None:
                     changed[(*keys, name)] = type(other).__name__
+    for keys in set(built.names).difference(held):
+        if not _inside(keys, changed):
+            changed[keys] = "nothing"
     names = [_dotted(keys) for keys in held if keys not in built.names and not _inside(keys, changed)]
     found, others = ({_dotted(keys): kind for keys, kind in each.items()} for each in (changed, hooked))
     return Foreign(tuple(names), found, others)

@@ -16,6 +16,7 @@ from mamba_core.backends.mlx.model import Backbone
 from mamba_core.backends.mlx.positions import call_of
 from mamba_core.backends.mlx.untouched import untouched
 from mamba_core.sampling import Sampling
+from mamba_core.wrappers import checked_output
 
 # The random numbers of so many steps are brought to the device at once.
 BLOCK = 64
@@ -92,7 +93,8 @@ def _after(model, inputs: mx.array, state: State, mask: mx.array | None = None, 
     if mx.issubdtype(inputs.dtype, mx.floating):
         output = model(None, state, inputs_embeds=inputs, **given)
     else:
-        output = model(inputs, state, **given)
+        output = model(inputs, state=state, **given)
+    output = checked_output(model, output)
     return Output(output.logits[:, -1, : model.config.vocab_size].astype(mx.float32), output.state)
 
 

@@ -67,7 +67,7 @@ def foreign(model: Model) -> Foreign:
     """All arrays of the model count, and of its layers the numbers that they were made with, such as an epsilon."""
     changed: dict[str, str] = {}
     hooked: dict[str, str] = {}
-    for path, (kind, arrays, settings) in _built(model.config).items():
+    for path, (kind, arrays, settings, children) in _built(model.config).items():
         if any(path.startswith(f"{parent}.") for parent in changed):
             continue
         module = _at(model, path)
@@ -83,8 +83,11 @@ def foreign(model: Model) -> Foreign:
         elif (numbers := _numbers(module) if "weight" in arrays else settings) != settings:
             differ = ", ".join(f"{name} {value}" for name, value in numbers.items() if settings.get(name) != value)
             changed[path] = f"{kind.__name__} with {differ}"
-        elif "weight" in arrays and not untouched(kind):
-            hooked[path] = f"{kind.__name__} with another __call__"
+        elif type(module).__call__ is not kind.__call__ or not untouched(kind):
+            hooked[path] = f"{kind_of(module)} with another __call__"
+        if "weight" not in arrays:
+            extra = [name for name, child in module.items() if isinstance(child, nn.Module) and name not in children]
+            changed |= {f"{path}.{name}" if path else name: kind_of(module[name]) for name in extra}
     table = parameter_table(model.config)
     names = (name for name, _ in tree_flatten(model.parameters()))
     inside = tuple(f"{path}." for path in changed)
@@ -122,12 +125,14 @@ def _is_of(kind: type, module, path: str) -> bool:
 class _Built(NamedTuple):
     """What stands at a path of a model as it was built.
 
-    kind: its class. arrays: name -> shape, of its own. numbers: name -> value, of its settings.
+    kind: its class. arrays: name -> shape, of its own. numbers: name -> value, of its settings. children: the names of
+    the modules in it.
     """
 
     kind: type
     arrays: dict[str, tuple[int, ...]]
     numbers: dict[str, float]
+    children: frozenset[str]
 
 
 @functools.lru_cache(maxsize=8)
@@ -141,7 +146,10 @@ def _built(config) -> dict[str, _Built]:
     set_random_key(key)
     modules = model.named_modules()[::-1]
     modules.sort(key=lambda item: item[0].count(".") + bool(item[0]))
-    return {path: _Built(type(module), _arrays(module), _numbers(module)) for path, module in modules}
+    return {
+        path: _Built(type(module), _arrays(module), _numbers(module), frozenset(module.children()))
+        for path, module in modules
+    }
 
 
 def _arrays(module) -> dict[str, tuple[int, ...]]:

@@ -17,6 +17,7 @@ from mamba_core.backends.torch.positions import call_of
 from mamba_core.backends.torch.private import tree_map
 from mamba_core.backends.torch.ways import cuda_step
 from mamba_core.sampling import Sampling
+from mamba_core.wrappers import checked_output
 
 # How many steps' random numbers are copied to the device at once.
 BLOCK = 64
@@ -44,7 +45,8 @@ def _called(model, inputs: Tensor, state: State, mask: Tensor | None = None) -> 
     if inputs.is_floating_point():
         out = model(inputs_embeds=inputs, state=state, **given)
     else:
-        out = model(inputs, state, **given)
+        out = model(inputs, state=state, **given)
+    out = checked_output(model, out)
     return Output(at_least_float32(out.logits[:, -1, : model.config.vocab_size]), out.state)
 
 

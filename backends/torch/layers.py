@@ -23,10 +23,16 @@ class StepProjection(nn.Linear):
 
 
 def linear(layer: nn.Module, x: Tensor, kernel: str = "auto") -> Tensor:
-    """layer(x), by the kernels of the op if the layer is an untouched `nn.Linear`."""
-    if onednn_linear.ONEDNN_IS_FASTER and untouched(nn.Linear, layer):
+    """layer(x), by the kernels of the op if the layer is an untouched `nn.Linear`.
+
+    What another layer gives is brought to the dtype of x, but for that of autocast.
+    """
+    if untouched(nn.Linear, layer):
+        if not onednn_linear.ONEDNN_IS_FASTER:
+            return layer(x)
         return product(x, layer.weight, layer.bias, kernel=kernel)
-    return layer(x)
+    y = layer(x)
+    return y if y.dtype == x.dtype or torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
 
 
 def step_projection(layer: nn.Module, dt: Tensor, kernel: str = "auto") -> tuple[Tensor, Tensor | None]:
@@ -42,14 +48,14 @@ def step_projection(layer: nn.Module, dt: Tensor, kernel: str = "auto") -> tuple
 def bias(layer: nn.Module, dt: Tensor) -> Tensor:
     """The bias of a step projection, (e,) float32: what it gives for zeros."""
     if untouched(StepProjection, layer):
-        return layer.bias
+        return torch.zeros_like(layer.weight[:, 0], dtype=torch.float32) if layer.bias is None else layer.bias
     given = layer(dt.new_zeros(1, 1, dt.shape[-1]))[0, 0]
     return given if given.dtype == torch.float64 else given.float()
 
 
 def convolution(layer: nn.Module, x: Tensor, state: Tensor, call: Call, kernel: str) -> tuple[Tensor, Tensor]:
     """The causal convolution with its SiLU, (b, l, e), and its state: the last k-1 inputs, (b, k-1, e)."""
-    if not is_convolution(layer):
+    if not is_convolution(layer) or layer.kernel_size[0] != state.shape[1] + 1:
         return causal_conv.by_module(layer, x, state, call, "silu")
     weight = layer.weight[:, 0]
     if call.one:

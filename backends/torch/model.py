@@ -18,6 +18,9 @@ from mamba_core.spec.checks import check_state
 from mamba_core.spec.params import parameter_table
 from mamba_core.tasks.base import EMBEDDING, FINAL_NORM
 
+# Of a model: what its call is made of.
+METHODS = ("forward", "head", "head_weight", "hidden", "_run", "_masked")
+
 
 class Backbone(nn.Module):
     """The residual blocks, with an embedding before them and a norm behind them where the task has these."""
@@ -147,7 +150,9 @@ class Model(nn.Module):
 
     def is_untouched(self) -> bool:
         """Whether its call and its backbone's are what was built, so that its parts may be called without it."""
-        return self.built is not None and untouched(self.built, self) and untouched(Backbone, self.backbone)
+        if self.built is None or not untouched(Backbone, self.backbone):
+            return False
+        return all(untouched(self.built, self, method=method) for method in METHODS if hasattr(self, method))
 
     def init_state(self, batch: int, room: int = 0) -> State:
         """Before the first position. room: how many positions a growing state has memory for."""

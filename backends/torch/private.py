@@ -11,6 +11,10 @@ tree_map, tree_leaves = _pytree.tree_map, _pytree.tree_leaves
 onednn_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
+# As PyTorch wrote it: somebody may put another in its place.
+MODULE_CALL = nn.Module.__call__
+
+
 def hooked(*members: nn.Module) -> bool:
     """Whether any of these modules, or all modules, have hooks."""
     if modules._global_forward_hooks or modules._global_forward_pre_hooks:

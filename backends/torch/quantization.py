@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mamba_core.backends.torch.kernels import triton, triton_linear
 from mamba_core.backends.torch.kernels.triton_linear import Packed
 from mamba_core.backends.torch.untouched import untouched
+from mamba_core.wrappers import unwrap
 
 GROUP = 32
 
@@ -30,6 +31,7 @@ def quantize(model: nn.Module, bits: int = 8) -> nn.Module:
     """
     if bits not in (8, 4):
         raise ValueError(f"bits is {bits!r}; expected 8 or 4")
+    model = unwrap(model, "quantising")
     head = None
     if hasattr(model, "lm_head"):
         kind, source = (nn.Embedding, model.inner.embeddings) if model.lm_head is None else (nn.Linear, model.lm_head)
@@ -37,7 +39,9 @@ def quantize(model: nn.Module, bits: int = 8) -> nn.Module:
         head = source
     # Parameters are shared, not copied.
     quantized = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-    for index, block in enumerate(quantized.backbone.layers):
+    for index, block in enumerate(quantized.inner.layers):
+        if not hasattr(getattr(block, "mixer", None), "in_proj"):
+            raise TypeError(f"layer {index} was replaced or wrapped; expected a block whose mixer has in_proj")
         for name in ("in_proj", "out_proj"):
             linear = getattr(block.mixer, name, None)
             _check_built(nn.Linear, linear, f"{name} of layer {index}")
@@ -50,7 +54,8 @@ def quantize(model: nn.Module, bits: int = 8) -> nn.Module:
 
 def _check_built(kind: type, layer: nn.Module | None, name: str) -> None:
     if type(layer) is not kind:
-        raise TypeError(f"{name} is {type(layer).__name__}; expected torch.nn.{kind.__name__}")
+        found = f"{type(layer).__module__}.{type(layer).__qualname__}"
+        raise TypeError(f"{name} is {found}; expected torch.nn.{kind.__name__}")
     if not untouched(kind, layer):
         raise TypeError(f"{name} is patched or has hooks, which its quantised form would not have; remove them first")
 

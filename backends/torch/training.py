@@ -15,6 +15,7 @@ from mamba_core.merging import check_held
 from mamba_core.spec.checks import check_targets
 from mamba_core.spec.params import parameter_table
 from mamba_core.tasks import check_trains
+from mamba_core.wrappers import checked_output
 
 
 def loss(model, tokens, mask=None) -> torch.Tensor:
@@ -27,17 +28,24 @@ def loss(model, tokens, mask=None) -> torch.Tensor:
     if weight is not None and fuses_head(model.policy.of("cross_entropy"), weight):
         return linear_cross_entropy(model.hidden(tokens, mask), weight, targets)
     given = {} if mask is None else {"mask": mask}
-    return cross_entropy(model(tokens, **given).logits, targets)
+    return cross_entropy(checked_output(model, model(tokens, **given)).logits, targets)
 
 
 def loss_and_gradients(model, tokens, mask=None) -> tuple[float, dict[str, np.ndarray]]:
     check_trains(model.config, "its loss")
     check_held(model.config, foreign(model))
     tokens = from_numpy(tokens, device=model.device)
-    value = loss(model, tokens, None if mask is None else from_numpy(mask, device=model.device))
-    names = list(parameter_table(model.config))
-    gradients = torch.autograd.grad(value, [model.get_parameter(name) for name in names])
-    return value.item(), {name: to_numpy(gradient) for name, gradient in zip(names, gradients, strict=True)}
+    parameters = {name: model.get_parameter(name) for name in parameter_table(model.config)}
+    frozen = [parameter for parameter in parameters.values() if not parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        value = loss(model, tokens, None if mask is None else from_numpy(mask, device=model.device))
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+    gradients = torch.autograd.grad(value, parameters.values())
+    return value.item(), {name: to_numpy(gradient) for name, gradient in zip(parameters, gradients, strict=True)}
 
 
 class Trainer:

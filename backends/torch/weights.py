@@ -11,7 +11,7 @@ from mamba_core.backend import Foreign
 from mamba_core.backends.torch import ops, private
 from mamba_core.backends.torch.arrays import devices, dtype_of, from_numpy, keep_freed_memory, to_numpy
 from mamba_core.backends.torch.heads import model_class
-from mamba_core.backends.torch.model import Backbone, Model
+from mamba_core.backends.torch.model import METHODS, Backbone, Model
 from mamba_core.backends.torch.ops.causal_conv import by_module
 from mamba_core.backends.torch.quantization import QuantizedLinear
 from mamba_core.backends.torch.untouched import untouched
@@ -48,6 +48,8 @@ def build(config, parameters: Iterable[tuple[str, np.ndarray]], *, dtype="float3
 def parameters(model: Model, merge: bool = False) -> Values:
     """Raises ValueError also for a quantised model, and for one that is sharded over processes."""
     check_stored(model, offloaded=True)
+    if model.dtype == "float64":
+        raise ValueError("the model is float64, and a checkpoint holds float32 at most; call model.float() first")
     found, read = foreign(model), partial(_read, model)
     if merge:
         return merged(model.config, found, read, partial(layer, model), model.dtype)
@@ -58,15 +60,20 @@ def parameters(model: Model, merge: bool = False) -> Values:
 def foreign(model: Model) -> Foreign:
     with torch.device("meta"):
         built = dict(model_class(model.config.task)(model.config, model.policy).named_modules())
-    changed, hooked, modules = {}, {}, dict(model.named_modules())
+    changed, hooked, modules = {}, {}, dict(model.named_modules(remove_duplicate=False))
     for path, expected in built.items():
-        if _is_inside(path, changed) or not any(True for _ in expected.parameters()):
+        if _is_inside(path, changed):
             continue
         module = modules.get(path)
         if change := _change(module, expected):
             changed[path] = change
-        elif _is_layer(expected) and not untouched(type(module), module):
-            hooked[path] = "it has hooks" if private.hooked(module) else "it is patched"
+            continue
+        changed |= {_joined(path, name): _kind(added) for name, added in _added(module, expected)}
+        # accelerate's hook brings the parameters, and changes nothing.
+        if not untouched(type(module), module) and not hasattr(module, "_hf_hook"):
+            hooked[path] = "with hooks" if private.hooked(module) else "patched"
+        elif any(getattr(type(module), name, None) is not getattr(type(expected), name, None) for name in METHODS):
+            hooked[path] = f"{_kind(module)}, with a call of its own"
     # One that is shared has the name of its first place.
     names = [name for name, _ in model.named_parameters()]
     names += [name for name, _ in model.named_buffers() if _is_persistent(model, name)]
@@ -137,7 +144,7 @@ def _change(module: nn.Module | None, expected: nn.Module) -> str | None:
 
     A model and its backbone may be of a subclass. What else a module with others inside holds is left out.
     """
-    kind = type(module).__qualname__
+    kind = _kind(module)
     is_model = isinstance(expected, (Model, Backbone))
     if not (isinstance(module, type(expected)) if is_model else type(module) is type(expected)):
         return "nothing" if module is None else kind
@@ -152,6 +159,20 @@ def _change(module: nn.Module | None, expected: nn.Module) -> str | None:
         return f"{kind} with {', '.join(more)}"
     others = [name for name in SETTINGS if getattr(module, name, None) != getattr(expected, name, None)]
     return f"{kind} with {others[0]}={getattr(module, others[0])}" if others else None
+
+
+def _kind(module: object) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _added(module: nn.Module, expected: nn.Module) -> list[tuple[str, object]]:
+    """What stands in a module where the one that was built has nothing, though it may have: a head, a feed-forward."""
+    found = [name for name, value in vars(expected).items() if value is None and not name.startswith("_")]
+    return [(name, added) for name in found if isinstance(added := getattr(module, name, None), nn.Module)]
 
 
 def _is_layer(module: nn.Module) -> bool:

@@ -5,7 +5,7 @@ import pytest
 
 import mamba_core as mc
 from mamba_core.backend import Foreign
-from mamba_core.merging import check_held, merged
+from mamba_core.merging import check_held, merged, warn_of_hooks
 from mamba_core.spec.init import initial_values
 from mamba_core.spec.tolerances import relative_l2
 
@@ -111,3 +111,25 @@ def test_names_that_the_table_does_not_have_are_refused_either_way():
     with pytest.raises(ValueError, match=r"backbone.layers.0.mixer \(Mine\).*cannot be merged"):
         merged(CONFIG, Foreign(changed={MIXER: "Mine"}), VALUES.__getitem__, None, "float32")
     check_held(CONFIG, Foreign(hooked={LAYERS["linear"]: "a forward hook"}))
+
+
+def test_another_epsilon_is_refused():
+    """Inputs of unit scale hardly show it."""
+    weights = own(LAYERS["norm"])
+    other = lambda x: x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-4) * weights["weight"]  # noqa: E731
+    with pytest.raises(ValueError, match=r"norm_f does not compute what a weight"):
+        merged_layer("norm", other)
+
+
+def test_an_embedding_that_looks_at_positions_is_refused():
+    table = own(LAYERS["embedding"])["weight"]
+    with pytest.raises(ValueError, match=r"embeddings does not compute what a weight"):
+        merged_layer("embedding", lambda ids: table[ids] + np.arange(ids.shape[-1])[:, None])
+
+
+def test_hooks_above_the_layers_are_not_merged():
+    foreign = Foreign(hooked={MIXER: "patched"})
+    with pytest.raises(ValueError, match=r"backbone.layers.0.mixer \(patched\).*cannot be merged"):
+        merged(CONFIG, foreign, VALUES.__getitem__, None, "float32")
+    with pytest.warns(UserWarning, match=r"without what acts on backbone.layers.0.mixer \(patched\)"):
+        warn_of_hooks(foreign)

@@ -291,16 +291,16 @@ DYING = """
 """
 
 
-def test_a_kernel_that_ends_the_process_is_passed_over_by_the_next(tmp_path):
-    """Once: the trial is marked while it is under way."""
+def test_a_kernel_that_ends_processes_is_passed_over_by_the_next(tmp_path):
+    """Twice: the trial is marked while it is under way, and one that ends may have been killed."""
     pytest.importorskip("mlx.core")
     command = [sys.executable, "-c", textwrap.dedent(DYING), "mlx"]
     run = functools.partial(subprocess.run, command, capture_output=True, text=True, env=os.environ.copy())
-    first, second = run(), run()
-    assert first.returncode == -9
-    assert second.returncode == 0, second.stderr
-    assert "(1, 5, 3)" in second.stdout
-    assert selftest.DIED in second.stderr
+    *before, last = run(), run(), run()
+    assert [done.returncode for done in before] == [-9, -9]
+    assert last.returncode == 0, last.stderr
+    assert "(1, 5, 3)" in last.stdout
+    assert selftest.DIED in last.stderr
 
 
 def test_two_processes_may_try_at_once(one_trial, runs, tmp_path):
@@ -312,6 +312,7 @@ def test_two_processes_may_try_at_once(one_trial, runs, tmp_path):
     assert not selftest.settled(backend, "selective_scan", "native", "cpu").faults
     mark.release()
     path.unlink()
+    selftest._Mark(path).release()
     assert selftest.settled(backend, "selective_scan", "native", "cpu").faults == (selftest.DIED,)
     # By the doctor it is tried all the same, and what it finds holds.
     assert not selftest.settled(backend, "selective_scan", "native", "cpu", again=True).faults

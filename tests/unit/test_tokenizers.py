@@ -437,7 +437,7 @@ def test_where_a_template_may_stand(tmp_path):
         ({"role": "user"}, "messages is dict; expected a list"),
         (["hello"], "messages holds str"),
         ([{"content": "x"}], r"messages holds \{'content': 'x'\}; expected a mapping with role"),
-        ([{"role": "user", "content": b"x"}], "a message holds bytes"),
+        ([{"role": "user", "content": {1}}], "a message holds set"),
         ([], "messages is empty"),
         ([[]], "an empty conversation"),
     ],

@@ -86,7 +86,7 @@ def step_sizes(mixer, dt: jax.Array, call: Call) -> tuple[jax.Array, jax.Array |
 
 def recur(mixer, x, delta, B, C, z, bias, state, call: Call) -> tuple[jax.Array, jax.Array]:
     """(y (b, l, e) of the recurrence, gated where there is a z; its state). bias: what enters as delta_bias."""
-    A, D = -jnp.exp(mixer.A_log[...]), mixer.D[...]
+    A, D = -jnp.exp(mixer.A_log[...]), None if mixer.D is None else mixer.D[...]
     options = {"delta_bias": bias, "delta_softplus": True}
     if call.one:
         x, delta, B, C, z = (None if value is None else value[:, 0] for value in (x, delta, B, C, z))
@@ -115,6 +115,8 @@ def native_operands(mixer, selection_eps: float | None = None) -> MixerStep | st
     replaced = [name for name, layer in linears.items() if not untouched(nnx.Linear, layer)]
     if replaced or not layers.is_convolution(mixer.conv1d) or not untouched(type(mixer), mixer):
         return f"{', '.join(replaced) or 'the mixer or its convolution'} was replaced or changed"
+    if mixer.x_proj.bias is not None or mixer.dt_proj.bias is None or mixer.D is None:
+        return "a bias of x_proj was added, or that of dt_proj or D was removed"
     if selection_eps is None:
         return MixerStep(NATIVE_STEP)
     if not selection_eps >= jnp.finfo("float32").tiny:

@@ -120,11 +120,14 @@ def width(mixer) -> int | None:
 
 
 def _is_built_inside(mixer) -> bool:
-    """Whether the layers between in_proj and out_proj are as they were built."""
+    """Whether the layers between in_proj and out_proj are as they were built, with those biases and no others."""
     return (
         untouched(nn.Linear, mixer.x_proj)
         and untouched(StepProjection, mixer.dt_proj)
         and layers.is_convolution(mixer.conv1d)
+        and mixer.x_proj.bias is None
+        and mixer.dt_proj.bias is not None
+        and mixer.D is not None
     )
 
 
@@ -163,11 +166,7 @@ def native_operands(mixer, selection_eps: float = 0.0) -> native_step.Operands |
     """For the way native_step; None if a layer was changed."""
     in_proj, x_proj, dt_proj, out_proj = mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj
     conv = mixer.conv1d
-    if not (untouched(nn.Linear, in_proj, x_proj, out_proj) and untouched(StepProjection, dt_proj)):
-        return None
-    if not layers.is_convolution(conv):
-        return None
-    if x_proj.bias is not None:
+    if not (_is_built_inside(mixer) and untouched(nn.Linear, in_proj, out_proj)):
         return None
     return native_step.Operands(
         *(in_proj.weight, in_proj.bias, conv.weight, conv.bias, x_proj.weight, out_proj.weight, out_proj.bias),
@@ -178,7 +177,7 @@ def native_operands(mixer, selection_eps: float = 0.0) -> native_step.Operands |
 def cuda_operands(mixer, selection_eps: float = 0.0) -> tuple | None:
     """For the way cuda_step, as `kernels.triton_step.Layer` after the norm; None if a layer was changed."""
     in_proj, x_proj, dt_proj, out_proj = mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj
-    if not _is_built_inside(mixer) or x_proj.bias is not None:
+    if not _is_built_inside(mixer):
         return None
     if not (_is_ours(in_proj) and _is_ours(out_proj)):
         return None
