@@ -114,22 +114,34 @@ def save(model: Any, path: str | Path, *, layout: str = "hf", overwrite: bool = 
         CheckpointError: the folder exists, or cannot be written.
     """
     model = unwrap(model, "saving")
+    parameters = storable(model, merge)
     with atomic_folder(path, overwrite=overwrite) as folder:
-        save_into(folder, model, layout, merge)
+        save_into(folder, model, parameters, layout)
 
 
-def save_into(folder: Path, model: Any, layout: str = "hf", merge: bool = False) -> None:
-    """Write a model's files into a folder that exists."""
-    backend = registry.get(model.backend)
-    parameters = backend.parameters(model, merge=merge)
-    if not merge:
-        warn_of_hooks(backend.foreign(model))
+def save_into(folder: Path, model: Any, parameters: Mapping[str, np.ndarray], layout: str = "hf") -> None:
+    """Write the files of a model with these parameters into a folder that exists."""
     write_model(folder, model.config, parameters, layout=layout, dtype=model.dtype)
     source = source_of(model)
     if source is not None and not source.is_dir():
         warnings.warn(f"{source}: gone; the model is saved without the tokenizer that was there", stacklevel=3)
         source = None
     copy_companions(source, folder, model.config, layout)
+
+
+def storable(model: Any, merge: bool = False) -> Mapping[str, np.ndarray]:
+    """The parameters of a model that a checkpoint can hold; merge as in `save`.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if model.dtype not in COMPUTE_DTYPES:
+        raise ValueError(f"the model is {model.dtype}, and a checkpoint holds float32 at most; make it float32 first")
+    backend = registry.get(model.backend)
+    parameters = backend.parameters(model, merge=merge)
+    if not merge:
+        warn_of_hooks(backend.foreign(model))
+    return parameters
 
 
 def save_state(state: State, path: str | Path, model: Any) -> None:

@@ -62,7 +62,7 @@ def merged(config: Any, foreign: Foreign, read: Callable[[str], np.ndarray], cal
             computes what no weights of the table compute.
     """
     layers = _layers(config)
-    others = foreign.changed | foreign.hooked
+    others = {**foreign.changed, **foreign.hooked}
     lost = [*foreign.names, *(f"{path or 'itself'} ({kind})" for path, kind in others.items() if path not in layers)]
     if lost:
         raise ValueError(

@@ -130,11 +130,10 @@ def train(
     data = _checked(data, model.config)
     if not (isinstance(checkpoint_every, int) and checkpoint_every >= 0):
         raise ValueError(f"checkpoint_every is {checkpoint_every!r}; expected an integer >= 0")
-    _check_target(checkpoint, resume)
-    backend = registry.get(model.backend)
-    trainer = backend.trainer(model, settings)
     if checkpoint is not None or resume is not None:
-        backend.parameters(model)  # refused now rather than at the end, where the files cannot hold the model
+        factory.storable(model)  # refused now rather than at the end, where the files cannot hold the model
+    _check_target(checkpoint, resume)
+    trainer = registry.get(model.backend).trainer(model, settings)
     run = {"settings": dataclasses.asdict(settings), "data": _digest(data), "config": model.config.fingerprint}
     history = [] if resume is None else _restore(trainer, model, Path(resume), run)
     for step in range(len(history), settings.steps):
@@ -157,7 +156,7 @@ def save_checkpoint(path: Path | str, model, trainer, progress: dict, tokenizer:
     """A folder that `mamba_core.load` reads, with the optimizer's state and the log beside the model."""
     kept = None if tokenizer is None else Path(tokenizer).read_bytes()
     with atomic_folder(path, overwrite=True) as folder:
-        factory.save_into(folder, model)
+        factory.save_into(folder, model, factory.storable(model))
         if kept is not None:
             (folder / TOKENIZER_FILE).write_bytes(kept)
         save_file(trainer.state(), folder / OPTIMIZER_FILE)

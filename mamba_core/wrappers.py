@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from mamba_core.weights import layouts
+
 # Wrappers of torch that compute what the module inside computes -> where they keep it.
 INSIDE = {
     "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
@@ -11,8 +13,6 @@ INSIDE = {
     "torch.optim.swa_utils.AveragedModel": "module",
 }
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# Packages whose checkpoints are read.
-READ = ("transformers", "mamba_ssm", "mambapy", "mlx_lm", "minimamba")
 
 
 def unwrap(model: Any, use: str) -> Any:
@@ -71,5 +71,6 @@ def _kind(model: Any) -> str:
     if kind.__module__ == "builtins":
         return kind.__qualname__
     package = kind.__module__.partition(".")[0]
-    advice = f", a model of {package}, which mamba_core.load reads once it is saved" if package in READ else ""
+    read = ("transformers", *(layout.replace("-", "_") for layout in layouts.names()))
+    advice = f", a model of {package}, which mamba_core.load reads once it is saved" if package in read else ""
     return _name(kind) + advice

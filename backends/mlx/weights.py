@@ -86,8 +86,9 @@ def foreign(model: Model) -> Foreign:
         elif type(module).__call__ is not kind.__call__ or not untouched(kind):
             hooked[path] = f"{kind_of(module)} with another __call__"
         if "weight" not in arrays:
-            extra = [name for name, child in module.items() if isinstance(child, nn.Module) and name not in children]
-            changed |= {f"{path}.{name}" if path else name: kind_of(module[name]) for name in extra}
+            for name, child in module.items():  # without arrays, whose names would tell
+                if isinstance(child, nn.Module) and name not in children and not tree_flatten(child.parameters()):
+                    changed[f"{path}.{name}" if path else name] = kind_of(child)
     table = parameter_table(model.config)
     names = (name for name, _ in tree_flatten(model.parameters()))
     inside = tuple(f"{path}." for path in changed)

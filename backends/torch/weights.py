@@ -48,8 +48,6 @@ def build(config, parameters: Iterable[tuple[str, np.ndarray]], *, dtype="float3
 def parameters(model: Model, merge: bool = False) -> Values:
     """Raises ValueError also for a quantised model, and for one that is sharded over processes."""
     check_stored(model, offloaded=True)
-    if model.dtype == "float64":
-        raise ValueError("the model is float64, and a checkpoint holds float32 at most; call model.float() first")
     found, read = foreign(model), partial(_read, model)
     if merge:
         return merged(model.config, found, read, partial(layer, model), model.dtype)
@@ -170,9 +168,10 @@ def _joined(path: str, name: str) -> str:
 
 
 def _added(module: nn.Module, expected: nn.Module) -> list[tuple[str, object]]:
-    """What stands in a module where the one that was built has nothing, though it may have: a head, a feed-forward."""
-    found = [name for name, value in vars(expected).items() if value is None and not name.startswith("_")]
-    return [(name, added) for name in found if isinstance(added := getattr(module, name, None), nn.Module)]
+    """Modules without parameters where the one that was built has nothing, though it may have a head or the like."""
+    names = [name for name, value in vars(expected).items() if value is None and not name.startswith("_")]
+    found = [(name, getattr(module, name, None)) for name in names]
+    return [(name, added) for name, added in found if isinstance(added, nn.Module) and not list(added.parameters())]
 
 
 def _is_layer(module: nn.Module) -> bool:

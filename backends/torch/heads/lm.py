@@ -7,7 +7,7 @@ from mamba_core.backend import Output, State
 from mamba_core.backends.torch import model
 from mamba_core.backends.torch.arrays import at_least_float32, dtype_of
 from mamba_core.backends.torch.ops import linear
-from mamba_core.backends.torch.untouched import only_hooked, untouched
+from mamba_core.backends.torch.untouched import untouched
 from mamba_core.kernels import Kernels
 from mamba_core.observe import reporting, unobserved
 from mamba_core.tasks.base import EMBEDDING
@@ -51,11 +51,8 @@ class LanguageModel(model.Model):
         if self.lm_head is not None:
             return self.lm_head.weight if untouched(nn.Linear, self.lm_head) and self.lm_head.bias is None else None
         embeddings = self.inner.embeddings
-        # Hooks see what the model embeds, and not the head's use of the same weight.
-        if only_hooked(nn.Embedding, embeddings) and embeddings.max_norm is None:
-            weight = embeddings._parameters.get("weight")
-            if weight is not None and not weight.is_meta:
-                return weight
+        if untouched(nn.Embedding, embeddings) and embeddings.max_norm is None:
+            return embeddings.weight
         # What the embedding gives is what acts: it is asked for every row.
         rows = embeddings(torch.arange(self.config.padded_vocab_size, device=self.device)[None])
         return rows[0].to(dtype_of(self.dtype))
