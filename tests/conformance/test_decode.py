@@ -125,7 +125,8 @@ def test_every_architecture_decodes_as_the_reference(backend, name):
         pytest.skip(f"{name} has no steps")
     reference = ReferenceModel(config, dict(initial_values(config, 2)))
     model = mc.build(config, backend=backend.name, seed=2)
-    rows, given, state = [[] for _ in PROMPTS], PROMPTS, None
+    prompts = [tokens(config, 1, length, seed=length)[0].tolist() for length in (7, 1, 12)]
+    rows, given, state = [[] for _ in prompts], prompts, None
     for count in (7, 4):
         result = mc.generate(
             model, given, max_new_tokens=count, prefill_chunk=5, state=state, return_state=True, temperature=1.0

@@ -45,14 +45,14 @@ CAUGHT_BY = {
     },
     "test_steps": {
         "D missing in the step": Mutant("ops/selective_scan.py", "return _output(linear, x, D, z).to(dtype), h", "return _output(linear, x, None, z).to(dtype), h"),
-        "step ignores the dt bias": Mutant("ops/selective_scan.py", "_step_size(delta, delta_bias, delta_softplus), A, B, C)",
-                                       "_step_size(delta, None, delta_softplus), A, B, C)"),
+        "step ignores the dt bias": Mutant("ops/selective_scan.py", "_step_size(delta, delta_bias, delta_softplus), A.clamp(",
+                                       "_step_size(delta, None, delta_softplus), A.clamp("),
         "conv state off by one": Mutant("ops/causal_conv.py", "return y[:, 0].to(dtype), inputs[:, 1:].to(dtype)", "return y[:, 0].to(dtype), inputs[:, :-1].to(dtype)"),
         "conv bias missing in the step": Mutant("ops/causal_conv.py", "_filter(inputs, weight, bias, None)", "_filter(inputs, weight, None, None)"),
     },
     "test_each_row_alone": {
-        "decay runs on padding": Mutant("ops/selective_scan.py", "step = where_counting(mask, _step_size(delta, delta_bias, delta_softplus))",
-                                    "step = _step_size(delta, delta_bias, delta_softplus)"),
+        "decay runs on padding": Mutant("ops/selective_scan.py", "step, A = where_counting(mask, _step_size(delta, delta_bias, delta_softplus)),",
+                                    "step, A = _step_size(delta, delta_bias, delta_softplus),"),
         "mask applied after the conv only": Mutant("ops/causal_conv.py", "        x = _take(where_counting(mask, x), call.order)\n", "        x = where_counting(mask, x)\n"),
         "conv state from the end of a padded row": Mutant("ops/causal_conv.py", "if mask is None else mask.sum(1)", "if True else mask.sum(1)"),
         "logits of masked positions": Mutant("model.py", "        if mask is not None:\n", "        if False:\n"),

@@ -38,7 +38,7 @@ CAUGHT_BY = {
         "D missing in the step": Mutant(SCAN, "_output(_contract(h, C), x, D, z).astype(dtype), h", "_output(_contract(h, C), x, None, z).astype(dtype), h"),
     },
     "test_each_row_alone": {
-        "decay runs on padding": Mutant(SCAN, "step = where_counting(mask, _step_size(delta, delta_bias, delta_softplus))", "step = _step_size(delta, delta_bias, delta_softplus)"),
+        "decay runs on padding": Mutant(SCAN, "step, A = where_counting(mask, _step_size(delta, delta_bias, delta_softplus)),", "step, A = _step_size(delta, delta_bias, delta_softplus),"),
         "conv over padding": Mutant(CONV, "x = _permute(mx.where(mask[..., None], x, mx.array(0, x.dtype)), call.order)", "x = mx.where(mask[..., None], x, mx.array(0, x.dtype))"),
         "conv state from the end of a padded row": Mutant(CONV, "inputs.shape[1] if mask is None else", "inputs.shape[1] if True else"),
         "logits of masked positions": Mutant("model.py", "        if mask is not None and values.size:\n", "        if False:\n"),

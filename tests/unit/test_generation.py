@@ -196,15 +196,10 @@ def test_embeddings_that_are_refused(model):
 # --- what is wrapped, copied, or of another package ----------------------------------------------------------------
 
 
-class Wrapper:
-    """As DistributedDataParallel and AveragedModel keep what they wrap."""
-
-    def __init__(self, module):
-        self.module = module
-
-
-def test_wrapped_models_generate_and_are_explained(model, tmp_path):
-    wrapped = Wrapper(Wrapper(model))
+def test_wrapped_models_generate_and_are_explained(tmp_path):
+    torch = pytest.importorskip("torch")
+    model = mc.build(CONFIG, backend="torch")
+    wrapped = torch.optim.swa_utils.AveragedModel(torch.optim.swa_utils.AveragedModel(model))
     wanted = mc.generate(model, "def ", max_new_tokens=4, return_state=True)
     assert mc.generate(wrapped, "def ", max_new_tokens=4).tokens == wanted.tokens
     assert "".join(mc.stream(wrapped, "def ", max_new_tokens=4)) == wanted.text[0]
@@ -223,9 +218,12 @@ def test_what_a_model_of_another_package_is_said_to_be():
         lambda: mc.explain(foreign),
     ):
         with pytest.raises(
-            TypeError, match=r"model is other_package\.models\.Model, a model of other_package, which mam"
+            TypeError, match=r"model is other_package\.models\.Model; \w+ needs a model of this library"
         ):
             call()
+    known = type("Model", (torch.nn.Module,), {"__module__": "transformers.models.mamba"})()
+    with pytest.raises(TypeError, match=r"mamba\.Model, a model of transformers, which mamba_core\.load reads"):
+        mc.generate(known, "x")
     with pytest.raises(TypeError, match="model is 'mamba-130m', a name; generating needs"):
         mc.generate("mamba-130m", "x")
     with pytest.raises(TypeError, match="source is Model; expected a checkpoint's name"):

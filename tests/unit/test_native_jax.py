@@ -23,7 +23,7 @@ if library.missing():
     pytest.skip(f"no native kernels: {library.missing()}", allow_module_level=True)
 
 from mamba_core.backend import LayerState  # noqa: E402 (after the packages that it needs)
-from mamba_core.backends.jax import decoding  # noqa: E402
+from mamba_core.backends.jax import decoding, programs  # noqa: E402
 from mamba_core.backends.jax.mixers import Options, s6  # noqa: E402
 from mamba_core.backends.jax.ops.linear import product_of_one  # noqa: E402
 
@@ -426,8 +426,8 @@ class Normed(nnx.Module):
         x, z = s6.project_in(self, hidden, call)
         x, conv = s6.convolve(self, x, state, call)
         dt, B, C = s6.norm_selection(*s6.select(self, x, call), self.eps, call)
-        delta = s6.step_sizes(self, dt, call)
-        y, ssm = s6.recur(self, x, delta, B, C, z, s6.delta_bias(self), state, call)
+        delta, bias = s6.step_sizes(self, dt, call)
+        y, ssm = s6.recur(self, x, delta, B, C, z, bias, state, call)
         return self.out_proj(y), LayerState(conv, ssm)
 
     def native_step(self):
@@ -570,12 +570,13 @@ def test_an_exported_step_is_that_of_the_plain_operations():
 def test_decoding_copies_neither_weights_nor_states(dtype):
     """Each weight is read once a token, which is all the time that a token takes."""
     model = mc.build(CONFIG, backend="jax", device="cpu", dtype=dtype)
-    graph, parameters = nnx.split(model)
-    policy = mc.sampling.Sampling()
+    graph, parameters, others = programs.divided(model)
+    methods, policy = programs.methods_in(graph), mc.sampling.Sampling()
     prompts, mask, state = jnp.ones((1, 16), int), jnp.ones((1, 16), bool), model.init_state(1)
-    carry = decoding._begin(decoding._prefill(graph, parameters, prompts, mask, state), None, None, sampling=policy)
+    prefilled, _ = decoding._prefill(graph, methods, parameters, others, prompts, mask, state)
+    carry = decoding._begin(prefilled, None, None, sampling=policy)
     executable = decoding._advance.lower(
-        graph, parameters, *decoding._divided(carry), None, 3, sampling=policy
+        graph, methods, parameters, others, *decoding._divided(carry), None, 3, sampling=policy
     ).compile()
     compiled = executable.as_text()
     assert all(f"mamba_{name}_xla" in compiled for name in BOTH)
