@@ -7,9 +7,9 @@ user names is not tried, and neither is one on a CPU, where this project's tests
 every kernel.
 
 A trial runs in a thread of its own, where neither a trace of torch.compile, jax.jit or mx.compile nor a setting of the
-caller's thread reaches it. What a kernel does to its process, such as ending it, it does to the caller's too: a file in
-the cache says that a trial is under way, and a later process that finds it takes the kernel for failed. A trial that
-does not end within `LONGEST` seconds has failed.
+caller's thread reaches it. What a kernel does to its process, such as ending it, it does to the caller's too. A file in
+the cache says that a trial is under way: a kernel under which `DEATHS` processes have ended has failed. So has one
+whose trial does not end within `LONGEST` seconds.
 """
 
 import functools

@@ -18,6 +18,7 @@ from mamba_core.merging import check_held
 from mamba_core.spec.checks import check_targets
 from mamba_core.spec.params import parameter_table
 from mamba_core.tasks import check_trains
+from mamba_core.wrappers import checked_output
 
 
 def loss(model, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -28,7 +29,8 @@ def loss(model, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     if mask is not None:
         mask, counts = mask[:, :-1], mask[:, 1:]
     if not model.is_built or (weight := model.head_weight()) is None:
-        logits = model(tokens, **({} if mask is None else {"mask": mask})).logits.astype(jnp.float32)
+        output = model(tokens, **({} if mask is None else {"mask": mask}))
+        logits = checked_output(model, output).logits.astype(jnp.float32)
         return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean(where=counts)
     hidden = model.hidden(tokens, mask)
     hidden = hidden.reshape(-1, hidden.shape[-1])

@@ -17,13 +17,14 @@ from mamba_core.merging import check_held
 from mamba_core.spec.checks import check_targets
 from mamba_core.spec.params import parameter_table
 from mamba_core.tasks import check_trains
+from mamba_core.wrappers import checked_output
 
 
 def loss(model, tokens, mask=None) -> mx.array:
     """Mean cross-entropy of tokens[:, 1:] given tokens[:, :-1] over the targets that count; tokens (b, l+1)."""
     check_targets(tokens)
     given = {} if mask is None else {"mask": mask[:, :-1]}
-    logits = model(tokens[:, :-1], **given).logits
+    logits = checked_output(model, model(tokens[:, :-1], **given)).logits
     losses = _cross_entropy(model, logits, tokens[:, 1:])
     if mask is None:
         return losses.mean()

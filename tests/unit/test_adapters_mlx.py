@@ -16,6 +16,8 @@ from mlx.utils import tree_flatten  # noqa: E402 (after the package that it need
 
 from mamba_core.backends.mlx import decoding  # noqa: E402
 
+from . import mlx_paths  # noqa: E402
+
 BACKEND = registry.get("mlx")
 CONFIG = mc.MambaConfig(d_model=16, n_layer=2, vocab_size=32, initializer_range=0.3)
 IDS = np.random.default_rng(0).integers(0, 32, (2, 21)).astype(np.int32)
@@ -84,18 +86,9 @@ def of_merged_weights(model, dora=False):
 
 
 def on_every_path(model):
-    """Whole, masked, packed, both, in chunks and position by position; and a prefill."""
-    rng = np.random.default_rng(1)
-    mask, segments = mx.array(rng.random(IDS.shape) > 0.3), mx.array(np.sort(rng.integers(0, 5, IDS.shape)))
-    ids = mx.array(IDS)
-    found = [*model(ids), *model(ids, mask=mask), *model(ids, segment_ids=segments)]
-    found += model(ids, mask=mask, segment_ids=segments)
-    state, pieces = None, []
-    for part in (slice(0, 2), slice(2, 12), slice(12, 13), *(slice(at, at + 1) for at in range(13, 21))):
-        logits, state = model(ids[:, part], state)
-        pieces.append(logits)
-    found += [mx.concatenate(pieces, axis=1), state, *BACKEND.prefill(model, IDS, np.ones(IDS.shape, bool))]
-    return [np.array(value) for _, value in tree_flatten(found)]
+    """And a prefill."""
+    prefilled = tree_flatten(BACKEND.prefill(model, IDS, np.ones(IDS.shape, bool)))
+    return [*mlx_paths.on_every_path(model, IDS), *(np.array(value) for _, value in prefilled)]
 
 
 KINDS = [mc.MambaConfig, mc.MiniMambaConfig, mc.FalconMambaConfig]

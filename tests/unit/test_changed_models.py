@@ -86,6 +86,8 @@ def test_a_call_that_gives_something_else_is_named(name):
     model.__class__ = type("Bare", (kind,), {CALL[name]: call})
     with pytest.raises(TypeError, match=r"a call of Bare gives .*; expected logits and state"):
         mc.generate(model, [[1, 2, 3]], max_new_tokens=2)
+    with pytest.raises(TypeError, match=r"a call of Bare gives .*; expected logits and state"):
+        mc.train(model, IDS.ravel(), mc.TrainSettings(steps=1, batch_size=1, length=4))
 
 
 @pytest.mark.parametrize("part", ["", "backbone", "backbone.layers.0", "backbone.layers.0.mixer"])

@@ -17,6 +17,8 @@ from mlx.utils import tree_flatten  # noqa: E402 (after the package that it need
 
 from mamba_core.backends.mlx import blocks, layers, stack  # noqa: E402
 
+from . import mlx_paths  # noqa: E402
+
 BACKEND = registry.get("mlx")
 # Wide enough for groups of quantised weights, and for NumPy's products.
 CONFIG = mc.MambaConfig(d_model=64, n_layer=2, vocab_size=64, dt_rank=32, initializer_range=0.3)
@@ -241,19 +243,8 @@ def as_subclass(module):
     return module
 
 
-def on_every_path(model, ids=IDS[:, :21]):
-    """Whole, masked, packed, both, in chunks, and position by position."""
-    rng = np.random.default_rng(1)
-    mask, segments = mx.array(rng.random(ids.shape) > 0.3), mx.array(np.sort(rng.integers(0, 5, ids.shape)))
-    ids = mx.array(ids)
-    found = [*model(ids), *model(ids, mask=mask), *model(ids, segment_ids=segments)]
-    found += model(ids, mask=mask, segment_ids=segments)
-    state, pieces = None, []
-    for part in (slice(0, 2), slice(2, 12), slice(12, 13), *(slice(at, at + 1) for at in range(13, 21))):
-        logits, state = model(ids[:, part], state)
-        pieces.append(logits)
-    found += [mx.concatenate(pieces, axis=1), state]
-    return [np.array(value.astype(mx.float32)) for _, value in tree_flatten(found)]
+def on_every_path(model):
+    return mlx_paths.on_every_path(model, IDS[:, :21])
 
 
 @pytest.mark.parametrize("another", CONVOLUTIONS)
