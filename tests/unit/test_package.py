@@ -193,4 +193,5 @@ def test_readme_opening_runs(tmp_path):
 
 
 def test_every_python_block_of_the_readme_is_run():
-    assert sum(code.count("import mamba_core as mc") for code in snippets().values()) == README.count("```python") == 8
+    run = sum(code.count("import mamba_core as mc") for code in snippets().values())
+    assert run == README.count("```python") >= 8, "each block imports mamba_core once, and stands under a heading"
