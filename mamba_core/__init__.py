@@ -19,7 +19,7 @@ from mamba_core.explanation import Explanation, explain
 from mamba_core.factory import build, load, load_state, save, save_state
 from mamba_core.generation import Result, Stream, generate, stream
 from mamba_core.kernels import Kernels
-from mamba_core.ops import causal_conv, causal_conv_step, selective_scan, selective_step
+from mamba_core.ops import causal_conv, causal_conv_step, selective_scan, selective_step, ssd, ssd_step
 from mamba_core.registry import BackendInfo
 from mamba_core.registry import backends as available_backends
 from mamba_core.sampling import Sampling
@@ -61,6 +61,8 @@ __all__ = [
     "save_state",
     "selective_scan",
     "selective_step",
+    "ssd",
+    "ssd_step",
     "stream",
     "train",
 ]

@@ -4,6 +4,7 @@ Letters are those of `mamba_core.spec.dims`.
 """
 
 import functools
+import math
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,86 @@ def selective_step(
     """
     options = {"z": z, "delta_bias": delta_bias, "delta_softplus": delta_softplus, "state": state}
     return _module("selective_scan", x).selective_step(x, delta, A, B, C, D, **options)
+
+
+def ssd(
+    x: Array,
+    dt: Array,
+    A: Array,
+    B: Array,
+    C: Array,
+    D: Array | None = None,
+    *,
+    z: Array | None = None,
+    dt_bias: Array | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    initial_state: Array | None = None,
+    return_final_state: bool = False,
+    mask: Array | None = None,
+    segment_ids: Array | None = None,
+    kernel: str = "auto",
+) -> Any:
+    """The recurrence of Mamba-2, state-space duality (Dao and Gu 2024, arXiv:2405.21060, equations 1 and 2).
+
+        step_t = limit(softplus(dt_t + dt_bias))                     softplus only if dt_softplus
+        h_t    = exp(step_t * A) * h_{t-1} + step_t * x_t B_t^T      of each head, (p, n)
+        y_t    = (h_t C_t + D * x_t) * silu(z_t)                     D and z only if given
+
+    x, dt, z, B and C have the compute dtype (float32, bfloat16, float16); A, D, dt_bias and the state float32. All
+    arithmetic is float32, or float64 for a float64 x where the framework has it.
+
+    Args:
+        x, z: (b, l, h, p). dt: (b, l, h).
+        A: (h,), negative.
+        B, C: (b, l, g, n); head j reads group j // (h / g).
+        D: (h,), or (h, p) for a value a channel. dt_bias: (h,).
+        dt_limit: the least and the most that a step may be. Beyond them it has no gradient.
+        initial_state: (b, h, p, n), h before the first position; zeros if None.
+        return_final_state, mask, segment_ids, kernel: as in `selective_scan`.
+
+    Returns:
+        y (b, l, h, p) in x's dtype, and if return_final_state also h (b, h, p, n) float32 after the last position (the
+        initial state where l is 0). Differentiable in every real argument, through y and the final state. All kernels
+        but "plain" compute chunks of positions as matrix products, in which Inf and NaN reach the whole chunk, other
+        segments' positions too.
+
+    Raises:
+        TypeError, ValueError: as `selective_scan`; also for groups that do not divide the heads, and for a `dt_limit`
+            that is no pair of bounds.
+    """
+    options = {"z": z, "dt_bias": dt_bias, "dt_softplus": dt_softplus, "dt_limit": dt_limit}
+    options |= {"initial_state": initial_state, "return_final_state": return_final_state}
+    return _function("ssd", x, kernel)(x, dt, A, B, C, D, **options, mask=mask, segment_ids=segment_ids)
+
+
+def ssd_step(
+    x: Array,
+    dt: Array,
+    A: Array,
+    B: Array,
+    C: Array,
+    D: Array | None = None,
+    *,
+    z: Array | None = None,
+    dt_bias: Array | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    state: Array,
+) -> tuple[Array, Array]:
+    """One position of `ssd`.
+
+    Args:
+        x, z: (b, h, p). dt: (b, h). B, C: (b, g, n). state: (b, h, p, n). The others are as in `ssd`.
+
+    Returns:
+        y (b, h, p) in x's dtype, and the new state.
+
+    Raises:
+        TypeError, ValueError: as `ssd`.
+    """
+    options = {"z": z, "dt_bias": dt_bias, "dt_softplus": dt_softplus, "dt_limit": dt_limit, "state": state}
+    return _module("ssd", x).ssd_step(x, dt, A, B, C, D, **options)
 
 
 def causal_conv(

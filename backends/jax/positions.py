@@ -34,8 +34,10 @@ def compaction(mask):
 
 
 def where_counting(mask: jax.Array | None, value: jax.Array | None) -> jax.Array | None:
-    """(b, l, channels), zero where masked: a masked value may be NaN, and 0 * NaN is not 0."""
-    return value if mask is None or value is None else jnp.where(mask[..., None], value, 0)
+    """(b, l, ...), zero where masked: a masked value may be NaN, and 0 * NaN is not 0."""
+    if mask is None or value is None:
+        return value
+    return jnp.where(jnp.expand_dims(mask, range(2, value.ndim)), value, 0)
 
 
 @jax.jit

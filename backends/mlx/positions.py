@@ -32,8 +32,10 @@ def compaction(mask: mx.array) -> tuple[mx.array, mx.array]:
 
 
 def where_counting(mask: mx.array | None, value: mx.array | None) -> mx.array | None:
-    """(b, l, channels), zero where masked: a masked value may be NaN, and 0 * NaN is not 0."""
-    return value if mask is None or value is None else mx.where(mask[..., None], value, mx.array(0, value.dtype))
+    """(b, l, ...), zero where masked: a masked value may be NaN, and 0 * NaN is not 0."""
+    if mask is None or value is None:
+        return value
+    return mx.where(mask.reshape(*mask.shape, *(1,) * (value.ndim - 2)), value, mx.array(0, value.dtype))
 
 
 def _restarts(mask: mx.array | None, segment_ids: mx.array | None) -> mx.array | None:

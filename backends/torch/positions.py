@@ -30,8 +30,10 @@ def compaction(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def where_counting(mask: Tensor | None, value: Tensor | None) -> Tensor | None:
-    """(b, l, channels), zero where masked: a masked value may be NaN, and 0 * NaN is not 0."""
-    return value if mask is None or value is None else torch.where(mask[..., None], value, 0.0)
+    """(b, l, ...), zero where masked: a masked value may be NaN, and 0 * NaN is not 0."""
+    if mask is None or value is None:
+        return value
+    return torch.where(mask.reshape(*mask.shape, *(1,) * (value.ndim - 2)), value, 0.0)
 
 
 def _restarts(mask, segment_ids, order, inverse) -> Tensor | None:

@@ -76,7 +76,8 @@ def test_causal(backend, name, data):
     t = data.draw(st.integers(0, case.shape[1] - 1))
     later = np.arange(case.shape[1]) > t
     names = [key for key in SUBJECTS[name].per_position if key in case.arrays]
-    arrays = {key: np.where(later[None, :, None], 3 * case.arrays[key] + 1, case.arrays[key]) for key in names}
+    kept = {key: (~later).reshape(-1, *(1,) * (case.arrays[key].ndim - 2)) for key in names}
+    arrays = {key: np.where(kept[key], case.arrays[key], 3 * case.arrays[key] + 1) for key in names}
     options = dict(case.options)
     if "input_ids" in options:
         options["input_ids"] = np.where(later, (options["input_ids"] + 1) % 17, options["input_ids"])

@@ -1,0 +1,151 @@
+"""The recurrence of Mamba-2 in MLX (Dao and Gu 2024, section 6): its plain form, a chunked one, and the choice.
+
+The chunked form is in `kernels/chunked_ssd.py`.
+"""
+
+import functools
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mamba_core.backends.mlx.arrays import default_device, keep_float32
+from mamba_core.backends.mlx.kernels import chunked_ssd
+from mamba_core.backends.mlx.positions import call_of, where_counting
+from mamba_core.call import Call
+from mamba_core.kernels import choose
+from mamba_core.spec.ops.selective_scan import LEAST
+from mamba_core.spec.ops.ssd import NO_LIMIT, check_ssd, check_ssd_step
+
+
+def ssd(
+    x,
+    dt,
+    A,
+    B,
+    C,
+    D=None,
+    *,
+    z=None,
+    dt_bias=None,
+    dt_softplus=False,
+    dt_limit=NO_LIMIT,
+    initial_state=None,
+    return_final_state=False,
+    mask=None,
+    segment_ids=None,
+    kernel="auto",
+):
+    """Computed in float32, a float64 x too: MLX has no float64 on a GPU."""
+    y, h = recur(
+        call_of(mask, segment_ids, length=x.shape[1]),
+        *(x, dt, A, B, C, D),
+        z=z,
+        dt_bias=dt_bias,
+        dt_softplus=dt_softplus,
+        dt_limit=dt_limit,
+        initial_state=initial_state,
+        kernel=kernel,
+    )
+    return (y, h) if return_final_state else y
+
+
+def recur(
+    call: Call,
+    x,
+    dt,
+    A,
+    B,
+    C,
+    D=None,
+    *,
+    z=None,
+    dt_bias=None,
+    dt_softplus=False,
+    dt_limit=NO_LIMIT,
+    initial_state=None,
+    kernel="auto",
+):
+    """`ssd` within a call whose positions are known; (y, final state)."""
+    check_ssd(x, dt, A, B, C, D, z, dt_bias, dt_limit, initial_state, call.mask, call.segment_ids)
+    keep_float32()
+    device = default_device()
+    run = KERNELS[choose(kernel, kernels(device, x.dtype), "ssd", "mlx", device)]
+    return run(call, x, dt, A, B, C, D, z, dt_bias, dt_softplus, tuple(dt_limit), initial_state)
+
+
+def ssd_step(x, dt, A, B, C, D=None, *, z=None, dt_bias=None, dt_softplus=False, dt_limit=NO_LIMIT, state):
+    check_ssd_step(x, dt, A, B, C, D, z, dt_bias, dt_limit, state)
+    keep_float32()
+    dtype = x.dtype
+    x, A, B, C, D, z, state = (_float32(value) for value in (x, A, B, C, D, z, state))
+    step = _step_size(dt, dt_bias, dt_softplus, tuple(dt_limit))
+    linear, h = _advance(state, x, step, mx.maximum(A, LEAST), B, C)
+    return _output(linear, x, D, z).astype(dtype), h
+
+
+def kernels(device=None, dtype=None, arrays=()) -> dict[str, str | None]:
+    """Fastest first. All are MLX's own operations and run on every device."""
+    return dict.fromkeys(KERNELS)
+
+
+def _prepared(recurrence):
+    """A kernel of the op's own arguments, from a function of step sizes and of float32 only."""
+
+    @functools.wraps(recurrence)
+    def kernel(call, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, h0):
+        dtype, mask = x.dtype, call.mask
+        # Not by a factor of zero: a masked position may hold Inf or NaN.
+        x, dt, B, C, z = (where_counting(mask, value) for value in (x, dt, B, C, z))
+        x, A, B, C, D, z = (_float32(value) for value in (x, A, B, C, D, z))
+        step, A = where_counting(mask, _step_size(dt, dt_bias, dt_softplus, dt_limit)), mx.maximum(A, LEAST)
+        linear, h = x, mx.zeros((x.shape[0], *x.shape[2:], B.shape[3])) if h0 is None else _float32(h0)
+        if x.shape[1] > 0:
+            linear, h = recurrence(x, step, A, B, C, h, call.restart)
+        return _output(linear, x, D, z).astype(dtype), h
+
+    return kernel
+
+
+@_prepared
+def sequential(x, step, A, B, C, h0, restart):
+    """A loop over time, the plain twin of the others. MLX differentiates it and keeps every state."""
+    h, linear = h0, []
+    for t in range(x.shape[1]):
+        if restart is not None:
+            h = mx.where(restart[:, t, None, None, None], 0.0, h)
+        y, h = _advance(h, x[:, t], step[:, t], A, B[:, t], C[:, t])
+        linear.append(y)
+    return mx.stack(linear, axis=1), h
+
+
+# Fastest first, the plain one last.
+KERNELS = {"chunked": _prepared(chunked_ssd.chunked), "sequential": sequential}
+
+
+def _step_size(dt, dt_bias, dt_softplus, dt_limit):
+    step = _float32(dt)
+    step = step if dt_bias is None else step + _float32(dt_bias)
+    step = mx.logaddexp(step, 0.0) if dt_softplus else step
+    if dt_softplus and dt_limit == NO_LIMIT:
+        return step
+    least, most = dt_limit
+    return mx.where(step < least, least, mx.where(step > most, most, step))
+
+
+@mx.compile
+def _advance(h, x, step, A, B, C):
+    """(h C, h) after one position: x (b, h, p), step (b, h), B and C (b, g, n), h (b, h, p, n)."""
+    B, C = (mx.repeat(value, x.shape[1] // value.shape[1], axis=1)[:, :, None] for value in (B, C))
+    h = mx.exp(step * A)[..., None, None] * h + (step[..., None] * x)[..., None] * B
+    return (h * C).sum(axis=-1), h
+
+
+def _output(linear, x, D, z):
+    """(h C + D x) * silu(z)."""
+    if D is not None:
+        linear = linear + (D if D.ndim == 2 else D[:, None]) * x
+    return linear if z is None else linear * nn.silu(z)
+
+
+def _float32(value):
+    return None if value is None else value.astype(mx.float32)
