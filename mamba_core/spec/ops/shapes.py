@@ -16,4 +16,13 @@ def _columns_vjp(dy, inputs, parameters, settings):
     return [gradient], {}
 
 
-NODES = {"columns": stateless(_columns, _columns_vjp)}
+def _joined(inputs, parameters, settings):
+    """One after another along the last axis."""
+    return np.concatenate(inputs, axis=-1)
+
+
+def _joined_vjp(dy, inputs, parameters, settings):
+    return np.split(dy, np.cumsum([value.shape[-1] for value in inputs])[:-1], axis=-1), {}
+
+
+NODES = {"columns": stateless(_columns, _columns_vjp), "joined": stateless(_joined, _joined_vjp)}

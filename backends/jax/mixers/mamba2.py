@@ -1,0 +1,110 @@
+"""The mixer of Mamba-2 (Dao and Gu 2024, figure 6)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mamba_core.backend import LayerState
+from mamba_core.backends.jax import layers
+from mamba_core.backends.jax.mixers import s6
+from mamba_core.backends.jax.ops.linear import precision
+from mamba_core.backends.jax.ops.rms_norm import rms_norm
+from mamba_core.backends.jax.ops.ssd import recur, ssd_step
+from mamba_core.backends.jax.untouched import untouched
+from mamba_core.call import Call
+
+
+class GatedRMSNorm(nnx.Module):
+    """The norm of groups of channels, with the gate before or after it, in float32, returned in `dtype`."""
+
+    weight_leaf = "scale"
+
+    def __init__(self, size: int, groups: int, eps: float, norm_before_gate: bool, dtype: str):
+        self.scale = nnx.Param(jnp.ones(size, dtype))
+        self.groups, self.eps, self.norm_before_gate, self.dtype = groups, eps, norm_before_gate, dtype
+
+    def __call__(self, y: jax.Array, z: jax.Array) -> jax.Array:
+        gate = jax.nn.silu(z.astype(jnp.float32))
+        y = y.astype(jnp.float32)
+        y = y if self.norm_before_gate else y * gate
+        grouped = y.reshape(*y.shape[:-1], self.groups, -1)
+        normed = rms_norm(grouped, None, self.eps, jnp.float32).reshape(y.shape)
+        normed = normed * self.scale[...].astype(jnp.float32)
+        return (normed * gate if self.norm_before_gate else normed).astype(self.dtype)
+
+
+class Mamba2Mixer(nnx.Module):
+    """hidden (b, l, d) -> (b, l, d), and the state after the last position."""
+
+    def __init__(self, config, layer: int, options):
+        e, h, filters, k = config.d_scanned, config.nheads, config.conv_dim, config.d_conv
+        self.kernels = options.kernels
+        self.groups, self.headdim, self.dt_limit = config.ngroups, config.headdim, config.dt_limit
+        self.sizes = (config.d_gated, config.d_gated, e, filters, h)
+        of_layers = {"dtype": options.dtype, "param_dtype": options.dtype, "precision": precision(options.dtype)}
+        of_layers |= {"rngs": options.rngs}
+        self.in_proj = nnx.Linear(config.d_model, sum(self.sizes), use_bias=config.bias, **of_layers)
+        how = {"padding": "CAUSAL", "feature_group_count": filters, "use_bias": config.conv_bias}
+        self.conv1d = nnx.Conv(filters, filters, k, **how, **of_layers)
+        self.dt_bias, self.A_log = nnx.Param(jnp.zeros(h)), nnx.Param(jnp.zeros(h))
+        self.D = nnx.Param(jnp.ones(e if config.D_has_hdim else h))
+        norm = (e, config.ngroups, config.norm_eps, config.norm_before_gate, options.dtype)
+        self.norm = GatedRMSNorm(*norm) if config.rmsnorm else None
+        self.out_proj = nnx.Linear(config.d_inner, config.d_model, use_bias=config.bias, **of_layers)
+
+    def __call__(self, hidden: jax.Array, state: LayerState, call: Call) -> tuple[jax.Array, LayerState]:
+        projected = call.observe("in_proj", layers.linear(self.in_proj, hidden))
+        gate, gated, z, xBC, dt = _split(projected, self.sizes)
+        z, xBC, dt = (call.observe(name, value) for name, value in {"z": z, "xBC": xBC, "dt": dt}.items())
+        y, state = self._mix(xBC, dt, z, state, call)
+        if self.sizes[0]:
+            gate = call.observe("gate_silu", jax.nn.silu(call.observe("gate", gate)))
+            beside = call.observe("beside", gate * call.observe("gated", gated))
+            y = call.observe("joined", jnp.concatenate((beside, y), axis=-1))
+        return s6.project_out(self, y, call), state
+
+    def _mix(self, xBC, dt, z, state, call):
+        """The mixer from the convolution to the gate."""
+        mixed, conv = s6.convolve(self, xBC, state, call)
+        of_groups = (mixed.shape[-1] - self.sizes[2]) // 2
+        named = zip(("x", "B", "C"), _split(mixed, (self.sizes[2], of_groups, of_groups)), strict=True)
+        x, B, C = (call.observe(name, value) for name, value in named)
+        y, ssm = self._recur(x, dt, B, C, None if self.norm is not None else z, state, call)
+        if self.norm is not None:
+            y = call.observe("gated_norm", layers.in_dtype(y.dtype, self.norm(y, z)))
+        return y, LayerState(conv, ssm)
+
+    def _recur(self, x, dt, B, C, z, state, call):
+        """(y (b, l, e) of the recurrence, gated where there is a z; its state)."""
+        heads, groups = dt.shape[-1], self.groups
+        x, z = (None if value is None else value.reshape(*value.shape[:2], heads, -1) for value in (x, z))
+        B, C = (value.reshape(*value.shape[:2], groups, -1) for value in (B, C))
+        A, D = -jnp.exp(self.A_log[...]), self.D[...]
+        D = D if D.shape == A.shape else D.reshape(heads, -1)
+        options = {"dt_bias": self.dt_bias[...], "dt_softplus": True, "dt_limit": self.dt_limit}
+        if call.one:
+            x, dt, B, C, z = (None if value is None else value[:, 0] for value in (x, dt, B, C, z))
+            y, after = ssd_step(x, dt, A, B, C, D, z=z, **options, state=state.ssm)
+            y = y[:, None]
+        else:
+            options |= {"initial_state": state.ssm, "kernel": self.kernels.of("ssd")}
+            y, after = recur(call, x, dt, A, B, C, D, z=z, **options)
+        return call.observe("ssd", y.reshape(*y.shape[:2], -1)), after
+
+    def width(self) -> int | None:
+        """Elements of its widest array, in_proj's output, for each position; None if a layer was changed."""
+        is_built = untouched(nnx.Linear, self.in_proj, self.out_proj) and layers.is_convolution(self.conv1d)
+        is_built = is_built and (self.norm is None or untouched(GatedRMSNorm, self.norm))
+        return sum(self.sizes) if is_built else None
+
+
+Mixer = Mamba2Mixer
+
+
+def _split(value: jax.Array, sizes: tuple[int, ...]) -> list[jax.Array]:
+    """Along the last axis."""
+    found, start = [], 0
+    for size in sizes:
+        found.append(value[..., start : start + size])
+        start += size
+    return found

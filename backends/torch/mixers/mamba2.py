@@ -1,0 +1,99 @@
+"""The mixer of Mamba-2 (Dao and Gu 2024, figure 6)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mamba_core.backend import LayerState
+from mamba_core.backends.torch import layers
+from mamba_core.backends.torch.arrays import at_least_float32
+from mamba_core.backends.torch.mixers import s6
+from mamba_core.backends.torch.ops import rms_norm, ssd
+from mamba_core.backends.torch.quantization import QuantizedLinear
+from mamba_core.backends.torch.untouched import untouched
+from mamba_core.call import Call
+
+
+class GatedRMSNorm(nn.Module):
+    """The norm of groups of channels, with the gate before or after it, in float32 and the dtype of the weight."""
+
+    def __init__(self, size: int, groups: int, eps: float, norm_before_gate: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.groups, self.eps, self.norm_before_gate = groups, eps, norm_before_gate
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        gate = F.silu(at_least_float32(z))
+        y = at_least_float32(y)
+        y = y if self.norm_before_gate else y * gate
+        normed = rms_norm.rms_norm(y.unflatten(-1, (self.groups, -1)), None, self.eps).flatten(-2)
+        normed = normed * at_least_float32(self.weight)
+        return (normed * gate if self.norm_before_gate else normed).to(self.weight.dtype)
+
+
+class Mamba2Mixer(nn.Module):
+    def __init__(self, config, layer: int, options):
+        super().__init__()
+        e, h, filters, k = config.d_scanned, config.nheads, config.conv_dim, config.d_conv
+        of_groups = config.ngroups * config.d_state
+        self.kernels = options.kernels
+        self.groups, self.headdim, self.dt_limit = config.ngroups, config.headdim, config.dt_limit
+        self.sizes = (config.d_gated, config.d_gated, e, filters, h)
+        self.conv_sizes = (e, of_groups, of_groups)
+        self.in_proj = nn.Linear(config.d_model, sum(self.sizes), bias=config.bias)
+        self.conv1d = nn.Conv1d(filters, filters, k, groups=filters, padding=k - 1, bias=config.conv_bias)
+        self.dt_bias = nn.Parameter(torch.empty(h))
+        self.A_log = nn.Parameter(torch.empty(h))
+        self.D = nn.Parameter(torch.empty(e if config.D_has_hdim else h))
+        self.norm = (
+            GatedRMSNorm(e, config.ngroups, config.norm_eps, config.norm_before_gate) if config.rmsnorm else None
+        )
+        self.out_proj = nn.Linear(config.d_inner, config.d_model, bias=config.bias)
+
+    def forward(self, hidden: Tensor, state: LayerState, call: Call) -> tuple[Tensor, LayerState]:
+        projected = call.observe("in_proj", s6.project(self, "in_proj", hidden))
+        gate, gated, z, xBC, dt = projected.split(self.sizes, dim=-1)
+        z, xBC, dt = (call.observe(name, value) for name, value in {"z": z, "xBC": xBC, "dt": dt}.items())
+        y, state = self._mix(xBC, dt, z, state, call)
+        if self.sizes[0]:
+            gate = call.observe("gate_silu", F.silu(call.observe("gate", gate)))
+            beside = call.observe("beside", gate * call.observe("gated", gated))
+            y = call.observe("joined", torch.cat((beside, y), dim=-1))
+        return call.observe("out_proj", s6.project(self, "out_proj", y)), state
+
+    def _mix(self, xBC, dt, z, state, call):
+        """The mixer from the convolution to the gate."""
+        mixed, conv = s6.convolve(self, xBC, state.conv, call)
+        named = zip(("x", "B", "C"), mixed.split(self.conv_sizes, dim=-1), strict=True)
+        x, B, C = (call.observe(name, value) for name, value in named)
+        y, ssm = self._recur(x, dt, B, C, None if self.norm is not None else z, state.ssm, call)
+        if self.norm is not None:
+            y = call.observe("gated_norm", self.norm(y, z).to(y.dtype))
+        return y, LayerState(conv, ssm)
+
+    def _recur(self, x, dt, B, C, z, state, call):
+        """The recurrence, (b, l, e), with its gate if z is there, and its state."""
+        x, z = (None if value is None else value.unflatten(-1, (-1, self.headdim)) for value in (x, z))
+        B, C = (value.unflatten(-1, (self.groups, -1)) for value in (B, C))
+        A, D = -torch.exp(self.A_log), self.D
+        D = D if len(D) == len(A) else D.unflatten(0, (-1, self.headdim))
+        options = {"dt_bias": self.dt_bias, "dt_softplus": True, "dt_limit": self.dt_limit}
+        if call.one:
+            one = (x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D)
+            y, state = ssd.ssd_step(*one, z=None if z is None else z[:, 0], **options, state=state)
+            return call.observe("ssd", y[:, None].flatten(2)), state
+        options |= {"initial_state": state, "kernel": self.kernels.of("ssd")}
+        y, state = ssd.recur(call, x, dt, A, B, C, D, z=z, **options)
+        return call.observe("ssd", y.flatten(2)), state
+
+    def width(self) -> int | None:
+        """Elements of its widest array, in_proj's output, for each position; None if a layer was changed."""
+        linears = (self.in_proj, self.out_proj)
+        built = all(
+            untouched(QuantizedLinear if type(each) is QuantizedLinear else nn.Linear, each) for each in linears
+        )
+        built = built and layers.is_convolution(self.conv1d)
+        return sum(self.sizes) if built and (self.norm is None or untouched(GatedRMSNorm, self.norm)) else None
+
+
+Mixer = Mamba2Mixer
