@@ -13,8 +13,11 @@ from mamba_core.backends.mlx.kernels import chunked_ssd
 from mamba_core.backends.mlx.positions import call_of, where_counting
 from mamba_core.call import Call
 from mamba_core.kernels import choose
-from mamba_core.spec.ops.selective_scan import LEAST
 from mamba_core.spec.ops.ssd import NO_LIMIT, check_ssd, check_ssd_step
+
+# A rate below it forgets as fast. Its product with a gradient must be finite: of an infinite one MLX's `where` makes NaN
+# at positions that do not count.
+LEAST = -1e30
 
 
 def ssd(
