@@ -27,7 +27,7 @@ class GatedRMSNorm(nnx.Module):
         gate = jax.nn.silu(z.astype(jnp.float32))
         y = y.astype(jnp.float32)
         y = y if self.norm_before_gate else y * gate
-        grouped = y.reshape(*y.shape[:-1], self.groups, -1)
+        grouped = y.reshape(*y.shape[:-1], self.groups, y.shape[-1] // self.groups)
         normed = rms_norm(grouped, None, self.eps, jnp.float32).reshape(y.shape)
         normed = normed * self.scale[...].astype(jnp.float32)
         return (normed * gate if self.norm_before_gate else normed).astype(self.dtype)
@@ -55,11 +55,12 @@ class Mamba2Mixer(nnx.Module):
     def __call__(self, hidden: jax.Array, state: LayerState, call: Call) -> tuple[jax.Array, LayerState]:
         projected = call.observe("in_proj", layers.linear(self.in_proj, hidden))
         gate, gated, z, xBC, dt = _split(projected, self.sizes)
+        if self.sizes[0]:
+            gate, gated = call.observe("gate", gate), call.observe("gated", gated)
         z, xBC, dt = (call.observe(name, value) for name, value in {"z": z, "xBC": xBC, "dt": dt}.items())
         y, state = self._mix(xBC, dt, z, state, call)
         if self.sizes[0]:
-            gate = call.observe("gate_silu", jax.nn.silu(call.observe("gate", gate)))
-            beside = call.observe("beside", gate * call.observe("gated", gated))
+            beside = call.observe("beside", call.observe("gate_silu", jax.nn.silu(gate)) * gated)
             y = call.observe("joined", jnp.concatenate((beside, y), axis=-1))
         return s6.project_out(self, y, call), state
 
@@ -77,10 +78,10 @@ class Mamba2Mixer(nnx.Module):
     def _recur(self, x, dt, B, C, z, state, call):
         """(y (b, l, e) of the recurrence, gated where there is a z; its state)."""
         heads, groups = dt.shape[-1], self.groups
-        x, z = (None if value is None else value.reshape(*value.shape[:2], heads, -1) for value in (x, z))
-        B, C = (value.reshape(*value.shape[:2], groups, -1) for value in (B, C))
-        A, D = -jnp.exp(self.A_log[...]), self.D[...]
-        D = D if D.shape == A.shape else D.reshape(heads, -1)
+        x, z = (None if value is None else value.reshape(*value.shape[:2], heads, self.headdim) for value in (x, z))
+        B, C = (value.reshape(*value.shape[:2], groups, value.shape[2] // groups) for value in (B, C))
+        A, D = -jnp.exp(self.A_log[...]), None if self.D is None else self.D[...]
+        D = D if D is None or D.shape == A.shape else D.reshape(heads, -1)
         options = {"dt_bias": self.dt_bias[...], "dt_softplus": True, "dt_limit": self.dt_limit}
         if call.one:
             x, dt, B, C, z = (None if value is None else value[:, 0] for value in (x, dt, B, C, z))
@@ -89,7 +90,7 @@ class Mamba2Mixer(nnx.Module):
         else:
             options |= {"initial_state": state.ssm, "kernel": self.kernels.of("ssd")}
             y, after = recur(call, x, dt, A, B, C, D, z=z, **options)
-        return call.observe("ssd", y.reshape(*y.shape[:2], -1)), after
+        return call.observe("ssd", y.reshape(*y.shape[:2], heads * self.headdim)), after
 
     def width(self) -> int | None:
         """Elements of its widest array, in_proj's output, for each position; None if a layer was changed."""

@@ -25,7 +25,7 @@ class GatedRMSNorm(nn.Module):
         gate = nn.silu(z.astype(mx.float32))
         y = y.astype(mx.float32)
         y = y if self.norm_before_gate else y * gate
-        grouped = y.reshape(*y.shape[:-1], self.groups, -1)
+        grouped = y.reshape(*y.shape[:-1], self.groups, y.shape[-1] // self.groups)
         normed = rms_norm(grouped, None, self.eps, kernel=self.kernel).reshape(y.shape)
         normed = normed * self.weight.astype(mx.float32)
         return (normed * gate if self.norm_before_gate else normed).astype(self.weight.dtype)
@@ -37,7 +37,7 @@ class Mamba2Mixer(nn.Module):
         e, h, filters, k = config.d_scanned, config.nheads, config.conv_dim, config.d_conv
         self.layer = layer
         self.kernels = options.kernels
-        self.groups, self.dt_limit = config.ngroups, config.dt_limit
+        self.groups, self.headdim, self.dt_limit = config.ngroups, config.headdim, config.dt_limit
         self.sizes = (config.d_gated, config.d_gated, e, filters, h)
         self.in_proj = nn.Linear(config.d_model, sum(self.sizes), bias=config.bias)
         self.conv1d = nn.Conv1d(filters, filters, k, groups=filters, padding=k - 1, bias=config.conv_bias)
@@ -52,11 +52,12 @@ class Mamba2Mixer(nn.Module):
         kernel = self.kernels.of("linear")
         projected = call.observe("in_proj", layers.linear(self.in_proj, hidden, kernel))
         gate, gated, z, xBC, dt = _split(projected, self.sizes)
+        if self.sizes[0]:
+            gate, gated = call.observe("gate", gate), call.observe("gated", gated)
         z, xBC, dt = (call.observe(name, value) for name, value in {"z": z, "xBC": xBC, "dt": dt}.items())
         y, state = self._mix(xBC, dt, z, state, call)
         if self.sizes[0]:
-            gate = call.observe("gate_silu", nn.silu(call.observe("gate", gate)))
-            beside = call.observe("beside", gate * call.observe("gated", gated))
+            beside = call.observe("beside", call.observe("gate_silu", nn.silu(gate)) * gated)
             y = call.observe("joined", mx.concatenate((beside, y), axis=-1))
         return s6.project_out(self, y, call), state
 
@@ -74,10 +75,10 @@ class Mamba2Mixer(nn.Module):
     def _recur(self, x, dt, B, C, z, state, call):
         """The recurrence, (b, l, e), with its gate if z is there, and its state."""
         heads = dt.shape[-1]
-        x, z = (None if value is None else value.reshape(*value.shape[:2], heads, -1) for value in (x, z))
-        B, C = (value.reshape(*value.shape[:2], self.groups, -1) for value in (B, C))
+        x, z = (None if value is None else value.reshape(*value.shape[:2], heads, self.headdim) for value in (x, z))
+        B, C = (value.reshape(*value.shape[:2], self.groups, value.shape[2] // self.groups) for value in (B, C))
         A, D = -mx.exp(self.A_log), self.D
-        D = D if D.shape == A.shape else D.reshape(heads, -1)
+        D = D if D is None or D.shape == A.shape else D.reshape(heads, -1)
         options = {"dt_bias": self.dt_bias, "dt_softplus": True, "dt_limit": self.dt_limit}
         if call.one:
             x, dt, B, C, z = (None if value is None else value[:, 0] for value in (x, dt, B, C, z))
@@ -86,7 +87,7 @@ class Mamba2Mixer(nn.Module):
         else:
             options |= {"initial_state": state, "kernel": self.kernels.of("ssd")}
             y, state = ssd.recur(call, x, dt, A, B, C, D, z=z, **options)
-        return call.observe("ssd", y.reshape(*y.shape[:2], -1)), state
+        return call.observe("ssd", y.reshape(*y.shape[:2], heads * self.headdim)), state
 
     def width(self) -> int | None:
         """Elements of its widest array, in_proj's output, for each position; None if a layer was replaced."""

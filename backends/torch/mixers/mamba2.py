@@ -26,7 +26,8 @@ class GatedRMSNorm(nn.Module):
         gate = F.silu(at_least_float32(z))
         y = at_least_float32(y)
         y = y if self.norm_before_gate else y * gate
-        normed = rms_norm.rms_norm(y.unflatten(-1, (self.groups, -1)), None, self.eps).flatten(-2)
+        grouped = y.unflatten(-1, (self.groups, y.shape[-1] // self.groups))
+        normed = rms_norm.rms_norm(grouped, None, self.eps).flatten(-2)
         normed = normed * at_least_float32(self.weight)
         return (normed * gate if self.norm_before_gate else normed).to(self.weight.dtype)
 
@@ -53,11 +54,12 @@ class Mamba2Mixer(nn.Module):
     def forward(self, hidden: Tensor, state: LayerState, call: Call) -> tuple[Tensor, LayerState]:
         projected = call.observe("in_proj", s6.project(self, "in_proj", hidden))
         gate, gated, z, xBC, dt = projected.split(self.sizes, dim=-1)
+        if self.sizes[0]:
+            gate, gated = call.observe("gate", gate), call.observe("gated", gated)
         z, xBC, dt = (call.observe(name, value) for name, value in {"z": z, "xBC": xBC, "dt": dt}.items())
         y, state = self._mix(xBC, dt, z, state, call)
         if self.sizes[0]:
-            gate = call.observe("gate_silu", F.silu(call.observe("gate", gate)))
-            beside = call.observe("beside", gate * call.observe("gated", gated))
+            beside = call.observe("beside", call.observe("gate_silu", F.silu(gate)) * gated)
             y = call.observe("joined", torch.cat((beside, y), dim=-1))
         return call.observe("out_proj", s6.project(self, "out_proj", y)), state
 
@@ -73,10 +75,10 @@ class Mamba2Mixer(nn.Module):
 
     def _recur(self, x, dt, B, C, z, state, call):
         """The recurrence, (b, l, e), with its gate if z is there, and its state."""
-        x, z = (None if value is None else value.unflatten(-1, (-1, self.headdim)) for value in (x, z))
-        B, C = (value.unflatten(-1, (self.groups, -1)) for value in (B, C))
+        x, z = (None if value is None else value.unflatten(-1, (dt.shape[-1], self.headdim)) for value in (x, z))
+        B, C = (value.unflatten(-1, (self.groups, value.shape[-1] // self.groups)) for value in (B, C))
         A, D = -torch.exp(self.A_log), self.D
-        D = D if len(D) == len(A) else D.unflatten(0, (-1, self.headdim))
+        D = D if D is None or len(D) == len(A) else D.unflatten(0, (-1, self.headdim))
         options = {"dt_bias": self.dt_bias, "dt_softplus": True, "dt_limit": self.dt_limit}
         if call.one:
             one = (x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D)
