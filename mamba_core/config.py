@@ -10,6 +10,8 @@ from mamba_core.architectures.mamba import MambaConfig
 
 __all__ = ["COMPUTE_DTYPES", "BaseConfig", "MambaConfig", "from_dict", "from_object", "preset"]
 
+_MOST_SHOWN, _LONGEST_SHOWN = 8, 60  # names in a message, and letters of each
+
 
 def from_dict(fields: Mapping[str, Any]) -> BaseConfig:
     """A config from a parsed JSON object in our own fields, those of transformers or those of mamba_ssm.
@@ -31,7 +33,9 @@ def from_dict(fields: Mapping[str, Any]) -> BaseConfig:
     config = architectures.find(name).Config
     known = {item.name for item in dataclasses.fields(config)}
     if unknown := sorted(set(fields) - known):
-        raise ValueError(f"config has unknown fields: {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+        more = f" and {len(unknown) - _MOST_SHOWN} more" if len(unknown) > _MOST_SHOWN else ""
+        shown = ", ".join(str(name)[:_LONGEST_SHOWN] for name in unknown[:_MOST_SHOWN]) + more
+        raise ValueError(f"config has unknown fields: {shown}; known: {', '.join(sorted(known))}")
     return config(**fields)
 
 
