@@ -21,7 +21,12 @@ def main() -> int:
     fuzz.add_argument("--jobs", type=int, default=2)
     fuzz.add_argument("--keep", type=Path, default=Path(tempfile.gettempdir(), "campaign-failures"))
     fuzz.set_defaults(run=_fuzz)
-    for command in (fuzz,):
+    kills = commands.add_parser("kills", help="kills of convert and train")
+    kills.add_argument("--random", type=int, default=200, help="kills at random times")
+    kills.add_argument("--injected", type=int, default=60, help="kills at system calls, by strace")
+    kills.add_argument("--full", type=int, default=20, help="disks that are full from a system call on")
+    kills.set_defaults(run=_kills)
+    for command in (fuzz, kills):
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--out", type=Path, help="write the numbers there as JSON")
     arguments = parser.parse_args()
@@ -39,6 +44,14 @@ def _fuzz(arguments: argparse.Namespace) -> int:
     if tally.failed:
         print(f"inputs of failures: {arguments.keep}", file=sys.stderr)
     return bool(tally.failed)
+
+
+def _kills(arguments: argparse.Namespace) -> int:
+    from tests.campaign.kills.runner import campaign
+
+    report, numbers = campaign(arguments.random, arguments.injected, arguments.full, arguments.seed)
+    _show(numbers, arguments.out)
+    return bool(report.failures)
 
 
 def _one(arguments: argparse.Namespace) -> int:
