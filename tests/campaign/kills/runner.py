@@ -92,7 +92,8 @@ def _injected(root: Path, kills: int, full_disks: int, seed: int, report: Report
                 report.kills[f"injected, {point.call}"] += 1
                 report.failed(f"injected, {point}")
         print(f"{kills} kills at system calls", flush=True)
-        writes = [point for point in found if point.call in ("write", "fsync", "mkdir", "rename") and point.exchange]
+        calls = "write", "fsync", "mkdir", "rename"
+        writes = [point for point in found if point.call in calls and point.exchange and not point.said]
         for point in injected.chosen(writes, full_disks, r):
             try:
                 injected.full_disk(point, server, log, report.outcomes)
