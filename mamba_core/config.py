@@ -1,6 +1,7 @@
 """Configs by name and from JSON."""
 
 import dataclasses
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,7 +30,7 @@ def from_dict(fields: Mapping[str, Any]) -> BaseConfig:
     fields = dict(fields)
     name = fields.pop("architecture", MambaConfig.architecture)
     if not isinstance(name, str) or name not in architectures.names():
-        raise ValueError(f"config has architecture {name!r}; known: {', '.join(architectures.names())}")
+        raise ValueError(f"config has architecture {reprlib.repr(name)}; known: {', '.join(architectures.names())}")
     config = architectures.find(name).Config
     known = {item.name for item in dataclasses.fields(config)}
     if unknown := sorted(set(fields) - known):

@@ -22,7 +22,7 @@ from mamba_core.tokenizer import SubwordTokenizer
 from mamba_core.training import OPTIMIZER_FILE, load_settings, train
 from mamba_core.weights import layouts
 from mamba_core.weights.convert import convert, inspect
-from mamba_core.weights.formats import parse_json
+from mamba_core.weights.formats import read_json
 from mamba_core.weights.io import open_checkpoint
 from mamba_core.weights.opening import open_model
 from tests.campaign import standin
@@ -221,7 +221,7 @@ def _chat(path: Path, case: Case) -> Read:
 
 
 def _config(path: Path, case: Case) -> Read:
-    return {"config": repr(from_dict(parse_json(path.read_bytes())))}
+    return {"config": repr(from_dict(read_json(path)))}
 
 
 ENTRIES: dict[str, Callable[[Path, Case], Read]] = {

@@ -16,8 +16,12 @@ from tests.campaign.inputs import Base
 
 MAX_MESSAGE = 2048
 _TRACEBACK = re.compile(r'Traceback|File "|\.py", line|panicked at')
-# What an entry documents beside CheckpointError: a ValueError of what was asked for, a TypeError of a config.
+# What is documented beside CheckpointError: of every entry, for what was asked for, and of some.
 _EXPECTED = (ValueError,)
+_DOCUMENTED: dict[str, tuple[type[BaseException], ...]] = {
+    "config": (TypeError, FileNotFoundError),
+    "tokenizer": (FileNotFoundError,),
+}
 
 
 class Verdict(NamedTuple):
@@ -138,7 +142,7 @@ class Bench:
 def _refusal(case: Case, fault: BaseException, root: str) -> tuple[str, str]:
     if isinstance(fault, CommandError):
         return "command", str(fault)
-    allowed = (*_EXPECTED, TypeError) if case.entry == "config" else _EXPECTED
+    allowed = (*_EXPECTED, *_DOCUMENTED.get(case.entry, ()))
     message = str(fault)
     if not isinstance(fault, allowed) or isinstance(fault, UnicodeError):
         return f"exception {type(fault).__name__}", f"{_place(fault)}: {message[:300]}"

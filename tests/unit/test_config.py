@@ -132,6 +132,7 @@ def test_published_mamba_ssm_config_is_read():
         ({"dt_rank": "full"}, "dt_rank is 'full'"),
         ({"norm_eps": -1.0}, "norm_eps is -1.0"),
         ({"architecture": "transformer"}, "architecture 'transformer'"),
+        ({"architecture": "x" * 5000}, r"architecture 'x+\.\.\.x+'; known"),
     ],
 )
 def test_what_cannot_be_read_is_refused(fields, message):
