@@ -37,6 +37,7 @@ class Tally:
     kinds: Counter = field(default_factory=Counter)
     failures: dict[str, list[tuple[int, str]]] = field(default_factory=lambda: defaultdict(list))
     counts: Counter = field(default_factory=Counter)  # of failures that are alike
+    causes: Counter = field(default_factory=Counter)  # what boundaries have caught
     slowest: tuple[float, int, str] = (0.0, -1, "")  # seconds a megabyte, case, kind
     largest: tuple[int, int, str] = (0, -1, "")  # rise of the peak in bytes, case, kind
     traced: tuple[float, int, str] = (0.0, -1, "")  # bytes allocated by Python, at once
@@ -47,6 +48,8 @@ class Tally:
         self.entries[case.entry, verdict.outcome if not verdict.failed else "failed"] += 1
         for kind in case.kind.split(" and "):
             self.kinds[kind] += 1
+        if verdict.cause:
+            self.causes[verdict.cause] += 1
         if verdict.failed:
             self.fail(case.number, verdict)
         rate = verdict.seconds / max(1.0, case.nbytes / limits.MEGABYTE)
@@ -61,7 +64,7 @@ class Tally:
 
     def merge(self, other: "Tally") -> None:
         self.cases += other.cases
-        for name in ("outcomes", "entries", "kinds", "counts"):
+        for name in ("outcomes", "entries", "kinds", "counts", "causes"):
             getattr(self, name).update(getattr(other, name))
         for signature, found in other.failures.items():
             self.failures[signature] = (self.failures[signature] + found)[:KEPT]
@@ -78,6 +81,7 @@ class Tally:
             "outcomes": dict(self.outcomes.most_common()),
             "entries": {" ".join(key): count for key, count in sorted(self.entries.items())},
             "kinds": dict(sorted(self.kinds.items())),
+            "causes": dict(self.causes.most_common()),
             "failures": dict(self.counts.most_common()),
             "slowest": self.slowest,
             "largest": self.largest,

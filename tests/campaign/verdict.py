@@ -27,13 +27,15 @@ _DOCUMENTED: dict[str, tuple[type[BaseException], ...]] = {
 class Verdict(NamedTuple):
     """outcome: "accepted", "refused", or the kind of failure. told: the message, or what is wrong.
 
-    seconds: processor time. memory: bytes by which the peak of the process rose.
+    seconds: processor time. memory: bytes by which the peak of the process rose. cause: the kind of exception, and the
+    function, that a boundary has turned into the error, where no file should cause one of that kind.
     """
 
     outcome: str
     told: str
     seconds: float
     memory: int
+    cause: str = ""
 
     @property
     def failed(self) -> bool:
@@ -101,7 +103,7 @@ class Bench:
         outcome, told = self._outcome(case, fault, read, memory)
         if isinstance(fault, KeyboardInterrupt):
             raise fault
-        return Verdict(outcome, told, seconds, memory)
+        return Verdict(outcome, told, seconds, memory, _cause(fault))
 
     def _file_of(self, case: Case, folder: Path) -> Path:
         """What is given to the entry: the input's target, or for single files one that was changed."""
@@ -156,6 +158,13 @@ def _refusal(case: Case, fault: BaseException, root: str) -> tuple[str, str]:
     if isinstance(fault, CheckpointError) and not any(name in message for name in named):
         return "no name in the message", f"{_place(fault)}: {message[:300]}"
     return "refused", message
+
+
+def _cause(fault: BaseException | None) -> str:
+    cause = fault.__cause__ if isinstance(fault, CheckpointError) else None
+    if cause is None or isinstance(cause, (ValueError, OSError, RecursionError)) or type(cause) is Exception:
+        return ""
+    return f"{type(cause).__name__} in {_place(cause)}"
 
 
 def _place(fault: BaseException) -> str:

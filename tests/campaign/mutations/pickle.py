@@ -67,6 +67,8 @@ def edited(r: Random, data: bytes, other: bytes) -> tuple[str, bytes]:
     if kind == "raw":
         name, changed = raw.edited(r, data, other)
         return f"pickle.{name}", changed
+    if r.random() < 0.08:
+        return "pickle.sequence", b"\x80\x02" + b"".join(r.choices(POOL, k=r.randint(1, 40))) + b"."
     parts = list(opcodes(data))
     for _ in range(r.choice((1, 1, 1, 2, 4))):
         EDITS[kind](r, parts, other)
