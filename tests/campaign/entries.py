@@ -19,7 +19,7 @@ from mamba_core.config import from_dict
 from mamba_core.data import read_tokens
 from mamba_core.spec.params import parameter_table
 from mamba_core.tokenizer import SubwordTokenizer
-from mamba_core.training import OPTIMIZER_FILE, load_settings, train
+from mamba_core.training import load_settings, train
 from mamba_core.weights import layouts
 from mamba_core.weights.convert import convert, inspect
 from mamba_core.weights.formats import read_json
@@ -184,7 +184,7 @@ def _resume(path: Path, case: Case) -> Read:
         for place, entry in enumerate(train(model, DATA, settings, resume=path)):
             expect(entry["step"] == place and isinstance(entry["loss"], float), "history", entry)
             f"{entry['loss']:.4f} {entry['learning_rate']:.2e} {entry['gradient_norm']:.2e}"
-    held = safetensors.numpy.load((path / OPTIMIZER_FILE).read_bytes())
+    held = safetensors.numpy.load((path / "optimizer.safetensors").read_bytes())
     for name, array in standin.LOADED.items():
         expect(digest(array) == digest(held[name]), name, "is not what is stored")
     return {name: digest(array) for name, array in standin.LOADED.items()} | {"settings": repr(settings)}

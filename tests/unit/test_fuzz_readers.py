@@ -32,8 +32,8 @@ def campaign(tmp_path, cases: int, before: str = "") -> tuple[int, dict]:
     arguments += ["--out", str(tmp_path / "numbers.json")]
     run = f"import sys; from tests.campaign.__main__ import main; sys.argv[1:] = {arguments!r}; sys.exit(main())"
     done = subprocess.run(
-        [sys.executable, "-c", f"{before}\n{run}"], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True,
-        text=True, timeout=300,
+        [sys.executable, "-c", f"{before}\n{run}"], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert (tmp_path / "numbers.json").exists(), done.stderr[-2000:]
     return done.returncode, json.loads((tmp_path / "numbers.json").read_text())

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mamba_core.training import OPTIMIZER_FILE, PROGRESS_FILE
 from mamba_core.weights.io import open_checkpoint
 from mamba_core.weights.opening import open_model
 from tests.campaign.entries import digest
@@ -16,6 +15,8 @@ from tests.campaign.kills.warm import Warm
 from tests.unit import layout_files
 
 STEPS = 5
+# The files of a training that are beside the model.
+OPTIMIZER_FILE, PROGRESS_FILE = "optimizer.safetensors", "training.json"
 TEXT = "one sentence after the other, of which none says much. " * 8
 
 

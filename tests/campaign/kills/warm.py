@@ -137,15 +137,15 @@ def _child(order: dict, main) -> None:
 
 def _keep_snapshots(folder: Path) -> None:
     """Copy each checkpoint that training writes, under the number of its steps."""
-    from mamba_core import training
+    modules = [module for name, module in sys.modules.items() if name.startswith("mamba_core.")]
+    saving = [module for module in modules if callable(getattr(module, "save_checkpoint", None))]
 
-    save = training.save_checkpoint
-
-    def keep(path, model, trainer, progress, *arguments, **settings):
+    def keep(path, model, trainer, progress, *arguments, save=saving[0].save_checkpoint, **settings):
         save(path, model, trainer, progress, *arguments, **settings)
         shutil.copytree(path, folder / str(len(progress["history"])))
 
-    training.save_checkpoint = keep
+    for module in saving:
+        module.save_checkpoint = keep  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":
