@@ -17,8 +17,9 @@ from mamba_core import architectures, factory
 from mamba_core.cli.output import add_backend, add_json, console, progress_bar
 from mamba_core.config import from_dict, preset
 from mamba_core.data import read_tokens
+from mamba_core.runs import TOKENIZER_FILE
 from mamba_core.tokenizer import SubwordTokenizer
-from mamba_core.training import TOKENIZER_FILE, TrainSettings, load_settings, train
+from mamba_core.training import TrainSettings, load_settings, train
 from mamba_core.weights.formats import CheckpointError, parse_json, restore_folder
 
 SIGNALLED = 128  # plus the signal's number is the exit status of what a signal ended, as shells have it
