@@ -35,13 +35,6 @@ class HeldOut:
         """Whether there is an evaluation after that many updates."""
         return done == self.steps or (self.every > 0 and done % self.every == 0)
 
-    def left(self, done: int) -> int:
-        """How many evaluations come after those that are due by then."""
-        if done >= self.steps:
-            return 0
-        between = (self.steps - 1) // self.every - done // self.every if self.every else 0
-        return between + 1
-
     def loss(
         self, trainer: Any, stop: Callable[[], bool], progress: Callable[[int, int], None] | None = None
     ) -> float | None:
