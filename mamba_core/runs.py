@@ -27,6 +27,8 @@ from mamba_core.weights.opening import open_model
 OPTIMIZER_FILE = "optimizer.safetensors"
 PROGRESS_FILE = "training.json"
 TOKENIZER_FILE = "tokenizer.json"
+# What is logged of each step, beside its number.
+_LOGGED = ("loss", "gradient_norm", "learning_rate")
 # Of each parameter that is trained: two moments in float32.
 MOMENT_BYTES = 8
 
@@ -98,9 +100,21 @@ def read_progress(path: Path) -> dict:
     kinds = {"settings": dict, "history": list, "data": str, "config": str, "held_out_tokens": int}
     if faults := [name for name, kind in kinds.items() if not isinstance(progress.get(name), kind)]:
         raise CheckpointError(f"{file}: cannot resume: {', '.join(faults)} missing or of another kind")
-    if not all(isinstance(entry, dict) and isinstance(entry.get("loss"), float) for entry in progress["history"]):
-        raise CheckpointError(f"{file}: cannot resume: an entry of the history has no loss")
+    for step, entry in enumerate(progress["history"]):
+        if not _is_of_step(entry, step):
+            raise CheckpointError(
+                f"{file}: cannot resume: entry {step} of the history is not that of step {step}, with "
+                f"{', '.join(_LOGGED)} as numbers"
+            )
     return progress
+
+
+def _is_of_step(entry: Any, step: int) -> bool:
+    if not isinstance(entry, dict) or not {"step", *_LOGGED} <= entry.keys():
+        return False
+    # JSON has no NaN, but Python reads it; true and false are ints to it.
+    numbers = all(type(value) in (int, float) and math.isfinite(value) for value in entry.values())
+    return numbers and type(entry["step"]) is int and entry["step"] == step
 
 
 def check_same(path: Path, progress: Mapping[str, Any], run: Mapping[str, Any]) -> None:
