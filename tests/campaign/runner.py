@@ -181,7 +181,7 @@ def campaign(cases: int, seed: int, jobs: int, keep: Path, first: int = 0) -> Ta
     shared = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     root = Path(tempfile.mkdtemp(prefix="campaign-", dir=shared))
     chunks = iter([range(at, min(at + CHUNK, first + cases)) for at in range(first, first + cases, CHUNK)])
-    workers = [_Worker(root, seed) for _ in range(jobs)]
+    workers, shown = [_Worker(root, seed) for _ in range(jobs)], set[str]()
     try:
         busy = [worker for worker in workers if _next(worker, chunks)]
         while busy:
@@ -193,6 +193,9 @@ def campaign(cases: int, seed: int, jobs: int, keep: Path, first: int = 0) -> Ta
                 reported = time.perf_counter()
                 rate = tally.cases / (reported - began)
                 print(f"{tally.cases:,} cases, {rate:,.0f} a second, {tally.failed} failures", flush=True)
+                for signature in [each for each in tally.counts if each not in shown]:
+                    shown.add(signature)
+                    print(f"case {tally.failures[signature][0][0]}: {signature}", flush=True)
     finally:
         for worker in workers:
             worker.process.kill()

@@ -148,10 +148,10 @@ def record_start(file: InputFile, record: zipfile.ZipInfo) -> int:
     header = file[begin : begin + _LOCAL_HEADER.size] if begin >= 0 else b""
     if len(header) < _LOCAL_HEADER.size or header[:4] != _LOCAL_SIGNATURE:
         raise ValueError(f"record {record.filename!r} has no local header at byte {begin}")
-    name_length, extra_length = _LOCAL_HEADER.unpack(header)[-2:]
+    _, _, flags, *_, name_length, extra_length = _LOCAL_HEADER.unpack(header)
     start = begin + _LOCAL_HEADER.size + name_length + extra_length
-    name = record.orig_filename.encode("utf-8" if record.flag_bits & _UTF8 else "cp437")
-    if (found := file[begin + _LOCAL_HEADER.size : begin + _LOCAL_HEADER.size + name_length]) != name:
+    found = file[start - extra_length - name_length : start - extra_length]
+    if found.decode("utf-8" if flags & _UTF8 else "cp437", "replace") != record.orig_filename:
         raise ValueError(f"record {record.filename!r} is named {found[:120]!r} by the header before its bytes")
     if start + record.file_size > len(file):
         raise ValueError(f"record {record.filename!r} runs past the end of the file")
