@@ -4,12 +4,13 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mamba_core import tasks
+from mamba_core import architectures, tasks
 from mamba_core.spec.params import Parameter, parameter_table
 from mamba_core.weights import adapters, configs, layouts, tokens
 from mamba_core.weights.detect import Detected, described, detect
@@ -22,6 +23,7 @@ from mamba_core.weights.source import locate, read_config
 
 _MOST_FAULTS = 20  # in one message
 _MOST_SHOWN = 8  # of what is not read
+_SOME_MISSING = 1000  # parameters, which are looked for one by one
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,12 @@ def _checked(path: Path, folder: Path, config, checkpoint: Checkpoint, detected:
     if config.n_layer > len(checkpoint):  # before a table of so many layers is made
         raise CheckpointError(
             f"{path}: does not fit its config: n_layer is {config.n_layer}, but the file has {len(checkpoint)} tensors"
+        )
+    parameters = architectures.of(config).parameters(config)
+    if next(islice(parameters, 2 * len(checkpoint) + _SOME_MISSING, None), None) is not None:
+        raise CheckpointError(
+            f"{path}: does not fit its config: n_layer is {config.n_layer}, which makes more than twice as many "
+            f"parameters as the file has tensors, {len(checkpoint)}"
         )
     scheme = _scheme(config, detected)
     try:
