@@ -217,8 +217,11 @@ def test_a_signal_that_was_ignored_stays_ignored(command, interrupted, tmp_path)
 
 
 @pytest.mark.parametrize("evaluated", [[], ["--held-out-fraction", "0.1"]])
-def test_the_line_that_resumes_says_all_that_the_checkpoint_does_not(command, interrupted, evaluated, tmp_path, capsys):
-    given = ["--out", str(tmp_path / "-o [x]"), "--dtype", "float32", "--kernels", "selective_scan=plain,linear=plain"]
+def test_the_line_that_resumes_says_all_that_the_checkpoint_does_not(
+    command, interrupted, evaluated, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    given = ["--out=-o [x]", "--dtype", "float32", "--kernels", "selective_scan=plain,linear=plain"]
     given += [*(evaluated or held_out(tmp_path)), "--evaluate-every", "4", "--checkpoint-every", "5"]
     given += ["--remat", "--log-every", "1", "--json", "--device", "cpu"]
     interrupted(3, signal.SIGINT)
