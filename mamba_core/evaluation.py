@@ -44,10 +44,10 @@ class HeldOut:
         """
         total, batches = 0.0, -(-self._windows // self.batch_size)
         for done, (tokens, counts) in enumerate(self.batches()):
-            if stop():
-                return None
             if progress:
                 progress(done, batches)
+            if stop():
+                return None
             total += trainer.evaluate(tokens, counts)
         if progress:
             progress(batches, batches)

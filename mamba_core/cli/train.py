@@ -93,12 +93,14 @@ def run(arguments: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             _say(f"ended at once: {_kept(arguments, model.backend, settings)}")
             return interrupts.status
-        if len(history) < settings.steps:
-            _say(f"stopped: {_kept(arguments, model.backend, settings)}")
+        stopped = len(history) < settings.steps or reported.cut_short
+        if stopped:
+            where = " in the last evaluation" if len(history) == settings.steps else ""
+            _say(f"stopped{where}: {_kept(arguments, model.backend, settings)}")
         elif before == settings.steps:
             _say(f"the run in {arguments.out} is finished: all its {before} steps were made before")
         reported.end(history)
-        return interrupts.status if len(history) < settings.steps else 0
+        return interrupts.status if stopped else 0
 
 
 class _Report:
@@ -111,6 +113,7 @@ class _Report:
         self._arguments, self._settings, self._interrupts = arguments, settings, interrupts
         self._pace, self._held_out = Pace(settings), ""
         self._fault: OSError | None = None
+        self.cut_short = False  # whether the last evaluation was
 
     def log(self, entry: dict) -> None:
         shown = entry | self._pace.after(entry["step"] + 1)
@@ -122,6 +125,7 @@ class _Report:
 
     def evaluating(self, done: int, batches: int) -> None:
         self._pace.evaluating(done, batches)
+        self.cut_short = done < batches
         self.progress.update(self._task, status=f"held-out data: batch {done} of {batches}")
 
     def stops(self) -> bool:

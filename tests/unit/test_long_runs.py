@@ -165,6 +165,21 @@ def test_a_signal_cuts_an_evaluation_short_which_is_made_later(command, during, 
     assert [entry["step"] for entry in made] == [1, 3, 5]
 
 
+def test_a_signal_that_cuts_the_last_evaluation_short_is_no_success(command, during, tmp_path, capsys):
+    """Also where it comes before the first batch; the run that is resumed makes the evaluation alone."""
+    out = tmp_path / "out"
+    options = [*held_out(tmp_path), "--evaluate-every", "0", "--json"]
+    during(training.HeldOut, "loss", signal.SIGTERM)
+    assert main([*command, *options, "--out", str(out)]) == 128 + signal.SIGTERM
+    shown = capsys.readouterr()
+    assert f"stopped in the last evaluation: {out} holds step {STEPS} of {STEPS}; go on with: " in shown.err
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "batch", lambda *_: pytest.fail("a step was made"))
+        patch.setattr(training.HeldOut, "loss", lambda *_: 0.5)
+        assert main(pasted(shown)) == 0
+    assert runs.read_progress(out)["history"][-1]["held_out_loss"] == 0.5
+
+
 def test_a_signal_while_a_checkpoint_is_written_ends_with_it(command, during, tmp_path, capsys):
     during(training, "save_checkpoint", signal.SIGINT)
     assert main([*command, "--out", str(tmp_path / "out"), "--checkpoint-every", "2"]) == 130
@@ -202,8 +217,11 @@ def test_a_signal_that_was_ignored_stays_ignored(command, interrupted, tmp_path)
 
 
 @pytest.mark.parametrize("evaluated", [[], ["--held-out-fraction", "0.1"]])
-def test_the_line_that_resumes_says_all_that_the_checkpoint_does_not(command, interrupted, evaluated, tmp_path, capsys):
-    given = ["--out", str(tmp_path / "-o [x]"), "--dtype", "float32", "--kernels", "selective_scan=plain,linear=plain"]
+def test_the_line_that_resumes_says_all_that_the_checkpoint_does_not(
+    command, interrupted, evaluated, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    given = ["--out=-o [x]", "--dtype", "float32", "--kernels", "selective_scan=plain,linear=plain"]
     given += [*(evaluated or held_out(tmp_path)), "--evaluate-every", "4", "--checkpoint-every", "5"]
     given += ["--remat", "--log-every", "1", "--json", "--device", "cpu"]
     interrupted(3, signal.SIGINT)
