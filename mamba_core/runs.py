@@ -112,8 +112,8 @@ def read_progress(path: Path) -> dict:
 def _is_of_step(entry: Any, step: int) -> bool:
     if not isinstance(entry, dict) or not {"step", *_LOGGED} <= entry.keys():
         return False
-    # JSON has no NaN, but Python reads it; true and false are ints to it.
-    numbers = all(type(value) in (int, float) and math.isfinite(value) for value in entry.values())
+    # JSON has no NaN, but Python reads it; true is an integer to it.
+    numbers = all(isinstance(value, float) and math.isfinite(value) for name, value in entry.items() if name != "step")
     return numbers and type(entry["step"]) is int and entry["step"] == step
 
 

@@ -7,6 +7,7 @@ resumes exactly, on the same backend or on another.
 
 import dataclasses
 import math
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,7 @@ class TrainSettings:
 
     def _expect(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
-            raise ValueError(f"{name} is {getattr(self, name)!r}; expected {expected}")
+            raise ValueError(f"{name} is {reprlib.repr(getattr(self, name))}; expected {expected}")
 
     def rate(self, step: int) -> float:
         """The learning rate of update number `step`, from 0: linear warm-up, then a cosine."""

@@ -182,7 +182,7 @@ def _resume(path: Path, case: Case) -> Read:
         model.values[name] = np.array(array)
     with contextlib.suppress(standin.ResumedError):
         for place, entry in enumerate(train(model, DATA, settings, resume=path)):
-            expect(entry["step"] == place and isinstance(entry["loss"], float), "history", entry)
+            expect(entry["step"] == place and isinstance(entry["loss"], (int, float)), "history", entry)
             f"{entry['loss']:.4f} {entry['learning_rate']:.2e} {entry['gradient_norm']:.2e}"
     held = safetensors.numpy.load((path / "optimizer.safetensors").read_bytes())
     for name, array in standin.LOADED.items():
