@@ -1,5 +1,6 @@
 """The boundary of the readers: whatever is raised while something is read is one line that names it, with its cause."""
 
+import json
 import os
 import struct
 import zipfile
@@ -153,20 +154,32 @@ def test_paths_that_lead_nowhere(folder, tmp_path, path, use):
 # --- tokenizers and layouts ------------------------------------------------------------------------
 
 
-def test_a_panic_of_the_tokenizer(tmp_path, monkeypatch):
+def test_a_tokenizer_that_fails(tmp_path, monkeypatch):
     tokenizers = pytest.importorskip("tokenizers")
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, "a"))
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    read = SubwordTokenizer(tmp_path / "tokenizer.json")
+    path = tmp_path / "tokenizer.json"
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, "a")).save(str(path))
+    read = SubwordTokenizer(path)
     assert read.encode("a") == [0]
     read.tokenizer = type("Broken", (), dict.fromkeys(("encode", "decode"), raising(PanicException("index"))))()
     uses = ((read.encode, "a"), (read.encode_more, "a"), (read.encode_rendered, "a"), (read.decode, [0]))
     for use, given in (*uses, (read.decoder, [0])):
         with pytest.raises(CheckpointError, match=r"tokenizer\.json: .* that can be used: PanicException: index"):
             use(given)
-    (tmp_path / "tokenizer.json").write_bytes(b"{}")
+    path.write_bytes(b"{}")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: not a tokenizer that can be used"):
-        SubwordTokenizer(tmp_path / "tokenizer.json")
+        SubwordTokenizer(path)
+
+
+def test_a_tokenizer_that_panics(tmp_path):
+    """Its template has a token that it does not define. Rust tells of it on standard error, and then raises."""
+    tokenizers = pytest.importorskip("tokenizers")
+    path = tmp_path / "tokenizer.json"
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, "a")).save(str(path))
+    single = [{"SpecialToken": {"id": "none", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    template = {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": {}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"post_processor": template}))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: not a tokenizer that can be used"):
+        SubwordTokenizer(path).encode("a")
 
 
 def in_every_layout(folder):

@@ -197,10 +197,10 @@ def _tuple_1(machine: _Machine) -> None:
 
 
 def _refused(opcode: int):
-    known = pickletools.code2op.get(chr(opcode))
+    name = next((known.name for known in pickletools.opcodes if known.code == chr(opcode)), None)
     fault = f"is malformed: it uses {bytes([opcode])!r}, which is no opcode"
-    if known is not None:
-        fault = f"uses opcode {known.name}, which no dictionary of tensors needs"
+    if name is not None:
+        fault = f"uses opcode {name}, which no dictionary of tensors needs"
 
     def refuse(machine: _Machine) -> None:
         raise ValueError(f"the pickle {fault}")
