@@ -43,7 +43,7 @@ class Trainer:
         self.steps += 1
         return 1.0, 1.0
 
-    def evaluate(self, tokens) -> float:
+    def evaluate(self, tokens, counts) -> float:
         raise ResumedError
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
