@@ -8,17 +8,19 @@ It reads a line of JSON a command, and answers with the child's id and then with
 import contextlib
 import json
 import os
+import queue
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 # One thread, so that a run's bits are those of another run.
 SETTINGS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore"}
-SECONDS = 120.0
+SECONDS = 300.0  # for a command of seconds, on a busy machine
 
 
 class Child:
@@ -30,8 +32,12 @@ class Child:
 
     def wait(self) -> int:
         """The exit status, or the negative number of the signal that ended it."""
-        if self._status is None:
+        try:
+            self._status = int(self._server.answer()) if self._status is None else self._status
+        except RuntimeError:
+            os.kill(self.pid, signal.SIGKILL)
             self._status = int(self._server.answer())
+            raise
         return self._status
 
     def kill(self) -> int:
@@ -52,13 +58,20 @@ class Warm:
             line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
             env=os.environ | SETTINGS | {"MAMBA_CORE_BACKEND": backend}, cwd=Path(__file__).parents[3],
         )  # fmt: skip
+        self._lines: queue.Queue[str] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
         self.answer()
 
     def answer(self) -> str:
-        line = self._process.stdout.readline()  # type: ignore[union-attr]
-        if not line:
-            raise RuntimeError("the warm process has ended")
-        return line.strip()
+        """The next line. Raises RuntimeError for a command that hangs, or where the process has ended."""
+        try:
+            return self._lines.get(timeout=SECONDS)
+        except queue.Empty:
+            raise RuntimeError(f"no answer in {SECONDS:.0f} s") from None
+
+    def _read(self) -> None:
+        for line in self._process.stdout:  # type: ignore[union-attr]
+            self._lines.put(line.strip())
 
     def start(self, argv: list[str], output: Path, *, stopped: bool = False, snapshots: Path | None = None) -> Child:
         """Begin a command. stopped: it waits for SIGCONT. snapshots: a folder for a copy of each checkpoint."""
