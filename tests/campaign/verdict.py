@@ -19,8 +19,7 @@ _TRACEBACK = re.compile(r'Traceback|File "|\.py", line|panicked at')
 # What is documented beside CheckpointError: of every entry, for what was asked for, and of some.
 _EXPECTED = (ValueError,)
 _DOCUMENTED: dict[str, tuple[type[BaseException], ...]] = {
-    "config": (TypeError, FileNotFoundError),
-    "tokenizer": (FileNotFoundError,),
+    "config": (TypeError, OSError),
 }
 
 
