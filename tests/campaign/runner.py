@@ -8,7 +8,7 @@ import signal
 import tempfile
 import time
 import tracemalloc
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -147,13 +147,12 @@ class _Worker:
         return time.perf_counter() - self.changed > SILENT_SECONDS
 
     def died(self) -> tuple[int, str]:
-        """The case that the process died in, or was killed in, and how; a new process goes on behind it."""
+        """The case that the process died in, or was killed in, and how; there is a new process."""
         if self.process.is_alive():
             os.kill(self.process.pid or 0, signal.SIGKILL)
         self.process.join()
         number, code = self.current.value, self.process.exitcode
         self._start()
-        self.give(range(number + 1, self.numbers.stop))
         return number, f"the process ended with {code}"
 
 
@@ -180,14 +179,14 @@ def campaign(cases: int, seed: int, jobs: int, keep: Path, first: int = 0) -> Ta
     tally, began, reported = Tally(), time.perf_counter(), time.perf_counter()
     shared = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     root = Path(tempfile.mkdtemp(prefix="campaign-", dir=shared))
-    chunks = iter([range(at, min(at + CHUNK, first + cases)) for at in range(first, first + cases, CHUNK)])
+    chunks = deque(range(at, min(at + CHUNK, first + cases)) for at in range(first, first + cases, CHUNK))
     workers, shown = [_Worker(root, seed) for _ in range(jobs)], set[str]()
     try:
         busy = [worker for worker in workers if _next(worker, chunks)]
         while busy:
             multiprocessing.connection.wait([worker.pipe for worker in busy], timeout=1)
             for worker in list(busy):
-                if _answered(worker, tally) and not _next(worker, chunks):
+                if _answered(worker, tally, chunks) and not _next(worker, chunks):
                     busy.remove(worker)
             if time.perf_counter() - reported > REPORT_SECONDS:
                 reported = time.perf_counter()
@@ -207,15 +206,16 @@ def campaign(cases: int, seed: int, jobs: int, keep: Path, first: int = 0) -> Ta
     return tally
 
 
-def _next(worker: _Worker, chunks) -> bool:
-    numbers = next(chunks, None)
-    if numbers is not None:
-        worker.give(numbers)
-    return numbers is not None
+def _next(worker: _Worker, chunks: deque[range]) -> bool:
+    if not chunks:
+        return False
+    worker.give(chunks.popleft())
+    return True
 
 
-def _answered(worker: _Worker, tally: Tally) -> bool:
-    """Whether a chunk is done; a process that died in one has been replaced."""
+def _answered(worker: _Worker, tally: Tally, chunks: deque[range]) -> bool:
+    """Whether the process waits for a chunk. One that died in a case has been replaced, and what lies before and
+    behind that case is to be done again."""
     try:
         if worker.pipe.poll():
             tally.merge(worker.pipe.recv())
@@ -228,7 +228,9 @@ def _answered(worker: _Worker, tally: Tally) -> bool:
     tally.cases += 1
     tally.outcomes["died"] += 1
     tally.fail(number, Verdict("died", how, 0.0, 0))
-    return False
+    rest = range(worker.numbers.start, number), range(number + 1, worker.numbers.stop)
+    chunks.extendleft(numbers for numbers in rest if numbers)
+    return True
 
 
 def keep_input(keep: Path, case: Case, seed: int, told: str) -> Path:

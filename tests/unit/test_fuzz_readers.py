@@ -77,6 +77,8 @@ BROKEN = {
         "io.boundary = opening.boundary = lambda path: nullcontext()\nfail = lambda: {}[0]" + UNUSUAL,
     ),
     "a reader that sleeps": ("slow", "import time\nfail = lambda: time.sleep(3)" + UNUSUAL),
+    "a command that is run": ("executes", "import os\nfail = lambda: os.system('true')" + UNUSUAL),
+    "a process that dies": ("died", "import os\nfail = lambda: os.abort()" + UNUSUAL),
 }
 
 
@@ -86,6 +88,7 @@ def test_the_campaign_tells_of(tmp_path, fault):
     outcome, code = BROKEN[fault]
     status, numbers = campaign(tmp_path, 150, code)
     assert status == 1
+    assert numbers["cases"] == 150
     assert outcome in numbers["outcomes"], numbers["outcomes"]
     assert "python -m tests.campaign fuzz --seed 0 --case" in next(tmp_path.glob("kept/*/FAILURE.txt")).read_text()
 
