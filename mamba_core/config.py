@@ -1,6 +1,7 @@
 """Configs by name and from JSON."""
 
 import dataclasses
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,8 @@ from mamba_core.architectures.base import COMPUTE_DTYPES, BaseConfig
 from mamba_core.architectures.mamba import MambaConfig
 
 __all__ = ["COMPUTE_DTYPES", "BaseConfig", "MambaConfig", "from_dict", "from_object", "preset"]
+
+_MOST_SHOWN, _LONGEST_SHOWN = 8, 60  # names in a message, and letters of each
 
 
 def from_dict(fields: Mapping[str, Any]) -> BaseConfig:
@@ -27,11 +30,13 @@ def from_dict(fields: Mapping[str, Any]) -> BaseConfig:
     fields = dict(fields)
     name = fields.pop("architecture", MambaConfig.architecture)
     if not isinstance(name, str) or name not in architectures.names():
-        raise ValueError(f"config has architecture {name!r}; known: {', '.join(architectures.names())}")
+        raise ValueError(f"config has architecture {reprlib.repr(name)}; known: {', '.join(architectures.names())}")
     config = architectures.find(name).Config
     known = {item.name for item in dataclasses.fields(config)}
     if unknown := sorted(set(fields) - known):
-        raise ValueError(f"config has unknown fields: {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+        more = f" and {len(unknown) - _MOST_SHOWN} more" if len(unknown) > _MOST_SHOWN else ""
+        shown = ", ".join(str(name)[:_LONGEST_SHOWN] for name in unknown[:_MOST_SHOWN]) + more
+        raise ValueError(f"config has unknown fields: {shown}; known: {', '.join(sorted(known))}")
     return config(**fields)
 
 

@@ -98,6 +98,27 @@ def test_only_the_same_run_is_resumed(run):
         lambda log: log["history"].pop(),
         lambda log: log.pop("settings"),
         lambda log: log.update(history={}),
+        lambda log: log["history"].reverse(),
+        lambda log: log["history"][1].update(step=1.0),
+        lambda log: log["history"][1].pop("learning_rate"),
+        lambda log: log["history"][1].update(gradient_norm=[1.0]),
+        lambda log: log["history"][1].update(loss=float("nan")),
+        lambda log: log["history"][1].update(loss=10**400),
+        lambda log: log["history"].__setitem__(0, "loss"),
+    ],
+    ids=[
+        *(
+            "short",
+            "no settings",
+            "no list",
+            "backwards",
+            "a fraction",
+            "no rate",
+            "a list",
+            "no number",
+            "huge",
+            "no entry",
+        ),
     ],
 )
 def test_a_broken_log_is_refused(run, break_it):
