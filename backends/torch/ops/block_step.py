@@ -6,7 +6,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mamba_core.backends.torch.kernels import native_step, native_tensors, triton_norm, triton_product, triton_step
+from mamba_core.backends.torch.kernels import (
+    native_mamba_step,
+    native_step,
+    native_tensors,
+    triton_norm,
+    triton_product,
+    triton_step,
+)
 from mamba_core.backends.torch.ops.causal_conv import causal_conv_step
 from mamba_core.backends.torch.ops.rms_norm import rms_norm
 from mamba_core.backends.torch.ops.selective_scan import selective_step
@@ -28,7 +35,7 @@ def takes_cuda(asked: str, device: torch.device) -> bool:
 
 
 # Fastest first.
-KERNELS = {"native": native_step.blocks, "cuda": triton_step.block, "plain": None}
+KERNELS = {"native": native_mamba_step.steps, "cuda": triton_step.block, "plain": None}
 # A call each to try the kernels with: dtype, rows, width, and the eps of the norms of dt, B and C. With more rows the
 # products are other kernels.
 TRIALS = (("float32", 2, 24, 0.0), ("float32", 5, 20, 1e-6), ("bfloat16", 1, 24, 0.0), ("bfloat16", 24, 32, 0.0))
@@ -57,9 +64,9 @@ def _step(kernel: str, *values, names, selection_eps: float):
     if kernel == "native":
         if len(residual) > native_step.MOST_ROWS:
             raise CannotRunError(f"it computes at most {native_step.MOST_ROWS} rows")
-        operands = native_step.Operands(**named | {"conv": named["conv"][:, None]}, selection_eps=selection_eps)
+        operands = native_mamba_step.Operands(**named | {"conv": named["conv"][:, None]}, selection_eps=selection_eps)
         tensors = [conv_state, ssm_state, norm, *operands[:-1]]
-        residual, conv_state, ssm_state = native_step.blocks(residual[:, None], tensors, [EPS], [selection_eps])
+        residual, conv_state, ssm_state = operands.blocks(residual[:, None], tensors, operands.numbers(EPS))
         return residual[:, 0], conv_state, ssm_state
     if kernel == "cuda":
         layer = triton_step.Layer(norm=norm, eps=EPS, **named, selection_eps=selection_eps)
