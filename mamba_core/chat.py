@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mamba_core.tokenizer import source_of
-from mamba_core.weights.formats import parse_json
+from mamba_core.weights.formats import boundary, read_input, read_json
 
 DEFAULT = "default"
 # The special tokens that a template may name, as in tokenizer_config.json.
@@ -32,11 +32,12 @@ def rendered(model: Any, messages: Any, tokenizer: Any = None) -> list[str]:
         settings = {"tokenize": False, "add_generation_prompt": True}
         return [tokenizer.apply_chat_template(talk, **settings) for talk in talks]
     folder = source_of(model)
-    template = None if folder is None else _template(folder)
-    if folder is None or template is None:
+    with boundary(folder):
+        template = None if folder is None else _template(folder)
+        tokens = {} if folder is None else _special_tokens(folder)
+    if template is None:
         where = "the model came from no checkpoint with one" if folder is None else f"{folder} has none"
         raise ValueError(f"messages need a chat template; {where}. Give the text or its tokens as the prompt instead")
-    tokens = _special_tokens(folder)
     return [render(template, talk, tokens) for talk in talks]
 
 
@@ -130,8 +131,8 @@ def _template(folder: Path) -> str | None:
     Raises:
         ValueError: a file is broken, or there are several templates and no default.
     """
-    if (path := folder / "chat_template.jinja").is_file():
-        return path.read_text(encoding="utf-8")
+    if (path := folder / "chat_template.jinja").exists():
+        return read_input(path).decode("utf-8")
     for name in ("tokenizer_config.json", "chat_template.json"):
         found = _fields(folder / name).get("chat_template")
         if isinstance(found, list):
@@ -154,9 +155,7 @@ def _special_tokens(folder: Path) -> dict[str, str]:
 
 
 def _fields(path: Path) -> dict:
-    if not path.is_file():
-        return {}
     try:
-        return parse_json(path.read_bytes())
-    except ValueError as fault:
-        raise ValueError(f"{path}: {fault}") from None
+        return read_json(path)
+    except FileNotFoundError:
+        return {}

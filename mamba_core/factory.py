@@ -1,5 +1,6 @@
 """Models by name, by config and from checkpoints: `build`, `load`, `save`, and the decode state's file."""
 
+import os
 import warnings
 from collections.abc import Mapping
 from itertools import islice
@@ -92,7 +93,7 @@ def load(
     _check_dtype(dtype)
     model = registry.get(backend).build(opened.config, opened.tensors(), dtype=dtype, device=device, kernels=kernels)
     # The model needs the folder for these only.
-    kept = any((opened.folder / name).is_file() for name in (*TOKENIZER_FILES, GENERATION))
+    kept = any(os.path.lexists(opened.folder / name) for name in (*TOKENIZER_FILES, GENERATION))
     model.source = opened.folder.absolute() if kept else None
     return model
 

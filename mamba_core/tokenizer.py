@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mamba_core.sampling import integer
+from mamba_core.weights.formats import boundary, read_input
 
 # Of the prompt's tokens, how many are decoded together with what follows them.
 CONTEXT = 8
@@ -152,19 +153,43 @@ class AnyTokenizer:
 
 
 class SubwordTokenizer(AnyTokenizer):
-    """A `tokenizers.Tokenizer` from a tokenizer.json."""
+    """A `tokenizers.Tokenizer` from a tokenizer.json.
+
+    Raises:
+        CheckpointError: the file is no tokenizer, or `tokenizers` fails with it, also when it is used.
+        OSError: there is no such file.
+        ImportError: `tokenizers` is not installed.
+    """
 
     def __init__(self, path: Path | str):
         try:
             import tokenizers
         except ModuleNotFoundError:
             raise ImportError("reading tokenizer.json needs tokenizers; pip install 'mamba_core[hub]'") from None
-        try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as fault:  # tokenizers raises the bare class
-            raise ValueError(f"{path}: not a tokenizer that can be read: {fault}") from None
-        tokenizer.no_truncation()  # the file may have that of somebody's training
+        self._where = f"{path}: not a tokenizer that can be used"
+        data = read_input(path)
+        with boundary(self._where):
+            tokenizer = tokenizers.Tokenizer.from_buffer(data)
+            tokenizer.no_truncation()  # the file may have that of somebody's training
         super().__init__(tokenizer)
+
+    # A file that is read may still end in a fault, or a panic, when it is used.
+
+    def encode(self, text: str) -> list[int]:
+        with boundary(self._where):
+            return super().encode(text)
+
+    def encode_rendered(self, text: str) -> list[int]:
+        with boundary(self._where):
+            return super().encode_rendered(text)
+
+    def encode_more(self, text: str) -> list[int]:
+        with boundary(self._where):
+            return super().encode_more(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        with boundary(self._where):
+            return super().decode(ids)
 
 
 class _Decoder:
@@ -260,7 +285,7 @@ def tokenizer_of(model: Any) -> Tokenizer | None:
             f"{folder}: the folder of the model's tokenizer is gone; set model.source to where it is, or to None "
             "and pass tokenizer="
         )
-    if folder is not None and (folder / "tokenizer.json").is_file():
+    if folder is not None and (folder / "tokenizer.json").exists():
         return SubwordTokenizer(folder / "tokenizer.json")
     return ByteTokenizer() if model.config.vocab_size == 256 else None
 

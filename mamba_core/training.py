@@ -19,7 +19,14 @@ from safetensors.numpy import save_file
 
 from mamba_core import factory, registry
 from mamba_core.spec.init import random_stream
-from mamba_core.weights.formats import CheckpointError, atomic_folder, parse_json, probe_folder, restore_folder
+from mamba_core.weights.formats import (
+    CheckpointError,
+    atomic_folder,
+    parse_json,
+    probe_folder,
+    read_input,
+    restore_folder,
+)
 from mamba_core.weights.io import open_checkpoint
 from mamba_core.weights.opening import open_model
 from mamba_core.wrappers import unwrap
@@ -154,7 +161,7 @@ def train(
 
 def save_checkpoint(path: Path | str, model, trainer, progress: dict, tokenizer: Path | str | None = None) -> None:
     """A folder that `mamba_core.load` reads, with the optimizer's state and the log beside the model."""
-    kept = None if tokenizer is None else Path(tokenizer).read_bytes()
+    kept = None if tokenizer is None else read_input(tokenizer)
     with atomic_folder(path, overwrite=True) as folder:
         factory.save_into(folder, model, factory.storable(model))
         if kept is not None:
@@ -237,7 +244,7 @@ def _optimizer_state(path: Path, trainer, steps: int):
 def _progress(path: Path) -> dict:
     file = path / PROGRESS_FILE
     try:
-        progress = parse_json(file.read_bytes())
+        progress = parse_json(read_input(file))
     except (OSError, ValueError) as fault:
         raise CheckpointError(f"{file}: cannot resume: {fault}") from None
     kinds = {"settings": dict, "history": list, "data": str, "config": str}

@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from mamba_core.weights.formats import CheckpointError, parse_json
+from mamba_core.weights.formats import CheckpointError, read_json
 
 CONFIG = "adapter_config.json"
 _NAMES = re.compile(r"(?:^|[._])lora_|(?:^|\.)(?:base_layer|modules_to_save|original_module)\.")
@@ -19,7 +19,7 @@ def refuse_folder(path: Path) -> None:
     A folder may hold the base too, of which a reader that knows adapters would make another model.
     """
     folder = path if path.is_dir() else path.parent
-    if (folder / CONFIG).is_file() and (path.is_dir() or path.name.startswith("adapter")):
+    if (folder / CONFIG).exists() and (path.is_dir() or path.name.startswith("adapter")):
         raise CheckpointError(f"{path}: is {_of_base(folder)}; {_ADVICE}")
 
 
@@ -32,7 +32,7 @@ def refuse_names(path: Path, names: Collection[str]) -> None:
 
 def _of_base(folder: Path) -> str:
     try:
-        fields = parse_json((folder / CONFIG).read_bytes())
+        fields = read_json(folder / CONFIG)
     except (OSError, ValueError):
         fields = {}
     base = next((fields[name] for name in _BASE if isinstance(fields.get(name), str)), None)

@@ -18,6 +18,7 @@ from mamba_core.weights.formats import (
     TensorSource,
     atomic_folder,
     blocks,
+    boundary,
     count_bytes,
     count_nonfinite,
     early_sync,
@@ -154,7 +155,8 @@ def convert(
     with atomic_folder(target, overwrite=overwrite) as folder:
         with _Recorder(total, progress) as written, early_sync(folder):
             write_layout(folder, opened.config, sources, to, file_format, shard_bytes=shard_bytes, progress=written)
-        copy_companions(opened.folder, folder, opened.config, to)
+        with boundary(opened.folder):
+            copy_companions(opened.folder, folder, opened.config, to)
         result = open_model(folder, layout=to, compat=opened.config.architecture)
         rows = tuple(_rows(opened, result, written))
         verification = None

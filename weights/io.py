@@ -1,23 +1,26 @@
-"""A file of weights, or a folder of them, as one mapping of tensor name to memory-mapped array."""
+"""A file of weights, or a folder of them, as one mapping of tensor name to array."""
 
+import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from heapq import nsmallest
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from mamba_core.weights.formats import (
-    MAX_JSON_BYTES,
     READERS,
     CheckpointError,
     FileContents,
     Header,
     StoredTensor,
-    blocks,
+    boundary,
     list_names,
-    parse_json,
+    read_json,
 )
+from mamba_core.weights.formats.errors import shorten
 
 __all__ = ["Checkpoint", "open_checkpoint"]
 
@@ -33,11 +36,12 @@ _FOLDER_FILES = (
 )
 # Of which a folder may hold one of any name. Not .bin, as which trainers save other things too.
 _ANY_NAME = (".safetensors", ".pt", ".pth", ".ckpt", ".npz")
+_SHOWN = 8
 _SHARD_NAME = re.compile(r"\w[\w.+ -]*")
 
 
 class Checkpoint(Mapping[str, np.ndarray]):
-    """A read-only mapping of tensor name to array. An array is a view of the mapped file: indexing reads no data.
+    """A read-only mapping of tensor name to array. An array is read when it is asked for.
 
     files: the files opened, in order. metadata: the text that safetensors files carry, {} for torch's.
     skipped: names of what lies beside the tensors and is not read, such as an optimizer's state.
@@ -52,17 +56,14 @@ class Checkpoint(Mapping[str, np.ndarray]):
         skipped: tuple[str, ...] = (),
     ) -> None:
         self.tensors = tensors
-        self._last: StoredTensor | None = None
         self.files = files
         self.metadata = metadata
         self.skipped = skipped
 
     def __getitem__(self, name: str) -> np.ndarray:
-        # What was read of the tensor before is not kept: a pass over a checkpoint holds one tensor, not the file.
-        if self._last is not None:
-            self._last.release()
-        self._last = self.tensors[name]
-        return self._last.array()
+        tensor = self.tensors[name]
+        with boundary(tensor.file.path):
+            return tensor.array()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
@@ -81,16 +82,9 @@ class Checkpoint(Mapping[str, np.ndarray]):
         tensors = self.tensors[first], self.tensors[second]
         if tensors[0].header() != tensors[1].header():
             return False
-        arrays = []
-        for tensor in tensors:
-            arrays.append(tensor.array())
-            tensor.release()  # what was read for its checksum
-        for one, other in zip(*map(blocks, arrays), strict=True):
-            if not np.array_equal(one.view(np.uint8), other.view(np.uint8)):
-                return False
-            for tensor in tensors:
-                tensor.release()
-        return True
+        pairs = zip(tensors[0].blocks(), tensors[1].blocks(), strict=True)
+        with boundary(tensors[0].file.path):
+            return all(np.array_equal(one.view(np.uint8), other.view(np.uint8)) for one, other in pairs)
 
     def header(self, name: str) -> Header:
         """Shape, dtype name and size in bytes, from the file's header alone."""
@@ -104,9 +98,14 @@ def open_checkpoint(path) -> Checkpoint:
         CheckpointError: the path, the index, or any header is at fault; no tensor has been read.
     """
     path = Path(path)
+    with boundary(path):
+        return _open(path)
+
+
+def _open(path: Path) -> Checkpoint:
     if path.is_dir():
         path = _find_in_folder(path)
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise CheckpointError(f"{path}: no such file or folder")
     if path.name.endswith(_INDEX_SUFFIX):
         return _open_shards(path)
@@ -115,10 +114,11 @@ def open_checkpoint(path) -> Checkpoint:
 
 
 def _find_in_folder(folder: Path) -> Path:
+    # What is no regular file, such as a link to nothing, is refused when it is opened, and not passed over.
     for name in _FOLDER_FILES:
-        if (folder / name).is_file():
+        if os.path.lexists(folder / name):
             return folder / name
-    found = sorted(path for path in folder.iterdir() if path.suffix in _ANY_NAME and path.is_file())
+    found = sorted(path for path in folder.iterdir() if path.suffix in _ANY_NAME and not path.is_dir())
     if len(found) > 1:
         names = list_names(path.name for path in found)
         raise CheckpointError(f"{folder}: the folder holds several files of weights: {names}; name the one to read")
@@ -138,13 +138,14 @@ def _read_file(path: Path) -> FileContents:
 def _open_shards(index: Path) -> Checkpoint:
     weight_map = _read_weight_map(index)
     shards = {name: index.parent / name for name in sorted(set(weight_map.values()))}
-    missing = [name for name, path in shards.items() if not path.is_file()]
-    if missing:
-        raise CheckpointError(f"{index}: shards that are missing from the folder: {', '.join(map(repr, missing))}")
+    absent = (name for name, path in shards.items() if not os.path.lexists(path))
+    if missing := list(islice(absent, _SHOWN + 1)):  # of an index that names a million, the first few are looked for
+        more = ", and more" if len(missing) > _SHOWN else ""
+        raise CheckpointError(f"{index}: shards that are missing from the folder: {list_names(missing[:_SHOWN])}{more}")
     contents = {name: _read_file(path) for name, path in shards.items()}
     held = {(tensor, name) for name in contents for tensor in contents[name].tensors}
-    faults = [f"{tensor!r} is listed in {name!r} but not there" for tensor, name in sorted(weight_map.items() - held)]
-    faults += [f"{tensor!r} is in {name!r} but not listed there" for tensor, name in sorted(held - weight_map.items())]
+    faults = [f"{tensor} is listed in {name} but not there" for tensor, name in _first(weight_map.items() - held)]
+    faults += [f"{tensor} is in {name} but not listed there" for tensor, name in _first(held - weight_map.items())]
     if faults:
         raise CheckpointError(f"{index}: {'; '.join(faults)}")
     tensors = {tensor: contents[name].tensors[tensor] for tensor, name in weight_map.items()}
@@ -154,12 +155,7 @@ def _open_shards(index: Path) -> Checkpoint:
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:
-    if index.stat().st_size > MAX_JSON_BYTES:
-        raise CheckpointError(f"{index}: larger than {MAX_JSON_BYTES} bytes; this is not an index of shards")
-    try:
-        weight_map = parse_json(index.read_bytes()).get("weight_map")
-    except ValueError as fault:
-        raise CheckpointError(f"{index}: {fault}") from None
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index}: no weight_map of tensor name to file name")
     outside = [name for name in dict.fromkeys(weight_map.values()) if not _SHARD_NAME.fullmatch(name)]
@@ -171,3 +167,9 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     if clashes := [name for same in by_folded.values() if len(same) > 1 for name in sorted(same)]:
         raise CheckpointError(f"{index}: shards whose names differ in case only: {list_names(clashes)}")
     return weight_map
+
+
+def _first(pairs: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """The first few pairs of names in their order, for a message."""
+    for pair in nsmallest(_SHOWN, pairs):
+        yield shorten(pair[0]), shorten(pair[1])

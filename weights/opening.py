@@ -1,5 +1,6 @@
 """Checkpoints in any layout, opened under canonical names and checked against their config."""
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,7 +13,7 @@ from mamba_core import tasks
 from mamba_core.spec.params import Parameter, parameter_table
 from mamba_core.weights import adapters, configs, layouts, tokens
 from mamba_core.weights.detect import Detected, described, detect
-from mamba_core.weights.formats import DTYPES, FLOATS, CheckpointError, TensorSource
+from mamba_core.weights.formats import DTYPES, FLOATS, CheckpointError, TensorSource, boundary
 from mamba_core.weights.io import Checkpoint, open_checkpoint
 from mamba_core.weights.layouts import HIDDEN
 from mamba_core.weights.names import EMBEDDING, HEAD, Piece, Scheme, Stored, stored_tensors
@@ -58,7 +59,7 @@ class OpenedModel:
             yield parameter, self.stored[name].label, source
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
-        """(canonical name, array) in the table's order; memory-mapped where it is stored as it is."""
+        """(canonical name, array) in the table's order; each read when its turn comes."""
         for _, _, source in self.sources():
             yield source.name, source.read()
 
@@ -78,7 +79,8 @@ class OpenedModel:
         try:
             return piece.transform.read(self.checkpoint[piece.name])
         except ValueError as fault:
-            raise CheckpointError(f"{self.folder}: tensor {piece.name!r}: {fault}") from None
+            text = str(fault).removeprefix(f"{self.folder}{os.sep}")
+            raise CheckpointError(f"{self.folder}: tensor {piece.name!r}: {text}") from None
 
 
 def open_model(
@@ -100,7 +102,11 @@ def open_model(
     """
     if layout is not None:
         layout = layouts.key(layout)
-    path = locate(source, revision)
+    with boundary(source):
+        return _open(locate(source, revision), layout, compat)
+
+
+def _open(path: Path, layout: str | None, compat: str | None) -> OpenedModel:
     folder = path if path.is_dir() else path.parent
     adapters.refuse_folder(path)
     fields = read_config(folder)

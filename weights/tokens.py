@@ -6,12 +6,12 @@ id.
 """
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mamba_core.weights.formats import MAX_JSON_BYTES, CheckpointError, parse_json
+from mamba_core.weights.companions import read_companion
+from mamba_core.weights.formats import parse_json, read_json
 
 GENERATION = "generation_config.json"
 FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -57,13 +57,13 @@ def write_generation(source: Path | None, target: Path, config: Any, told: bool)
         source: the folder that it is in, if any.
         told: whether the target's config.json gives the ids; else the file is made to do so.
     """
-    file = None if source is None else source / GENERATION
-    if file is None or not file.is_file():
+    kept = None if source is None else read_companion(source / GENERATION)
+    if source is None or kept is None:
         fields, before = {}, {}
         if told:
             return
     else:
-        fields, before = _read(file.parent, GENERATION), _read(file.parent, "config.json") if told else {}
+        fields, before = parse_json(kept), _read(source, "config.json") if told else {}
     changed = {}
     for name, value in _ids_of(config).items():
         given = before.get(name) if fields.get(name) is None else fields[name]
@@ -71,8 +71,8 @@ def write_generation(source: Path | None, target: Path, config: Any, told: bool)
             changed[name] = value
     if changed:
         (target / GENERATION).write_text(json.dumps(fields | changed, indent=2) + "\n", encoding="utf-8")
-    elif file is not None and fields:
-        shutil.copyfile(file, target / GENERATION)
+    elif kept is not None and fields:
+        (target / GENERATION).write_bytes(kept)
 
 
 def _ids_of(config: Any) -> dict[str, Any]:
@@ -82,15 +82,10 @@ def _ids_of(config: Any) -> dict[str, Any]:
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:
-    path = folder / name
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path}: larger than {MAX_JSON_BYTES} bytes")
-        return parse_json(path.read_bytes())
+        return read_json(folder / name)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as fault:
-        raise CheckpointError(f"{path}: {str(fault).removeprefix(f'{path}: ')}") from None
 
 
 def _text(token: Any) -> str | None:

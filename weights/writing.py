@@ -1,7 +1,6 @@
 """Checkpoints written as a layout has them, from sources under canonical names."""
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 from mamba_core import tasks
 from mamba_core.spec.params import Parameter, parameter_table
 from mamba_core.weights import configs, layouts, tables, tokens
+from mamba_core.weights.companions import copy_companion
 from mamba_core.weights.formats import WRITERS, Progress, TensorSource
 from mamba_core.weights.names import EMBEDDING, HEAD, Piece, Stored
 from mamba_core.weights.source import TOKENIZER_FILES
@@ -83,12 +83,13 @@ def stored_sources(config, sources: list[TensorSource], layout: str) -> list[Ten
 def copy_companions(source: Path | None, target: Path, config, layout: str) -> None:
     """Copy the files of the tokenizer and of generation that lie beside a checkpoint, with the config's token ids.
 
+    What cannot be copied, or lies elsewhere behind a link, is left out with a warning.
+
     source: None where there is none.
     """
     if source is not None:
         for name in TOKENIZER_FILES:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, target / name)
+            copy_companion(source / name, target / name)
     layout = layouts.key(layout)
     told = layouts.find(layout).hides != "never" or "eos_token_id" in tables.find(config.architecture, layout).fields
     tokens.write_generation(source, target, config, told)

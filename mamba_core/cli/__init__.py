@@ -8,6 +8,7 @@ the command ends in silence.
 import argparse
 import os
 import sys
+import warnings
 from importlib import import_module
 from typing import NoReturn
 
@@ -37,6 +38,7 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
     """Run a command line and return its exit status."""
     argv = sys.argv[1:] if argv is None else argv
+    before, warnings.formatwarning = warnings.formatwarning, _format_warning
     try:
         try:
             arguments = _parser(argv).parse_args(argv)
@@ -55,6 +57,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    finally:
+        warnings.formatwarning = before
 
 
 def _parser(argv: list[str]) -> argparse.ArgumentParser:
@@ -68,6 +72,13 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
             module.add_arguments(command)
             command.set_defaults(run=module.run)
     return parser
+
+
+def _format_warning(message, category, filename: str, lineno: int, line: str | None = None) -> str:
+    """Ours in one line, as a fault is; those of other packages with their place, as Python has them."""
+    if category is UserWarning:
+        return f"mamba-core: warning: {_one_line(message)}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
 def _one_line(fault) -> str:

@@ -19,7 +19,7 @@ from mamba_core.config import from_dict, preset
 from mamba_core.data import read_tokens
 from mamba_core.tokenizer import SubwordTokenizer
 from mamba_core.training import TOKENIZER_FILE, TrainSettings, load_settings, train
-from mamba_core.weights.formats import CheckpointError, parse_json, restore_folder
+from mamba_core.weights.formats import CheckpointError, read_json, restore_folder
 
 SIGNALLED = 128  # plus the signal's number is the exit status of what a signal ended, as shells have it
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainSettings)}
@@ -154,8 +154,9 @@ def _model(arguments):
         return factory.load(arguments.out if arguments.resume else arguments.init, dtype=arguments.dtype, **where)
     config = preset(arguments.preset or "mamba-130m")
     if arguments.config is not None:
+        fields = read_json(arguments.config)
         try:
-            config = from_dict(parse_json(arguments.config.read_bytes()))
+            config = from_dict(fields)
         except (ValueError, TypeError) as fault:
             raise ValueError(f"{arguments.config}: {fault}") from None
     return factory.build(config, dtype=arguments.dtype or "float32", seed=arguments.init_seed, **where)

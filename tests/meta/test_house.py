@@ -149,3 +149,32 @@ def test_every_axis_has_a_letter_that_is_documented(name):
 def test_every_architecture_is_under_the_laws():
     assert set(architectures.names()) <= set(cases())
     assert {f"{name} model" for name in architectures.names()} <= set(SUBJECTS)
+
+
+# file: what it opens beside what it is given to read, which comes through `weights/formats/files.py` alone.
+OPENING = {
+    "weights/formats/files.py": "this is the way",
+    "weights/formats/safetensors.py": "writes",
+    "weights/formats/zip.py": "writes",
+    "weights/formats/atomic.py": "locks and syncs what it writes",
+    "mamba_core/data.py": "reads text a block at a time, of a descriptor that files.py gives",
+    "mamba_core/selftest.py": "our own sources and verdicts",
+    "mamba_core/cli/__init__.py": "the null device, where standard output was",
+    "backends/gpu/launch.py": "our own sources",
+    "backends/gpu/nvrtc.py": "our own compiled kernels",
+    "backends/torch/kernels/onednn_linear.py": "what the processor is",
+}
+OPENERS = re.compile(
+    r"(?<![\w.])open\(|\bos\.open\(|\.open\(|\.read_bytes\(|\.read_text\(|\bnp\.(load|fromfile|memmap|loadtxt)\("
+    r"|\bmmap\.|\bload_file\(|\bsafe_open\(|\bfrom_file\(|\bjson\.load\(|\bcopyfile\("
+)
+
+
+def test_what_is_read_comes_through_one_function():
+    """So that no FIFO, device or endless file can be read anywhere."""
+    found = {
+        str(path.relative_to(ROOT))
+        for path in sources("mamba_core", "backends", "weights")
+        if OPENERS.search(path.read_text())
+    }
+    assert found == set(OPENING), f"open input by weights/formats/files.py: {found ^ set(OPENING)}"

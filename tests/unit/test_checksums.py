@@ -34,7 +34,7 @@ def test_a_flipped_bit_is_found(damaged, tmp_path):
     )
     for use in uses:
         with pytest.raises(
-            CheckpointError, match=r"in_proj.weight': record '.*' of .* is damaged: its checksum does not fit"
+            CheckpointError, match=r"in_proj.weight': \S+: record '.*' is damaged: its checksum does not fit"
         ) as caught:
             use()
         assert str(caught.value).count(str(damaged)) == 1

@@ -1,6 +1,6 @@
 """Checkpoint files of every format: their readers and writers, and nothing about models.
 
-A reader maps a file into memory and executes nothing in it. A writer takes one tensor at a time.
+A reader opens a regular file and executes nothing in it. A writer takes one tensor at a time.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,8 +17,6 @@ from mamba_core.weights.formats.atomic import (
 from mamba_core.weights.formats.base import (
     DTYPES,
     FLOATS,
-    MAX_JSON_BYTES,
-    CheckpointError,
     DType,
     FileContents,
     Header,
@@ -28,11 +26,10 @@ from mamba_core.weights.formats.base import (
     blocks,
     count_bytes,
     count_nonfinite,
-    list_names,
-    map_file,
-    parse_json,
     sources_of,
 )
+from mamba_core.weights.formats.errors import CheckpointError, boundary, explained, list_names
+from mamba_core.weights.formats.files import MAX_JSON_BYTES, InputFile, parse_json, read_input, read_json
 from mamba_core.weights.formats.npz import read_npy, read_npz, write_npz
 from mamba_core.weights.formats.safetensors import read_safetensors, write_safetensors, write_safetensors_file
 from mamba_core.weights.formats.torch import read_torch, write_torch
@@ -47,20 +44,24 @@ __all__ = [
     "DType",
     "FileContents",
     "Header",
+    "InputFile",
     "Progress",
     "StoredTensor",
     "TensorSource",
     "atomic_file",
     "atomic_folder",
     "blocks",
+    "boundary",
     "count_bytes",
     "count_nonfinite",
     "early_sync",
+    "explained",
     "list_names",
-    "map_file",
     "parse_json",
     "probe_file",
     "probe_folder",
+    "read_input",
+    "read_json",
     "read_npy",
     "restore_folder",
     "sources_of",

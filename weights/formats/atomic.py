@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mamba_core.weights.formats.base import CheckpointError
+from mamba_core.weights.formats.errors import CheckpointError
 from mamba_core.weights.formats.exchange import exchange
 
 try:

@@ -1,36 +1,23 @@
-"""What the checkpoint formats share: the table of dtypes, a tensor's place in a mapped file, the error, strict JSON."""
+"""What the checkpoint formats share: the table of dtypes, a tensor's place in a file, and how tensors are written."""
 
-import json
 import math
-import mmap
-import reprlib
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple, Self
+from typing import NamedTuple, Protocol, Self
 
 import ml_dtypes
 import numpy as np
 
-MAX_JSON_BYTES = 100_000_000  # the limit that safetensors itself sets on a header
+from mamba_core.weights.formats.errors import CheckpointError, shorten
+from mamba_core.weights.formats.files import BLOCK_BYTES, InputFile
+
 MAX_AXES = 64  # NumPy's limit, and torch's
-MAX_MESSAGE = 2000
-_SHALLOW = reprlib.Repr()
-_SHALLOW.maxlevel = 2
-# Small enough to stay in a processor's cache while it is cast, hashed and written.
-BLOCK_BYTES = 2**20
 BLOCKS_WAITING = 8
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or written: one line that names the file and the fault."""
-
-    def __init__(self, message: str) -> None:
-        # Names and fields of a hostile file may hold line ends and a terminal's commands, and be of any length.
-        message = message if len(message) <= MAX_MESSAGE else message[:MAX_MESSAGE] + "..."
-        super().__init__("".join(part if part.isprintable() else repr(part)[1:-1] for part in message))
+# A view of a storage is read with what lies between its elements, and is packed where that is more than the elements.
+_LOOSE = 2
 
 
 class DType(NamedTuple):
@@ -70,38 +57,81 @@ class Header(NamedTuple):
     nbytes: int
 
 
-class StoredTensor(NamedTuple):
-    """A tensor's place in a mapped file: `offset` in bytes, `strides` in elements, None for row-major.
+class Checked(Protocol):
+    """The checksum of the record of a file in which tensors lie."""
 
-    check: raises CheckpointError if its bytes are not those that were written; None where nothing tells.
+    def before(self, begin: int) -> int:
+        """The checksum of the record's bytes before that place of the file."""
+
+    def after(self, checksum: int, end: int) -> None:
+        """Compare the checksum of the record's bytes up to that place, once the rest is read.
+
+        Raises:
+            ValueError: it does not fit.
+        """
+
+
+class StoredTensor(NamedTuple):
+    """A tensor's place in a file: `offset` in bytes, `strides` in elements, None for row-major.
+
+    check: of the record that it lies in; None where nothing tells whether its bytes are those that were written.
     """
 
-    buffer: mmap.mmap
+    file: InputFile
     offset: int
     shape: tuple[int, ...]
     dtype: str
     strides: tuple[int, ...] | None = None
-    check: Callable[[], None] | None = None
+    check: Checked | None = None
 
     def header(self) -> Header:
         return Header(self.shape, self.dtype, count_bytes(self.shape, self.dtype))
 
+    def span(self) -> int:
+        """The bytes from its first to its last, what lies between its elements included."""
+        itemsize = DTYPES[self.dtype].numpy.itemsize
+        if self.strides is None or 0 in self.shape:
+            return count_bytes(self.shape, self.dtype)
+        return itemsize * (1 + sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True)))
+
     def array(self) -> np.ndarray:
-        """A read-only view of the file.
+        """The tensor, read now. It is read-only.
 
         Raises:
-            CheckpointError: the bytes have not their checksum.
+            CheckpointError: the file was changed since it was opened.
+            ValueError: the bytes have not their checksum.
         """
-        if self.check is not None:
-            self.check()
         dtype = DTYPES[self.dtype].numpy
+        data = self.file.scratch.take(self.span())
+        for _ in self._blocks(data):
+            pass
         strides = None if self.strides is None else tuple(stride * dtype.itemsize for stride in self.strides)
-        return np.ndarray(self.shape, dtype, self.buffer, self.offset, strides)
+        array = np.ndarray(self.shape, dtype, data, 0, strides)
+        if data.size > _LOOSE * array.nbytes:
+            array = array.copy()
+        array.flags.writeable = False
+        return array
 
-    def release(self) -> None:
-        """Let the system take back the memory of the file's pages; they are read again when they are used again."""
-        if hasattr(self.buffer, "madvise"):  # not on Windows
-            self.buffer.madvise(mmap.MADV_DONTNEED)
+    def blocks(self) -> Iterator[np.ndarray]:
+        """Its elements, row-major, as flat pieces of at most BLOCK_BYTES, each read when its turn comes."""
+        if self.strides is not None:
+            yield from blocks(self.array())
+            return
+        for block in self._blocks(None):
+            yield block.view(DTYPES[self.dtype].numpy)
+
+    def _blocks(self, data: np.ndarray | None) -> Iterator[np.ndarray]:
+        """The bytes of the span a block at a time, as they come to be in `data`, or each in an array of its own."""
+        count = self.span()
+        checksum = 0 if self.check is None else self.check.before(self.offset)
+        for begin in range(0, count, BLOCK_BYTES):
+            size = min(BLOCK_BYTES, count - begin)
+            block = np.empty(size, np.uint8) if data is None else data[begin : begin + size]
+            self.file.read_into(block, self.offset + begin)
+            checksum = checksum if self.check is None else zlib.crc32(block.data, checksum)
+            yield block
+        if self.check is not None:
+            self.check.after(checksum, self.offset + count)
 
 
 class FileContents(NamedTuple):
@@ -160,10 +190,11 @@ class Progress:
 
 
 def sources_of(arrays: Mapping[str, np.ndarray]) -> Iterator[TensorSource]:
-    """The sources of a mapping of arrays. Of an opened checkpoint they touch no data until written."""
+    """The sources of a mapping of arrays. Of an opened checkpoint they read no data until written."""
+    headers = getattr(arrays, "header", None)
     for name in arrays:
-        array = arrays[name]
-        yield TensorSource(name, array.shape, array.dtype.name, partial(arrays.__getitem__, name))
+        shape, dtype = headers(name)[:2] if headers else (arrays[name].shape, arrays[name].dtype.name)
+        yield TensorSource(name, shape, dtype, partial(arrays.__getitem__, name))
 
 
 def checked_sources(target, tensors: Iterable[TensorSource]) -> list[TensorSource]:
@@ -237,51 +268,9 @@ def count_bytes(shape, dtype: str) -> int:
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; expected one of {', '.join(DTYPES)}")
     if not all(type(length) is int and length >= 0 for length in shape):
-        raise ValueError(f"shape {_shorten(shape)} has an axis that is not a non-negative integer")
+        raise ValueError(f"shape {shorten(shape)} has an axis that is not a non-negative integer")
     itemsize = DTYPES[dtype].numpy.itemsize
     # NumPy multiplies out the other axes of an empty array too.
     if len(shape) > MAX_AXES or math.prod(length for length in shape if length) * itemsize >= 2**63:
-        raise ValueError(f"shape {_shorten(shape)} is too large for an array")
+        raise ValueError(f"shape {shorten(shape)} is too large for an array")
     return math.prod(shape) * itemsize
-
-
-def map_file(file) -> mmap.mmap:
-    """The open file, mapped. The map outlives the file's name, so a checkpoint can be replaced while it is read."""
-    try:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except ValueError:
-        raise CheckpointError(f"{file.name}: the file is empty") from None
-
-
-def parse_json(data: bytes) -> dict:
-    """A JSON object in UTF-8. Raises ValueError, also for a key that appears twice."""
-    try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys)
-    except (json.JSONDecodeError, UnicodeDecodeError) as fault:
-        raise ValueError(f"not valid JSON: {fault}") from None
-    except RecursionError:
-        raise ValueError("not valid JSON: nested too deeply") from None
-    if not isinstance(value, dict):
-        raise ValueError("not a JSON object")
-    return value
-
-
-def list_names(names: Iterable[str], limit: int = 8) -> str:
-    """Names for an error message, quoted, the first few of many."""
-    names = list(names)
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(_shorten(name) for name in names[:limit]) + more
-
-
-def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        counts = Counter(key for key, _ in pairs)
-        raise ValueError(f"keys that appear twice: {list_names(key for key in counts if counts[key] > 1)}")
-    return value
-
-
-def _shorten(value, limit: int = 120) -> str:
-    # A pickle can nest shared tuples so that their whole text would have no end.
-    text = repr(value) if isinstance(value, str) else _SHALLOW.repr(value)
-    return text if len(text) <= limit else text[:limit] + "..."

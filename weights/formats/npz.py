@@ -18,17 +18,16 @@ from numpy.lib import format as npy
 
 from mamba_core.weights.formats.base import (
     DTYPES,
-    CheckpointError,
     FileContents,
     Progress,
     StoredTensor,
     TensorSource,
     checked_sources,
     count_bytes,
-    list_names,
-    map_file,
     write_tensor,
 )
+from mamba_core.weights.formats.errors import CheckpointError, explained, list_names
+from mamba_core.weights.formats.files import InputFile
 from mamba_core.weights.formats.zip import Record, read_zip, record_start, write_zip
 
 _SUFFIX = ".npy"
@@ -44,9 +43,7 @@ _NAMES = {descr: name for name, descr in _DESCR.items()} | {"|V2": "bfloat16"}
 
 def read_npz(path: Path) -> FileContents:
     """The tensors of one file, nothing loaded and nothing unpickled. Raises CheckpointError."""
-    return read_zip(
-        path, _read_records, lambda buffer, fault: f"the zip is broken or cut short, or it is none: {fault}"
-    )
+    return read_zip(path, _read_records, lambda file, fault: f"the zip is broken or cut short, or it is none: {fault}")
 
 
 def read_npy(path: Path) -> StoredTensor:
@@ -56,12 +53,11 @@ def read_npy(path: Path) -> StoredTensor:
         CheckpointError: it is none, or none of a known dtype.
         OSError: there is no such file, or it cannot be opened.
     """
-    with open(path, "rb") as file:
-        buffer = map_file(file)
+    file = InputFile(path)
     try:
-        return _read_array(buffer, 0, len(buffer))
+        return _read_array(file, 0, len(file))
     except ValueError as fault:
-        raise CheckpointError(f"{path}: {fault}") from None
+        raise CheckpointError(explained(path, fault)) from None
 
 
 def write_npz(path, tensors: Iterable[TensorSource], progress: Progress | None = None) -> None:
@@ -93,27 +89,27 @@ def _array_record(source: TensorSource, records: Progress, progress: Progress | 
     return Record(source.name + _SUFFIX, nbytes, write)
 
 
-def _read_records(directory: list[zipfile.ZipInfo], buffer, check: Callable) -> FileContents:
+def _read_records(directory: list[zipfile.ZipInfo], file: InputFile, check: Callable) -> FileContents:
     tensors: dict[str, StoredTensor] = {}
     for record in directory:
         name = record.filename.removesuffix(_SUFFIX)
         if name == record.filename or name in tensors:
             raise ValueError(f"record {record.filename!r} is there twice, or is no array NAME{_SUFFIX}")
         try:
-            tensors[name] = _read_record(buffer, record, check)
+            tensors[name] = _read_record(file, record, check)
         except ValueError as fault:
             raise ValueError(f"tensor {list_names([name])}: {fault}") from None
     return FileContents(tensors, {})
 
 
-def _read_record(buffer, record: zipfile.ZipInfo, check: Callable) -> StoredTensor:
-    begin = record_start(buffer, record)
-    return _read_array(buffer, begin, begin + record.file_size)._replace(check=check(record, begin))
+def _read_record(file: InputFile, record: zipfile.ZipInfo, check: Callable) -> StoredTensor:
+    begin = record_start(file, record)
+    return _read_array(file, begin, begin + record.file_size)._replace(check=check(record, begin))
 
 
-def _read_array(buffer, begin: int, end: int) -> StoredTensor:
+def _read_array(file: InputFile, begin: int, end: int) -> StoredTensor:
     """The array whose header and data lie there."""
-    header, start = _split_header(buffer, begin, end)
+    header, start = _split_header(file, begin, end)
     match = _HEADER.fullmatch(header)
     if match is None:
         raise ValueError("its header is not that of an array")
@@ -126,18 +122,18 @@ def _read_array(buffer, begin: int, end: int) -> StoredTensor:
         raise ValueError(f"{_NAMES[descr]} {shape} is {expected} bytes, but there are {found}")
     # Column-major, as MLX stores a transposed array: the first axis is the nearest.
     strides = tuple(math.prod(shape[:axis]) for axis in range(len(shape))) if order == "True" else None
-    return StoredTensor(buffer, start, shape, _NAMES[descr], strides)
+    return StoredTensor(file, start, shape, _NAMES[descr], strides)
 
 
-def _split_header(buffer, begin: int, end: int) -> tuple[bytes, int]:
+def _split_header(file: InputFile, begin: int, end: int) -> tuple[bytes, int]:
     """The text of the header, and where the data begins."""
-    magic = buffer[begin : begin + len(_MAGIC) + 2]
+    magic = file[begin : begin + len(_MAGIC) + 2]
     if end - begin < len(magic) + 4 or magic[:-2] != _MAGIC:
         raise ValueError("this is not an array in NumPy's format")
     if magic[-2:] not in _LENGTH_BYTES:
         raise ValueError(f"version {tuple(magic[-2:])} of NumPy's format is not read; expected (1, 0) or (2, 0)")
     text = begin + len(magic) + _LENGTH_BYTES[magic[-2:]]
-    start = text + int.from_bytes(buffer[begin + len(magic) : text], "little")
+    start = text + int.from_bytes(file[begin + len(magic) : text], "little")
     if start > end or start - text > _MAX_HEADER_BYTES:
         raise ValueError(f"its header is {start - text} bytes long, more than its record or than {_MAX_HEADER_BYTES}")
-    return buffer[text:start], start
+    return file[text:start], start

@@ -13,7 +13,8 @@ import struct
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from mamba_core.weights.formats.base import DTYPES, TensorSource, count_bytes, list_names
+from mamba_core.weights.formats.base import DTYPES, TensorSource, count_bytes
+from mamba_core.weights.formats.errors import list_names
 
 
 class Global(NamedTuple):

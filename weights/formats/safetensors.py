@@ -1,4 +1,4 @@
-"""Safetensors files, read through a memory map and written one tensor at a time.
+"""Safetensors files, read and written one tensor at a time.
 
 A file is the header's length (8 bytes, little-endian), the header (JSON: name -> dtype, shape, data_offsets), the data.
 https://github.com/huggingface/safetensors#format
@@ -11,19 +11,16 @@ from typing import Any
 
 from mamba_core.weights.formats.base import (
     DTYPES,
-    MAX_JSON_BYTES,
-    CheckpointError,
     FileContents,
     Progress,
     StoredTensor,
     TensorSource,
     checked_sources,
     count_bytes,
-    list_names,
-    map_file,
-    parse_json,
     write_tensor,
 )
+from mamba_core.weights.formats.errors import CheckpointError, explained, list_names
+from mamba_core.weights.formats.files import MAX_JSON_BYTES, InputFile, parse_json
 
 SHARD_BYTES = 5_000_000_000
 _METADATA = "__metadata__"
@@ -32,12 +29,11 @@ _DTYPE_OF_CODE = {dtype.safetensors: name for name, dtype in DTYPES.items()}
 
 def read_safetensors(path: Path) -> FileContents:
     """The tensors of one file, nothing loaded. Raises CheckpointError for any fault of the header or the size."""
-    with open(path, "rb") as file:
-        buffer = map_file(file)
+    file = InputFile(path)
     try:
-        return _parse(buffer)
+        return _parse(file)
     except ValueError as fault:
-        raise CheckpointError(f"{path}: {fault}") from None
+        raise CheckpointError(explained(path, fault)) from None
 
 
 def write_safetensors(
@@ -77,9 +73,9 @@ def write_safetensors_file(path, tensors: Iterable[TensorSource], *, metadata: d
 # --- reading ---------------------------------------------------------------------------------------
 
 
-def _parse(buffer) -> FileContents:
-    start = _header_end(buffer)
-    header = parse_json(buffer[8:start])
+def _parse(file: InputFile) -> FileContents:
+    start = _header_end(file)
+    header = parse_json(file[8:start])
     metadata = header.pop(_METADATA, {})
     # MLX alone writes null, where it is given no metadata.
     metadata = {"format": "mlx"} if metadata is None else metadata
@@ -87,24 +83,24 @@ def _parse(buffer) -> FileContents:
     spans, tensors = [], {}
     for name, fields in header.items():
         try:
-            begin, end, tensor = _parse_tensor(fields, buffer, start)
+            begin, end, tensor = _parse_tensor(fields, file, start)
         except ValueError as fault:
             raise ValueError(f"tensor {list_names([name])}: {fault}") from None
         spans.append((begin, end, name))
         tensors[name] = tensor
-    _check_spans(spans, len(buffer) - start)
+    _check_spans(spans, len(file) - start)
     return FileContents(tensors, metadata)
 
 
-def _header_end(buffer) -> int:
-    length = int.from_bytes(buffer[:8], "little")
-    if len(buffer) < 8:
-        raise ValueError(f"the file has {len(buffer)} bytes, too few for a safetensors header; it is cut short")
+def _header_end(file: InputFile) -> int:
+    length = int.from_bytes(file[:8], "little")
+    if len(file) < 8:
+        raise ValueError(f"the file has {len(file)} bytes, too few for a safetensors header; it is cut short")
     if length > MAX_JSON_BYTES:
         raise ValueError(f"the header's length, {length}, is over {MAX_JSON_BYTES}; this is not a safetensors file")
-    if 8 + length > len(buffer):
-        raise ValueError(f"the header is {length} bytes long but the file has {len(buffer)}; it is cut short")
-    if buffer[8:9] != b"{":
+    if 8 + length > len(file):
+        raise ValueError(f"the header is {length} bytes long but the file has {len(file)}; it is cut short")
+    if file[8:9] != b"{":
         raise ValueError("the header is not a JSON object; this is not a safetensors file")
     return 8 + length
 
@@ -116,7 +112,7 @@ def _check_metadata(metadata) -> None:
         raise ValueError(f"{_METADATA} has an entry that is not text")
 
 
-def _parse_tensor(fields, buffer, start: int) -> tuple[int, int, StoredTensor]:
+def _parse_tensor(fields, file: InputFile, start: int) -> tuple[int, int, StoredTensor]:
     if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError("its entry is not an object of dtype, shape and data_offsets")
     code, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
@@ -133,9 +129,9 @@ def _parse_tensor(fields, buffer, start: int) -> tuple[int, int, StoredTensor]:
         raise ValueError(f"data_offsets {list_names(offsets)} are not in order")
     if end - begin != nbytes:
         raise ValueError(f"data_offsets {list_names(offsets)} do not span the {nbytes} bytes of {dtype} {shape}")
-    if start + end > len(buffer):
-        raise ValueError(f"its data runs past the end of the file, {len(buffer)} bytes; the file is cut short")
-    return begin, end, StoredTensor(buffer, start + begin, tuple(shape), dtype)
+    if start + end > len(file):
+        raise ValueError(f"its data runs past the end of the file, {len(file)} bytes; the file is cut short")
+    return begin, end, StoredTensor(file, start + begin, tuple(shape), dtype)
 
 
 def _check_spans(spans: list[tuple[int, int, str]], data_bytes: int) -> None:

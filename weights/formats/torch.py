@@ -1,4 +1,4 @@
-"""Torch checkpoints (.bin, .pt, .pth, .ckpt), read through a memory map and written a tensor at a time, without torch.
+"""Torch checkpoints (.bin, .pt, .pth, .ckpt), read and written a tensor at a time, without torch.
 
 A file is a zip of stored records: NAME/data.pkl, the dictionary; NAME/data/KEY, the bytes of a storage;
 NAME/byteorder; NAME/version.
@@ -21,9 +21,10 @@ from mamba_core.weights.formats.base import (
     TensorSource,
     checked_sources,
     count_bytes,
-    list_names,
     write_tensor,
 )
+from mamba_core.weights.formats.errors import list_names
+from mamba_core.weights.formats.files import InputFile
 from mamba_core.weights.formats.pickle import PickledTensor, dump_state_dict, load_pickle
 from mamba_core.weights.formats.zip import Record, read_zip, record_start, write_zip
 
@@ -54,10 +55,10 @@ def write_torch(path, tensors: Iterable[TensorSource], progress: Progress | None
 # --- reading ---------------------------------------------------------------------------------------
 
 
-def _explain(buffer, fault: Exception) -> str:
-    if buffer[:2] == b"PK":
+def _explain(file: InputFile, fault: Exception) -> str:
+    if file[:2] == b"PK":
         return f"the zip is broken or cut short: {fault}"
-    if buffer[:1] == b"\x80":
+    if file[:1] == b"\x80":
         return (
             "this is torch's format from before version 1.6, which is not read; re-save it with "
             "torch.save(torch.load(path, weights_only=True), path)"
@@ -65,7 +66,7 @@ def _explain(buffer, fault: Exception) -> str:
     return "this is not a torch checkpoint: it is no zip"
 
 
-def _read_records(directory: list[zipfile.ZipInfo], buffer, check: Callable) -> FileContents:
+def _read_records(directory: list[zipfile.ZipInfo], file: InputFile, check: Callable) -> FileContents:
     records = {record.filename: record for record in directory}
     if len(records) < len(directory):
         raise ValueError("the zip has two records of one name")
@@ -73,26 +74,27 @@ def _read_records(directory: list[zipfile.ZipInfo], buffer, check: Callable) -> 
     if len(pickles) != 1:
         raise ValueError(f"this is not a torch checkpoint: the zip has {len(pickles)} records NAME/data.pkl, not one")
     prefix = pickles[0].removesuffix("data.pkl")
-    _check_byteorder(buffer, records.get(prefix + "byteorder"), check)
-    tensors, skipped = _find_tensors(load_pickle(_read_small(buffer, records[pickles[0]], MAX_PICKLE_BYTES, check)))
+    _check_byteorder(file, records.get(prefix + "byteorder"), check)
+    tensors, skipped = _find_tensors(load_pickle(_read_small(file, records[pickles[0]], MAX_PICKLE_BYTES, check)))
     # Several tensors may share a record, which is compared once.
     check = functools.cache(check)
-    placed = {name: _place(name, tensor, buffer, records, prefix, check) for name, tensor in tensors.items()}
+    placed = {name: _place(name, tensor, file, records, prefix, check) for name, tensor in tensors.items()}
     return FileContents(placed, {}, skipped)
 
 
-def _check_byteorder(buffer, record: zipfile.ZipInfo | None, check: Callable) -> None:
-    if record is not None and (order := _read_small(buffer, record, 16, check)) != b"little":
+def _check_byteorder(file: InputFile, record: zipfile.ZipInfo | None, check: Callable) -> None:
+    if record is not None and (order := _read_small(file, record, 16, check)) != b"little":
         raise ValueError(f"the byte order is {order!r}; only b'little' is read; re-save it on a little-endian machine")
 
 
-def _read_small(buffer, record: zipfile.ZipInfo, limit: int, check: Callable) -> bytes:
-    start = record_start(buffer, record)
+def _read_small(file: InputFile, record: zipfile.ZipInfo, limit: int, check: Callable) -> bytes:
+    start = record_start(file, record)
     if record.file_size > limit:
         raise ValueError(f"record {record.filename!r} has {record.file_size} bytes; at most {limit} are read")
-    if (compare := check(record, start)) is not None:
-        compare()
-    return buffer[start : start + record.file_size]
+    data = file[start : start + record.file_size]
+    if (checked := check(record, start)) is not None:
+        checked.after(zlib.crc32(data), start + record.file_size)
+    return data
 
 
 def _find_tensors(value) -> tuple[dict[str, PickledTensor], tuple[str, ...]]:
@@ -157,20 +159,20 @@ def _is_state_dict(entry) -> bool:
     return isinstance(entry, dict) and bool(entry) and all(_is_named_tensor(*item) for item in entry.items())
 
 
-def _place(name: str, tensor: PickledTensor, buffer, records, prefix: str, check: Callable) -> StoredTensor:
+def _place(name: str, tensor: PickledTensor, file: InputFile, records, prefix: str, check: Callable) -> StoredTensor:
     try:
         record = records.get(f"{prefix}data/{tensor.storage.key}")
         if record is None:
             raise ValueError(f"its storage {tensor.storage.key!r} is not in the file")
-        start = record_start(buffer, record)
+        start = record_start(file, record)
         _check_view(tensor, record.file_size)
         # A stride of zero repeats what is there, as often as a file cares to claim.
-        if (nbytes := count_bytes(tensor.shape, tensor.dtype)) > len(buffer):
+        if (nbytes := count_bytes(tensor.shape, tensor.dtype)) > len(file):
             raise ValueError(f"it claims {nbytes} bytes, more than the whole file has")
         empty = 0 in tensor.shape
         offset = 0 if empty else tensor.offset * DTYPES[tensor.dtype].numpy.itemsize
         strides = None if empty or _is_row_major(tensor) else _plain_strides(tensor)
-        return StoredTensor(buffer, start + offset, tensor.shape, tensor.dtype, strides, check(record, start))
+        return StoredTensor(file, start + offset, tensor.shape, tensor.dtype, strides, check(record, start))
     except ValueError as fault:
         raise ValueError(f"tensor {list_names([name])}: {fault}") from None
 

@@ -5,6 +5,7 @@ computes a checksum of its own between the writes; ours comes from the thread be
 """
 
 import functools
+import os
 import struct
 import zipfile
 import zlib
@@ -12,7 +13,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from mamba_core.weights.formats.base import BLOCK_BYTES, CheckpointError, FileContents, map_file
+from mamba_core.weights.formats.base import FileContents
+from mamba_core.weights.formats.errors import CheckpointError, explained
+from mamba_core.weights.formats.files import BLOCK_BYTES, MAX_JSON_BYTES, InputFile
 
 ALIGNMENT = 64  # what torch.save aligns records to
 _LOCAL_SIGNATURE, _CENTRAL_SIGNATURE = b"PK\x03\x04", b"PK\x01\x02"
@@ -57,50 +60,79 @@ def write_zip(path, records: Iterable[Record]) -> None:
 
 
 class Check:
-    """Compares a record's bytes with its checksum, once."""
+    """Compares a record's bytes with its checksum, as `base.Checked` has it."""
 
-    def __init__(self, path: Path, buffer, record: zipfile.ZipInfo, start: int) -> None:
-        self._path, self._buffer, self._record, self._start = path, buffer, record, start
-        self._passed = False
+    def __init__(self, file: InputFile, record: zipfile.ZipInfo, start: int) -> None:
+        self._file, self._record, self._start = file, record, start
 
-    def __call__(self) -> None:
-        """Raises CheckpointError."""
-        checksum, end = 0, self._start + self._record.file_size
-        with memoryview(self._buffer) as view:
-            for begin in () if self._passed else range(self._start, end, BLOCK_BYTES):
-                checksum = zlib.crc32(view[begin : min(begin + BLOCK_BYTES, end)], checksum)
-        if not self._passed and checksum != self._record.CRC:
-            raise CheckpointError(
-                f"record {self._record.filename!r} of {self._path.name} is damaged: its checksum does not fit"
-            )
-        self._passed = True
+    def before(self, begin: int) -> int:
+        return self._added(0, self._start, begin)
+
+    def after(self, checksum: int, end: int) -> None:
+        if self._added(checksum, end, self._start + self._record.file_size) != self._record.CRC:
+            raise ValueError(f"record {self._record.filename!r} is damaged: its checksum does not fit")
+
+    def _added(self, checksum: int, begin: int, end: int) -> int:
+        for at in range(begin, end, BLOCK_BYTES):
+            checksum = zlib.crc32(self._file[at : min(at + BLOCK_BYTES, end)], checksum)
+        return checksum
+
+
+class _Stream:
+    """A file as the standard library reads its directory, which has a limit."""
+
+    def __init__(self, file: InputFile) -> None:
+        self._file, self._at = file, 0
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: len(self._file)}[whence]
+        if base + offset < 0:
+            raise OSError("a place before the beginning of the file")  # which the standard library expects
+        self._at = base + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, count: int = -1) -> bytes:
+        count = len(self._file) - self._at if count < 0 else count
+        if count > MAX_JSON_BYTES:
+            raise ValueError(f"the zip's directory has {count} bytes; at most {MAX_JSON_BYTES} are read")
+        data = self._file[self._at : self._at + count]
+        self._at += len(data)
+        return data
+
+    def seekable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        pass
 
 
 def read_zip(path: Path, parse: Callable, explain: Callable) -> FileContents:
-    """What one file holds: parse(records, buffer, check) of its records and the mapped file.
+    """What one file holds: parse(records, file, check) of its records and the open file.
 
     check(record, start) is a `Check` of a record whose bytes begin there, or None in a file without checksums, which
     torch.save writes when it is told to.
 
     Raises:
-        CheckpointError: a ValueError of `parse`; a broken zip, as explain(buffer, fault) has it.
+        CheckpointError: a ValueError of `parse`; a broken zip, as explain(file, fault) has it.
     """
-    with open(path, "rb") as file:
-        buffer = map_file(file)
-        try:
-            with zipfile.ZipFile(file) as archive:
-                directory = archive.infolist()
-                has_checksums = any(record.CRC for record in directory)
-                check = functools.partial(Check, path, buffer) if has_checksums else lambda record, start: None
-                return parse(directory, buffer, check)
-        except ValueError as fault:
-            raise CheckpointError(f"{path}: {fault}") from None
-        except (zipfile.BadZipFile, NotImplementedError, EOFError, OverflowError, struct.error) as fault:
-            raise CheckpointError(f"{path}: {explain(buffer, fault)}") from None
+    file = InputFile(path)
+    try:
+        with zipfile.ZipFile(_Stream(file)) as archive:
+            directory = archive.infolist()
+        has_checksums = any(record.CRC for record in directory)
+        check = functools.partial(Check, file) if has_checksums else lambda record, start: None
+        return parse(directory, file, check)
+    except ValueError as fault:
+        raise CheckpointError(explained(path, fault)) from None
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, OverflowError, struct.error) as fault:
+        raise CheckpointError(f"{path}: {explain(file, fault)}") from None
 
 
-def record_start(buffer, record: zipfile.ZipInfo) -> int:
-    """Where a stored record's bytes begin in the mapped file. Raises ValueError, also for a compressed record.
+def record_start(file: InputFile, record: zipfile.ZipInfo) -> int:
+    """Where a stored record's bytes begin in the file. Raises ValueError, also for a compressed record.
 
     The local header is asked: its padding is not in the directory.
     """
@@ -112,12 +144,12 @@ def record_start(buffer, record: zipfile.ZipInfo) -> int:
             "np.savez or mx.savez"
         )
     begin = record.header_offset
-    header = buffer[begin : begin + _LOCAL_HEADER.size] if begin >= 0 else b""
+    header = file[begin : begin + _LOCAL_HEADER.size] if begin >= 0 else b""
     if len(header) < _LOCAL_HEADER.size or header[:4] != _LOCAL_SIGNATURE:
         raise ValueError(f"record {record.filename!r} has no local header at byte {begin}")
     name_length, extra_length = _LOCAL_HEADER.unpack(header)[-2:]
     start = begin + _LOCAL_HEADER.size + name_length + extra_length
-    if start + record.file_size > len(buffer):
+    if start + record.file_size > len(file):
         raise ValueError(f"record {record.filename!r} runs past the end of the file")
     return start
 
