@@ -139,13 +139,17 @@ class Scheme:
         tensors. A scheme of layers alone fits only such a file.
         """
         missing = {mark for mark in self.marks if template(mark) not in found}
-        known = {template(name) for row in self.rows for name in row.names}
-        if not self.rows or (missing and not self._head_stands_for(missing, found, known)):
+        if not self.rows or (missing and not self._head_stands_for(missing, found)):
             return False
-        return any(_WILDCARD.search(row.canonical) is None for row in self.rows) or set(found) <= known
+        return any(_WILDCARD.search(row.canonical) is None for row in self.rows) or self.templates.issuperset(found)
 
-    def _head_stands_for(self, missing: Collection[str], found: Collection[str], known: Collection[str]) -> bool:
-        return missing == {self.name(EMBEDDING)} and self.has_head(found) and set(found) <= set(known)
+    def _head_stands_for(self, missing: Collection[str], found: Collection[str]) -> bool:
+        return missing == {self.name(EMBEDDING)} and self.has_head(found) and self.templates.issuperset(found)
+
+    @cached_property
+    def templates(self) -> frozenset[str]:
+        """The templates of all stored names."""
+        return templates([name for row in self.rows for name in row.names])
 
     def has_head(self, found: Collection[str]) -> bool:
         """Whether names of these templates include that of the head."""
