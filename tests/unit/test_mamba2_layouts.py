@@ -84,6 +84,8 @@ def test_the_ports_to_transformers_are_the_presets_with_its_initial_values(name)
 def test_codestrals_configs_are_the_preset():
     preset = PRESETS["mamba-codestral-7b"]
     assert from_dict(CODESTRAL) == preset
+    ignored = {"use_cache", "transformers_version", "rms_norm", "norm_before_gate", "intermediate_size"}
+    assert set(from_dict(CODESTRAL).extra) == ignored | {"time_step_init_scheme", "time_step_scale"}
     assert from_dict({"model_type": "mamba2"}) == preset, "transformers' defaults"
     assert from_dict(json.loads(json.dumps(preset.to_hf()))) == preset
     found = from_dict(PARAMS)
@@ -406,6 +408,8 @@ def test_mistral_inferences_files(tmp_path):
     (folder / "params.json").rename(folder / "config.json")  # as it was called at first
     opened = open_model(folder)
     assert (opened.layout, opened.config) == ("mistral_inference", MAMBA2)
+    tied = write(tmp_path / "tied", dataclasses.replace(MAMBA2, tie_embeddings=True), "mistral_inference")
+    assert "model.lm_head.weight" in open_checkpoint(tied), "its loader wants every name"
     (folder / "config.json").unlink()
     with pytest.raises(
         CheckpointError, match=r"params\.json: no such file; .* mistral_inference needs its params.json"
