@@ -123,7 +123,8 @@ def scheme_to_write(config: BaseConfig, layout: str) -> Scheme:
 def _pop_fixed(rest: dict[str, Any], table: Table) -> None:
     for name, allowed in table.fixed.items():
         if (value := rest.pop(name, None)) is not None and not any(value == only for only in allowed):
-            raise ValueError(f"config has {name}={value!r}; this version reads {name}={allowed[0]!r} only")
+            reason = f": {table.reasons[name]}" if name in table.reasons else ""
+            raise ValueError(f"config has {name}={value!r}; this version reads {name}={allowed[0]!r} only{reason}")
 
 
 def _refuse_foreign(layout: str, architecture: str, fields: Mapping[str, Any]) -> None:
@@ -216,7 +217,7 @@ def _written(row, value: Any) -> Any:
 def _plain_nested(shape: Layout, table: Table, kind: type[BaseConfig], written: Mapping[str, Any]) -> list[str]:
     """The names of nested fields that need not be written."""
     defaults = kind()
-    plain = {row.theirs: getattr(defaults, ours) for ours, row in table.rows().items()}
+    plain = {row.theirs: _written(row, getattr(defaults, ours)) for ours, row in table.rows().items()}
     if table.assumed:
         plain |= dict.fromkeys(shape.kind_name, table.kinds[0])
     prefix = f"{shape.nested}."

@@ -1,4 +1,4 @@
-"""What a checkpoint is: its layout and architecture, told from tensor names and config.json together, and why.
+"""What a checkpoint is: its layout and architecture, told from tensor names and the config together, and why.
 
 The knowledge stands in `layouts` and `tables`; here it is only weighed.
 """
@@ -69,30 +69,38 @@ class _Names(NamedTuple):
 
 
 def detect(
-    path: Path, fields: Mapping | None, checkpoint: Checkpoint, layout: str | None, compat: str | None = None
+    path: Path,
+    fields: Mapping | None,
+    checkpoint: Checkpoint,
+    layout: str | None,
+    compat: str | None = None,
+    config_file: str = layouts.Layout.config_file,
 ) -> Detected:
     """The layout, the architecture and the scheme of names of a checkpoint.
 
     Args:
-        fields: of config.json, None where there is none.
+        fields: of the config, None where there is none.
         layout: the one that the user names, if one is named.
         compat: the architecture that the user names.
+        config_file: the name of the config's file.
 
     Raises:
         CheckpointError: none fits, or several.
     """
     _refuse_quantised(path, checkpoint)
     _refuse(path, checkpoint, _UNREAD)
-    names, fitting = _fitting(checkpoint, layout)
+    by_config = [name for name in layouts.names() if fields is None or layouts.find(name).key(fields) is not None]
+    names, fitting = _fitting(checkpoint, layout, by_config)
     evidence = []
     if layout is None:
-        layout = _choose_layout(path, fields, fitting, checkpoint, compat)
-        evidence = [_config_evidence(fields, layout)]
+        layout = _choose_layout(path, fields, by_config, fitting, checkpoint, compat, config_file)
+        evidence = [_config_evidence(fields, layout, config_file)]
     schemes = fitting.get(layout, {})
     try:
-        name = tables.architecture_of(layout, fields or {}, schemes, compat)
+        name = tables.architecture_of(layout, fields or {}, _closest(schemes, templates(names.own)), compat)
     except ValueError as fault:
-        raise CheckpointError(f"{path}: {fault}") from None
+        known = [table.schemes[0] for table in tables.holding(layout).values()]
+        raise CheckpointError(f"{path}: {fault}{'' if schemes else f'; {described(checkpoint, known)}'}") from None
     table = tables.find(name, layout)
     _refuse(path, checkpoint, table.unread)
     scheme = schemes.get(name, table.schemes[0])
@@ -123,11 +131,15 @@ def described(checkpoint: Collection[str], schemes: Collection[Scheme]) -> str:
     )
 
 
-def _fitting(names: Collection[str], layout: str | None) -> tuple[_Names, dict[str, dict[str, Scheme]]]:
+def _fitting(
+    names: Collection[str], layout: str | None, by_config: Collection[str]
+) -> tuple[_Names, dict[str, dict[str, Scheme]]]:
     """The least change of the names behind which some scheme fits, and layout -> architecture -> its scheme.
 
-    Where none fits, the prefix is all that wrappers may have put there.
+    It is one of the layout's, or where none is named, of a layout that the config is of, or else of any. Where none
+    fits, the prefix is all that wrappers may have put there.
     """
+    first = None
     for reading in _readings(names):
         found = templates(reading.own)
         fitting = {}
@@ -135,10 +147,20 @@ def _fitting(names: Collection[str], layout: str | None) -> tuple[_Names, dict[s
             schemes = {name: _scheme_of(table, found) for name, table in tables.holding(each).items()}
             fitting[each] = {name: scheme for name, scheme in schemes.items() if scheme is not None}
         fitting = {each: schemes for each, schemes in fitting.items() if schemes}
-        if fitting if layout is None else layout in fitting:
+        if any(name in fitting for name in (by_config if layout is None else [layout])):
             return reading, fitting
+        if first is None and fitting and layout is None:
+            first = reading, fitting
+    if first is not None:
+        return first
     prefix = "".join(_shared_wrappers(names))
     return _without(prefix, (), {name: name for name in names if name not in _OF_WRAPPERS}), {}
+
+
+def _closest(schemes: Mapping[str, Scheme], found: Collection[str]) -> list[str]:
+    """Of several architectures those whose schemes name the most of a file's tensors."""
+    known = {name: len(scheme.templates.intersection(found)) for name, scheme in schemes.items()}
+    return [name for name, count in known.items() if count == max(known.values())]
 
 
 def _scheme_of(table: Table, found: Collection[str]) -> Scheme | None:
@@ -162,9 +184,14 @@ def _marks_in(scheme: Scheme, own: Mapping[str, str]) -> list[str]:
 
 
 def _choose_layout(
-    path: Path, fields: Mapping | None, fitting: Mapping, checkpoint: Checkpoint, compat: str | None
+    path: Path,
+    fields: Mapping | None,
+    by_config: Collection[str],
+    fitting: Mapping,
+    checkpoint: Checkpoint,
+    compat: str | None,
+    config_file: str,
 ) -> str:
-    by_config = [name for name in layouts.names() if fields is None or layouts.find(name).key(fields) is not None]
     both = [name for name in by_config if name in fitting or _names_itself(name, fields)]
     if compat is not None:
         both = [name for name in both if compat in fitting.get(name, tables.holding(name))] or both
@@ -178,7 +205,8 @@ def _choose_layout(
         both = [name for name in both if layouts.find(name).keys[0] in fields] or both
     if len(both) == 1:
         return both[0]
-    config = "there is no config.json" if fields is None else f"config.json fits {' and '.join(by_config) or 'none'}"
+    config = f"{config_file} fits {' and '.join(by_config) or 'none'}"
+    config = f"there is no {config_file}" if fields is None else config
     fits = f"{config}, the tensor names fit {' and '.join(fitting) or 'none'} of {', '.join(layouts.names())}"
     if len(both) > 1:
         raise CheckpointError(f"{path}: cannot tell the layout: {fits}; {_choices(both, fitting)}")
@@ -231,8 +259,8 @@ def _is_marked(layout: str, metadata: Mapping[str, str]) -> bool:
     return shape.told_by_format and metadata.get("format") == shape.metadata_format
 
 
-def _config_evidence(fields: Mapping | None, layout: str) -> str:
-    return "there is no config.json" if fields is None else f"config.json has {layouts.find(layout).key(fields)}"
+def _config_evidence(fields: Mapping | None, layout: str, config_file: str) -> str:
+    return f"there is no {config_file}" if fields is None else f"{config_file} has {layouts.find(layout).key(fields)}"
 
 
 def _refuse(path: Path, names: Collection[str], unread: Mapping[str, str]) -> None:

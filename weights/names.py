@@ -141,15 +141,15 @@ class Scheme:
         missing = {mark for mark in self.marks if template(mark) not in found}
         if not self.rows or (missing and not self._head_stands_for(missing, found)):
             return False
-        return any(_WILDCARD.search(row.canonical) is None for row in self.rows) or self._known.issuperset(found)
+        return any(_WILDCARD.search(row.canonical) is None for row in self.rows) or self.templates.issuperset(found)
 
     def _head_stands_for(self, missing: Collection[str], found: Collection[str]) -> bool:
-        return missing == {self.name(EMBEDDING)} and self.has_head(found) and self._known.issuperset(found)
+        return missing == {self.name(EMBEDDING)} and self.has_head(found) and self.templates.issuperset(found)
 
     @cached_property
-    def _known(self) -> frozenset[str]:
-        """The templates of all names, which do not change: a file is compared with dozens of schemes."""
-        return frozenset(template(name) for row in self.rows for name in row.names)
+    def templates(self) -> frozenset[str]:
+        """The templates of all stored names."""
+        return templates([name for row in self.rows for name in row.names])
 
     def has_head(self, found: Collection[str]) -> bool:
         """Whether names of these templates include that of the head."""

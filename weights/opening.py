@@ -19,7 +19,7 @@ from mamba_core.weights.io import Checkpoint, open_checkpoint
 from mamba_core.weights.layouts import HIDDEN
 from mamba_core.weights.names import EMBEDDING, HEAD, Piece, Scheme, Stored, stored_tensors
 from mamba_core.weights.quantised import dequantised
-from mamba_core.weights.source import locate, read_config
+from mamba_core.weights.source import config_path, locate, read_config
 
 _MOST_FAULTS = 20  # in one message
 _MOST_SHOWN = 8  # of what is not read
@@ -91,7 +91,7 @@ def open_model(
     """Open a checkpoint in any readable layout.
 
     Args:
-        source: a folder, a file, its config.json beside it, or the id of a repository on the Hugging Face hub.
+        source: a folder, a file, its config beside it, or the id of a repository on the Hugging Face hub.
         layout: a file of `weights/layouts`, hyphens allowed; detected by default, from the config and the tensor names
             together.
         revision: of the hub repository.
@@ -111,11 +111,12 @@ def open_model(
 def _open(path: Path, layout: str | None, compat: str | None) -> OpenedModel:
     folder = path if path.is_dir() else path.parent
     adapters.refuse_folder(path)
-    fields = read_config(folder)
     checkpoint = open_checkpoint(path)
+    config_file = config_path(folder, [file.name for file in checkpoint.files])
+    fields = read_config(config_file)
     adapters.refuse_names(path, checkpoint)
     fields, checkpoint = dequantised(path, fields, checkpoint)
-    detected = detect(path, fields, checkpoint, layout, compat)
+    detected = detect(path, fields, checkpoint, layout, compat, config_file.name)
     name = detected.architecture
     if compat not in (None, name):
         raise ValueError(f"compat is {compat!r}, but {path}, of layout {detected.layout}, is of architecture {name!r}")
@@ -123,16 +124,16 @@ def _open(path: Path, layout: str | None, compat: str | None) -> OpenedModel:
         raise CheckpointError(
             f"{path}: {detected.table.consent}; compat={name!r} (--compat {name}) reads it with its own arithmetic"
         )
-    config = _with_tokens(folder, fields, _read_config(folder, fields, checkpoint, detected), detected)
+    config = _with_tokens(folder, fields, _read_config(config_file, fields, checkpoint, detected), detected)
     return _checked(path, folder, config, checkpoint, detected)
 
 
-def _read_config(folder: Path, fields: dict | None, checkpoint: Checkpoint, detected: Detected):
+def _read_config(path: Path, fields: dict | None, checkpoint: Checkpoint, detected: Detected):
     """The config that the file's fields and, where its library saves none or not all, its tensors tell."""
-    path = folder / "config.json"
-    sized = layouts.find(detected.layout).sized_by_tensors
+    folder, sized = path.parent, layouts.find(detected.layout).sized_by_tensors
     if fields is None and not sized:
-        raise CheckpointError(f"{path}: no such file; a checkpoint of layout {detected.layout} needs its config.json")
+        name, layout = layouts.find(detected.layout).config_file, detected.layout
+        raise CheckpointError(f"{folder / name}: no such file; a checkpoint of layout {layout} needs its {name}")
     told = {"shapes": _shapes(checkpoint, detected), "told": _told(checkpoint, detected)} if sized else {}
     if sized and fields and (shape := layouts.find(detected.layout)).key(fields) is None:
         raise CheckpointError(

@@ -1,8 +1,11 @@
-"""Where a checkpoint lies: a local folder or file, or a repository on the Hugging Face hub; and its config.json."""
+"""Where a checkpoint lies: a local folder or file, or a repository on the Hugging Face hub; and its config's file."""
 
+import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 
+from mamba_core.weights import layouts
 from mamba_core.weights.formats import CheckpointError, read_json
 
 # The second is downloaded only where there is nothing of the first.
@@ -15,19 +18,24 @@ _SHARD = re.compile(r"(?P<name>.+)-\d{5}-of-(?P<count>\d{5})(?P<kind>\.\w+)")
 
 
 def locate(source: str | Path, revision: str | None) -> Path:
-    """The local path of a folder, a file or a hub id. A config.json stands for its folder. Raises CheckpointError."""
+    """The local path of a folder, a file or a hub id. A config stands for its folder. Raises CheckpointError."""
     path = Path(source)
     if source != "" and path.exists():  # "" would be the current folder
         _refuse_shard(path)
-        return path.parent if path.name == "config.json" and path.is_file() else path
+        return path.parent if path.name in layouts.config_files() and path.is_file() else path
     if isinstance(source, Path) or source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise CheckpointError(f"{source or repr('')}: no such file or folder")
     return _download(source, revision)
 
 
-def read_config(folder: Path) -> dict | None:
-    """The parsed config.json of a folder, None where it has none."""
-    path = folder / "config.json"
+def config_path(folder: Path, weights: Collection[str]) -> Path:
+    """The file with the config of files of weights, by their names; config.json where there is none."""
+    paths = [folder / name for name in layouts.config_files(weights)]
+    return next((path for path in paths if os.path.lexists(path)), folder / layouts.Layout.config_file)
+
+
+def read_config(path: Path) -> dict | None:
+    """The parsed fields of a config's file, None where there is none."""
     try:
         return read_json(path)
     except FileNotFoundError:

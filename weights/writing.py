@@ -17,7 +17,7 @@ from mamba_core.weights.source import TOKENIZER_FILES
 
 
 def write_model(folder: Path, config, parameters: Mapping[str, np.ndarray], *, layout: str, dtype: str) -> None:
-    """Write config.json and the tensors of a model into a folder that exists.
+    """Write the config and the tensors of a model into a folder that exists.
 
     parameters: by canonical name, asked for one at a time. dtype: their compute dtype.
     """
@@ -38,7 +38,7 @@ def write_layout(
     shard_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Write config.json and tensors under canonical names as a layout has them.
+    """Write the config and tensors under canonical names as a layout has them.
 
     file_format: a key of `WRITERS`; the layout's own by default. shard_bytes, progress: as the writers have them; only
     safetensors has shards.
@@ -62,7 +62,7 @@ def write_layout(
     if shape.dtype:  # the library keeps the dtype beside the config
         fields[shape.dtype[0]] = _compute_dtype(config, sources)
     WRITERS[file_format](folder, written, {"format": shape.metadata_format}, shard_bytes, progress)
-    (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+    (folder / shape.config_file).write_text(json.dumps(fields, indent=2) + "\n")
 
 
 def stored_sources(config, sources: list[TensorSource], layout: str) -> list[TensorSource]:

@@ -137,7 +137,7 @@ def test_the_backends_have_the_same_public_functions():
 
 @pytest.mark.parametrize("name", architectures.names())
 def test_every_axis_has_a_letter_that_is_documented(name):
-    config = architectures.find(name).Config(d_model=8, n_layer=1, vocab_size=16)
+    config = architectures.find(name).Config(d_model=64, n_layer=1, vocab_size=16)
     for parameter in parameter_table(config).values():
         assert set(parameter.axes) <= {*LETTERS, "1"}, parameter.name
         assert len(parameter.axes) == len(parameter.shape), parameter.name

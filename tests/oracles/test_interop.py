@@ -16,6 +16,7 @@ import pytest
 
 import mamba_core as mc
 from mamba_core.architectures.mamba import MambaConfig
+from mamba_core.architectures.mamba2 import Mamba2Config
 from mamba_core.architectures.minimamba import MiniMambaConfig
 from mamba_core.config import from_object
 from mamba_core.spec.init import initial_values
@@ -338,8 +339,8 @@ def test_a_config_of_transformers_is_converted(transformers):
     assert model.config == MambaConfig.from_hf(theirs.to_dict())
     falcon = mc.build(transformers.FalconMambaConfig(**sizes), backend="torch", device="cpu")
     assert falcon.config.architecture == "falcon_mamba"
-    with pytest.raises(ValueError, match=r"config is transformers\..*Mamba2Config: config has model_type 'mamba2'"):
-        mc.build(transformers.Mamba2Config(), backend="torch")
+    with pytest.raises(ValueError, match=r"config is transformers\..*BambaConfig: config has model_type 'bamba'"):
+        mc.build(transformers.BambaConfig(), backend="torch")
     with pytest.raises(TypeError, match=r"config is builtins\.type; expected a preset's name or a config such as"):
         mc.build(transformers.MambaConfig, backend="torch")
 
@@ -355,8 +356,10 @@ def test_a_config_of_mamba_ssm_is_converted():
     with mock.patch.dict(sys.modules, {found.name: module}):
         found.loader.exec_module(module)
         config = from_object(module.MambaConfig(d_model=24, n_layer=2, vocab_size=61, ssm_cfg={"d_state": 5}))
-        with pytest.raises(ValueError, match=r"config is mamba_ssm\..*MambaConfig: config has ssm_cfg layer 'Mamba2'"):
-            from_object(module.MambaConfig(ssm_cfg={"layer": "Mamba2"}))
+        with pytest.raises(ValueError, match=r"config is mamba_ssm\..*MambaConfig: config has ssm_cfg layer 'Mamba3'"):
+            from_object(module.MambaConfig(ssm_cfg={"layer": "Mamba3"}))
+        second = from_object(module.MambaConfig(d_model=32, n_layer=2, ssm_cfg={"layer": "Mamba2", "headdim": 8}))
+    assert second == Mamba2Config(d_model=32, n_layer=2, headdim=8, pad_vocab_size_multiple=8)
     assert config == MambaConfig(d_model=24, n_layer=2, vocab_size=61, d_state=5)
 
 

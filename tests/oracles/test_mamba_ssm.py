@@ -1,11 +1,5 @@
 """Against the CPU reference functions of mamba_ssm, run in float64."""
 
-import importlib
-import sys
-from importlib.util import find_spec
-from types import ModuleType
-from unittest import mock
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -14,44 +8,20 @@ from hypothesis import strategies as st
 from mamba_core.spec.ops import selective_scan as scan_spec
 from mamba_core.spec.tolerances import relative_l2, tolerance
 
+from .mamba_ssm_files import imported, in_float64
+
 torch = pytest.importorskip("torch")
 pytest.importorskip("einops")
-
-# mamba_ssm imports its CUDA extension and Triton wherever it is entered; its reference functions need neither.
-STUBS = {"selective_scan_cuda": {}, "mamba_ssm.ops.triton.layer_norm": {"_layer_norm_fwd": None}}
-
-
-def imported(name):
-    """Their module of that name under mamba_ssm.ops. The stubs do not stay: PyTorch would find that Triton too."""
-    spec = find_spec("mamba_ssm")
-    if spec is None:
-        pytest.skip("mamba_ssm not installed")
-    triton = mock.MagicMock(__version__="3.0.0")
-    packages = {"triton": triton, "triton.language": triton.language}
-    for package in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton", "mamba_ssm.utils"):
-        packages[package] = ModuleType(package)
-        packages[package].__path__ = [f"{spec.submodule_search_locations[0]}/{'/'.join(package.split('.')[1:])}"]
-    for module, contents in STUBS.items():
-        packages[module] = ModuleType(module)
-        vars(packages[module]).update(contents)
-    with mock.patch.dict(sys.modules, packages):
-        return importlib.import_module(f"mamba_ssm.ops.{name}")
 
 
 @pytest.fixture(scope="module")
 def selective_scan_ref():
-    return imported("selective_scan_interface").selective_scan_ref
+    return imported("ops.selective_scan_interface").selective_scan_ref
 
 
 @pytest.fixture(scope="module")
 def selective_state_update_ref():
-    return imported("triton.selective_state_update").selective_state_update_ref
-
-
-def in_float64(function, *args, **kwargs):
-    """They call .float() inside; their algorithm in float64 is what is wanted."""
-    with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
-        return function(*args, **kwargs)
+    return imported("ops.triton.selective_state_update").selective_state_update_ref
 
 
 def draw(seed, batch, length, channels, states):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from mamba_core import architectures
+from mamba_core.architectures.mamba2 import Mamba2Config
 from mamba_core.config import MambaConfig
 from mamba_core.spec.params import parameter_table
 from mamba_core.weights import tables
@@ -44,9 +45,15 @@ def of_architecture(config, name):
     return architectures.find(name).Config(**fields)
 
 
+# Of sizes that every layout can hold.
+MAMBA2 = Mamba2Config(d_model=256, n_layer=1, vocab_size=13, tie_embeddings=False)
+
+
 def of_layout(config, layout):
     """The same fields in a config of the architecture that a layout holds, tied where it holds no other."""
     held = tables.holding(layout)
+    if set(held) == {"mamba2"}:
+        config = dataclasses.replace(MAMBA2, task=config.task, tie_embeddings=config.tie_embeddings)
     config = config if config.architecture in held else of_architecture(config, next(iter(held)))
     return dataclasses.replace(config, tie_embeddings=True) if layout in TIED else config
 

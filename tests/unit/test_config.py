@@ -122,7 +122,7 @@ def test_published_mamba_ssm_config_is_read():
         ({"expand": 10**400}, "expand is 1000.* a positive number"),
         ({"dt_max": 10**400}, "dt_max is 1000.* a positive number"),
         ({"eos_token_id": [3, 10**400]}, "eos_token_id is .3, 1000.* an integer"),
-        ({"d_model": 64, "ssm_cfg": {"layer": "Mamba2"}}, "layer 'Mamba2'"),
+        ({"d_model": 64, "ssm_cfg": {"layer": "Mamba3"}}, "layer 'Mamba3'"),
         ({"d_model": 64, "ssm_cfg": {"ngroups": 8}}, "ngroups"),
         ({"d_model": 64, "ssm_cfg": {}, "rms_norm": False}, "rms_norm=False"),
         ({"d_model": 64, "ssm_cfg": {}, "attn_layer_idx": [3]}, "attn_layer_idx"),

@@ -207,11 +207,12 @@ def test_hf_names_without_their_backbone(tmp_path):
 def test_a_tied_file_that_has_its_head_alone(tmp_path, layout, prefix):
     config = dataclasses.replace(of_layout(CONFIG, layout), tie_embeddings=True)
     whole = write(tmp_path / "a", config, layout)
-    fields = json.loads((whole / "config.json").read_text())
+    fields = json.loads((whole / layouts.find(layout).config_file).read_text())
     opened = open_model(whole, **options_of(config))
     names = {name: stored.names[0] for name, stored in opened.stored.items()}
     arrays = arrays_of(whole)
-    head = {"minimamba": "lm_head.lm_head.weight"}.get(layout, "lm_head.weight")
+    heads = {"minimamba": "lm_head.lm_head.weight", "mistral_inference": "model.lm_head.weight"}
+    head = heads.get(layout, "lm_head.weight")
     arrays[head] = arrays.pop(names[EMBEDDING])
     folder = state_dict(tmp_path / "b", {prefix + name: array for name, array in arrays.items()}, **fields)
     found = open_model(folder, **options_of(config))

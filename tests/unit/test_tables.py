@@ -433,7 +433,7 @@ def test_the_dtype_is_that_of_the_first_tensor_that_need_not_be_float32(tmp_path
         config = of_layout(dataclasses.replace(CONFIG, task=task), layout)
         opened = open_model(write(tmp_path / task, config, layout, dtype), **options_of(config))
         assert opened.dtype == ("float32" if dtype == "float64" else dtype)
-        fields = json.loads((tmp_path / task / "config.json").read_text())
+        fields = json.loads((tmp_path / task / layouts.find(layout).config_file).read_text())
         assert fields.get("torch_dtype", dtype) == dtype
 
 

@@ -84,6 +84,10 @@ def _safetensors(folder, sources, metadata, shard_bytes, progress) -> None:
     write_safetensors(folder, sources, metadata=metadata, shard_bytes=shard_bytes, progress=progress)
 
 
+def _consolidated(folder, sources, metadata, shard_bytes, progress) -> None:
+    write_safetensors_file(folder / "consolidated.safetensors", sources, metadata=metadata, progress=progress)
+
+
 def _bin(folder, sources, metadata, shard_bytes, progress) -> None:
     write_torch(folder / "pytorch_model.bin", sources, progress)
 
@@ -97,4 +101,10 @@ def _npz(folder, sources, metadata, shard_bytes, progress) -> None:
 
 
 # A format's name -> write(folder, sources, metadata, shard_bytes, progress). Only safetensors has metadata and shards.
-WRITERS: dict[str, Writer] = {"safetensors": _safetensors, "bin": _bin, "pt": _pt, "npz": _npz}
+WRITERS: dict[str, Writer] = {
+    "safetensors": _safetensors,
+    "consolidated": _consolidated,
+    "bin": _bin,
+    "pt": _pt,
+    "npz": _npz,
+}

@@ -20,6 +20,8 @@ except ModuleNotFoundError:  # on Windows, where what a killed process leaves st
 
 SYNC_SECONDS = 0.1
 _PARTIAL, _OLD = ".partial", ".old"
+# Files that lie together in a checkpoint's folder alone. The second pair is mistral-inference's.
+_CHECKPOINTS = (("config.json",), ("params.json", "consolidated.safetensors"))
 
 
 @contextmanager
@@ -27,7 +29,7 @@ def atomic_folder(path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a new folder beside `path` that becomes `path` when the block ends, and is removed if it fails.
 
     A folder that is not empty is refused unless `overwrite`; then it stays as it was until the new one is complete.
-    One that holds no config.json is no checkpoint and is never replaced, nor is the current directory, nor those above
+    One that holds no config is no checkpoint and is never replaced, nor is the current directory, nor those above
     it. Whoever is killed leaves the old folder or the new one; what it left beside `path` goes, or returns, when the
     next begins.
 
@@ -169,7 +171,7 @@ def _check_folder(final: Path, overwrite: bool) -> None:
         raise CheckpointError(f"{final}: the folder is not empty; choose another, or overwrite it")
     if Path.cwd().is_relative_to(final):
         raise CheckpointError(f"{final}: is or holds the current directory, which is never replaced")
-    if any(final.iterdir()) and not (final / "config.json").is_file():
+    if any(final.iterdir()) and not any(all((final / name).is_file() for name in names) for names in _CHECKPOINTS):
         raise CheckpointError(f"{final}: holds no config.json, so it is no checkpoint; remove it yourself")
 
 

@@ -65,9 +65,15 @@ def write_safetensors(
     return [folder / name for name in names]
 
 
-def write_safetensors_file(path, tensors: Iterable[TensorSource], *, metadata: dict[str, str] | None = None) -> None:
+def write_safetensors_file(
+    path,
+    tensors: Iterable[TensorSource],
+    *,
+    metadata: dict[str, str] | None = None,
+    progress: Progress | None = None,
+) -> None:
     """Write one file of any size, otherwise as `write_safetensors`."""
-    _write_file(Path(path), *_check(path, tensors, metadata))
+    _write_file(Path(path), *_check(path, tensors, metadata), progress)
 
 
 # --- reading ---------------------------------------------------------------------------------------

@@ -1,9 +1,11 @@
 """The layouts, a file each, found by file name: see `base` for what a file exports."""
 
+from collections.abc import Collection
+
 from mamba_core import discovery
 from mamba_core.weights.layouts.base import HIDDEN, Layout
 
-__all__ = ["HIDDEN", "Layout", "find", "key", "names", "normalize"]
+__all__ = ["HIDDEN", "Layout", "config_files", "find", "key", "names", "normalize"]
 
 FOLDER = "weights.layouts"
 
@@ -19,6 +21,16 @@ def find(name: str) -> Layout:
         ValueError: there is none.
     """
     return discovery.find(FOLDER, key(name)).LAYOUT
+
+
+def config_files(weights: Collection[str] = ()) -> tuple[str, ...]:
+    """The names that a config's file may have, in the order in which they are looked for.
+
+    weights: the names of the files of weights beside it. Those that one layout alone has put its config first.
+    """
+    shapes = [find(name) for name in names()]
+    own = [shape.config_file for shape in shapes if shape.weights_file in weights]
+    return tuple(dict.fromkeys((*own, Layout.config_file, *(shape.config_file for shape in shapes))))
 
 
 def normalize(name: str) -> str:

@@ -17,12 +17,14 @@ class Layout:
 
     Attributes:
         file_format: the format that the library reads, a key of `formats.WRITERS`.
+        config_file: the name of the file with the config's fields.
+        weights_file: the one name that files of weights have, None where other layouts have the same.
         metadata_format: what its safetensors files say of who wrote them.
         told_by_format: nothing but `metadata_format` tells its files from those of another layout, so that no other
             format may hold them.
         module: the library's module, with those inside of it, whose config objects have the fields of config.json.
         keys: fields of config.json that tell it, the plainest first.
-        dialect: the same for a config without a checkpoint, in `mamba_core.config.from_dict`.
+        dialect: the same for a config without a checkpoint, in `mamba_core.config.from_dict`, the plainest first.
         kind: the field that names the architecture, as the path to it; () where there is none.
         classes: the field that names the class which saved the model.
         dtype: the fields that say the compute dtype, the first of which is written.
@@ -42,6 +44,8 @@ class Layout:
     """
 
     file_format: str
+    config_file: str = "config.json"
+    weights_file: str | None = None
     metadata_format: str = "pt"
     told_by_format: bool = False
     module: str | None = None

@@ -78,7 +78,8 @@ def architecture_of(layout: str, fields: Mapping[str, Any], fitting: Collection[
     told = [name for name, table in held.items() if _classes_of(shape, fields) & set(table.classes())]
     # The fields tell more than the names do, which several architectures may share.
     for names in (told, list(fitting), list(held)):
-        if len(chosen := _assumed(names, held, compat)) == 1:
+        chosen = _assumed(names, held, compat) or _closest(names, held, shape.flat(fields))
+        if len(chosen) == 1:
             return chosen[0]
         if names:
             break
@@ -107,12 +108,19 @@ def claim_of_another(layout: str, architecture: str, fields: Mapping[str, Any]) 
     """
     own, mine = of(architecture), layouts.find(layout)
     known = {field for table in own.values() for field in table.theirs()}
+    kinds = {
+        (field, kind) for where, table in own.items() for field in layouts.find(where).kind_name for kind in table.kinds
+    }
     fixed = {field: values for table in own.values() for field, values in table.fixed.items()}
     for name in (name for name in discovery.names(FOLDER) if name != architecture):
         for where, table in of(name).items():
             shape = layouts.find(where)
             claims = [row.theirs for row in table.rows().values() if row.theirs not in known]
-            claims += [field for field in shape.kind_name if fields.get(field) in table.kinds]
+            claims += [
+                field
+                for field in shape.kind_name
+                if fields.get(field) in table.kinds and (field, fields[field]) not in kinds
+            ]
             if mine.classes is None and _classes_of(shape, fields) & set(table.classes()):
                 claims.append(str(shape.classes))
             for field, values in table.fixed.items():
@@ -137,7 +145,8 @@ def consents() -> tuple[str, ...]:
 
 def dialect(fields: Mapping[str, Any]) -> str | None:
     """The layout whose fields these are, without a checkpoint; None for our own fields."""
-    return next((name for name in layouts.names() if set(layouts.find(name).dialect) & set(fields)), None)
+    fitting = [name for name in layouts.names() if set(layouts.find(name).dialect) & set(fields)]
+    return next((name for name in fitting if layouts.find(name).dialect[0] in fields), next(iter(fitting), None))
 
 
 def modules() -> tuple[str, ...]:
@@ -200,6 +209,12 @@ def _assumed(names: list[str], held: Mapping[str, Table], compat: Any) -> list[s
     if compat in names:
         return [compat]
     return [name for name in names if held[name].assumed] if len(names) > 1 else names
+
+
+def _closest(names: list[str], held: Mapping[str, Table], fields: Mapping[str, Any]) -> list[str]:
+    """Those of the architectures that have the most of the fields."""
+    known = {name: len(held[name].theirs().intersection(fields)) for name in names}
+    return [name for name in names if known[name] == max(known.values())]
 
 
 def _classes_of(layout: Layout, fields: Mapping[str, Any]) -> set[str]:

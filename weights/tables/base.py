@@ -47,6 +47,7 @@ class Table:
         assumed: the layout's library takes this architecture where that field is missing.
         fixed: their field -> the values with which it is this architecture's function. Any other value is refused;
             null and a missing field count as the first.
+        reasons: their field of `fixed` -> why no other value is read.
         constants: their field -> the value that is written.
         unused: their fields that follow from others or concern speed only. They are not kept.
         ignored: their fields that say nothing about this architecture, though they may about another. They are kept.
@@ -56,8 +57,8 @@ class Table:
         consent: why a plain conversion would change the function. The user must then name the architecture
             (`compat`).
         hides: our fields that `derived` may hide, beside those without a row.
-        sizes: shapes by canonical name -> the fields of our config that they tell; for layouts that need it. Raises
-            ValueError where they tell none.
+        sizes: shapes by canonical name -> the fields of our config that they tell, and what `completed` makes fields
+            of; for layouts that need it. Raises ValueError where they tell none.
         completed: (values of our config, the fields that are left, what `sizes` told) -> the values, where they follow
             from each other. It takes out of the fields that are left what it uses.
         derived: our config -> their fields that no row gives, or that a row gives otherwise. Raises ValueError for a
@@ -69,6 +70,7 @@ class Table:
     kinds: tuple[str, ...] = ()
     assumed: bool = False
     fixed: Mapping[str, tuple] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
     constants: Mapping[str, Any] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()

@@ -27,6 +27,8 @@ def scheme(
     layers: str = LAYERS,
     outer: Mapping[str, str] | None = None,
     *,
+    layer: tuple[str, ...] = _LAYER,
+    marks: tuple[str, ...] = (CONV,),
     conv: Transform = SAME,
     conv_name: str = "mixer.conv1d.",
     classes: tuple[str, ...] = (),
@@ -35,12 +37,13 @@ def scheme(
     """The names of a model's tensors.
 
     layers: theirs for the layers. outer: canonical name -> theirs, outside the layers.
+    layer: the names of one layer's tensors. marks: those that tell such a file.
     conv, conv_name: how the convolution's weight is stored, and its name.
     """
     rows = [Row(ours, theirs, mark=ours == EMBEDDING) for ours, theirs in (outer or {}).items()]
-    for name in _LAYER:
+    for name in layer:
         theirs = f"{layers}.{{layer}}.{name.replace('mixer.conv1d.', conv_name)}"
-        rows.append(Row(f"{LAYERS}.{{layer}}.{name}", theirs, conv if name == CONV else SAME, mark=name == CONV))
+        rows.append(Row(f"{LAYERS}.{{layer}}.{name}", theirs, conv if name == CONV else SAME, mark=name in marks))
     return Scheme(task, tuple(rows), classes, left_out)
 
 
@@ -99,16 +102,17 @@ def hf_derived(config: Any) -> dict[str, Any]:
     return fields
 
 
-_HF_OUTER = same(EMBEDDING, FINAL_NORM, HEAD)
-_HF_BARE = {EMBEDDING: "embeddings.weight", FINAL_NORM: "norm_f.weight"}
+HF_OUTER = same(EMBEDDING, FINAL_NORM, HEAD)
+HF_BARE = {EMBEDDING: "embeddings.weight", FINAL_NORM: "norm_f.weight"}
+HF_BARE_LM = HF_BARE | same(HEAD)
 HF = Table(
     schemes=(
-        scheme("lm", outer=_HF_OUTER, classes=("MambaForCausalLM",)),
-        scheme("lm", "layers", _HF_BARE | same(HEAD), classes=("MambaForCausalLM",)),  # without "backbone."
+        scheme("lm", outer=HF_OUTER, classes=("MambaForCausalLM",)),
+        scheme("lm", "layers", HF_BARE_LM, classes=("MambaForCausalLM",)),  # without "backbone."
         scheme(
             "features",
             "layers",
-            _HF_BARE,
+            HF_BARE,
             classes=("MambaModel",),
         ),
     ),
@@ -125,7 +129,7 @@ HF = Table(
 MLX_LM = dataclasses.replace(
     HF,
     # Its one class reads both; without a head it reads none.
-    schemes=(scheme("lm", outer=_HF_OUTER, conv=CHANNELS_LAST, classes=("MambaForCausalLM",)),),
+    schemes=(scheme("lm", outer=HF_OUTER, conv=CHANNELS_LAST, classes=("MambaForCausalLM",)),),
     # It has no choice. Read with another one, the config counts: the weights were trained with it, before mlx-lm.
     required={"norm_eps": 1e-5},
 )
@@ -136,8 +140,9 @@ _SSM = (
     *("d_state", "d_conv", "expand", "dt_rank", "dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor"),
     *("bias", "conv_bias"),
 )
+MAMBA_SSM_OUTER = HF_OUTER | {EMBEDDING: "backbone.embedding.weight"}
 MAMBA_SSM = Table(
-    schemes=(scheme("lm", outer=_HF_OUTER | {EMBEDDING: "backbone.embedding.weight"}),),
+    schemes=(scheme("lm", outer=MAMBA_SSM_OUTER),),
     fields={
         "d_model": Field("d_model", 2560),
         "n_layer": Field("n_layer", 64),
@@ -162,35 +167,38 @@ LIBRARY_NAMES = (
     *("vocab_size", "pad_vocab_size_multiple"),
 )
 _MAMBAPY_MLX_FIELDS = same(*LIBRARY_NAMES) | {"n_layer": "n_layers", "expand": "expand_factor"}
-_MAMBAPY_OUTER = {EMBEDDING: "embedding.weight", FINAL_NORM: "norm_f.weight", HEAD: "lm_head.weight"}
+MAMBAPY_OUTER = {EMBEDDING: "embedding.weight", FINAL_NORM: "norm_f.weight", HEAD: "lm_head.weight"}
 
 
 def sizes(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     """The fields that shapes by canonical name tell."""
+    found = common_sizes(shapes)
+    mixer = f"{LAYERS}.0.mixer."
+    e, n = shape_of(shapes, mixer + "A_log", "en")
+    _, r = shape_of(shapes, mixer + "dt_proj.weight", "er")
+    return found | {"d_state": n, "expand": ratio(e, found["d_model"]), "dt_rank": r}
+
+
+def common_sizes(shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """Those that every Mamba's tensors tell in the same way."""
     first = f"{LAYERS}.0."
-    mixer = first + "mixer."
     if first + "norm.weight" not in shapes:
         raise ValueError(
             f"{first}norm.weight is missing, which tells d_model; mambapy's models of mup=True are not read"
         )
-    (d,) = _shape(shapes, first + "norm.weight", "d")
-    e, n = _shape(shapes, mixer + "A_log", "en")
-    _, _, k = _shape(shapes, first + CONV, "e1k")
-    _, r = _shape(shapes, mixer + "dt_proj.weight", "er")
+    (d,) = shape_of(shapes, first + "norm.weight", "d")
+    _, _, k = shape_of(shapes, first + CONV, "e1k")
     found = {
         "d_model": d,
         # Counted, not the highest index: a name can claim any.
         "n_layer": len({name.split(".")[2] for name in shapes if name.startswith(LAYERS)}),
-        "d_state": n,
         "d_conv": k,
-        "expand": ratio(e, d),
-        "dt_rank": r,
-        "bias": mixer + "in_proj.bias" in shapes,
-        "conv_bias": mixer + "conv1d.bias" in shapes,
+        "bias": first + "mixer.in_proj.bias" in shapes,
+        "conv_bias": first + "mixer.conv1d.bias" in shapes,
         "pad_vocab_size_multiple": 1,
     }
     if EMBEDDING in shapes:
-        found["vocab_size"], _ = _shape(shapes, EMBEDDING, "vd")
+        found["vocab_size"], _ = shape_of(shapes, EMBEDDING, "vd")
     return found
 
 
@@ -201,13 +209,18 @@ def library_completed(values: dict[str, Any], rest: dict[str, Any], sizes: Mappi
 
 
 def _mambapy_derived(config: Any) -> dict[str, Any]:
+    return {"expand_factor": whole_expand(config, "mambapy"), "dt_rank": config.dt_rank_size}
+
+
+def whole_expand(config: Any, layout: str) -> int:
+    """expand, for a library that has whole numbers only."""
     if config.d_inner % config.d_model:
-        raise ValueError(f"expand={config.expand} cannot be written as mambapy, which has whole numbers only")
-    return {"expand_factor": config.d_inner // config.d_model, "dt_rank": config.dt_rank_size}
+        raise ValueError(f"expand={config.expand} cannot be written as {layout}, which has whole numbers only")
+    return config.d_inner // config.d_model
 
 
 MAMBAPY = Table(
-    schemes=(scheme("lm", "mamba.layers", _MAMBAPY_OUTER), scheme("layers", "layers")),
+    schemes=(scheme("lm", "mamba.layers", MAMBAPY_OUTER), scheme("layers", "layers")),
     fields=_MAMBAPY_MLX_FIELDS | {"norm_eps": "rms_norm_eps", "initializer_range": "base_std"},
     fixed={"inner_layernorms": (False,), "mup": (False,)},
     unused=("mup_base_width", "pscan", "use_cuda", "d_inner"),
@@ -222,7 +235,7 @@ MAMBAPY = Table(
 # Of mamba-minimal, whose head is always the embedding. mamba_ssm's model without its head has the same names.
 MAMBA_MINIMAL = dataclasses.replace(
     MAMBA_SSM,
-    schemes=(scheme("lm", "layers", _MAMBAPY_OUTER),),
+    schemes=(scheme("lm", "layers", MAMBAPY_OUTER),),
     required={"norm_eps": 1e-5, "tie_embeddings": True},
     sizes=sizes,
     completed=library_completed,
@@ -230,7 +243,7 @@ MAMBA_MINIMAL = dataclasses.replace(
 _dense = partial(scheme, conv=DENSE, conv_name="mixer.conv1d.conv1d.")
 MAMBAPY_MLX = dataclasses.replace(
     MAMBAPY,
-    schemes=(_dense("lm", "mamba.layers", _MAMBAPY_OUTER), _dense("layers", "layers")),
+    schemes=(_dense("lm", "mamba.layers", MAMBAPY_OUTER), _dense("layers", "layers")),
     fields=_MAMBAPY_MLX_FIELDS,
     required={"norm_eps": 1e-5, "conv_bias": True},  # for which it has no choice
 )
@@ -261,7 +274,7 @@ def ratio(e: int, d: int) -> int | float:
     return found if int(found * d) == e else math.nextafter(found, math.inf)
 
 
-def _shape(shapes: Mapping[str, Shape], name: str, axes: str) -> Shape:
+def shape_of(shapes: Mapping[str, Shape], name: str, axes: str) -> Shape:
     shape = shapes.get(name)
     if shape is None or len(shape) != len(axes) or 0 in shape:
         found = "is missing" if shape is None else f"has shape {shape}"
