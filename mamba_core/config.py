@@ -12,6 +12,7 @@ from mamba_core.architectures.mamba import MambaConfig
 __all__ = ["COMPUTE_DTYPES", "BaseConfig", "MambaConfig", "from_dict", "from_object", "preset"]
 
 _MOST_SHOWN, _LONGEST_SHOWN = 8, 60  # names in a message, and letters of each
+_LONGEST = 500  # letters of a message
 
 
 def from_dict(fields: Mapping[str, Any]) -> BaseConfig:
@@ -26,7 +27,11 @@ def from_dict(fields: Mapping[str, Any]) -> BaseConfig:
     if not isinstance(fields, Mapping):
         raise TypeError(f"config is {type(fields).__name__}; expected a JSON object")
     if "architecture" not in fields and (layout := tables.dialect(fields)) is not None:
-        return tables.read_config(layout, fields)
+        try:
+            return tables.read_config(layout, fields)
+        except ValueError as fault:  # which may show a value of any length
+            message = str(fault)
+            raise ValueError(message[:_LONGEST] + "..." if len(message) > _LONGEST else message) from None
     fields = dict(fields)
     name = fields.pop("architecture", MambaConfig.architecture)
     if not isinstance(name, str) or name not in architectures.names():

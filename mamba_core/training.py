@@ -52,7 +52,9 @@ class TrainSettings:
     def __post_init__(self):
         for name, least in {"steps": 1, "batch_size": 1, "length": 1, "warmup_steps": 0, "seed": 0}.items():
             value = getattr(self, name)
-            self._expect(name, isinstance(value, int) and value >= least, f"an integer, at least {least}")
+            # True is an integer to Python, and a settings file may hold it.
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            self._expect(name, whole and value >= least, f"an integer, at least {least}")
         for name in ("learning_rate", "eps", "clip_norm"):
             self._expect(name, 0 < getattr(self, name) < math.inf, "a positive number")
         for name in ("beta1", "beta2"):

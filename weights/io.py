@@ -65,6 +65,12 @@ class Checkpoint(Mapping[str, np.ndarray]):
         with boundary(tensor.file.path):
             return tensor.array()
 
+    def blocks(self, name: str) -> Iterator[np.ndarray]:
+        """The tensor's elements, row-major, as flat pieces of at most a megabyte, each read when its turn comes."""
+        tensor = self.tensors[name]
+        with boundary(tensor.file.path):
+            yield from tensor.blocks()
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -58,6 +59,8 @@ class OpenedModel:
         """(parameter, its name in the file, its source under the canonical name) in the table's order."""
         for name, parameter in parameter_table(self.config).items():
             source = TensorSource(name, parameter.shape, self._dtype_of(name), partial(self._read, parameter))
+            if (whole := self.stored[name].whole) is not None:
+                source = source._replace(stream=partial(self._stream, whole))
             yield parameter, self.stored[name].label, source
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
@@ -77,9 +80,19 @@ class OpenedModel:
             joined[piece.where] = self._read_piece(piece)
         return joined
 
-    def _read_piece(self, piece) -> np.ndarray:
-        try:
+    def _read_piece(self, piece: Piece) -> np.ndarray:
+        with self._naming(piece):
             return piece.transform.read(self.checkpoint[piece.name])
+
+    def _stream(self, piece: Piece) -> Iterator[np.ndarray]:
+        with self._naming(piece):
+            yield from self.checkpoint.blocks(piece.name)
+
+    @contextmanager
+    def _naming(self, piece: Piece) -> Iterator[None]:
+        """Faults of a tensor name it and its folder."""
+        try:
+            yield
         except ValueError as fault:
             text = str(fault).removeprefix(f"{self.folder}{os.sep}")
             raise CheckpointError(f"{self.folder}: tensor {piece.name!r}: {text}") from None

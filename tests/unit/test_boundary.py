@@ -17,7 +17,7 @@ from mamba_core.tokenizer import SubwordTokenizer
 from mamba_core.training import load_settings
 from mamba_core.weights import layouts
 from mamba_core.weights.convert import convert, inspect
-from mamba_core.weights.formats import CheckpointError, base, boundary, safetensors
+from mamba_core.weights.formats import CheckpointError, boundary, files, safetensors
 from mamba_core.weights.io import open_checkpoint
 from mamba_core.weights.opening import open_model
 from mamba_core.weights.writing import write_model
@@ -79,7 +79,7 @@ def test_faults_of_a_header(folder, monkeypatch, words):
 @pytest.mark.parametrize("words", FAULTS)
 def test_faults_of_a_tensor(folder, monkeypatch, words):
     opened, fault = open_model(folder), FAULTS[words]
-    monkeypatch.setattr(base.StoredTensor, "array", raising(fault))
+    monkeypatch.setattr(files.InputFile, "read_into", raising(fault))
     for use in (lambda: dict(opened.tensors()), uses(folder)["load"], uses(folder)["convert"]):
         with pytest.raises(CheckpointError, match=words) as caught:
             use()

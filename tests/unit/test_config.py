@@ -103,6 +103,7 @@ def test_published_mamba_ssm_config_is_read():
         ({"compat": "minimamba"}, "unknown fields: compat"),
         ({f"field{n:03}": 1 for n in range(300)}, "field006, field007 and 292 more; known"),
         ({"x" * 5000: 1}, "unknown fields: x{60}; known"),
+        ({"model_type": "mamba", "architectures": [{}] * 5000}, r"architectures \[\{\}, [^\n]{400,500}\.\.\.$"),
         ({"d_model": 64, "ssm_cfg": {f"field{n:03}": 1 for n in range(300)}}, "'field007' and 292 more$"),
         ({"d_model": "x" * 5000}, r"d_model is 'x+\.\.\.x+'; expected"),
         ({"task_options": "x"}, "task_options is 'x'; expected a mapping"),

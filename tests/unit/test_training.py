@@ -37,7 +37,7 @@ def test_schedule():
     [
         ("steps", 0), ("steps", 1.5), ("batch_size", 0), ("length", -1), ("warmup_steps", -5), ("learning_rate", 0.0),
         ("learning_rate", float("nan")), ("beta1", 1.0), ("beta2", -0.1), ("weight_decay", -1.0), ("clip_norm", 0.0),
-        ("weight_decay", float("nan")), ("final_fraction", 2.0),
+        ("weight_decay", float("nan")), ("final_fraction", 2.0), ("seed", True),
     ],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused(name, value):
