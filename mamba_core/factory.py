@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from mamba_core import registry
 from mamba_core.backend import State
+from mamba_core.backends.native import library
 from mamba_core.config import COMPUTE_DTYPES, BaseConfig, from_object
 from mamba_core.merging import warn_of_hooks
 from mamba_core.spec import state as states
@@ -58,7 +59,7 @@ def build(
     config = from_object(config)
     _check_dtype(dtype)
     values = initial_values(config, seed)
-    return registry.get(backend).build(config, values, dtype=dtype, device=device, kernels=kernels)
+    return _built(backend, config, values, dtype=dtype, device=device, kernels=kernels)
 
 
 def load(
@@ -91,7 +92,7 @@ def load(
     opened = open_model(source, layout=layout, revision=revision, compat=compat)
     dtype = opened.dtype if dtype is None else dtype
     _check_dtype(dtype)
-    model = registry.get(backend).build(opened.config, opened.tensors(), dtype=dtype, device=device, kernels=kernels)
+    model = _built(backend, opened.config, opened.tensors(), dtype=dtype, device=device, kernels=kernels)
     # The model needs the folder for these only.
     kept = any(os.path.lexists(opened.folder / name) for name in (*TOKENIZER_FILES, GENERATION))
     model.source = opened.folder.absolute() if kept else None
@@ -188,6 +189,13 @@ def load_state(path: str | Path, model: Any) -> State:
         return kind(*(array(f"layers.{index}.{f.name}", model.dtype if f.dtype == "compute" else f.dtype) for f in own))
 
     return State(tuple(map(layer, range(model.config.n_layer))), array("segment"))
+
+
+def _built(backend: str | None, config: BaseConfig, values: Iterable, *, kernels, **settings) -> Any:
+    model = registry.get(backend).build(config, values, kernels=kernels, **settings)
+    if kernels == "auto" and model.backend in registry.PACKAGES and str(model.device).startswith("cpu"):
+        library.warn_if_left_out()
+    return model
 
 
 def _check_kind(state: Any, model: Any) -> None:

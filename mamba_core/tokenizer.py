@@ -156,8 +156,7 @@ class SubwordTokenizer(AnyTokenizer):
     """A `tokenizers.Tokenizer` from a tokenizer.json.
 
     Raises:
-        CheckpointError: the file is no tokenizer, or `tokenizers` fails with it, also when it is used.
-        OSError: there is no such file.
+        CheckpointError: there is no such file, it is no tokenizer, or `tokenizers` fails with it, also when it is used.
         ImportError: `tokenizers` is not installed.
     """
 
@@ -167,7 +166,8 @@ class SubwordTokenizer(AnyTokenizer):
         except ModuleNotFoundError:
             raise ImportError("reading tokenizer.json needs tokenizers; pip install 'mamba_core[hub]'") from None
         self._where = f"{path}: not a tokenizer that can be used"
-        data = read_input(path)
+        with boundary(path):
+            data = read_input(path)
         with boundary(self._where):
             tokenizer = tokenizers.Tokenizer.from_buffer(data)
             tokenizer.no_truncation()  # the file may have that of somebody's training

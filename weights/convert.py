@@ -23,6 +23,7 @@ from mamba_core.weights.formats import (
     count_nonfinite,
     early_sync,
     list_names,
+    resolved,
 )
 from mamba_core.weights.names import EMBEDDING, Piece, Stored
 from mamba_core.weights.opening import OpenedModel, open_model
@@ -145,7 +146,7 @@ def convert(
     if shard_bytes is not None and (file_format or layouts.find(to).file_format) != "safetensors":
         raise ValueError("shard_bytes is for safetensors alone; leave it out, or choose file_format='safetensors'")
     opened = open_model(source, layout=layout, revision=revision, compat=compat)
-    if opened.folder.resolve().is_relative_to(Path(target).resolve()):
+    if resolved(opened.folder).is_relative_to(resolved(target)):
         raise ValueError(f"{target}: is or holds the source; choose another folder to write")
     sources = [_cast(item, parameter, dtype) for parameter, _, item in opened.sources()]
     if not lossy:

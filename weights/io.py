@@ -65,6 +65,12 @@ class Checkpoint(Mapping[str, np.ndarray]):
         with boundary(tensor.file.path):
             return tensor.array()
 
+    def blocks(self, name: str) -> Iterator[np.ndarray]:
+        """The tensor's elements, row-major, as flat pieces of at most a megabyte, each read when its turn comes."""
+        tensor = self.tensors[name]
+        with boundary(tensor.file.path):
+            yield from tensor.blocks()
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
 
@@ -137,11 +143,12 @@ def _read_file(path: Path) -> FileContents:
 
 def _open_shards(index: Path) -> Checkpoint:
     weight_map = _read_weight_map(index)
-    shards = {name: index.parent / name for name in sorted(set(weight_map.values()))}
-    absent = (name for name, path in shards.items() if not os.path.lexists(path))
+    names = sorted(set(weight_map.values()))
+    absent = (name for name in names if not os.path.lexists(f"{index.parent}{os.sep}{name}"))
     if missing := list(islice(absent, _SHOWN + 1)):  # of an index that names a million, the first few are looked for
         more = ", and more" if len(missing) > _SHOWN else ""
         raise CheckpointError(f"{index}: shards that are missing from the folder: {list_names(missing[:_SHOWN])}{more}")
+    shards = {name: index.parent / name for name in names}
     contents = {name: _read_file(path) for name, path in shards.items()}
     held = {(tensor, name) for name in contents for tensor in contents[name].tensors}
     faults = [f"{tensor} is listed in {name} but not there" for tensor, name in _first(weight_map.items() - held)]

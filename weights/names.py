@@ -74,6 +74,12 @@ class Stored(NamedTuple):
         return tuple(piece.name for piece in self.pieces)
 
     @property
+    def whole(self) -> Piece | None:
+        """The one tensor in the file that is the canonical one as it is; None where it is joined or changed."""
+        piece = self.pieces[0]
+        return piece if len(self.pieces) == 1 and not piece.where and piece.transform is SAME else None
+
+    @property
     def label(self) -> str:
         """For reports: the name, or the first of many."""
         more = f" and {len(self.pieces) - 1} more" if len(self.pieces) > 1 else ""

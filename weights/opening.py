@@ -2,14 +2,16 @@
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mamba_core import tasks
+from mamba_core import architectures, tasks
 from mamba_core.spec.params import Parameter, parameter_table
 from mamba_core.weights import adapters, configs, layouts, tokens
 from mamba_core.weights.detect import Detected, described, detect
@@ -22,6 +24,7 @@ from mamba_core.weights.source import config_path, locate, read_config
 
 _MOST_FAULTS = 20  # in one message
 _MOST_SHOWN = 8  # of what is not read
+_SOME_MISSING = 1000  # parameters, which are looked for one by one
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class OpenedModel:
         """(parameter, its name in the file, its source under the canonical name) in the table's order."""
         for name, parameter in parameter_table(self.config).items():
             source = TensorSource(name, parameter.shape, self._dtype_of(name), partial(self._read, parameter))
+            if (whole := self.stored[name].whole) is not None:
+                source = source._replace(stream=partial(self._stream, whole))
             yield parameter, self.stored[name].label, source
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
@@ -75,9 +80,19 @@ class OpenedModel:
             joined[piece.where] = self._read_piece(piece)
         return joined
 
-    def _read_piece(self, piece) -> np.ndarray:
-        try:
+    def _read_piece(self, piece: Piece) -> np.ndarray:
+        with self._naming(piece):
             return piece.transform.read(self.checkpoint[piece.name])
+
+    def _stream(self, piece: Piece) -> Iterator[np.ndarray]:
+        with self._naming(piece):
+            yield from self.checkpoint.blocks(piece.name)
+
+    @contextmanager
+    def _naming(self, piece: Piece) -> Iterator[None]:
+        """Faults of a tensor name it and its folder."""
+        try:
+            yield
         except ValueError as fault:
             text = str(fault).removeprefix(f"{self.folder}{os.sep}")
             raise CheckpointError(f"{self.folder}: tensor {piece.name!r}: {text}") from None
@@ -196,6 +211,12 @@ def _checked(path: Path, folder: Path, config, checkpoint: Checkpoint, detected:
     if config.n_layer > len(checkpoint):  # before a table of so many layers is made
         raise CheckpointError(
             f"{path}: does not fit its config: n_layer is {config.n_layer}, but the file has {len(checkpoint)} tensors"
+        )
+    parameters = architectures.of(config).parameters(config)
+    if next(islice(parameters, 2 * len(checkpoint) + _SOME_MISSING, None), None) is not None:
+        raise CheckpointError(
+            f"{path}: does not fit its config: n_layer is {config.n_layer}, which makes more than twice as many "
+            f"parameters as the file has tensors, {len(checkpoint)}"
         )
     scheme = _scheme(config, detected)
     try:

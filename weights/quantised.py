@@ -6,13 +6,13 @@ columns, and an entry is number * scale + bias, in their dtype.
 https://ml-explore.github.io/mlx/build/html/python/_autosummary/mlx.core.dequantize.html
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mamba_core.weights.formats import FLOATS, CheckpointError, Header, StoredTensor, count_bytes
+from mamba_core.weights.formats import FLOATS, CheckpointError, Header, StoredTensor, blocks, count_bytes
 from mamba_core.weights.formats.base import BLOCK_BYTES
 from mamba_core.weights.io import Checkpoint
 
@@ -72,6 +72,9 @@ class Dequantised(Checkpoint):
     def __getitem__(self, name: str) -> np.ndarray:
         stored = super().__getitem__(name)
         return self._quantised[name].array() if name in self._quantised else stored
+
+    def blocks(self, name: str) -> Iterator[np.ndarray]:
+        return blocks(self[name]) if name in self._quantised else super().blocks(name)
 
     def header(self, name: str) -> Header:
         return self._quantised[name].header() if name in self._quantised else super().header(name)

@@ -105,7 +105,8 @@ def _parts(source: TensorSource, stored: Stored) -> Iterator[TensorSource]:
     """The sources of the tensors in the file that a canonical one becomes."""
     read = source.read if len(stored.pieces) == 1 else _Shared(source.read, len(stored.pieces))
     for piece in stored.pieces:
-        yield source._replace(name=piece.name, shape=piece.shape, read=_reader(read, piece))
+        stream = None if stored.whole is None else source.stream
+        yield source._replace(name=piece.name, shape=piece.shape, read=_reader(read, piece), stream=stream)
 
 
 def _reader(read: Callable[[], np.ndarray], piece: Piece) -> Callable[[], np.ndarray]:

@@ -20,6 +20,14 @@ def missing() -> str | None:
     return found if isinstance(found, str) else None
 
 
+@functools.cache
+def warn_if_left_out() -> None:
+    """Warns once that the installation has no native kernels, unless $MAMBA_CORE_NATIVE says which to use, or none."""
+    if "MAMBA_CORE_NATIVE" not in os.environ and (reason := missing()) is not None:
+        text = "the CPU kernels in C++ are left out of this installation, so models on a CPU run more slowly"
+        warnings.warn(f"{text}: {reason}", stacklevel=4)
+
+
 def loaded() -> ctypes.CDLL:
     """The library, loaded at the first call.
 

@@ -159,6 +159,7 @@ def test_the_wheel_works_on_each_backend(backend, compiler, wheel, tmp_path):
     tokens, _, native = done.stdout.strip().partition(" ")
     assert tokens == "3", done.stdout + done.stderr
     assert native == "None" if compiler else native.startswith("not built; with a C++ compiler")
+    assert done.stderr.count("the CPU kernels in C++ are left out of this installation") == (0 if compiler else 1)
 
 
 def snippets() -> dict[str, str]:

@@ -424,11 +424,13 @@ def test_pickles_by_hand(torch_path, data, word):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the limit is of POSIX")
 def test_a_pickle_cannot_ask_for_memory_or_time(torch_path):
-    """A memo of 2**32 slots, a string of 2**62 bytes, and a key whose hash doubles its steps with each level."""
+    """A memo of 2**32 slots, strings of 2**32 and 2**62 bytes, and a key whose hash doubles its steps each level."""
     put_pickle(torch_path, b"\x80\2}r\xff\xff\xff\x7f.")
-    assert dict(open_checkpoint(torch_path)) == {}
-    put_pickle(torch_path, b"\x80\2\x8d" + struct.pack("<Q", 2**62) + b".")
     assert_fault(torch_path, "malformed")
+    put_pickle(torch_path, b"\x80\2X" + struct.pack("<I", 2**32 - 1) + b".")
+    assert_fault(torch_path, "malformed")
+    put_pickle(torch_path, b"\x80\2\x8d" + struct.pack("<Q", 2**62) + b".")
+    assert_fault(torch_path, "opcode BINUNICODE8")
     put_pickle(torch_path, b"\x80\2}" + b")" + b"q\0h\0\x86" * 20 + b"K\1s.")
     assert_fault(torch_path, "neither text nor an integer")
 

@@ -12,6 +12,7 @@ from mamba_core.weights.formats.atomic import (
     early_sync,
     probe_file,
     probe_folder,
+    resolved,
     restore_folder,
 )
 from mamba_core.weights.formats.base import (
@@ -63,6 +64,7 @@ __all__ = [
     "read_input",
     "read_json",
     "read_npy",
+    "resolved",
     "restore_folder",
     "sources_of",
     "write_npz",

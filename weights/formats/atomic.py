@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mamba_core.weights.formats.errors import CheckpointError
+from mamba_core.weights.formats.errors import CheckpointError, boundary
 from mamba_core.weights.formats.exchange import exchange
 
 try:
@@ -36,7 +36,7 @@ def atomic_folder(path, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         CheckpointError: `path` cannot be replaced, another process is writing it, or the disk is full or read-only.
     """
-    final = Path(path).resolve()
+    final = resolved(path)
     with _disk_faults(final):
         restore_folder(final)
         _check_folder(final, overwrite)
@@ -70,7 +70,7 @@ def atomic_file(path, overwrite: bool = False) -> Iterator[Path]:
 
     It is to be written to, not replaced. What a killed process left beside `path` is removed first.
     """
-    final = Path(path).resolve()
+    final = resolved(path)
     _check_file(final, overwrite)
     partial = _beside(final, _PARTIAL)
     with _disk_faults(final):
@@ -108,6 +108,19 @@ def probe_file(path, overwrite: bool = False) -> None:
     """As `probe_folder`, of `atomic_file`."""
     with suppress(_ProbedError), atomic_file(path, overwrite):
         raise _ProbedError
+
+
+def resolved(path) -> Path:
+    """The path without links.
+
+    Raises:
+        CheckpointError: it is none, such as a loop of links, or a name too long or with a character that no file has.
+    """
+    with boundary(path):
+        final = Path(path).resolve()
+        final.exists()  # which a name of too many letters does not survive
+        os.fsencode(final)
+        return final
 
 
 class _ProbedError(Exception):
@@ -200,7 +213,7 @@ def _replace_folder(partial: Path, final: Path) -> None:
 
 def restore_folder(path) -> None:
     """The folder that a killed process had moved away returns, or goes if its successor is in place."""
-    final = Path(path).resolve()
+    final = resolved(path)
     for old in _all_beside(final, _OLD):
         if final.exists():
             shutil.rmtree(old)

@@ -126,7 +126,7 @@ class StoredTensor(NamedTuple):
         checksum = 0 if self.check is None else self.check.before(self.offset)
         for begin in range(0, count, BLOCK_BYTES):
             size = min(BLOCK_BYTES, count - begin)
-            block = np.empty(size, np.uint8) if data is None else data[begin : begin + size]
+            block = self.file.pieces.take(size) if data is None else data[begin : begin + size]
             self.file.read_into(block, self.offset + begin)
             checksum = checksum if self.check is None else zlib.crc32(block.data, checksum)
             yield block
@@ -146,9 +146,10 @@ class FileContents(NamedTuple):
 
 
 class TensorSource(NamedTuple):
-    """A tensor to be written; `read` is called once, when its turn comes.
+    """A tensor to be written; `read` is called when its turn comes, and once more for the fault of a cast.
 
     dtype: what is written. cast_from: the dtype of what `read` gives, where that is another one.
+    stream: gives what `read` does as `blocks` has it, for a tensor that need not be in memory whole.
     """
 
     name: str
@@ -156,6 +157,7 @@ class TensorSource(NamedTuple):
     dtype: str
     read: Callable[[], np.ndarray]
     cast_from: str | None = None
+    stream: Callable[[], Iterator[np.ndarray]] | None = None
 
 
 class Progress:
@@ -217,17 +219,21 @@ def checked_sources(target, tensors: Iterable[TensorSource]) -> list[TensorSourc
 
 def write_tensor(file, source: TensorSource, progress: Callable[[str, np.ndarray], None] | None = None) -> None:
     """Write the bytes of a source, row-major and little-endian, a block at a time."""
+    for block in blocks(_read(source)) if source.stream is None else source.stream():
+        written = block if source.cast_from is None else _cast(block, source)
+        if progress is not None:
+            progress(source.name, written)
+        file.write(written.view(np.uint8))
+
+
+def _read(source: TensorSource) -> np.ndarray:
     array = np.asarray(source.read())
     expected = source.cast_from or source.dtype
     if array.shape != source.shape or array.dtype != DTYPES[expected].numpy:
         raise CheckpointError(
             f"tensor {source.name!r} was announced as {expected} {source.shape} but is {array.dtype} {array.shape}"
         )
-    for block in blocks(array):
-        written = block if source.cast_from is None else _cast(block, source, array)
-        if progress is not None:
-            progress(source.name, written)
-        file.write(written.view(np.uint8))
+    return array
 
 
 def blocks(array: np.ndarray) -> Iterator[np.ndarray]:
@@ -249,12 +255,12 @@ def count_nonfinite(array: np.ndarray) -> int:
     return int(np.count_nonzero(signed >= positive) + np.count_nonzero(unsigned >= negative))
 
 
-def _cast(block: np.ndarray, source: TensorSource, array: np.ndarray) -> np.ndarray:
+def _cast(block: np.ndarray, source: TensorSource) -> np.ndarray:
     dtype = DTYPES[source.dtype].numpy
     with np.errstate(over="ignore", invalid="ignore"):
         cast = block.astype(dtype)
     if count_nonfinite(cast) > count_nonfinite(block):
-        values = (np.abs(part.astype(np.float64)) for part in blocks(array))
+        values = (np.abs(part.astype(np.float64)) for part in blocks(_read(source)))
         largest = max(float(part.max(where=np.isfinite(part), initial=0.0)) for part in values)
         raise CheckpointError(
             f"tensor {source.name!r} cannot be written as {source.dtype}: its largest value, {largest:g}, would become "

@@ -20,6 +20,7 @@ from mamba_core.weights.formats.scratch import Scratch
 MAX_JSON_BYTES = 100_000_000  # the limit that safetensors itself sets on a header
 # Small enough to stay in a processor's cache while it is cast, hashed and written.
 BLOCK_BYTES = 2**20
+_PIECES = 12
 _AT_ONCE = 2**30  # Linux reads a little less than 2**31 bytes in a call
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -37,7 +38,8 @@ for _name in ("O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY"):
 class InputFile:
     """A regular file that is open for reading by place. It outlives its name, so that it can be replaced meanwhile.
 
-    scratch: memory for what is read of it.
+    scratch: memory for a tensor of it, two of which are held where one is used while the next is read.
+    pieces: memory for blocks, some of which wait to be written.
 
     Raises:
         CheckpointError: it is no regular file, or an empty one.
@@ -46,7 +48,7 @@ class InputFile:
 
     def __init__(self, path) -> None:
         self.path = Path(path)
-        self.scratch = Scratch()
+        self.scratch, self.pieces = Scratch(), Scratch(_PIECES)
         self._descriptor = -1
         self._descriptor = open_input(path)
         self._state = _state(self._descriptor)

@@ -4,13 +4,13 @@ The opcodes are data here: those that a dictionary of tensors needs are interpre
 stand-ins below, every other one is refused, and nothing is ever imported or called. Values of a few harmless classes
 that training scripts keep beside the weights are dropped. An interpreter of our own rather
 than `pickle.Unpickler` with a whitelist, because the latter allocates what a hostile file asks for (a memo of 2**32
-slots), sets attributes on whatever the whitelist returns, and hashes keys that take exponential time.
+slots), sets attributes on whatever the whitelist returns, and hashes keys that take exponential or quadratic time.
 """
 
 import pickle
 import pickletools
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from mamba_core.weights.formats.base import DTYPES, TensorSource, count_bytes
@@ -40,6 +40,15 @@ class PickledTensor(NamedTuple):
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+
+
+class Number(NamedTuple):
+    """An integer as a dictionary's key: its text, because a file can choose integers that all have one hash."""
+
+    text: str
+
+    def __repr__(self) -> str:
+        return self.text
 
 
 class Dropped(NamedTuple):
@@ -81,78 +90,55 @@ _KNOWN_GLOBALS = {
 
 
 def load_pickle(data: bytes):
-    """The value of a pickle. Raises ValueError for whatever is not part of a dictionary of tensors."""
-    machine = _Machine()
+    """The value of a pickle. Raises ValueError for whatever is not part of a dictionary of tensors.
+
+    It takes time in proportion to its bytes, a fraction of a second a megabyte, and memory of at most 80 bytes a byte.
+    """
+    machine = _Machine(data)
     try:
-        for opcode, argument in _opcodes(data):
-            machine.step(opcode, argument)
-        return machine.stack.pop()
-    except (IndexError, KeyError):
-        raise ValueError("the pickle is malformed: it uses a value that it never made") from None
+        return machine.run()
+    except (IndexError, struct.error):
+        raise ValueError("the pickle is malformed: it ends early, or uses a value that it never made") from None
+    except UnicodeDecodeError as fault:
+        raise ValueError(f"the pickle is malformed: {fault}") from None
 
 
 # --- reading ---------------------------------------------------------------------------------------
 
 
-def _opcodes(data: bytes) -> Iterator[tuple[str, object]]:
-    try:
-        for opcode, argument, _ in pickletools.genops(data):
-            yield opcode.name, argument
-    except ValueError as fault:
-        raise ValueError(f"the pickle is malformed: {fault}") from None
-
-
 class _Machine:
-    def __init__(self) -> None:
+    """What the opcodes act on. memo: what was put there, by its number, which the pickler counts."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data, self.at = data, 0
         self.stack: list[Any] = []
         self.marks: list[int] = []
-        self.memo: dict[int, Any] = {}
+        self.memo: list[Any] = []
 
-    def step(self, opcode: str, argument) -> None:
-        stack = self.stack
-        match opcode:
-            case "PROTO" if argument != 2:
-                raise ValueError(f"pickle protocol {argument} is not read; save it with torch.save's own, 2")
-            case "PROTO" | "STOP":
-                pass
-            case "NONE" | "NEWTRUE" | "NEWFALSE":
-                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[opcode])
-            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE":
-                stack.append(argument)
-            case "EMPTY_DICT" | "EMPTY_LIST" | "EMPTY_TUPLE":
-                stack.append({"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}[opcode]())
-            case "MARK":
-                self.marks.append(len(stack))
-            case "TUPLE":
-                stack.append(tuple(self.pop_to_mark()))
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                stack.append(tuple(self.pop(int(opcode[-1]))))
-            case "APPEND" | "APPENDS":
-                _extend(*self.pop_items(opcode, 1))
-            case "SETITEM" | "SETITEMS":
-                _update(*self.pop_items(opcode, 2))
-            case "BINPUT" | "LONG_BINPUT":
-                self.memo[argument] = stack[-1]
-            case "BINGET" | "LONG_BINGET":
-                stack.append(self.memo[argument])
-            case "GLOBAL":
-                stack.append(_find_global(argument))
-            case "BINPERSID":
-                stack.append(_find_storage(stack.pop()))
-            case "REDUCE":
-                stack.append(_call(*self.pop(2)))
-            case "NEWOBJ":
-                kind, arguments = self.pop(2)
-                if not isinstance(kind, Global) or kind not in _DROPPED or not isinstance(arguments, tuple):
-                    raise ValueError(f"the pickle uses opcode {opcode} for what no dictionary of tensors needs")
-                stack.append(Dropped(".".join(kind)))
-            case "BUILD":
-                # The attributes of a state_dict, its `_metadata`, are dropped.
-                stack.pop()
-                if not isinstance(stack[-1], (dict, Dropped)):
-                    raise ValueError("the pickle sets attributes on something that is not a dictionary")
-            case _:
-                raise ValueError(f"the pickle uses opcode {opcode}, which no dictionary of tensors needs")
+    def run(self):
+        data, steps = self.data, _STEPS
+        while (opcode := data[self.at]) != _STOP:
+            self.at += 1
+            steps[opcode](self)
+        return self.stack.pop()
+
+    def unpack(self, form: struct.Struct):
+        """The number that stands there."""
+        (value,) = form.unpack_from(self.data, self.at)
+        self.at += form.size
+        return value
+
+    def take(self, count: int) -> bytes:
+        found = self.data[self.at : self.at + count]
+        if len(found) < count:
+            raise IndexError
+        self.at += count
+        return found
+
+    def line(self) -> str:
+        if (end := self.data.find(b"\n", self.at)) < 0:
+            raise IndexError
+        return self.take(end + 1 - self.at)[:-1].decode("ascii")
 
     def pop(self, count: int) -> list:
         if len(self.stack) < count:
@@ -167,29 +153,126 @@ class _Machine:
         del self.stack[mark:]
         return values
 
-    def pop_items(self, opcode: str, width: int) -> tuple[object, list]:
-        """The container that stays on the stack, and the values for it."""
-        values = self.pop_to_mark() if opcode.endswith("S") else self.pop(width)
-        return self.stack[-1], values
+    def push(self, value) -> None:
+        self.stack.append(value)
+
+    def put(self, number: int) -> None:
+        value = self.stack[-1]
+        if number >= len(self.data):  # each takes two bytes, and their numbers have no gaps
+            raise IndexError
+        self.memo += [_NOTHING] * (number + 1 - len(self.memo))
+        self.memo[number] = value
+
+    def get(self, number: int) -> None:
+        if (value := self.memo[number]) is _NOTHING:
+            raise IndexError
+        self.stack.append(value)
 
 
-def _extend(container, values: list) -> None:
-    if not isinstance(container, list):
+_NOTHING = object()
+_BYTE, _SHORT, _INT, _UNSIGNED, _DOUBLE = map(struct.Struct, ("<B", "<H", "<i", "<I", ">d"))
+
+
+def _protocol(machine: _Machine) -> None:
+    if (version := machine.unpack(_BYTE)) != 2:
+        raise ValueError(f"pickle protocol {version} is not read; save it with torch.save's own, 2")
+
+
+def _new_object(machine: _Machine) -> None:
+    kind, arguments = machine.pop(2)
+    if not isinstance(kind, Global) or kind not in _DROPPED or not isinstance(arguments, tuple):
+        raise ValueError("the pickle uses opcode NEWOBJ for what no dictionary of tensors needs")
+    machine.push(Dropped(".".join(kind)))
+
+
+def _build(machine: _Machine) -> None:
+    # The attributes of a state_dict, its `_metadata`, are dropped.
+    machine.stack.pop()
+    if not isinstance(machine.stack[-1], (dict, Dropped)):
+        raise ValueError("the pickle sets attributes on something that is not a dictionary")
+
+
+def _tuple_1(machine: _Machine) -> None:
+    machine.stack[-1] = (machine.stack[-1],)
+
+
+def _refused(opcode: int):
+    name = next((known.name for known in pickletools.opcodes if known.code == chr(opcode)), None)
+    fault = f"is malformed: it uses {bytes([opcode])!r}, which is no opcode"
+    if name is not None:
+        fault = f"uses opcode {name}, which no dictionary of tensors needs"
+
+    def refuse(machine: _Machine) -> None:
+        raise ValueError(f"the pickle {fault}")
+
+    return refuse
+
+
+# By the opcode's byte. Those of a dictionary of tensors, and none that imports or calls.
+_STOP = pickle.STOP[0]
+_STEPS: list[Callable[[_Machine], None]] = [_refused(opcode) for opcode in range(256)]
+for _opcode, _step in {
+    pickle.PROTO: _protocol,
+    pickle.NONE: lambda machine: machine.stack.append(None),
+    pickle.NEWTRUE: lambda machine: machine.stack.append(True),
+    pickle.NEWFALSE: lambda machine: machine.stack.append(False),
+    pickle.BININT: lambda machine: machine.push(machine.unpack(_INT)),
+    pickle.BININT1: lambda machine: machine.push(machine.unpack(_BYTE)),
+    pickle.BININT2: lambda machine: machine.push(machine.unpack(_SHORT)),
+    pickle.LONG1: lambda machine: machine.push(
+        int.from_bytes(machine.take(machine.unpack(_BYTE)), "little", signed=True)
+    ),
+    pickle.BINFLOAT: lambda machine: machine.push(machine.unpack(_DOUBLE)),
+    pickle.BINUNICODE: lambda machine: machine.push(
+        machine.take(machine.unpack(_UNSIGNED)).decode("utf-8", "surrogatepass")
+    ),
+    pickle.EMPTY_DICT: lambda machine: machine.stack.append({}),
+    pickle.EMPTY_LIST: lambda machine: machine.stack.append([]),
+    pickle.EMPTY_TUPLE: lambda machine: machine.stack.append(()),
+    pickle.MARK: lambda machine: machine.marks.append(len(machine.stack)),
+    pickle.TUPLE: lambda machine: machine.push(tuple(machine.pop_to_mark())),
+    pickle.TUPLE1: _tuple_1,
+    pickle.TUPLE2: lambda machine: machine.push(tuple(machine.pop(2))),
+    pickle.TUPLE3: lambda machine: machine.push(tuple(machine.pop(3))),
+    pickle.APPEND: lambda machine: _extend(machine, machine.pop(1)),
+    pickle.APPENDS: lambda machine: _extend(machine, machine.pop_to_mark()),
+    pickle.SETITEM: lambda machine: _update(machine, machine.pop(2)),
+    pickle.SETITEMS: lambda machine: _update(machine, machine.pop_to_mark()),
+    pickle.BINPUT: lambda machine: machine.put(machine.unpack(_BYTE)),
+    pickle.LONG_BINPUT: lambda machine: machine.put(machine.unpack(_UNSIGNED)),
+    pickle.BINGET: lambda machine: machine.get(machine.unpack(_BYTE)),
+    pickle.LONG_BINGET: lambda machine: machine.get(machine.unpack(_UNSIGNED)),
+    pickle.GLOBAL: lambda machine: machine.push(_find_global(machine.line(), machine.line())),
+    pickle.BINPERSID: lambda machine: machine.push(_find_storage(machine.stack.pop())),
+    pickle.REDUCE: lambda machine: machine.push(_call(*machine.pop(2))),
+    pickle.NEWOBJ: _new_object,
+    pickle.BUILD: _build,
+}.items():
+    _STEPS[_opcode[0]] = _step
+
+
+def _extend(machine: _Machine, values: list) -> None:
+    if not isinstance(container := machine.stack[-1], list):
         raise ValueError("the pickle appends to something that is not a list")
     container.extend(values)
 
 
-def _update(container, values: list) -> None:
-    if not isinstance(container, dict) or len(values) % 2:
+def _update(machine: _Machine, values: list) -> None:
+    if not isinstance(container := machine.stack[-1], dict) or len(values) % 2:
         raise ValueError("the pickle sets items of something that is not a dictionary")
-    keys = values[::2]
-    if not all(isinstance(key, str | int) for key in keys):
-        raise ValueError("the pickle has a dictionary key that is neither text nor an integer")
-    container.update(zip(keys, values[1::2], strict=True))
+    container.update(zip(map(_key, values[::2]), values[1::2], strict=True))
 
 
-def _find_global(argument: str) -> Global:
-    found = Global(*argument.split(" ", 1))
+def _key(key) -> str | Number:
+    if isinstance(key, str):
+        return key
+    if isinstance(key, int):
+        return Number(str(key))
+    raise ValueError("the pickle has a dictionary key that is neither text nor an integer")
+
+
+def _find_global(module: str, name: str) -> Global:
+    found = Global(module, name)
     if found not in _KNOWN_GLOBALS:
         raise ValueError(
             f"the pickle asks for {list_names(['.'.join(found)])}, which is not executed; save the weights alone, such "

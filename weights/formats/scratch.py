@@ -6,14 +6,14 @@ import threading
 import numpy as np
 
 LEAST = 2**20  # bytes; malloc has less at hand
-_KEPT = 2  # who goes through tensors holds one while the next is read
 _LOOSE = 4  # how much larger than what is asked for
 
 
 class Scratch:
-    """Hands out arrays of bytes."""
+    """Hands out arrays of bytes. kept: how many are kept for the next."""
 
-    def __init__(self) -> None:
+    def __init__(self, kept: int = 2) -> None:
+        self._most = kept
         self._kept: list[np.ndarray] = []
         self._lock = threading.Lock()
 
@@ -27,5 +27,5 @@ class Scratch:
                 # One reference is the list's, one the call's: every view, of any framework, would be one more.
                 if sys.getrefcount(self._kept[index]) == 2:
                     return self._kept[index][:count]
-            self._kept = [*self._kept[1 - _KEPT :], np.empty(count, np.uint8)]
+            self._kept = [*self._kept[1 - self._most :], np.empty(count, np.uint8)]
             return self._kept[-1][:]

@@ -28,7 +28,7 @@ from mamba_core.weights.formats.files import InputFile
 from mamba_core.weights.formats.pickle import PickledTensor, dump_state_dict, load_pickle
 from mamba_core.weights.formats.zip import Record, read_zip, record_start, write_zip
 
-# 250 bytes a tensor are usual. An opcode of one byte can make a value of 64, so this bounds the memory near 1 GiB.
+# 250 bytes a tensor are usual. An opcode of one byte can make a value of 80, so this bounds the memory near 1.3 GiB.
 MAX_PICKLE_BYTES = 16 * 2**20
 # What training scripts call the weights, beside tensors too.
 _STATE_DICT_NAMES = ("model", "state_dict", "model_state_dict", "module", "ema", "ema_state_dict", "model_ema")

@@ -30,6 +30,7 @@ _EXTRA_FIELD = struct.Struct("<2sH")
 _VERSION = 45  # the one that has 64-bit sizes
 _UTF8, _ENCRYPTED = 0x800, 1
 _FIRST_DAY = 1 << 5 | 1  # January 1, 1980: the same tensors are the same file
+_MOST_REPEATED = 64
 _MAX_16, _MAX_32 = 2**16 - 1, 2**32 - 1
 
 
@@ -124,11 +125,23 @@ def read_zip(path: Path, parse: Callable, explain: Callable) -> FileContents:
             directory = archive.infolist()
         has_checksums = any(record.CRC for record in directory)
         check = functools.partial(Check, file) if has_checksums else lambda record, start: None
-        return parse(directory, file, check)
+        contents = parse(directory, file, check)
+        _check_repeated(contents, len(file))
+        return contents
     except ValueError as fault:
         raise CheckpointError(explained(path, fault)) from None
     except (zipfile.BadZipFile, NotImplementedError, EOFError, OverflowError, struct.error) as fault:
         raise CheckpointError(f"{path}: {explain(file, fault)}") from None
+
+
+def _check_repeated(contents: FileContents, size: int) -> None:
+    """What a file may ask for in time and memory is bound by its size, though tensors may share its bytes."""
+    total = sum(tensor.span() for tensor in contents.tensors.values())
+    if total > _MOST_REPEATED * size:
+        raise ValueError(
+            f"its tensors share bytes so often that they have {total} together, and the file {size}: more than "
+            f"{_MOST_REPEATED} times as many are not read; save tensors that share nothing"
+        )
 
 
 def record_start(file: InputFile, record: zipfile.ZipInfo) -> int:
