@@ -2,28 +2,34 @@
 
 import dataclasses
 import functools
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
-from mamba_core.config import MambaConfig, preset
+from mamba_core.config import BaseConfig, MambaConfig, preset
 from mamba_core.sampling import Sampling
+from mamba_core.spec import ops
 from mamba_core.spec.init import initial_values
-from mamba_core.spec.ops import selective_scan as scan_spec
 from mamba_core.spec.reference import ReferenceModel
 from mamba_core.tasks.lm import cross_entropy
 
-# In the order of every scan's arguments, results and gradients.
-SCAN_ARGUMENTS = ("x", "delta", "A", "B", "C", "D")
+# Of the works that are an op: its name.
+OPS = {"scan": "selective_scan", "ssd": "ssd"}
+# In the order of an op's arguments, results and gradients.
+ARGUMENTS = {"selective_scan": ("x", "delta", "A", "B", "C", "D"), "ssd": ("x", "dt", "A", "B", "C", "D")}
 # Tokens that one call decodes: JAX hands them out in blocks of as many.
 DECODED = 16
 GREEDY = Sampling()
 # Beyond, the reference would take minutes and gigabytes; candidates are then compared with each other.
 LONGEST_REFERENCE = 2048
+MOST_STATES = 2**27  # that it keeps of a layer, one a position
 
 WORKS = {
     "scan": "selective scan, forward",
     "scan-gradient": "selective scan, forward and backward",
+    "ssd": "recurrence of Mamba-2, forward",
+    "ssd-gradient": "recurrence of Mamba-2, forward and backward",
     "forward": "model, logits of all positions",
     "prefill": "model, logits after a prompt",
     "decode": "model, one token after another, each",
@@ -39,31 +45,48 @@ class Case:
     Attributes:
         group: the table of the report that it belongs to.
         work: a key of WORKS.
-        config: the model's, or that of the block around the scan: channels and states are its d_inner and d_state.
+        config: the model's, or that of the block around the op, whose sizes are those of its state.
         length: positions; of the prompt where tokens are decoded. The batch is 1.
         dtype: the compute dtype.
         peers: names in `peers.PEERS`.
         baseline: the candidate that the others are compared with; "" for none.
         floor: a name in `floors.FLOORS`, what no candidate could beat; "" for none.
+        left_out: kernels of ours that would take minutes and gigabytes.
         remat: whether a gradient computes the blocks again instead of keeping them.
     """
 
     name: str
     group: str
     work: str
-    config: MambaConfig
+    config: BaseConfig
     length: int
     dtype: str = "float32"
     peers: tuple[str, ...] = ()
     baseline: str = ""
     floor: str = ""
+    left_out: tuple[str, ...] = ()
     remat: bool = False
 
     @property
+    def op(self) -> str | None:
+        """The name of the op that is timed alone; None for a model or a block."""
+        return OPS.get(self.work.removesuffix("-gradient"))
+
+    @property
+    def differentiated(self) -> bool:
+        """Whether it is an op with its gradients."""
+        return self.work.endswith("-gradient")
+
+    @property
+    def state(self) -> tuple[int, ...]:
+        """The sizes of the recurrence's state in a layer."""
+        return next(field.shape for field in self.config.facts.fields[0] if field.name == "ssm")
+
+    @property
     def title(self) -> str:
-        channels, states = self.config.d_inner, self.config.d_state
-        if self.work.startswith("scan"):
-            return f"{WORKS[self.work]}, (1, {self.length}, {channels}, {states}) {self.dtype}"
+        if self.op is not None:
+            sizes = ", ".join(map(str, (1, self.length, *self.state)))
+            return f"{WORKS[self.work]}, ({sizes}) {self.dtype}"
         layers = f"{self.config.n_layer} layer{'s' * (self.config.n_layer > 1)} of width {self.config.d_model}"
         recomputed = ", blocks recomputed" if self.remat else ""
         return f"{WORKS[self.work]}, {layers}, {self.length} positions, {self.dtype}{recomputed}"
@@ -76,7 +99,7 @@ class Case:
     @property
     def comparable(self) -> bool:
         """Whether the reference can say what is right."""
-        return self.length <= LONGEST_REFERENCE
+        return self.length <= LONGEST_REFERENCE and self.length * math.prod(self.state) <= MOST_STATES
 
 
 def smaller(case: Case) -> Case:
@@ -85,20 +108,41 @@ def smaller(case: Case) -> Case:
     return dataclasses.replace(case, config=dataclasses.replace(case.config, **sizes), length=case.length // 8)
 
 
-def scan_inputs(case: Case) -> dict[str, np.ndarray]:
-    """SCAN_ARGUMENTS and dy in float32, of the size that they have in a model that was just initialised."""
+def op_inputs(case: Case) -> dict[str, np.ndarray]:
+    """The op's ARGUMENTS and dy in float32, of the size that they have in a model that was just initialised."""
     rng = np.random.default_rng(0)
+    values = (_ssd_inputs if case.op == "ssd" else _scan_inputs)(case, rng)
+    return {name: value.astype(np.float32) for name, value in values.items()}
+
+
+def _scan_inputs(case: Case, rng: np.random.Generator) -> dict[str, np.ndarray]:
     length, channels, states = case.length, case.config.d_inner, case.config.d_state
-    values = {
+    return {
         "x": rng.normal(size=(1, length, channels)),
-        "delta": np.exp(rng.uniform(np.log(case.config.dt_min), np.log(case.config.dt_max), (1, length, channels))),
+        "delta": _steps(case, rng, channels),
         "A": -np.tile(np.arange(1.0, states + 1), (channels, 1)),
         "B": rng.normal(size=(1, length, states)),
         "C": rng.normal(size=(1, length, states)),
         "D": rng.normal(size=channels),
         "dy": rng.normal(size=(1, length, channels)),
     }
-    return {name: value.astype(np.float32) for name, value in values.items()}
+
+
+def _ssd_inputs(case: Case, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    length, groups, (heads, channels, states) = case.length, case.config.ngroups, case.state
+    return {
+        "x": rng.normal(size=(1, length, heads, channels)),
+        "dt": _steps(case, rng, heads),
+        "A": -rng.uniform(*case.config.A_init_range, heads),
+        "B": rng.normal(size=(1, length, groups, states)),
+        "C": rng.normal(size=(1, length, groups, states)),
+        "D": rng.normal(size=heads),
+        "dy": rng.normal(size=(1, length, heads, channels)),
+    }
+
+
+def _steps(case: Case, rng: np.random.Generator, count: int) -> np.ndarray:
+    return np.exp(rng.uniform(np.log(case.config.dt_min), np.log(case.config.dt_max), (1, case.length, count)))
 
 
 def tokens(case: Case, more: int = 0) -> np.ndarray:
@@ -123,16 +167,11 @@ def _expected(case: Case) -> list[np.ndarray]:
     return REFERENCES[case.work](case)
 
 
-def _scan(case):
-    inputs = scan_inputs(case)
-    return [scan_spec.selective_scan(*(inputs[name] for name in SCAN_ARGUMENTS))]
-
-
-def _scan_gradient(case):
-    inputs = scan_inputs(case)
-    arguments = [inputs[name] for name in SCAN_ARGUMENTS]
-    gradients = scan_spec.selective_scan_vjp(inputs["dy"], None, *arguments)
-    return [scan_spec.selective_scan(*arguments), *(gradients[name] for name in SCAN_ARGUMENTS)]
+def _op(case):
+    inputs, names, op = op_inputs(case), ARGUMENTS[case.op], ops.public()[case.op]
+    arguments = [inputs[name] for name in names]
+    gradients = op.vjp(inputs["dy"], None, *arguments) if case.differentiated else {}
+    return [op.forward(*arguments), *(gradients[name] for name in names if gradients)]
 
 
 def _model(case) -> ReferenceModel:
@@ -171,8 +210,7 @@ def _training(case):
 
 
 REFERENCES = {
-    "scan": _scan,
-    "scan-gradient": _scan_gradient,
+    **dict.fromkeys(("scan", "scan-gradient", "ssd", "ssd-gradient"), _op),
     "forward": _forward,
     "prefill": _prefill,
     "decode": _decode,
@@ -204,10 +242,22 @@ def _cases():
         # MiniMamba's decoding fails at its first step.
         decoding = tuple(peer for peer in (baseline, *others) if peer != "minimamba")
         yield Case(f"decode-{dtype}", "model", "decode", length=16, peers=decoding, floor="weights", **settings)
+    yield from _mamba2_cases()
     yield Case("block", "training", "block", _BLOCK, 512, peers=("mambapy", _KEPT), baseline="mambapy")
     for work in ("forward", "training"):
         for length in LENGTHS:
             yield Case(f"scaling-{work}-{length}", "scaling", work, _SCALED, length, remat=work == "training")
+
+
+def _mamba2_cases():
+    base, theirs = preset("mamba2-130m"), {"peers": ("transformers",), "baseline": "transformers"}
+    yield Case("ssd-forward", "mamba2", "ssd", base, 2048, floor="products", **theirs)
+    yield Case("ssd-gradient", "mamba2", "ssd-gradient", base, 2048, left_out=("sequential",), **theirs)
+    block = dataclasses.replace(base, n_layer=1, task="layers")
+    yield Case("mamba2-block", "mamba2", "block", block, 2048, **theirs)
+    for dtype in ("float32", "bfloat16"):
+        yield Case(f"mamba2-prefill-{dtype}", "mamba2", "prefill", base, 512, dtype, **theirs)
+        yield Case(f"mamba2-decode-{dtype}", "mamba2", "decode", base, 16, dtype, floor="weights", **theirs)
 
 
 CASES = {case.name: case for case in _cases()}

@@ -6,6 +6,8 @@ from mamba_core.benchmarks.frameworks import Timed
 from mamba_core.spec.params import parameter_table
 from mamba_core.weights.formats import count_bytes
 
+CHUNK = 64  # positions
+
 
 def arithmetic(case: Case) -> Timed:
     """A forward's exponentials, products and sums by the native library, on nothing that comes from memory.
@@ -35,4 +37,25 @@ def weights(case: Case) -> Timed:
     return Timed(call, None)
 
 
-FLOORS = {"arithmetic": arithmetic, "weights": weights}
+def products(case: Case) -> Timed:
+    """The matrix products of Mamba-2's recurrence in chunks, and nothing between them; needs torch.
+
+    Of every chunk: C with B of each group, those with x of each head, and the state's with B and C. The last chunk is
+    whole here.
+    """
+    import torch
+
+    (h, p, n), g = case.state, case.config.ngroups
+    chunks = -(-case.length // CHUNK)
+    B, x = torch.ones(chunks * g, CHUNK, n), torch.ones(chunks * h, CHUNK, p)
+    of_heads, weights = torch.ones(chunks * h, CHUNK, n), torch.ones(chunks * h, CHUNK, CHUNK)
+    state = torch.ones(chunks * h, p, n)
+
+    @torch.inference_mode()
+    def call():
+        return B @ B.mT, weights @ x, x.mT @ of_heads, of_heads @ state.mT
+
+    return Timed(call, None)
+
+
+FLOORS = {"arithmetic": arithmetic, "products": products, "weights": weights}

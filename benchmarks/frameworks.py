@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mamba_core.benchmarks.cases import SCAN_ARGUMENTS, Case, block_inputs, scan_inputs, tokens
+from mamba_core.benchmarks.cases import ARGUMENTS, Case, block_inputs, op_inputs, tokens
 
 
 class Timed(NamedTuple):
@@ -18,60 +18,60 @@ class Timed(NamedTuple):
     arrays: Callable[[Any], list[np.ndarray]] | None
 
 
-def torch_scan(scan: Callable, case: Case) -> Timed:
-    """scan(x, delta, A, B, C, D) of tensors, laid out as `mamba_core.backend` has them."""
+def torch_op(op: Callable, case: Case) -> Timed:
+    """op(*arguments) of tensors, those of `cases.ARGUMENTS`, laid out as `mamba_core.backend` has them."""
     import torch
 
-    inputs = {name: torch.from_numpy(value) for name, value in scan_inputs(case).items()}
-    arguments, dy = [inputs[name] for name in SCAN_ARGUMENTS], inputs["dy"]
+    inputs = {name: torch.from_numpy(value) for name, value in op_inputs(case).items()}
+    arguments, dy = [inputs[name] for name in ARGUMENTS[case.op]], inputs["dy"]
 
     @torch.inference_mode()
     def forward():
-        return (scan(*arguments),)
+        return (op(*arguments),)
 
     def gradient():
-        y = scan(*arguments)
+        y = op(*arguments)
         return y, *torch.autograd.grad(y, arguments, dy)
 
-    if case.work == "scan":
+    if not case.differentiated:
         return Timed(forward, torch_arrays)
     for argument in arguments:
         argument.requires_grad_()
     return Timed(gradient, torch_arrays)
 
 
-def mlx_scan(scan: Callable, case: Case) -> Timed:
+def mlx_op(op: Callable, case: Case) -> Timed:
     import mlx.core as mx
 
-    inputs = {name: mx.array(value) for name, value in scan_inputs(case).items()}
-    arguments, dy = [inputs[name] for name in SCAN_ARGUMENTS], inputs["dy"]
+    inputs = {name: mx.array(value) for name, value in op_inputs(case).items()}
+    arguments, dy = [inputs[name] for name in ARGUMENTS[case.op]], inputs["dy"]
 
     def forward():
-        return _evaluated([scan(*arguments)])
+        return _evaluated([op(*arguments)])
 
     def gradient():
-        outputs, gradients = mx.vjp(lambda *values: [scan(*values)], arguments, [dy])
+        outputs, gradients = mx.vjp(lambda *values: [op(*values)], arguments, [dy])
         return _evaluated([*outputs, *gradients])
 
-    return Timed(forward if case.work == "scan" else gradient, mlx_arrays)
+    return Timed(gradient if case.differentiated else forward, mlx_arrays)
 
 
-def jax_scan(scan: Callable, case: Case) -> Timed:
+def jax_op(op: Callable, case: Case) -> Timed:
     import jax
 
-    inputs = {name: jax.numpy.array(value) for name, value in scan_inputs(case).items()}
-    arguments, dy = [inputs[name] for name in SCAN_ARGUMENTS], inputs["dy"]
+    inputs = {name: jax.numpy.array(value) for name, value in op_inputs(case).items()}
+    arguments, dy = [inputs[name] for name in ARGUMENTS[case.op]], inputs["dy"]
 
     @jax.jit
     def forward(*arguments):
-        return (scan(*arguments),)
+        return (op(*arguments),)
 
     @jax.jit
     def gradient(*arguments):
-        y, pullback = jax.vjp(scan, *arguments)
+        y, pullback = jax.vjp(op, *arguments)
         return y, *pullback(dy)
 
-    compiled = forward if case.work == "scan" else gradient
+    compiled = gradient if case.differentiated else forward
     return Timed(lambda: jax.block_until_ready(compiled(*arguments)), jax_arrays)
 
 

@@ -1,4 +1,4 @@
-"""This package's backends as candidates, a kernel each where the scan is timed."""
+"""This package's backends as candidates, a kernel each where an op is timed."""
 
 from functools import partial
 from itertools import islice
@@ -11,24 +11,24 @@ from mamba_core.benchmarks import frameworks
 from mamba_core.benchmarks.cases import DECODED, GREEDY, Case, tokens
 from mamba_core.benchmarks.frameworks import Timed
 
-SCANS = {"torch": frameworks.torch_scan, "mlx": frameworks.mlx_scan, "jax": frameworks.jax_scan}
+OPS = {"torch": frameworks.torch_op, "mlx": frameworks.mlx_op, "jax": frameworks.jax_op}
 
 
 def candidates(case: Case, names: list[str]) -> dict:
     """Name -> how it is made, for the backends of these names."""
-    if not case.work.startswith("scan"):
+    if case.op is None:
         return {name: partial(WORKS[case.work], name) for name in names}
-    kernels = {name: registry.get(name).available_kernels("cpu")["selective_scan"] for name in names}
+    kernels = {name: registry.get(name).available_kernels("cpu")[case.op] for name in names}
     return {
-        f"{name} {kernel}": partial(_scan, name, kernel)
+        f"{name} {kernel}": partial(_op, name, kernel)
         for name, reasons in kernels.items()
         for kernel, reason in reasons.items()
-        if reason is None
+        if reason is None and kernel not in case.left_out
     }
 
 
-def _scan(name: str, kernel: str, case: Case) -> Timed:
-    return SCANS[name](partial(registry.get(name).op("selective_scan").selective_scan, kernel=kernel), case)
+def _op(name: str, kernel: str, case: Case) -> Timed:
+    return OPS[name](partial(getattr(registry.get(name).op(case.op), case.op), kernel=kernel), case)
 
 
 def _model(name: str, case: Case):

@@ -41,9 +41,9 @@ def mambapy(case: Case, *, sequential: bool = False) -> Timed:
         d_conv=case.config.d_conv,
         pscan=not sequential,
     )
-    if case.work.startswith("scan"):
+    if case.op is not None:
         block = mamba.MambaBlock(config)
-        return frameworks.torch_scan(block.selective_scan_seq if sequential else block.selective_scan, case)
+        return frameworks.torch_op(block.selective_scan_seq if sequential else block.selective_scan, case)
     if case.work == "block":
         block = _filled(mamba.ResidualBlock(config), _torch_values(case, {"backbone.layers.0.": ""}))
         return frameworks.torch_block(block, block.parameters(), case)
@@ -70,12 +70,16 @@ def transformers(case: Case) -> Timed:
     """Its path without CUDA, which is plain torch."""
     theirs = importlib.import_module("transformers")
     theirs.logging.set_verbosity_error()
-    if case.work.startswith("scan"):
-        module = importlib.import_module("transformers.models.mamba.modeling_mamba")
-        return frameworks.torch_scan(partial(_channels_first, module.mamba_selective_scan), case)
+    if case.op is not None:
+        return frameworks.torch_op(_transformers_op(case), case)
     import torch
 
-    model = theirs.MambaForCausalLM(theirs.MambaConfig(**case.config.to_hf()))
+    if case.work == "block":
+        module = importlib.import_module("transformers.models.mamba2.modeling_mamba2")
+        block = module.Mamba2Block(_transformers_config(theirs, case), 0)
+        block = _filled(block, _torch_values(case, {"backbone.layers.0.": ""}))
+        return frameworks.torch_block(block, block.parameters(), case)
+    model = theirs.AutoModelForCausalLM.from_config(_transformers_config(theirs, case))
     values = _torch_values(case, {})
     values["lm_head.weight"] = values["backbone.embeddings.weight"]
     model = _filled(model, values).to(getattr(torch, case.dtype)).eval()
@@ -97,6 +101,20 @@ def transformers(case: Case) -> Timed:
     return _torch_decode(begin, advance, case)
 
 
+def _transformers_config(theirs: ModuleType, case: Case):
+    fields = dataclasses.replace(case.config, task="lm").to_hf()  # of which a block is a part
+    fields.pop("time_step_limit", None)  # none is its default too, and has another form in a file
+    return theirs.AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+
+def _transformers_op(case: Case) -> Callable:
+    if case.op == "ssd":
+        module = importlib.import_module("transformers.models.mamba2.modeling_mamba2")
+        return lambda *arguments: module.mamba2_chunk_scan(*arguments[:5], case.config.chunk_size, arguments[5])
+    module = importlib.import_module("transformers.models.mamba.modeling_mamba")
+    return partial(_channels_first, module.mamba_selective_scan)
+
+
 def mamba_ssm(case: Case) -> Timed:
     """Its reference function, which runs without CUDA; its packages import Triton and CUDA's scan wherever entered."""
     if (spec := find_spec("mamba_ssm")) is None:
@@ -106,7 +124,7 @@ def mamba_ssm(case: Case) -> Timed:
         stubs[name] = ModuleType(name)
         stubs[name].__path__ = ["/".join([*spec.submodule_search_locations, *name.split(".")[1:]])]
     theirs = _import_with("mamba_ssm.ops.selective_scan_interface", stubs)
-    return frameworks.torch_scan(partial(_channels_first, theirs.selective_scan_ref), case)
+    return frameworks.torch_op(partial(_channels_first, theirs.selective_scan_ref), case)
 
 
 def minimamba(case: Case) -> Timed:
@@ -122,7 +140,7 @@ def minimamba(case: Case) -> Timed:
         return frameworks.torch_forward(model, case, same=False)
     scan = importlib.import_module("minimamba.s6").S6(config)._selective_scan_forward
     gate = torch.ones(1, case.length, case.config.d_inner)
-    return frameworks.torch_scan(lambda *arguments: scan(*arguments, gate), case)
+    return frameworks.torch_op(lambda *arguments: scan(*arguments, gate), case)
 
 
 def jax_associative_scan(case: Case) -> Timed:
@@ -138,7 +156,7 @@ def jax_associative_scan(case: Case) -> Timed:
         _, h = lax.associative_scan(join, (decay, increment), axis=1)
         return jnp.einsum("blen,bln->ble", h, C) + D * x
 
-    return frameworks.jax_scan(scan, case)
+    return frameworks.jax_op(scan, case)
 
 
 def mlx_loop(case: Case) -> Timed:
@@ -152,7 +170,7 @@ def mlx_loop(case: Case) -> Timed:
             outputs.append((h @ C[:, t, :, None])[..., 0])
         return mx.stack(outputs, axis=1) + D * x
 
-    return frameworks.mlx_scan(scan, case)
+    return frameworks.mlx_op(scan, case)
 
 
 def keeping_memory(make: Callable, case: Case) -> Timed:

@@ -57,7 +57,7 @@ def _settings(arguments: argparse.Namespace) -> runner.Settings:
 
 
 def _backends(names: str | None) -> list[str]:
-    available = [name for name in installed() if name in ours.SCANS]
+    available = [name for name in installed() if name in ours.OPS]
     chosen = available if names is None else names.split(",")
     if unknown := [name for name in chosen if name not in available]:
         raise ValueError(f"no backend {unknown[0]!r} to time; expected some of {', '.join(available)}")

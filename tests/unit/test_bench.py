@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 
+from mamba_core.architectures.mamba2 import Mamba2Config
 from mamba_core.benchmarks import cases, ours, report, runner, store
 from mamba_core.benchmarks.cases import Case
 from mamba_core.benchmarks.frameworks import Timed
@@ -18,12 +19,16 @@ from mamba_core.config import MambaConfig
 from mamba_core.spec.tolerances import relative_l2
 
 pytest.importorskip("rich")
-TINY = MambaConfig(d_model=8, n_layer=1, vocab_size=32, d_state=4)
+TINY = {
+    "mamba": MambaConfig(d_model=8, n_layer=1, vocab_size=32, d_state=4),
+    "mamba2": Mamba2Config(d_model=8, n_layer=1, vocab_size=32, d_state=4, headdim=4),
+}
 MIB = 2**20
 
 
-def tiny(work, dtype="float32", length=5, **more):
-    config = dataclasses.replace(TINY, task="layers") if work == "block" else TINY
+def tiny(work, dtype="float32", length=5, architecture="mamba", **more):
+    config = TINY["mamba2" if work.startswith("ssd") else architecture]
+    config = dataclasses.replace(config, task="layers") if work == "block" else config
     return Case("tiny", "scan", work, config, length, dtype, **more)
 
 
@@ -218,7 +223,7 @@ def test_a_call_that_takes_very_long_is_made_once(monkeypatch):
 def test_every_backend_computes_what_is_timed(backend, work):
     case = tiny(work)
     entrants = ours.candidates(case, [backend.name])
-    assert len(entrants) >= (2 if work.startswith("scan") else 1)
+    assert len(entrants) >= (1 if case.op is None else 2)
     for name, make in entrants.items():
         timed = make(case)
         result = timed.arrays(timed.call())
@@ -226,13 +231,13 @@ def test_every_backend_computes_what_is_timed(backend, work):
             assert relative_l2(value, expected) <= 1e-5, name
 
 
-PEER_CASES = {(peer, case.work) for case in cases.CASES.values() for peer in case.peers}
+PEER_CASES = {(peer, case.work, case.config.architecture) for case in cases.CASES.values() for peer in case.peers}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("peer", "work"), sorted(PEER_CASES))
-def test_every_peer_computes_what_is_timed(peer, work):
-    case = tiny(work, length=16, peers=(peer,))
+@pytest.mark.parametrize(("peer", "work", "architecture"), sorted(PEER_CASES))
+def test_every_peer_computes_what_is_timed(peer, work, architecture):
+    case = tiny(work, length=16, architecture=architecture, peers=(peer,))
     (entry,) = measure(case, runner.candidates(case, []), Settings(rounds=1))["candidates"].values()
     if entry.get("absent"):
         pytest.skip(entry["error"])
@@ -277,6 +282,7 @@ def test_list(capsys):
     listed = json.loads(capsys.readouterr().out)
     assert set(listed) == set(cases.CASES)
     assert "(1, 2048, 1536, 16) float32" in listed["scan-forward"]["title"]
+    assert "(1, 2048, 24, 64, 128) float32" in listed["ssd-forward"]["title"]
     assert bench("--list", "--case", "model") == 0
     shown = capsys.readouterr().out
     assert "decode-bfloat16" in shown
