@@ -74,13 +74,19 @@ class Case:
     def own(self, name):
         return self.parameters.get(f"backbone.layers.0.{name}")
 
-    def reference(self):
-        """(residual, state) in float64."""
-        state = State((self.state,), np.zeros(self.b, np.int32))
-        out = ReferenceModel(self.config, self.parameters)(self.residual.astype(np.float64), state)
+    def reference(self, gated_eps=None):
+        """(residual, state) in float64; gated_eps: of the gated norm, if it is not that of the block's."""
+        state, model = State((self.state,), np.zeros(self.b, np.int32)), ReferenceModel(self.config, self.parameters)
+        if gated_eps is not None:
+            other = {"eps": gated_eps}
+            model.graph = [
+                node._replace(settings=node.settings | other) if node.op == "gated_rms_norm" else node
+                for node in model.graph
+            ]
+        out = model(self.residual.astype(np.float64), state)
         return out.hidden, out.state.layers[0]
 
-    def native(self, width=0, threads=1, transposed=False, in_place=False):
+    def native(self, width=0, threads=1, transposed=False, in_place=False, gated_eps=None):
         """(residual, state); in_place: in the memory of those before."""
         c, kept = self.config, []
 
@@ -101,7 +107,7 @@ class Case:
         step = abi.SsdStep(
             *(self.b, c.d_model, c.nheads, c.headdim, c.d_state, c.ngroups, c.d_conv, c.d_gated),
             *(self.dtype != np.float32, self.residual_dtype != np.float32, transposed, threads, width),
-            *(c.D_has_hdim, c.norm_before_gate, c.norm_eps, c.norm_eps, *c.dt_limit),
+            *(c.D_has_hdim, c.norm_before_gate, c.norm_eps, gated_eps or c.norm_eps, *c.dt_limit),
             *(at(value) for value in (*given, self.own("norm.weight"))),
             *(matrix(name) for name in ("in_proj", "conv1d", "out_proj")),
             *(at(self.own(f"mixer.{name}")) for name in ("dt_bias", "A_log", "D", "norm.weight")),
@@ -110,9 +116,9 @@ class Case:
         library.ssd_steps((abi.SsdStep * 1)(step))
         return results[0], LayerState(*results[1:])
 
-    def assert_native(self, **how):
+    def assert_native(self, gated_eps=None, **how):
         """That the step is the reference's. All is float32 inside, and only the results are rounded to bfloat16."""
-        (residual, state), (wanted, wanted_state) = self.native(**how), self.reference()
+        (residual, state), (wanted, wanted_state) = self.native(gated_eps=gated_eps, **how), self.reference(gated_eps)
         assert_close(residual, wanted, str(self.residual.dtype), "value", "residual", config=self.config, **how)
         assert_close(state.conv, wanted_state.conv, str(self.state.conv.dtype), "value", "conv state", **how)
         assert_close(state.ssm, wanted_state.ssm, "float32", "value", "ssm state", **how)
@@ -142,6 +148,13 @@ LARGE = config_of(256, 2, 3, 70, 91, d_state=33)
 def test_every_batch(width, transposed, dtype, config):
     for b in range(1, 9):
         Case(config, b, dtype, seed=b).assert_native(width=width, transposed=transposed, threads=b % 3 + 1)
+
+
+@every_width
+@pytest.mark.parametrize("before_gate", [False, True])
+def test_the_gated_norm_has_its_own_eps(width, before_gate):
+    case = Case(config_of(19, 2, 2, 13, 7, d_state=21, norm_before_gate=before_gate), 2, "float32")
+    case.assert_native(gated_eps=3.0, width=width)
 
 
 @every_width

@@ -14,6 +14,7 @@ from tests.conformance.cases.mamba2 import CONFIGS
 torch = pytest.importorskip("torch")
 
 from mamba_core.backends.torch import explain, private, quantize  # noqa: E402
+from mamba_core.backends.torch.kernels import native_ssd_step  # noqa: E402
 
 pytestmark = pytest.mark.skipif(library.missing() is not None, reason=f"native library: {library.missing()}")
 ODD = dataclasses.replace(CONFIGS["odd"], n_layer=3)
@@ -194,6 +195,30 @@ def test_blocks_of_several_kinds_are_cut_into_runs():
         assert_close(value.numpy(), other.numpy(), "float32", "node", "result")
 
 
+def test_operands_of_another_class_are_another_call():
+    """Whatever their sizes: a class says what computes its blocks."""
+    models, calls = pair(), []
+
+    class Others(native_ssd_step.Operands):
+        @staticmethod
+        def blocks(*arguments):
+            calls.append(len(arguments[2]) // native_ssd_step.NUMBERS)
+            return native_ssd_step.steps(*arguments)
+
+    class Other(type(models[0].backbone.layers[1].mixer)):
+        def native_step(self):
+            return Others(*super().native_step())
+
+        def forward(self, *arguments):
+            return super().forward(*arguments)
+
+    for model in models:
+        model.backbone.layers[1].mixer.__class__ = Other
+    assert ways(models[0]) == [(0, 2, "native_step")]
+    assert_same(models)
+    assert calls == [1]
+
+
 def call():
     from mamba_core.backends.torch.positions import call_of
 
@@ -209,8 +234,6 @@ def test_a_copy_and_a_saved_model_step_alike():
 
 def test_a_compiled_model_steps_natively(monkeypatch):
     pytest.importorskip("torch", minversion="2.13", reason="older compilers take the plain operations")
-    from mamba_core.backends.torch.kernels import native_ssd_step
-
     steps, called = native_ssd_step.library.ssd_steps, []
     monkeypatch.setattr(native_ssd_step.library, "ssd_steps", lambda given: (called.append(len(given)), steps(given)))
     models = pair()
