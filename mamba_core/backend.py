@@ -348,6 +348,15 @@ class Trainer(Protocol):
     def step(self, tokens) -> tuple[float, float]:
         """One update from tokens (b, l+1) NumPy ints; returns (loss, gradient norm before clipping)."""
 
+    def evaluate(self, tokens, counts) -> float:
+        """The sum of the cross-entropies of tokens[:, 1:] given tokens[:, :-1] over the targets that count.
+
+        tokens (b, l+1) NumPy ints; counts (b, l) NumPy bool, of which the model knows nothing. It is computed as `step`
+        computes its loss, but without gradients and in evaluation form: dropout and its like do not act. The model, its
+        modes, the optimizer and the framework's random numbers are afterwards as they were, so that the steps after it
+        have the same bits with or without it. Calls of one shape are compiled once.
+        """
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each parameter that is trained, by its canonical name, or where that of the table does not have
         it, by the framework's own path. A shape is that of the table where the table has the parameter."""

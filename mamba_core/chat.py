@@ -136,7 +136,9 @@ def _template(folder: Path) -> str | None:
     for name in ("tokenizer_config.json", "chat_template.json"):
         found = _fields(folder / name).get("chat_template")
         if isinstance(found, list):
-            found = {entry["name"]: entry["template"] for entry in found}
+            if not all(isinstance(entry, Mapping) and {"name", "template"} <= entry.keys() for entry in found):
+                raise ValueError(f"{folder / name}: a chat template has no name or no text; expected a list of both")
+            found = {str(entry["name"]): entry["template"] for entry in found}
         if isinstance(found, Mapping):
             if DEFAULT not in found:
                 raise ValueError(f"{folder / name}: has chat templates {', '.join(found)}, and none named {DEFAULT!r}")

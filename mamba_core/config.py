@@ -1,6 +1,7 @@
 """Configs by name and from JSON."""
 
 import dataclasses
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,9 @@ from mamba_core.architectures.base import COMPUTE_DTYPES, BaseConfig
 from mamba_core.architectures.mamba import MambaConfig
 
 __all__ = ["COMPUTE_DTYPES", "BaseConfig", "MambaConfig", "from_dict", "from_object", "preset"]
+
+_MOST_SHOWN, _LONGEST_SHOWN = 8, 60  # names in a message, and letters of each
+_LONGEST = 500  # letters of a message
 
 
 def from_dict(fields: Mapping[str, Any]) -> BaseConfig:
@@ -23,15 +27,21 @@ def from_dict(fields: Mapping[str, Any]) -> BaseConfig:
     if not isinstance(fields, Mapping):
         raise TypeError(f"config is {type(fields).__name__}; expected a JSON object")
     if "architecture" not in fields and (layout := tables.dialect(fields)) is not None:
-        return tables.read_config(layout, fields)
+        try:
+            return tables.read_config(layout, fields)
+        except ValueError as fault:  # which may show a value of any length
+            message = str(fault)
+            raise ValueError(message[:_LONGEST] + "..." if len(message) > _LONGEST else message) from None
     fields = dict(fields)
     name = fields.pop("architecture", MambaConfig.architecture)
     if not isinstance(name, str) or name not in architectures.names():
-        raise ValueError(f"config has architecture {name!r}; known: {', '.join(architectures.names())}")
+        raise ValueError(f"config has architecture {reprlib.repr(name)}; known: {', '.join(architectures.names())}")
     config = architectures.find(name).Config
     known = {item.name for item in dataclasses.fields(config)}
     if unknown := sorted(set(fields) - known):
-        raise ValueError(f"config has unknown fields: {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+        more = f" and {len(unknown) - _MOST_SHOWN} more" if len(unknown) > _MOST_SHOWN else ""
+        shown = ", ".join(str(name)[:_LONGEST_SHOWN] for name in unknown[:_MOST_SHOWN]) + more
+        raise ValueError(f"config has unknown fields: {shown}; known: {', '.join(sorted(known))}")
     return config(**fields)
 
 

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from mamba_core.backend import Foreign
+from mamba_core.spec.graph import block_graph
 from mamba_core.spec.params import Parameter, Values, parameter_table
 from mamba_core.spec.tolerances import relative_l2
 from mamba_core.tasks.base import EMBEDDING
@@ -85,12 +86,15 @@ def merged(config: Any, foreign: Foreign, read: Callable[[str], np.ndarray], cal
 
 
 def _layers(config) -> dict[str, dict[str, Parameter]]:
-    """Path -> {leaf: parameter} of the layers that a call goes through."""
+    """Path -> {leaf: parameter} of the layers that a call goes through with one input."""
     layers: dict[str, dict[str, Parameter]] = {}
     for name, parameter in parameter_table(config).items():
         path, _, leaf = name.rpartition(".")
         layers.setdefault(path, {})[leaf] = parameter
-    return {path: leaves for path, leaves in layers.items() if "weight" in leaves}
+    of_several = {node.parameters.get("weight") for node in block_graph(config) if len(node.inputs) > 1}
+    return {
+        path: leaves for path, leaves in layers.items() if "weight" in leaves and f"{path}.weight" not in of_several
+    }
 
 
 def _measured(config, path: str, leaves: Mapping[str, Parameter], call: Call, dtype: str) -> dict[str, np.ndarray]:

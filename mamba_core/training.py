@@ -1,4 +1,4 @@
-"""What training has in common on every backend: the settings, the schedule, the data and the checkpoints.
+"""What training has in common on every backend: the settings, the schedule, the batches and the loop.
 
 The arithmetic of a step (loss, gradients, AdamW) is native: see `training.py` of each backend. A batch depends on the
 seed and the number of the step alone, and the optimizer's moments are saved under canonical parameter names, so a run
@@ -6,34 +6,21 @@ resumes exactly, on the same backend or on another.
 """
 
 import dataclasses
-import hashlib
-import json
 import math
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
-from mamba_core import factory, registry
+from mamba_core import evaluation, factory, registry, runs
+from mamba_core.evaluation import HeldOut
+from mamba_core.runs import save_checkpoint
 from mamba_core.spec.init import random_stream
-from mamba_core.weights.formats import (
-    CheckpointError,
-    atomic_folder,
-    parse_json,
-    probe_folder,
-    read_input,
-    restore_folder,
-)
-from mamba_core.weights.io import open_checkpoint
-from mamba_core.weights.opening import open_model
+from mamba_core.weights.formats import CheckpointError, read_input
 from mamba_core.wrappers import unwrap
-
-OPTIMIZER_FILE = "optimizer.safetensors"
-PROGRESS_FILE = "training.json"
-TOKENIZER_FILE = "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -65,7 +52,9 @@ class TrainSettings:
     def __post_init__(self):
         for name, least in {"steps": 1, "batch_size": 1, "length": 1, "warmup_steps": 0, "seed": 0}.items():
             value = getattr(self, name)
-            self._expect(name, isinstance(value, int) and value >= least, f"an integer, at least {least}")
+            # True is an integer to Python, and a settings file may hold it.
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            self._expect(name, whole and value >= least, f"an integer, at least {least}")
         for name in ("learning_rate", "eps", "clip_norm"):
             self._expect(name, 0 < getattr(self, name) < math.inf, "a positive number")
         for name in ("beta1", "beta2"):
@@ -75,7 +64,7 @@ class TrainSettings:
 
     def _expect(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
-            raise ValueError(f"{name} is {getattr(self, name)!r}; expected {expected}")
+            raise ValueError(f"{name} is {reprlib.repr(getattr(self, name))}; expected {expected}")
 
     def rate(self, step: int) -> float:
         """The learning rate of update number `step`, from 0: linear warm-up, then a cosine."""
@@ -89,8 +78,6 @@ class TrainSettings:
 def batch(data: np.ndarray, settings: TrainSettings, step: int) -> np.ndarray:
     """(batch_size, length + 1) int32: windows of the data at places drawn for this step."""
     windows = len(data) - settings.length
-    if windows < 1:
-        raise ValueError(f"the data has {len(data)} tokens; expected more than length={settings.length}")
     starts = random_stream(settings.seed, f"batch.{step}").integers(0, windows, settings.batch_size)
     return np.stack([data[start : start + settings.length + 1] for start in starts]).astype(np.int32)
 
@@ -106,6 +93,9 @@ def train(
     checkpoint_every: int = 0,
     tokenizer: Path | str | None = None,
     stop: Callable[[], bool] | None = None,
+    held_out: np.ndarray | float | None = None,
+    evaluate_every: int | None = None,
+    evaluating: Callable[[int, int], None] | None = None,
 ) -> list[dict]:
     """Train a model in place.
 
@@ -114,12 +104,22 @@ def train(
 
     Args:
         data: (tokens,) ints; windows of it are the batches.
-        log: called after every update with {"step", "loss", "gradient_norm", "learning_rate"}.
+        log: called after every update with {"step", "loss", "gradient_norm", "learning_rate"}, and where there was an
+            evaluation "held_out_loss": the mean cross-entropy in nats of every held-out token but the first, each
+            predicted once, in windows of `length` (`mamba_core.evaluation`).
         resume: a folder that `save_checkpoint` wrote, whose model `model` is.
         checkpoint: a folder to write, after every `checkpoint_every` updates (0 for the end only) and at the end. It
             must be new, or the one that is resumed.
         tokenizer: the tokenizer.json that made the data, kept in the checkpoint.
-        stop: asked after every update; where it says so, the checkpoint is written and the run ends early.
+        stop: asked before the first update, after every one, and before every batch of an evaluation. Where it says so,
+            the run ends early, with a checkpoint if it has made an update. An evaluation that it cuts short is made
+            when the run is resumed.
+        held_out: data that is never trained on: (tokens,) ints, or the fraction of `data` that is kept apart. That is
+            the end of the data, in one piece, so that no window of a batch reaches into it. A checkpoint remembers how
+            much it is, and a resumed run holds out the same.
+        evaluate_every: updates from one evaluation to the next, 0 for the end of the run only; by default a tenth of
+            the run. An evaluation changes no bit of a later update, so a resumed run may choose another.
+        evaluating: called during an evaluation with the number of batches done and of all.
 
     Returns:
         What was logged, one entry an update, those before the resumption included.
@@ -128,126 +128,154 @@ def train(
         TypeError: this is no model of this library, or one that is spread over processes.
         ValueError: the data does not fit the model or the settings, the run cannot be resumed with these, nothing of
             the model can be trained, or a checkpoint cannot hold it.
-        CheckpointError: the checkpoint's folder holds something else, or what is resumed is broken.
-        FloatingPointError: the loss is no longer finite.
+        CheckpointError: the checkpoint's folder holds something else, its disk has no room for it, or what is resumed
+            is broken.
+        FloatingPointError: a loss or the gradient is no longer finite.
     """
     if type(model).__name__ == "DistributedDataParallel":
         raise TypeError("model is DistributedDataParallel, but train runs in one process; give it model.module")
     model = unwrap(model, "training")
-    data = _checked(data, model.config)
-    if not (isinstance(checkpoint_every, int) and checkpoint_every >= 0):
-        raise ValueError(f"checkpoint_every is {checkpoint_every!r}; expected an integer >= 0")
+    _check_count("checkpoint_every", checkpoint_every)
     if checkpoint is not None or resume is not None:
         factory.storable(model)  # refused now rather than at the end, where the files cannot hold the model
-    _check_target(checkpoint, resume)
+    runs.check_target(checkpoint, resume)
+    kept = None if tokenizer is None else read_input(tokenizer)
+    path = None if resume is None else Path(resume)
+    progress = {} if path is None else runs.read_progress(path)
+    data = _checked("the data", data, model.config)
+    apart = _apart(held_out, len(data), progress.get("held_out_tokens", 0))
+    run = {"settings": dataclasses.asdict(settings), "data": runs.digest(data), "config": model.config.fingerprint}
+    run["held_out_tokens"] = apart
+    if path is not None:
+        runs.check_same(path, progress, run)
+    trained, held = _divided(data, apart, held_out, model.config, settings, evaluate_every)
     trainer = registry.get(model.backend).trainer(model, settings)
-    run = {"settings": dataclasses.asdict(settings), "data": _digest(data), "config": model.config.fingerprint}
-    history = [] if resume is None else _restore(trainer, model, Path(resume), run)
-    for step in range(len(history), settings.steps):
-        loss, norm = trainer.step(batch(data, settings, step))
-        entry = {"step": step, "loss": loss, "gradient_norm": norm, "learning_rate": settings.rate(step)}
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} at step {step}; lower the learning rate")
-        history.append(entry)
-        if log:
-            log(entry)
-        last = step + 1 == settings.steps or (stop is not None and stop())
-        if checkpoint is not None and (last or (checkpoint_every and (step + 1) % checkpoint_every == 0)):
-            save_checkpoint(checkpoint, model, trainer, run | {"history": history}, tokenizer)
-        if last:
-            break
+    history = progress.get("history", [])
+    if path is not None:
+        runs.restore(trainer, model, path, len(history))
+    if checkpoint is not None:
+        runs.check_room(checkpoint, model, trainer)
+
+    def save() -> None:
+        if checkpoint is not None:
+            save_checkpoint(checkpoint, model, trainer, run | {"history": history}, kept)
+
+    loop = _Loop(trainer, trained, settings, held, history, save, checkpoint_every, log, stop, evaluating)
+    loop.finish_evaluation()
+    loop.run()
     return history
 
 
-def save_checkpoint(path: Path | str, model, trainer, progress: dict, tokenizer: Path | str | None = None) -> None:
-    """A folder that `mamba_core.load` reads, with the optimizer's state and the log beside the model."""
-    kept = None if tokenizer is None else read_input(tokenizer)
-    with atomic_folder(path, overwrite=True) as folder:
-        factory.save_into(folder, model, factory.storable(model))
-        if kept is not None:
-            (folder / TOKENIZER_FILE).write_bytes(kept)
-        save_file(trainer.state(), folder / OPTIMIZER_FILE)
-        (folder / PROGRESS_FILE).write_text(json.dumps(progress, indent=1))
+@dataclass
+class _Loop:
+    """The updates of a run, with what stands between them; it adds to the history."""
+
+    trainer: Any
+    data: np.ndarray
+    settings: TrainSettings
+    held: HeldOut | None
+    history: list[dict]
+    save: Callable[[], None]
+    save_every: int
+    log: Callable[[dict], None] | None
+    stop: Callable[[], bool] | None
+    evaluating: Callable[[int, int], None] | None
+
+    def run(self) -> None:
+        ended = self._is_finished() or self._stops()
+        while not ended:
+            entry = self._update(len(self.history))
+            self.history.append(entry)
+            self._evaluate(entry)
+            if self.log:
+                self.log(entry)
+            ended = self._is_finished() or self._stops()
+            if ended or (self.save_every and len(self.history) % self.save_every == 0):
+                self.save()
+                ended = ended or self._stops()
+
+    def finish_evaluation(self) -> None:
+        """Make the evaluation after the last update that was made, where it was due and is missing."""
+        if self.history and self._evaluate(self.history[-1]):
+            if self.log:
+                self.log(self.history[-1])
+            if self._is_finished():
+                self.save()
+
+    def _update(self, step: int) -> dict:
+        loss, norm = self.trainer.step(batch(self.data, self.settings, step))
+        _check_finite("the loss", loss, step)
+        _check_finite("the gradient's norm", norm, step)
+        return {"step": step, "loss": loss, "gradient_norm": norm, "learning_rate": self.settings.rate(step)}
+
+    def _evaluate(self, entry: dict) -> bool:
+        """Give the entry its loss on held-out data; whether there is a new one."""
+        if self.held is None or evaluation.ENTRY in entry or not self.held.due(len(self.history)):
+            return False
+        loss = self.held.loss(self.trainer, self._stops, self.evaluating)
+        if loss is None:
+            return False
+        _check_finite("the loss on held-out data", loss, entry["step"])
+        entry[evaluation.ENTRY] = loss
+        return True
+
+    def _is_finished(self) -> bool:
+        return len(self.history) >= self.settings.steps
+
+    def _stops(self) -> bool:
+        return self.stop is not None and self.stop()
 
 
 def load_settings(path: Path | str) -> TrainSettings:
     """The settings that a checkpoint was trained with."""
     path = Path(path)
     try:
-        return TrainSettings(**_progress(path)["settings"])
+        return TrainSettings(**runs.read_progress(path)["settings"])
     except TypeError as fault:
-        raise CheckpointError(f"{path / PROGRESS_FILE}: cannot resume: {fault}") from None
+        raise CheckpointError(f"{path / runs.PROGRESS_FILE}: cannot resume: {fault}") from None
 
 
-def _checked(data, config) -> np.ndarray:
+def _apart(held_out: Any, tokens: int, before: int) -> int:
+    """How many tokens at the end of the data are held out. before: in the run that is resumed."""
+    return evaluation.tokens_apart(held_out, tokens) if isinstance(held_out, (float, int)) else before
+
+
+def _divided(data, apart, held_out, config, settings, every) -> tuple[np.ndarray, HeldOut | None]:
+    """What is trained on and what is held out, checked."""
+    trained, end = data[: len(data) - apart], data[len(data) - apart :]
+    _check_length("the data" if not apart else "the data that is not held out", trained, settings)
+    if every is not None:
+        _check_count("evaluate_every", every)
+    if held_out is None and not apart:
+        if every is not None:
+            raise ValueError(f"evaluate_every is {every}, but no data is held out; give held_out")
+        return trained, None
+    if not (held_out is None or isinstance(held_out, (float, int))):
+        end = _checked("the held-out data", held_out, config)
+    _check_length("the held-out data", end, settings)
+    every = evaluation.tenth(settings.steps) if every is None else every
+    return trained, HeldOut(end, settings.length, settings.batch_size, settings.steps, every)
+
+
+def _check_length(name: str, data: np.ndarray, settings: TrainSettings) -> None:
+    if len(data) <= settings.length:
+        raise ValueError(f"{name} has {len(data)} tokens; expected more than length={settings.length}")
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not (isinstance(value, int) and value >= 0):
+        raise ValueError(f"{name} is {value!r}; expected an integer >= 0")
+
+
+def _check_finite(name: str, value: float, step: int) -> None:
+    if not math.isfinite(value):
+        raise FloatingPointError(f"{name} is {value} at step {step}; lower the learning rate")
+
+
+def _checked(name: str, data, config) -> np.ndarray:
     data = np.asanyarray(data)
     if data.ndim != 1 or data.dtype.kind not in "iu":
-        raise ValueError(f"the data is {data.dtype} of shape {data.shape}; expected one axis of integers")
+        raise ValueError(f"{name} is {data.dtype} of shape {data.shape}; expected one axis of integers")
     if data.size and not (int(data.min()) >= 0 and int(data.max()) < config.vocab_size):
-        raise ValueError(f"the data holds tokens {data.min()} to {data.max()}; vocab_size is {config.vocab_size}")
+        raise ValueError(f"{name} holds tokens {data.min()} to {data.max()}; vocab_size is {config.vocab_size}")
     return data
-
-
-def _check_target(checkpoint, resume) -> None:
-    """Check that the checkpoint can be written, before the work is done that it is to hold."""
-    for folder in (checkpoint, resume):
-        if folder is not None:
-            restore_folder(folder)
-    if checkpoint is None:
-        return
-    if resume is not None and Path(checkpoint).resolve() == Path(resume).resolve():
-        probe_folder(checkpoint, overwrite=True)
-        return
-    path = Path(checkpoint)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise CheckpointError(f"{path}: exists; resume the run in it, or choose another folder for the checkpoint")
-    probe_folder(path)
-
-
-def _digest(data: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(data, dtype=np.int64).data).hexdigest()
-
-
-def _restore(trainer, model, path: Path, run: dict) -> list[dict]:
-    """Give the trainer its state back; what is resumed must be this run, in every respect."""
-    progress = _progress(path)
-    for name, value in run["settings"].items():
-        if progress["settings"].get(name) != value:
-            raise ValueError(f"{path} was trained with {name}={progress['settings'].get(name)}, not {value}")
-    if progress["data"] != run["data"]:
-        raise ValueError(f"{path} was trained on other data")
-    if progress["config"] != run["config"]:
-        raise ValueError(f"{path} is a run of a model with another config")
-    values = registry.get(model.backend).parameters(model)
-    for name, stored in open_model(path).tensors():
-        if not np.array_equal(stored, values[name]):
-            raise ValueError(f"the model is not the one in {path}, load it from there: {name} differs")
-    trainer.load_state(_optimizer_state(path, trainer, len(progress["history"])))
-    return progress["history"]
-
-
-def _optimizer_state(path: Path, trainer, steps: int):
-    """The optimizer's state as stored, checked."""
-    file = path / OPTIMIZER_FILE
-    state = open_checkpoint(file)
-    shapes = {f"{moment}.{name}": shape for name, shape in trainer.shapes().items() for moment in "mv"}
-    shapes["step"] = ()
-    if faults := sorted(set(shapes) ^ set(state)):
-        raise CheckpointError(f"{file}: missing or unexpected: {', '.join(faults[:8])}")
-    if faults := [name for name, shape in shapes.items() if state.header(name).shape != shape]:
-        raise CheckpointError(f"{file}: other shapes than the model's: {', '.join(faults[:8])}")
-    if int(state["step"]) != steps:
-        raise CheckpointError(f"{file}: the optimizer has made {int(state['step'])} steps, the log has {steps}")
-    return state
-
-
-def _progress(path: Path) -> dict:
-    file = path / PROGRESS_FILE
-    try:
-        progress = parse_json(read_input(file))
-    except (OSError, ValueError) as fault:
-        raise CheckpointError(f"{file}: cannot resume: {fault}") from None
-    kinds = {"settings": dict, "history": list, "data": str, "config": str}
-    if faults := [name for name, kind in kinds.items() if not isinstance(progress.get(name), kind)]:
-        raise CheckpointError(f"{file}: cannot resume: {', '.join(faults)} missing or of another kind")
-    return progress

@@ -8,6 +8,7 @@ from mamba_core import architectures, tasks
 from mamba_core.architectures.base import BaseConfig
 from mamba_core.tasks.lm import HEAD
 from mamba_core.weights import layouts, tables
+from mamba_core.weights.formats import list_names
 from mamba_core.weights.layouts import HIDDEN, Layout
 from mamba_core.weights.names import Scheme
 from mamba_core.weights.tables.base import ABSENT, Table
@@ -54,8 +55,8 @@ def read_config(
     rows = present.get("vocab_size", values.get("vocab_size"))
     values = table.completed(values | present | hidden, rest, sizes)
     if shape.nested is not None and (unknown := sorted(field for field in rest if field.startswith(shape.nested))):
-        names = (field.removeprefix(f"{shape.nested}.") for field in unknown)
-        raise ValueError(f"config has unknown fields in {shape.nested}: {', '.join(names)}")
+        names = list_names(field.removeprefix(f"{shape.nested}.") for field in unknown)
+        raise ValueError(f"config has unknown fields in {shape.nested}: {names}")
     config = kind(**_typed(kind, values), extra=rest | shadowed)
     if shape.counts_rows and config.padded_vocab_size != rows:  # the library keeps our fields when it resizes
         config = dataclasses.replace(config, vocab_size=rows, pad_vocab_size_multiple=1)

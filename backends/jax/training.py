@@ -28,13 +28,24 @@ def loss(model, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     counts = jnp.ones(targets.shape, bool)
     if mask is not None:
         mask, counts = mask[:, :-1], mask[:, 1:]
+    return _cross_entropy(model, tokens, targets, counts, mask) / counts.sum()
+
+
+def summed_loss(model, tokens: jax.Array, counts: jax.Array) -> jax.Array:
+    """The sum of those cross-entropies over the targets that count; tokens (b, l+1), counts (b, l)."""
+    check_targets(tokens)
+    return _cross_entropy(model, tokens[:, :-1], tokens[:, 1:], counts, None)
+
+
+def _cross_entropy(model, tokens, targets, counts, mask):
+    """The sum over the targets that count."""
     if not model.is_built or (weight := model.head_weight()) is None:
         output = model(tokens, **({} if mask is None else {"mask": mask}))
         logits = checked_output(model, output).logits.astype(jnp.float32)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean(where=counts)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, targets).sum(where=counts)
     hidden = model.hidden(tokens, mask)
     hidden = hidden.reshape(-1, hidden.shape[-1])
-    return linear_cross_entropy(hidden, weight, targets.ravel(), counts.ravel()) / counts.sum()
+    return linear_cross_entropy(hidden, weight, targets.ravel(), counts.ravel())
 
 
 def loss_and_gradients(model, tokens, mask=None) -> tuple[float, dict[str, np.ndarray]]:
@@ -77,14 +88,20 @@ class Trainer:
         if self._seen() != self.seen:
             self._compile()
         tokens, rate = from_numpy(tokens, device=self.model.device), self.settings.rate(self.count)
-        others = nnx.from_flat_state((keys, _variable(place)) for keys, place in self.others.items())
-        found, values, left, self.moments = self.update(self._values(), others, self.moments, tokens, rate)
+        found, values, left, self.moments = self.update(self._values(), self._rest(), self.moments, tokens, rate)
         for name, place in self.places.items():
             _variable(place).set_raw_value(values[name])
         put_back(self.model, left)
         self.count += 1
         value, norm = np.asarray(found).tolist()
         return value, norm
+
+    def evaluate(self, tokens, counts) -> float:
+        """Of a copy, whose modes, variables and random numbers are not those of the model."""
+        if self._seen() != self.seen:
+            self._compile()
+        tokens, counts = (from_numpy(value, device=self.model.device) for value in (tokens, counts))
+        return float(self.evaluation(self._values(), self._rest(), tokens, counts))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         table = parameter_table(self.model.config)
@@ -116,6 +133,7 @@ class Trainer:
         self.classes = tuple(dict.fromkeys(type(module) for _, module in nnx.iter_modules(self.model)))
         self.seen = self._seen()
         self.update = _compiled(graph, methods_in(graph), tuple(self.trained.items()), self.settings)
+        self.evaluation = _compiled_evaluation(graph, methods_in(graph), tuple(self.trained.items()))
 
     def _seen(self):
         """What else than the modules the compiled update depends on."""
@@ -123,6 +141,9 @@ class Trainer:
 
     def _values(self) -> dict[str, jax.Array]:
         return {name: _variable(place).get_raw_value() for name, place in self.places.items()}
+
+    def _rest(self) -> nnx.State:
+        return nnx.from_flat_state((keys, _variable(place)) for keys, place in self.others.items())
 
     def _begin(self, count, **moments):
         self.count = count
@@ -189,9 +210,7 @@ def _compiled(graph, methods, trained, settings):
         """(loss and norm of the gradient, values, what a call changed, moments); values by name."""
 
         def error(values):
-            # As arrays, which the graph makes the variables that they were.
-            parameters = ((trained[name].path, value) for name, value in values.items())
-            _, before, rest = divided(whole(graph, nnx.from_flat_state(parameters), others))
+            _, before, rest = divided(_assembled(graph, trained, values, others))
             model = whole(graph, before, rest)
             value = loss(model, tokens)
             return value, after_call(model, graph, before)
@@ -203,6 +222,25 @@ def _compiled(graph, methods, trained, settings):
         return jnp.stack([value, optax.global_norm(gradients)]), after, left, moments
 
     return update
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled_evaluation(graph, methods, trained):
+    """The summed loss in evaluation form; arguments as of `_compiled`."""
+    trained = dict(trained)
+
+    @jax.jit
+    def evaluation(values, others, tokens, counts):
+        model = _assembled(graph, trained, values, others)
+        model.eval()
+        return summed_loss(model, tokens, counts)
+
+    return evaluation
+
+
+def _assembled(graph, trained, values, others) -> nnx.Module:
+    """The module of these: values are arrays, which the graph makes the variables that they were."""
+    return whole(graph, nnx.from_flat_state((trained[name].path, value) for name, value in values.items()), others)
 
 
 def _float32(arrays):

@@ -1,6 +1,6 @@
 """Loss, gradients and the AdamW step, by `mlx.optimizers`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import mlx.core as mx
@@ -9,7 +9,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
-from mamba_core.backends.mlx.arrays import from_numpy, to_numpy
+from mamba_core.backends.mlx.arrays import from_numpy, random_key, set_random_key, to_numpy
 from mamba_core.backends.mlx.ops.cross_entropy import cross_entropy
 from mamba_core.backends.mlx.stack import recomputed
 from mamba_core.backends.mlx.weights import canonical, convolution_weights, foreign, swap_axes
@@ -22,14 +22,24 @@ from mamba_core.wrappers import checked_output
 
 def loss(model, tokens, mask=None) -> mx.array:
     """Mean cross-entropy of tokens[:, 1:] given tokens[:, :-1] over the targets that count; tokens (b, l+1)."""
-    check_targets(tokens)
-    given = {} if mask is None else {"mask": mask[:, :-1]}
-    logits = checked_output(model, model(tokens[:, :-1], **given)).logits
-    losses = _cross_entropy(model, logits, tokens[:, 1:])
+    losses = _losses(model, tokens, mask)
     if mask is None:
         return losses.mean()
     counts = mask[:, 1:]
     return mx.where(counts, losses, 0.0).sum() / counts.sum()
+
+
+def summed_loss(model, tokens, counts) -> mx.array:
+    """The sum of those cross-entropies over the targets that count; tokens (b, l+1), counts (b, l)."""
+    return mx.where(counts, _losses(model, tokens), 0.0).sum()
+
+
+def _losses(model, tokens, mask=None):
+    """(b, l), of tokens[:, 1:]."""
+    check_targets(tokens)
+    given = {} if mask is None else {"mask": mask[:, :-1]}
+    logits = checked_output(model, model(tokens[:, :-1], **given)).logits
+    return _cross_entropy(model, logits, tokens[:, 1:])
 
 
 def _cross_entropy(model, logits, targets):
@@ -94,6 +104,11 @@ class Trainer:
         self.count += 1
         return value.item(), norm.item()
 
+    def evaluate(self, tokens, counts) -> float:
+        """Not compiled: there is no gradient whose operations a compiler could fuse."""
+        with self.model.on_device(), _evaluation_form(self.model):
+            return summed_loss(self.model, _checked(self.model, tokens), from_numpy(counts)).item()
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         convolutions, shapes = convolution_weights(self.model), {}
         for name, value in tree_flatten(self.model.trainable_parameters()):
@@ -150,6 +165,21 @@ class Trainer:
 
 
 _MOMENTS = ("m", "v")
+
+
+@contextmanager
+def _evaluation_form(model) -> Iterator[None]:
+    """Within it the model is in evaluation form. Afterwards modes, arrays and random numbers are as they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    arrays, key = model.parameters(), random_key()
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module._set_training_mode(mode)
+        model.update(arrays)
+        set_random_key(key)
 
 
 def _checked(model, tokens) -> mx.array:

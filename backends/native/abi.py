@@ -3,7 +3,7 @@
 import ctypes
 
 # The version of these structs and of the library's functions. The library reports the version that it was built with.
-ABI = 7
+ABI = 8
 
 # Of the arrays that the library computes on.
 DTYPES = ("float32", "bfloat16")
@@ -62,7 +62,7 @@ class Matrix(ctypes.Structure):
 
 
 class MambaStep(ctypes.Structure):
-    """The arguments of a residual block with a Mamba-1 mixer at one position, as `block_step.cpp` documents them.
+    """The arguments of a residual block with a Mamba-1 mixer at one position, as `steps.h` documents them.
 
     `selection_eps` is 0 unless it is given, and the step then norms neither dt nor B nor C.
     """
@@ -79,8 +79,22 @@ class MambaStep(ctypes.Structure):
     )
 
 
+class SsdStep(ctypes.Structure):
+    """The arguments of a residual block whose recurrence is the ssd at one position, as `steps.h` documents them."""
+
+    _fields_ = (
+        *_fields(_int64, "b d h p n g k beside"),
+        *_fields(_int32, "bfloat16 residual_bfloat16 transposed threads width D_per_channel norm_before_gate"),
+        *_fields(ctypes.c_float, "eps gated_eps least most"),
+        *_fields(_pointer, "residual conv_state ssm_state norm"),
+        *_fields(Matrix, "in_proj conv out_proj"),
+        *_fields(_pointer, "dt_bias A_log D gated_norm"),
+        *_fields(_pointer, "new_residual new_conv_state new_ssm_state"),
+    )
+
+
 class LinearStep(ctypes.Structure):
-    """The arguments of a product with a matrix, as `block_step.cpp` documents them."""
+    """The arguments of a product with a matrix, as `steps.h` documents them."""
 
     _fields_ = (
         *_fields(_int64, "b inputs outputs"),

@@ -11,7 +11,7 @@ import warnings
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-from mamba_core.backends.native.abi import ABI, AddNorm, Conv, LinearStep, MambaStep, Scan
+from mamba_core.backends.native.abi import ABI, AddNorm, Conv, LinearStep, MambaStep, Scan, SsdStep
 
 
 def missing() -> str | None:
@@ -129,6 +129,15 @@ def mamba_steps(arguments: ctypes.Array) -> None:
     _check(loaded().mamba_mamba_steps(arguments, len(arguments)))
 
 
+def ssd_steps(arguments: ctypes.Array) -> None:
+    """The same for `SsdStep`s.
+
+    Raises:
+        MemoryError: there is not the memory for its workspace.
+    """
+    _check(loaded().mamba_ssd_steps(arguments, len(arguments)))
+
+
 def linear_step(arguments: LinearStep) -> None:
     """Fills y.
 
@@ -188,6 +197,7 @@ def _load(path: Path) -> ctypes.CDLL:
     for name in ("mamba_conv_forward", "mamba_conv_backward"):
         getattr(found, name).argtypes = [ctypes.POINTER(Conv)]
     found.mamba_mamba_steps.argtypes = [ctypes.POINTER(MambaStep), ctypes.c_int64]
+    found.mamba_ssd_steps.argtypes = [ctypes.POINTER(SsdStep), ctypes.c_int64]
     found.mamba_linear_step.argtypes = [ctypes.POINTER(LinearStep)]
     found.mamba_add_norm.argtypes = [ctypes.POINTER(AddNorm)]
     return found

@@ -46,6 +46,13 @@ static inline int64_t divide_up(int64_t value, int64_t by) { return (value + by 
 #define ZIP_LOW OF_WIDTH(ZIP_LOW_, WIDTH)
 #define ZIP_HIGH OF_WIDTH(ZIP_HIGH_, WIDTH)
 
+// A function as it was compiled for vectors of so many lanes.
+#ifdef __x86_64__
+#define FOR_LANES(lanes, name) ((lanes) >= 16 ? width16::name : (lanes) >= 8 ? width8::name : width4::name)
+#else
+#define FOR_LANES(lanes, name) ((void)(lanes), width4::name)
+#endif
+
 #endif
 
 #ifdef WIDTH
@@ -92,6 +99,9 @@ INLINE void write(char *to, V value, int64_t left, bool bfloat16) {
     write_whole(whole, value, bfloat16);
     memcpy(to, whole, left * (bfloat16 ? 2 : 4));
 }
+
+INLINE V read_float(const float *from, int64_t left) { return read((const char *)from, left, false); }
+INLINE void write_float(float *to, V value, int64_t left) { write((char *)to, value, left, false); }
 
 // The polynomial is (2^f - 1) / f to 8e-9 for f within 1/2 of 0, so that 2^0 is exactly 1: what a step of almost
 // nothing got wrong would add up over the positions.

@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "scan.h"
+#include "steps.h"
 
 namespace xla {
 
@@ -108,11 +109,6 @@ struct CallFrame {
 
 using namespace xla;
 
-struct MambaStep;
-struct LinearStep;
-EXPORT int32_t mamba_mamba_steps(const MambaStep *steps, int64_t count);
-EXPORT int32_t mamba_linear_step(const LinearStep *step);
-
 // A function of the library by the address of `count` structs; 0, or 1 where there is not the memory.
 typedef int32_t Function(const void *structs, int64_t count);
 
@@ -189,8 +185,13 @@ HANDLER(mamba_conv_forward_xla, Conv, mamba_conv_forward)
 HANDLER(mamba_conv_backward_xla, Conv, mamba_conv_backward)
 HANDLER(mamba_linear_step_xla, LinearStep, mamba_linear_step)
 
-EXPORT Error *mamba_mamba_steps_xla(CallFrame *frame) {
-    return call(*frame, [](const void *structs, int64_t count) {
-        return mamba_mamba_steps((const MambaStep *)structs, count);
-    });
-}
+// The same for a function that takes several structs.
+#define HANDLER_OF_SEVERAL(name, type, run)                           \
+    EXPORT Error *name(CallFrame *frame) {                            \
+        return call(*frame, [](const void *structs, int64_t count) {  \
+            return run((const type *)structs, count);                 \
+        });                                                           \
+    }
+
+HANDLER_OF_SEVERAL(mamba_mamba_steps_xla, MambaStep, mamba_mamba_steps)
+HANDLER_OF_SEVERAL(mamba_ssd_steps_xla, SsdStep, mamba_ssd_steps)

@@ -1,6 +1,7 @@
 """Loss, gradients and the AdamW step, by `torch.optim`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -24,11 +25,22 @@ def loss(model, tokens, mask=None) -> torch.Tensor:
     tokens, targets = tokens[:, :-1], tokens[:, 1:].long()
     if mask is not None:
         mask, targets = mask[:, :-1], targets.masked_fill(~mask[:, 1:], IGNORED)
+    return _cross_entropy(model, tokens, targets, mask, "mean")
+
+
+def summed_loss(model, tokens, counts) -> torch.Tensor:
+    """The sum of those cross-entropies over the targets that count; tokens (b, l+1), counts (b, l)."""
+    check_targets(tokens)
+    targets = tokens[:, 1:].long().masked_fill(~counts, IGNORED)
+    return _cross_entropy(model, tokens[:, :-1], targets, None, "sum")
+
+
+def _cross_entropy(model, tokens, targets, mask, reduction):
     weight = model.head_weight() if model.is_untouched() else None
     if weight is not None and fuses_head(model.policy.of("cross_entropy"), weight):
-        return linear_cross_entropy(model.hidden(tokens, mask), weight, targets)
+        return linear_cross_entropy(model.hidden(tokens, mask), weight, targets, reduction)
     given = {} if mask is None else {"mask": mask}
-    return cross_entropy(checked_output(model, model(tokens, **given)).logits, targets)
+    return cross_entropy(checked_output(model, model(tokens, **given)).logits, targets, reduction)
 
 
 def loss_and_gradients(model, tokens, mask=None) -> tuple[float, dict[str, np.ndarray]]:
@@ -79,6 +91,11 @@ class Trainer:
         # The only place where the host waits for the device.
         value, norm = found.tolist()
         return value, norm
+
+    def evaluate(self, tokens, counts) -> float:
+        tokens, counts = (from_numpy(value, device=self.model.device) for value in (tokens, counts))
+        with _evaluation_form(self.model), torch.no_grad():
+            return summed_loss(self.model, tokens, counts).item()
 
     def _is_untouched(self) -> bool:
         return self.model.is_untouched() and self.model.backbone.is_untouched()
@@ -146,6 +163,29 @@ class Trainer:
 
 
 _MOMENTS = {"m": "exp_avg", "v": "exp_avg_sq"}
+
+
+@contextmanager
+def _evaluation_form(model) -> Iterator[None]:
+    """Within it the model is in evaluation form. Afterwards modes, buffers and random numbers are as they were."""
+    modules = list(model.modules())
+    modes = [module.training for module in modules]
+    buffers = [(module, name, value) for module in modules for name, value in module.named_buffers(recurse=False)]
+    values = [value.clone() for *_, value in buffers]
+    device = torch.device(model.device)
+    # Autocast keeps casts that it has made without a gradient.
+    torch.clear_autocast_cache()
+    model.eval()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+        for (module, name, buffer), value in zip(buffers, values, strict=True):
+            setattr(module, name, buffer)
+            buffer.data.copy_(value)
+        torch.clear_autocast_cache()
 
 
 def _trained(model) -> dict[str, torch.nn.Parameter]:

@@ -16,6 +16,7 @@ What stands before and behind the blocks is the task's: see `mamba_core.tasks.ba
 
 import dataclasses
 import hashlib
+import reprlib
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -25,6 +26,9 @@ from mamba_core.spec.state import Field, layer_type
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 MAX_SIZE = 2**31 - 1  # of any size: what indexes of 32 bits can count
+_SHOWN = reprlib.Repr()  # of a value in a message, which has an end
+_SHOWN.maxstring = _SHOWN.maxlong = _SHOWN.maxother = 120
+_SHOWN.maxlevel = 3
 
 
 class Block(NamedTuple):
@@ -125,13 +129,14 @@ class BaseConfig(_Kept):
             "an integer or nothing", lambda value: value is None or is_id(value), "bos_token_id", "pad_token_id"
         )
         self.expect("an integer, several or nothing", lambda _: all(map(is_id, self.eos_token_ids)), "eos_token_id")
+        self.expect("a mapping", lambda value: isinstance(value, Mapping), "task_options")
         tasks.of(self)
 
     def expect(self, expected: str, holds: Callable[[Any], bool], *names: str) -> None:
         """Raises ValueError for a field whose value is not what is expected."""
         for name in names:
             if not holds(value := getattr(self, name)):
-                raise ValueError(f"{name} is {value!r}; expected {expected}")
+                raise ValueError(f"{name} is {_SHOWN.repr(value)}; expected {expected}")
 
     @property
     def facts(self) -> Facts:

@@ -227,7 +227,8 @@ def _show(arguments, report: dict, history: list[dict], texts: dict) -> None:
     same = len({row["text"] for row in report["backends"].values()}) == 1
     console.print(f"greedy text the same on every backend: {'yes' if same else 'NO'}")
     console.print(f"to mamba_ssm and back, bit for bit: {'yes' if report['conversion_exact'] else 'NO'}")
-    console.print(f"{arguments.out}/loss.png, {arguments.out}/report.json; {report['seconds']:.0f} s in all")
+    files = f"{arguments.out}/loss.png, {arguments.out}/report.json"
+    console.print(f"{files}; {report['seconds']:.0f} s in all", soft_wrap=True)
     for failure in report["failures"]:
         console.print(Text.assemble(("FAILED", "red"), f" {failure}"))
 

@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(found.to_json())
         return 0
     console.print(f"layout      {found.layout}: {found.evidence}", soft_wrap=True)
-    console.print(f"files       {', '.join(found.files)} ({found.nbytes / 1e6:,.1f} MB of tensors)")
+    console.print(f"files       {', '.join(found.files)} ({found.nbytes / 1e6:,.1f} MB of tensors)", soft_wrap=True)
     console.print(f"parameters  {found.parameters:,}")
     console.print(f"dtypes      {', '.join(f'{count} {dtype}' for dtype, count in found.dtypes.items())}")
     shown = {key: value for key, value in found.config.items() if key != "extra"}

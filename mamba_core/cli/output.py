@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 
 from mamba_core import registry
@@ -11,7 +11,7 @@ from mamba_core.config import COMPUTE_DTYPES
 from mamba_core.weights import layouts, tables
 
 try:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
     from rich.progress import (
         BarColumn,
         DownloadColumn,
@@ -33,8 +33,15 @@ class _Console(Console):
         raise BrokenPipeError
 
 
-# Square brackets are text: in paths, in prompts, in the names of extras.
-console = _Console(highlight=False, markup=False)
+class _Progress(Progress):
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """The `status` of each task has a line of its own, so that it is shown whole where the line is short."""
+        yield from super().get_renderables()
+        yield from (Text(task.fields["status"]) for task in self.tasks if task.fields["status"])
+
+
+# Square brackets and words between colons are text: in paths, in prompts, in the names of extras.
+console = _Console(highlight=False, markup=False, emoji=False)
 
 
 def add_source(parser: argparse.ArgumentParser, metavar: str = "CHECKPOINT") -> None:
@@ -85,9 +92,8 @@ def print_table(title: str, columns: list[str], rows: list[list]) -> None:
 
 def progress_bar(quiet: bool = False) -> Progress:
     """A progress display on standard error, with a `status` field for each task."""
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
-    shown = (*columns, TimeElapsedColumn(), TextColumn("{task.fields[status]}", markup=False))
-    return Progress(*shown, console=_Console(stderr=True), disable=quiet)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return _Progress(*columns, console=_Console(stderr=True, markup=False, emoji=False), disable=quiet)
 
 
 def byte_progress(shown: ExitStack, description: str) -> Callable[[int, int], None]:
@@ -96,7 +102,7 @@ def byte_progress(shown: ExitStack, description: str) -> Callable[[int, int], No
     Not before: bad input is answered by one line alone. It ends with `shown`.
     """
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    progress = Progress(*columns, TimeElapsedColumn(), console=_Console(stderr=True))
+    progress = Progress(*columns, TimeElapsedColumn(), console=_Console(stderr=True, markup=False, emoji=False))
     task = progress.add_task(description, total=None)
 
     def advance(done: int, total: int) -> None:

@@ -82,7 +82,7 @@ def _show(arguments, found: Parity) -> None:
     chunks = " + ".join(map(str, found.chunks))
     console.print(f"forward {found.length} positions, chunked {chunks}, stepped {found.steps}")
     if arguments.out is not None:
-        console.print(f"{arguments.out}/report.json, {arguments.out}/errors.png")
+        console.print(f"{arguments.out}/report.json, {arguments.out}/errors.png", soft_wrap=True)
 
 
 def _worst(compared: Comparison) -> str:

@@ -1,6 +1,7 @@
 """The tasks, a file each, found by file name: what stands around the blocks, and what a model is trained for."""
 
 import functools
+import reprlib
 from types import ModuleType
 from typing import Any
 
@@ -8,6 +9,7 @@ from mamba_core import discovery
 from mamba_core.tasks.base import Task
 
 FOLDER = "tasks"
+_MOST_SHOWN = 200  # letters of a fault
 
 
 def names() -> tuple[str, ...]:
@@ -29,7 +31,11 @@ def of(config: Any) -> Task:
     Raises:
         ValueError: the options are not the task's.
     """
-    return _made(config.task, tuple(sorted(config.task_options.items())))
+    try:
+        return _made(config.task, tuple(sorted(config.task_options.items())))
+    except TypeError:  # of keys that are not compared, and of values that are not hashed
+        shown = reprlib.repr(config.task_options)
+        raise ValueError(f"task_options {shown} do not fit task {config.task!r}; expected names and numbers") from None
 
 
 def check_generates(config: Any, use: str) -> None:
@@ -61,4 +67,4 @@ def _made(name: str, options: tuple[tuple[str, Any], ...]) -> Task:
     try:
         return find(name).Task(**dict(options))
     except TypeError as fault:
-        raise ValueError(f"task_options do not fit task {name!r}: {fault}") from None
+        raise ValueError(f"task_options do not fit task {name!r}: {str(fault)[:_MOST_SHOWN]}") from None

@@ -7,6 +7,7 @@ import pytest
 
 import mamba_core as mc
 from mamba_core import registry
+from mamba_core.evaluation import HeldOut
 from mamba_core.spec.init import initial_values
 from mamba_core.spec.params import parameter_table
 from mamba_core.spec.reference import ReferenceModel
@@ -102,11 +103,27 @@ def test_half_precision_trains(backend):
         assert value.dtype.name == parameter_table(CONFIG)[name].dtype("bfloat16")
 
 
+def test_the_loss_on_held_out_data_is_the_reference_s(backend, config):
+    """Of 59 tokens in four windows and two batches; the last window counts 11, and fills the last batch alone."""
+    data, total = DATA[:60] % config.vocab_size, 0.0
+    reference = ReferenceModel(config, dict(initial_values(config, 1)))
+    for start, first in ((0, 0), (16, 0), (32, 0), (43, 5)):
+        tokens = data[start : start + 17][None]
+        loss, _ = cross_entropy(reference(tokens[:, :-1]).logits[:, first:], tokens[:, 1 + first :])
+        total += loss * (16 - first)
+    trainer = backend.trainer(mc.build(config, backend=backend.name, seed=1), SETTINGS)
+    found = HeldOut(data, length=16, batch_size=3, steps=20, every=0).loss(trainer, lambda: False)
+    assert found == pytest.approx(total / 59, abs=5e-6)
+
+
 @pytest.mark.parametrize("length", [0, 1])
 def test_tokens_with_nothing_to_predict_are_refused(backend, length):
     model = mc.build(CONFIG, backend=backend.name)
     tokens = np.zeros((2, length), np.int32)
-    for use in (backend.loss_and_gradients, lambda model, tokens: backend.trainer(model, SETTINGS).step(tokens)):
+    uses = [backend.loss_and_gradients, lambda model, tokens: backend.trainer(model, SETTINGS).step(tokens)]
+    counts = np.ones((2, max(0, length - 1)), bool)
+    uses += [lambda model, tokens: backend.trainer(model, SETTINGS).evaluate(tokens, counts)]
+    for use in uses:
         with pytest.raises(ValueError, match=r"tokens has shape \(2, \d\); expected .*two positions"):
             use(model, tokens)
 

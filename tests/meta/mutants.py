@@ -12,6 +12,8 @@ from pathlib import Path
 from tests.meta import broken
 from tests.meta.broken import Mutant
 
+SSD = "kernels/chunked_ssd.py"
+
 CAUGHT_BY = {
     "test_every_kernel_equals_the_recurrence": {
         "no SiLU on the gate": Mutant("ops/selective_scan.py", "else linear * F.silu(z)", "else linear * z"),
@@ -30,6 +32,19 @@ CAUGHT_BY = {
         "gradient does not cross chunks": Mutant("ops/selective_scan.py", "[:, -1] += arriving", "[:, -1] += 0 * arriving"),
         "dstep misses the path through B": Mutant("ops/selective_scan.py", ".sum(2) + gB * x_part", ".sum(2)"),
         "D missing": Mutant("ops/selective_scan.py", "linear if D is None else torch.addcmul(linear, D, x)", "linear"),
+    },
+    "test_every_kernel_equals_the_recurrence_where_it_restarts": {
+        "groups tiled": Mutant("ops/ssd.py", "value.repeat_interleave(x.shape[1] // value.shape[1], dim=1)", "value.repeat(1, x.shape[1] // value.shape[1], 1)"),
+        "segments mixed within a chunk": Mutant(SSD, "earlier = earlier & (run[..., :, None] == run[..., None, :])", "pass"),
+        "an earlier segment left in the state": Mutant(SSD, "to_end.masked_fill(run != run[..., -1:], -torch.inf)", "to_end"),
+        "the state passed to the next segment": Mutant(SSD, "from_start.masked_fill(run > 0, -torch.inf)", "from_start"),
+    },
+    "test_short_steps_after_a_long_one": {
+        "decays of rounded sums": Mutant(SSD, "torch.round(log_decay * GRID[dtype]) / GRID[dtype]", "log_decay"),
+    },
+    "test_steps_beyond_the_limit": {
+        "no limit": Mutant("ops/ssd.py", "else step.clamp(*dt_limit)", "else step"),
+        "gradient of a limited step": Mutant("ops/ssd.py", "else step.clamp(*dt_limit)", "else step + (step.clamp(*dt_limit) - step).detach()"),
     },
     "test_softplus_is_exact_at_both_ends": {
         "naive softplus": Mutant("ops/selective_scan.py", "F.softplus(raw, threshold=40.0)", "torch.log(1 + torch.exp(raw))"),

@@ -8,6 +8,7 @@ from tests.meta import broken
 from tests.meta.broken import Mutant
 
 SCAN, CONV, NORM, S6 = "ops/selective_scan.py", "ops/causal_conv.py", "ops/rms_norm.py", "mixers/s6.py"
+SSD = "kernels/chunked_ssd.py"
 
 CAUGHT_BY = {
     "test_every_kernel_equals_the_recurrence": {
@@ -15,7 +16,7 @@ CAUGHT_BY = {
         "D missing": Mutant(SCAN, "linear if D is None else linear + D * x", "linear"),
         "dt bias added twice": Mutant(SCAN, "delta + _float32(delta_bias)", "delta + 2 * _float32(delta_bias)"),
         "softplus missing": Mutant(SCAN, "mx.logaddexp(delta, 0.0) if delta_softplus else delta", "delta"),
-        "an exponential a little off": Mutant(SCAN, "0.49999993", "0.4999"),
+        "an exponential a little off": Mutant("kernels/exponential.py", "0.49999993", "0.4999"),
         "initial state ignored": Mutant(SCAN, "h, firsts, linear = h0, [], []", "h, firsts, linear = 0 * h0, [], []"),
         "state does not cross chunks": Mutant(SCAN, "else restart[:, chunk]) + added[:, chunk]", "else restart[:, chunk])"),
         "a chunk decays by its first step only": Mutant(SCAN, "_decay(block.step.sum(axis=0), A)", "_decay(block.step[0], A)"),
@@ -24,6 +25,15 @@ CAUGHT_BY = {
         "dA of the last position only": Mutant(SCAN, "dA = dA + (dlog_decay", "dA = 0 * dA + (dlog_decay"),
         "dstep misses the path through B": Mutant(SCAN, "(dlog_decay * A).sum(axis=-1) + gB * x", "(dlog_decay * A).sum(axis=-1)"),
         "parts of the gradient in the order they were computed": Mutant(SCAN, "_merge(plan, part[::-1])", "_merge(plan, part)"),
+    },
+    "test_every_kernel_equals_the_recurrence_where_it_restarts": {
+        "groups tiled": Mutant("ops/ssd.py", "mx.repeat(value, x.shape[1] // value.shape[1], axis=1)", "mx.tile(value, (1, x.shape[1] // value.shape[1], 1))"),
+        "segments mixed within a chunk": Mutant(SSD, "earlier = earlier & (run[..., :, None] == run[..., None, :])", "pass"),
+        "an earlier segment left in the state": Mutant(SSD, "to_end = mx.where(run != run[..., -1:], -mx.inf, to_end)", "pass"),
+        "the state passed to the next segment": Mutant(SSD, "from_start = mx.where(run > 0, -mx.inf, from_start)", "pass"),
+    },
+    "test_short_steps_after_a_long_one": {
+        "decays of rounded sums": Mutant(SSD, "mx.round(log_decay * GRID) / GRID", "log_decay"),
     },
     "test_every_node_equals_the_reference": {
         "B and C swapped": Mutant(S6, 'call.observe("B", B), call.observe("C", C)', 'call.observe("B", C), call.observe("C", B)'),

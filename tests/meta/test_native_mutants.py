@@ -32,9 +32,16 @@ class Mutant(NamedTuple):
 
 
 SCAN, CONV, NORM, VECTORS = "selective_scan.cpp", "causal_conv.cpp", "add_norm.cpp", "vectors.h"
-STEP = "block_step.cpp"
+STEP, SSD_STEP, PARTS, PRODUCTS, PHASES = (
+    "mamba_step.cpp",
+    "ssd_step.cpp",
+    "block_parts.h",
+    "products.cpp",
+    "phases.cpp",
+)
 # The file of tests that is to reject a source's mutants, where it is not the first.
-TESTS = {STEP: "tests/unit/test_native_step.py"}
+TESTS = dict.fromkeys((STEP, PARTS, PRODUCTS), "tests/unit/test_native_step.py")
+TESTS |= {SSD_STEP: "tests/unit/test_native_ssd_step.py"}
 MUTANTS = {
     "restart ignored": Mutant(SCAN, "        if (w.restart[t])\n            for (int j = 0; j < COUNT; j++) h[j] = V{};\n", ""),
     "restart ignored where the gradient recomputes": Mutant(SCAN, "h[j]);\n            if (w.restart[t]) h[j] = V{};", "h[j]);"),
@@ -79,9 +86,40 @@ MUTANTS = {
     "step: dt not normed": Mutant(STEP, "{Range{0, s.r}, ", "{"),
     "step: the block's eps for dt, B and C": Mutant(STEP, "part.count, s.selection_eps);", "part.count, s.eps);"),
     "step: dt, B and C always normed": Mutant(STEP, "if (s.selection_eps > 0)", ""),
-    "step: first lanes of a norm": Mutant(STEP, "lane < WIDTH; lane++) sum +=", "lane < WIDTH - 1; lane++) sum +="),
+    "step: first lanes of a norm": Mutant(PARTS, "lane < WIDTH; lane++) sum +=", "lane < WIDTH - 1; lane++) sum +="),
+    "step: window not moved on": Mutant(PARTS, "(window - channels)", "window"),
+    "step: first part of a product's inputs": Mutant(PRODUCTS, "i == inputs.first);\n    for (; i", "true);\n    for (; i"),
+    "ssd: groups tiled": Mutant(SSD_STEP, "head / (s.h / s.g) * s.n", "head % s.g * s.n"),
+    "ssd: the first head's D": Mutant(SSD_STEP, "splat(s.D[head])", "splat(s.D[0])"),
+    "ssd: D of a channel as that of a head": Mutant(SSD_STEP, "if (s.D_per_channel) D =", "if (false) D ="),
+    "ssd: no least step": Mutant(SSD_STEP, "step < s.least ? s.least : ", ""),
+    "ssd: no most step": Mutant(SSD_STEP, "step > s.most ? s.most : step", "step"),
+    "ssd: limit before the softplus": Mutant(SSD_STEP, "step = softplus(projected(s, w, row, dt_of(s) + head, 1) + s.dt_bias[head])[0];\n    step = step < s.least ? s.least : step > s.most ? s.most : step;",
+                                             "raw = (projected(s, w, row, dt_of(s) + head, 1) + s.dt_bias[head])[0];\n    float step = softplus(splat(raw < s.least ? s.least : raw > s.most ? s.most : raw))[0];"),
+    "ssd: no bias of dt": Mutant(SSD_STEP, " + s.dt_bias[head])", ")"),
+    "ssd: a rate beyond the floats": Mutant(SSD_STEP, "    rate = rate > FLT_MAX ? FLT_MAX : rate;\n", ""),
+    "ssd: always gated before the norm": Mutant(SSD_STEP, "!(s.gated_norm && s.norm_before_gate)", "true"),
+    "ssd: not gated without a norm": Mutant(SSD_STEP, "!(s.gated_norm && s.norm_before_gate)", "!s.norm_before_gate"),
+    "ssd: one norm of all groups": Mutant(SSD_STEP, "plan.add(norm_group, s.b * s.g)", "plan.add(norm_group, s.b)"),
+    "ssd: the weight of the first group": Mutant(SSD_STEP, "(first + c), left, s.bfloat16)", "c, left, s.bfloat16)"),
+    "ssd: the gate of the first group": Mutant(SSD_STEP, "z_of(s) + first + c, left", "z_of(s) + c, left"),
+    "ssd: the block's eps in the gated norm": Mutant(SSD_STEP, "count, s.gated_eps)", "count, s.eps)"),
+    "ssd: gate and gated exchanged": Mutant(SSD_STEP, "silu(gate) * gated", "gate * silu(gated)"),
+    "ssd: beside after the recurrence": Mutant(SSD_STEP, "w.y + row * inner_of(s) + c, silu(gate)", "w.y + row * inner_of(s) + scanned_of(s) + c, silu(gate)"),
+    "ssd: the last share of beside": Mutant(SSD_STEP, "divide_up(s.beside, s.h), head)", "s.beside / s.h, head)"),
+    "ssd: one row's states for all": Mutant(SSD_STEP, "state = (row * s.h + head)", "state = head"),
+    "ssd: B for C": Mutant(SSD_STEP, "*C = B + s.g * s.n", "*C = B"),
     "norm: last rows": Mutant(NORM, "k < s.rows && k < (index + 1) * NORM_ROWS", "k < s.rows && k + 1 < (index + 1) * NORM_ROWS"),
 }  # fmt: skip
+
+# Of the many of one file those that are tried without --slow.
+QUICK = ("ssd: groups tiled", "ssd: always gated before the norm")
+
+
+def tried():
+    for name, mutant in MUTANTS.items():
+        slow = mutant.file == SSD_STEP and name not in QUICK
+        yield pytest.param(name, id=name, marks=pytest.mark.slow if slow else ())
 
 
 def compiled(source: Path) -> Path:
@@ -101,7 +139,7 @@ def whole(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", MUTANTS)
+@pytest.mark.parametrize("name", tried())
 def test_the_tests_reject(name, whole, tmp_path):
     mutant, folder = MUTANTS[name], tmp_path / "native"
     shutil.copytree(whole, folder)
@@ -109,7 +147,7 @@ def test_the_tests_reject(name, whole, tmp_path):
     assert mutant.old in text, f"{mutant.file} has no {mutant.old!r}"
     (folder / mutant.file).write_text(text.replace(mutant.old, mutant.new))
     for source in folder.glob("*.cpp"):
-        if mutant.file in (source.name, VECTORS):
+        if mutant.file == source.name or mutant.file.endswith(".h"):
             compiled(source)
     broken = tmp_path / "broken.so"
     subprocess.run(["c++", "-shared", "-pthread", *folder.glob("*.o"), "-o", broken], check=True)

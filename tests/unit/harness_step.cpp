@@ -1,10 +1,14 @@
-// As harness.cpp, of the kernels for one position: they are included, because no header has their structs.
-
-#include "block_step.cpp"
+// As harness.cpp, of the kernels for one position.
 
 #include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <utility>
 
 #include <vector>
+
+#include "steps.h"
 
 static uint32_t seed = 1;
 static std::vector<std::vector<char>> arrays;
@@ -45,6 +49,31 @@ static bool blocks(int width, int threads, bool bfloat16, bool transposed, int64
     return done;
 }
 
+// The same of blocks whose recurrence is the ssd: with channels beside it, a norm before the gate and D a channel, or
+// without a norm.
+static bool ssd_blocks(int width, int threads, bool bfloat16, bool transposed, int64_t b, bool normed) {
+    const int64_t d = 200, h = 6, p = 35, n = 21, g = 3, k = 4, beside = normed ? 19 : 0;
+    const int64_t e = h * p, filters = e + 2 * g * n, outputs = 2 * beside + e + filters + h, inner = beside + e;
+    const int64_t state = b * (k - 1) * filters;
+    auto compute = [=](int64_t count) { return drawn(count, bfloat16); };
+    char *residual = drawn(b * d, false), *after = drawn(b * d, false);
+    SsdStep steps[2];
+    for (int place = 0; place < 2; place++) {
+        char *conv = compute(state);
+        float *ssm = floats(b * e * n);
+        steps[place] = {b, d, h, p, n, g, k, beside, bfloat16, false, transposed, threads, width, normed, place > 0,
+                        1e-5f, 1e-5f, 1e-3f, 0.5f, place ? after : residual, conv, ssm, compute(d),
+                        {compute(outputs * d), compute(outputs)}, {compute(filters * k), compute(filters)},
+                        {compute(d * inner), compute(d)}, floats(h), floats(h), floats(normed ? e : h),
+                        normed ? compute(e) : nullptr,
+                        after, place ? conv : compute(state), place ? ssm : floats(b * e * n)};
+    }
+    bool done = !mamba_ssd_steps(steps, 2);
+    fwrite(after, 4, b * d, stdout);
+    for (const SsdStep &step : steps) fwrite(step.new_ssm_state, 4, b * e * n, stdout);
+    return done;
+}
+
 static bool head(int width, int threads, bool bfloat16, bool transposed, int64_t b) {
     const int64_t inputs = 70, outputs = 4501;
     float *y = floats(b * outputs);
@@ -60,8 +89,9 @@ int main(int, char **argv) {
     for (bool bfloat16 : {false, true})
         for (bool transposed : {false, true})
             for (int64_t b : {1, 15})
-                for (float selection_eps : {0.0f, 1e-6f})
-                    if (!blocks(width, threads, bfloat16, transposed, b, selection_eps) ||
+                for (bool norms : {false, true})
+                    if (!blocks(width, threads, bfloat16, transposed, b, norms ? 1e-6f : 0.0f) ||
+                        !ssd_blocks(width, threads, bfloat16, transposed, b, norms) ||
                         !head(width, threads, bfloat16, transposed, b))
                         return 1;
     return 0;

@@ -101,6 +101,13 @@ def test_published_mamba_ssm_config_is_read():
         ),
         ({"task": "classification"}, "task is 'classification'; expected one of .*features, .*lm"),
         ({"compat": "minimamba"}, "unknown fields: compat"),
+        ({f"field{n:03}": 1 for n in range(300)}, "field006, field007 and 292 more; known"),
+        ({"x" * 5000: 1}, "unknown fields: x{60}; known"),
+        ({"model_type": "mamba", "architectures": [{}] * 5000}, r"architectures \[\{\}, [^\n]{400,500}\.\.\.$"),
+        ({"d_model": 64, "ssm_cfg": {f"field{n:03}": 1 for n in range(300)}}, "'field007' and 292 more$"),
+        ({"d_model": "x" * 5000}, r"d_model is 'x+\.\.\.x+'; expected"),
+        ({"task_options": "x"}, "task_options is 'x'; expected a mapping"),
+        ({"task_options": {"a": []}}, "do not fit task 'lm'; expected names and numbers"),
         ({"model_type": "mamba", "intermediate_size": "100"}, "intermediate_size '100'; expected an integer from 1"),
         ({"model_type": "mamba", "intermediate_size": 0}, "intermediate_size 0; expected"),
         ({"model_type": "mamba", "architectures": ["LlamaForCausalLM"]}, "'LlamaForCausalLM'; those of .*MambaModel"),
@@ -127,6 +134,7 @@ def test_published_mamba_ssm_config_is_read():
         ({"dt_rank": "full"}, "dt_rank is 'full'"),
         ({"norm_eps": -1.0}, "norm_eps is -1.0"),
         ({"architecture": "transformer"}, "architecture 'transformer'"),
+        ({"architecture": "x" * 5000}, r"architecture 'x+\.\.\.x+'; known"),
     ],
 )
 def test_what_cannot_be_read_is_refused(fields, message):

@@ -281,6 +281,22 @@ def test_loss_and_gradients_of_a_model(remat, padded):
 
 @here
 @pytest.mark.gpu
+def test_an_evaluation_by_fused_kernels(monkeypatch):
+    """The loss with the head, of the targets that count; not for a model whose own call was changed."""
+    given, calls, real = tokens(2, 40), [], triton_loss.linear_cross_entropy
+    monkeypatch.setattr(triton_loss, "linear_cross_entropy", lambda *values: calls.append(1) or real(*values))
+    counts = np.arange(39) >= np.array([[0], [30]])
+    ours, plain = ([training.Trainer(model, mc.TrainSettings()), model] for model in models())
+    assert ours[0].evaluate(given, counts) == pytest.approx(plain[0].evaluate(given, counts), rel=1e-6)
+    assert len(calls) == 1
+    ours[1].register_forward_hook(lambda module, inputs, output: output._replace(logits=0 * output.logits))
+    wanted = counts.sum() * np.log(CONFIG.padded_vocab_size)
+    assert ours[0].evaluate(given, counts) == pytest.approx(wanted, rel=1e-6)
+    assert len(calls) == 1
+
+
+@here
+@pytest.mark.gpu
 def test_segments_and_states_of_a_model():
     given = torch.from_numpy(tokens(2, 40)).to(DEVICE)
     segment_ids = torch.arange(40, device=DEVICE).repeat(2, 1) // 9
@@ -469,6 +485,22 @@ def test_compiled_and_under_autocast():
             ours, uncompiled, expected = (value.detach().cpu().numpy() for value in values)
             assert relative_l2(ours, expected) <= limit
             assert relative_l2(uncompiled, expected) <= limit
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("autocast", [False, True])
+def test_an_evaluation_between_captured_steps_changes_none(autocast):
+    found = []
+    for evaluates in (False, True):
+        trainer = training.Trainer(mc.build(CONFIG, backend="torch", device=DEVICE), mc.TrainSettings(steps=9))
+        found.append([])
+        for _ in range(9):
+            with torch.autocast(DEVICE, BF16, enabled=autocast):
+                found[-1].append(trainer.step(tokens(2, 40)))
+                if evaluates:
+                    trainer.evaluate(tokens(2, 40), np.ones((2, 39), bool))
+    assert found[0] == found[1]
 
 
 @pytest.mark.gpu

@@ -423,6 +423,10 @@ def test_where_a_template_may_stand(tmp_path):
     named("tool_use", "rag")
     with pytest.raises(ValueError, match="has chat templates tool_use, rag, and none named 'default'"):
         chat.rendered(model, talk)
+    for broken in ([{"name": "default"}], ["default"], [1]):
+        (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": broken}))
+        with pytest.raises(ValueError, match=r"tokenizer_config\.json: a chat template has no name or no text"):
+            chat.rendered(model, talk)
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }} é", encoding="utf-8")
     assert chat.rendered(model, talk) == [" Hello  é"]
     (folder / "special_tokens_map.json").write_text(json.dumps({"unk_token": {"content": "?"}, "eos_token": "!"}))

@@ -310,6 +310,14 @@ def test_faults_of_the_zip(torch_path):
     assert_fault(torch_path, "has no local header")
 
 
+def test_a_record_that_its_own_header_names_otherwise_is_refused(torch_path):
+    """The name before a record's bytes, in a file without checksums, is all that tells whose bytes they are."""
+    data = torch_path.read_bytes()
+    begin = data.index(b"archive/data/0")
+    torch_path.write_bytes(data[:begin] + b"archive/data/1" + data[begin + 14 :])
+    assert_fault(torch_path, "'archive/data/0' is named b'archive/data/1'")
+
+
 def test_encrypted_records_are_refused(torch_path):
     whole = bytearray(torch_path.read_bytes())
     for found in re.finditer(rb"PK\x01\x02", bytes(whole)):

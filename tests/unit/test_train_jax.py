@@ -7,6 +7,7 @@ import pytest
 
 import mamba_core as mc
 from mamba_core import registry
+from mamba_core.evaluation import HeldOut
 from mamba_core.training import TrainSettings
 
 jax = pytest.importorskip("jax")
@@ -131,6 +132,23 @@ def test_a_model_with_nothing_trainable_is_refused():
         setattr(owner, path[-1], variable)
     with pytest.raises(ValueError, match="nothing of the model is trainable"):
         registry.get("jax").trainer(model, SETTINGS)
+
+
+def test_an_evaluation_is_compiled_once_and_again_for_another_method(monkeypatch):
+    """The last batch has fewer windows than the others."""
+    model = mc.build(CONFIG, backend="jax")
+    trainer = registry.get("jax").trainer(model, SETTINGS)
+    held = HeldOut(np.arange(70) % 11, length=8, batch_size=2, steps=1, every=0)
+    assert len({counts.sum() for _, counts in held.batches()}) > 1
+    trainer.step(TOKENS)
+    losses = [held.loss(trainer, lambda: False) for _ in range(2)]
+    assert losses[0] == losses[1]
+    assert trainer.evaluation._cache_size() == 1
+    trainer.step(TOKENS)
+    assert held.loss(trainer, lambda: False) != losses[0]
+    assert trainer.evaluation._cache_size() == 1
+    monkeypatch.setattr(type(model.backbone.norm_f), "__call__", lambda self, x: 0 * x)
+    assert held.loss(trainer, lambda: False) == pytest.approx(np.log(model.config.padded_vocab_size))
 
 
 def test_an_update_is_compiled_once_for_adapters():

@@ -37,7 +37,7 @@ def test_schedule():
     [
         ("steps", 0), ("steps", 1.5), ("batch_size", 0), ("length", -1), ("warmup_steps", -5), ("learning_rate", 0.0),
         ("learning_rate", float("nan")), ("beta1", 1.0), ("beta2", -0.1), ("weight_decay", -1.0), ("clip_norm", 0.0),
-        ("weight_decay", float("nan")), ("final_fraction", 2.0),
+        ("weight_decay", float("nan")), ("final_fraction", 2.0), ("seed", True),
     ],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused(name, value):
@@ -98,6 +98,27 @@ def test_only_the_same_run_is_resumed(run):
         lambda log: log["history"].pop(),
         lambda log: log.pop("settings"),
         lambda log: log.update(history={}),
+        lambda log: log["history"].reverse(),
+        lambda log: log["history"][1].update(step=1.0),
+        lambda log: log["history"][1].pop("learning_rate"),
+        lambda log: log["history"][1].update(gradient_norm=[1.0]),
+        lambda log: log["history"][1].update(loss=float("nan")),
+        lambda log: log["history"][1].update(loss=10**400),
+        lambda log: log["history"].__setitem__(0, "loss"),
+    ],
+    ids=[
+        *(
+            "short",
+            "no settings",
+            "no list",
+            "backwards",
+            "a fraction",
+            "no rate",
+            "a list",
+            "no number",
+            "huge",
+            "no entry",
+        ),
     ],
 )
 def test_a_broken_log_is_refused(run, break_it):

@@ -28,7 +28,7 @@ _LOCATOR_64 = struct.Struct("<4sIQI")
 _END = struct.Struct("<4s4H2IH")
 _EXTRA_FIELD = struct.Struct("<2sH")
 _VERSION = 45  # the one that has 64-bit sizes
-_UTF8, _ENCRYPTED = 0x800, 1
+_UTF8, _ENCRYPTED, _PATCHED = 0x800, 0x41, 0x20
 _FIRST_DAY = 1 << 5 | 1  # January 1, 1980: the same tensors are the same file
 _MOST_REPEATED = 64
 _MAX_16, _MAX_32 = 2**16 - 1, 2**32 - 1
@@ -147,10 +147,11 @@ def _check_repeated(contents: FileContents, size: int) -> None:
 def record_start(file: InputFile, record: zipfile.ZipInfo) -> int:
     """Where a stored record's bytes begin in the file. Raises ValueError, also for a compressed record.
 
-    The local header is asked: its padding is not in the directory.
+    The local header is asked: its padding is not in the directory. It must have the record's name, as every reader
+    of zip files asks, for else it is another record's or damaged.
     """
-    if record.flag_bits & _ENCRYPTED:
-        raise ValueError(f"record {record.filename!r} is encrypted")
+    if record.flag_bits & (_ENCRYPTED | _PATCHED):
+        raise ValueError(f"record {record.filename!r} is encrypted or a patch")
     if record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size:
         raise ValueError(
             f"record {record.filename!r} is compressed and cannot be mapped; save it with torch.save, or with "
@@ -160,8 +161,11 @@ def record_start(file: InputFile, record: zipfile.ZipInfo) -> int:
     header = file[begin : begin + _LOCAL_HEADER.size] if begin >= 0 else b""
     if len(header) < _LOCAL_HEADER.size or header[:4] != _LOCAL_SIGNATURE:
         raise ValueError(f"record {record.filename!r} has no local header at byte {begin}")
-    name_length, extra_length = _LOCAL_HEADER.unpack(header)[-2:]
+    _, _, flags, *_, name_length, extra_length = _LOCAL_HEADER.unpack(header)
     start = begin + _LOCAL_HEADER.size + name_length + extra_length
+    found = file[start - extra_length - name_length : start - extra_length]
+    if found.decode("utf-8" if flags & _UTF8 else "cp437", "replace") != record.orig_filename:
+        raise ValueError(f"record {record.filename!r} is named {found[:120]!r} by the header before its bytes")
     if start + record.file_size > len(file):
         raise ValueError(f"record {record.filename!r} runs past the end of the file")
     return start

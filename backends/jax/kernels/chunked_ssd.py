@@ -83,7 +83,7 @@ def _chunk(u, log_decay, B, C, h, restart):
     weights = _einsum("bgin,bgjn->bgij", C, B)[:, :, None] * decays.between
     y = _einsum("bgmij,bgmjp->bgmip", weights, u)
     y = y + decays.start[..., None] * _einsum("bgmpn,bgin->bgmip", h, C)
-    added = _einsum("bgmjp,bgjn->bgmpn", decays.end[..., None] * u, B)
+    added = _einsum("bgmjp,bgjn->bgmpn", _ended(u, decays), B)
     return y, _scaled(h, decays.through) + added
 
 
@@ -97,7 +97,7 @@ def _chunk_backward(saved, cotangents):
     decays = _decays(log_decay, restart)
     products = _einsum("bgin,bgjn->bgij", C, B)[:, :, None]
     dweights = _einsum("bgmip,bgmjp->bgmij", dy, u)
-    started, ended = decays.start[..., None] * dy, decays.end[..., None] * u
+    started, ended = decays.start[..., None] * dy, _ended(u, decays)
     # What the gradient of the state after the chunk gives each u.
     arriving = decays.end[..., None] * _einsum("bgmpn,bgjn->bgmjp", dh, B)
     du = _einsum("bgmij,bgmip->bgmjp", products * decays.between, dy) + arriving
@@ -139,6 +139,12 @@ def _decays(log_decay, restart) -> _Decays:
     # Before exp, which would overflow where a later position is first.
     between = jnp.where(earlier, between, -jnp.inf)
     return _Decays(*map(jnp.exp, (between, from_start, to_end, through)))
+
+
+def _ended(u, decays):
+    """What each position leaves at the chunk's end: nothing of another run, be it Inf or NaN."""
+    end = decays.end[..., None]
+    return jnp.where(end == 0, 0, end * u)
 
 
 def _scaled(h, through):

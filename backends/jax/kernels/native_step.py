@@ -15,20 +15,35 @@ from mamba_core.backends.native import abi, library
 
 # Computing more rows takes longer than reading their weights.
 MOST_ROWS = 8
-# A block's operands as the library names them: those that may be absent, and those that are always float32.
-OPTIONAL = {"in_proj.bias", "conv.bias", "out_proj.bias"}
-FLOAT32 = {"delta_bias", "A_log", "D", "ssm_state"}
+
+
+class Kind(NamedTuple):
+    """A kind of blocks that one function of the library computes.
+
+    name: of that function, without the library's prefix. struct: what it takes, one for each block.
+    sizes(residual, operands): the struct's sizes, ((name, size), ...), of a block with these operands.
+    shapes(sizes): the shape of each operand, by the library's name.
+    optional: operands that may be absent. float32: those that are not of the compute dtype.
+    """
+
+    name: str
+    struct: type
+    sizes: Callable
+    shapes: Callable
+    optional: frozenset[str]
+    float32: frozenset[str]
 
 
 class MixerStep(NamedTuple):
     """How the library computes a mixer.
 
     paths: of its parameters, by their names in the library.
-    selection_eps: of the norms without weight that dt, B and C pass before dt_proj; 0 where there are none.
+    settings: fields of the struct that are no arrays, ((name, value), ...). A size must be that of the arrays.
     """
 
+    kind: Kind
     paths: dict[str, tuple[str, ...]]
-    selection_eps: float = 0.0
+    settings: tuple[tuple[str, float], ...] = ()
 
 
 def why_not(kernel: str, x: jax.Array, dtype) -> str | None:
@@ -41,59 +56,37 @@ def why_not(kernel: str, x: jax.Array, dtype) -> str | None:
     return reason("cpu", dtype)
 
 
-def sizes_of(residual: jax.Array, operands: dict) -> tuple[tuple[str, int], ...]:
-    """The sizes of a block with these operands, for `fits` and for the call."""
-    (b, _, d), (e, n) = residual.shape, operands["A_log"].shape
-    return (
-        ("b", b),
-        ("d", d),
-        ("e", e),
-        ("n", n),
-        ("k", len(operands["conv.weight"])),
-        ("r", len(operands["dt_proj"])),
-    )
-
-
-def fits(operands: dict, sizes, dtype) -> bool:
-    """Whether a block's arrays are of the shapes and dtypes that the library reads."""
-    b, d, e, n, k, r = (size for _, size in sizes)
-    shapes = {
-        "norm": (d,),
-        "in_proj.weight": (d, 2 * e),
-        "in_proj.bias": (2 * e,),
-        "conv.weight": (k, 1, e),
-        "conv.bias": (e,),
-        "x_proj.weight": (e, r + 2 * n),
-        "dt_proj": (r, e),
-        "delta_bias": (e,),
-        "A_log": (e, n),
-        "D": (e,),
-        "out_proj.weight": (e, d),
-        "out_proj.bias": (d,),
-        "conv_state": (b, k - 1, e),
-        "ssm_state": (b, e, n),
-    }
+def fits(step: MixerStep, operands: dict, sizes, dtype) -> bool:
+    """Whether a block's arrays are of the shapes and dtypes that the library reads, for a mixer of these sizes."""
+    kind, sizes = step.kind, dict(sizes)
+    if any(sizes.get(name, value) != value for name, value in step.settings):
+        return False
     found = {name: (value.shape, value.dtype) for name, value in operands.items()}
-    wanted = {name: (shape, jnp.dtype("float32") if name in FLOAT32 else dtype) for name, shape in shapes.items()}
-    return wanted | found == wanted and set(wanted) - set(found) <= OPTIONAL
+    wanted = {
+        name: (shape, jnp.dtype("float32") if name in kind.float32 else dtype)
+        for name, shape in kind.shapes(**sizes).items()
+    }
+    return wanted | found == wanted and set(wanted) - set(found) <= kind.optional
 
 
-def blocks_beside(plain: Callable) -> Callable:
-    """run(residual, operands, *, twins, sizes, eps, selection_eps, portable) -> (residual, states of each block).
+@functools.cache
+def blocks_beside(plain: Callable, kind: Kind) -> Callable:
+    """run(residual, operands, *, twins, sizes, settings, portable) -> (residual, states of each block).
 
     plain(residual, operands, twins): the twin, which gives the residual stream and a list of all states.
     operands: of each block, named as the library names them, the states included.
     twins: a hashable value that the twin is given.
-    eps: of each block's norm. selection_eps: of each block, as in `MixerStep`.
+    settings: of each block, as in `MixerStep`, with the eps of its norm.
     A block's states are the convolution's and the recurrence's.
     """
 
     def run_plain(*arrays, tree, twins, **_):
         return plain(*jax.tree.unflatten(tree, arrays), twins)
 
-    blocks = _operator("mamba_steps", _block_results, _block_structs, run_plain, in_place=_block_states)
+    structs = functools.partial(_block_structs, kind.struct)
+    blocks = _operator(kind.name, _block_results, structs, run_plain, in_place=_block_states)
 
-    @functools.partial(jax.jit, static_argnames=("twins", "sizes", "eps", "selection_eps", "portable"))
+    @functools.partial(jax.jit, static_argnames=("twins", "sizes", "settings", "portable"))
     def run(residual, operands, *, portable, **options):
         arrays, tree = jax.tree.flatten((residual, operands))
         after, *states = blocks(portable, options | {"tree": tree}, *arrays)
@@ -123,7 +116,7 @@ def _block_results(*arrays, tree, **_):
     return [jax.core.ShapedArray(value.shape, value.dtype) for value in (residual, *states)]
 
 
-def _block_structs(*arrays, tree, sizes, eps, selection_eps, **_):
+def _block_structs(struct, *arrays, tree, sizes, settings, **_):
     before, operands = jax.tree.unflatten(tree, range(tree.num_leaves))
     after = tree.num_leaves
     residual, dtype = arrays[before], arrays[operands[0]["norm"]].dtype
@@ -133,8 +126,7 @@ def _block_structs(*arrays, tree, sizes, eps, selection_eps, **_):
     for k, block in enumerate(operands):
         results = {"new_residual": after, "new_conv_state": after + 2 * k + 1, "new_ssm_state": after + 2 * k + 2}
         numbers = block | {"residual": before} | results
-        settings = fixed | {"eps": eps[k], "selection_eps": selection_eps[k]}
-        structs.append(pointing(abi.MambaStep, settings, numbers, arrays))
+        structs.append(pointing(struct, fixed | dict(settings[k]), numbers, arrays))
         before = after
     return structs
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mamba_core.backends.jax import layers
+from mamba_core.backends.jax.kernels import native_mamba_step
 from mamba_core.backends.jax.kernels.native_step import MixerStep
 from mamba_core.backends.jax.ops.linear import precision
 from mamba_core.backends.jax.ops.rms_norm import rms_norm
@@ -118,10 +119,10 @@ def native_operands(mixer, selection_eps: float | None = None) -> MixerStep | st
     if mixer.x_proj.bias is not None or mixer.dt_proj.bias is None or mixer.D is None:
         return "a bias of x_proj was added, or that of dt_proj or D was removed"
     if selection_eps is None:
-        return MixerStep(NATIVE_STEP)
+        return MixerStep(native_mamba_step.KIND, NATIVE_STEP)
     if not selection_eps >= jnp.finfo("float32").tiny:
         return f"the eps of its norms, {selection_eps}, is too small for float32"
-    return MixerStep(NATIVE_STEP, selection_eps)
+    return MixerStep(native_mamba_step.KIND, NATIVE_STEP, (("selection_eps", selection_eps),))
 
 
 def width(mixer) -> int | None:
@@ -135,21 +136,23 @@ def width(mixer) -> int | None:
 
 
 def project_for_last(mixer, hidden: jax.Array) -> tuple[jax.Array, jax.Array] | None:
-    """x (b, l, e), and z (b, 1, e) of the last position only; None where a call would compute other values.
+    """x (b, l, e), and z (b, 1, e) of the last position only; None where a call would compute other values."""
+    if not can_compute_last_only(mixer, hidden):
+        return None
+    e = mixer.in_proj.kernel.shape[1] // 2
+    return project_columns(mixer, hidden, slice(e)), project_columns(mixer, hidden[:, -1:], slice(e, None))
 
-    In a half precision a call rounds before the gate.
-    """
-    layer, length = mixer.in_proj, hidden.shape[1]
+
+def can_compute_last_only(mixer, hidden: jax.Array) -> bool:
+    """Whether the gates of all positions but the last may be skipped. In a half precision a call rounds before them."""
+    length = hidden.shape[1]
     # An exported program may be for any length.
-    if not isinstance(length, int) or length < 2 or hidden.dtype != jnp.float32:
-        return None
-    if not untouched(nnx.Linear, layer, mixer.out_proj):
-        return None
-    kernel, bias = (None if value is None else value[...] for value in (layer.kernel, layer.bias))
-    e = kernel.shape[1] // 2
+    several = isinstance(length, int) and length > 1 and hidden.dtype == jnp.float32
+    return several and untouched(nnx.Linear, mixer.in_proj, mixer.out_proj)
 
-    def half(hidden, columns):
-        y = jnp.matmul(hidden, kernel[:, columns], precision=layer.precision)
-        return y if bias is None else y + bias[columns]
 
-    return half(hidden, slice(None, e)), half(hidden[:, -1:], slice(e, None))
+def project_columns(mixer, hidden: jax.Array, columns: slice) -> jax.Array:
+    """These outputs of in_proj alone."""
+    layer = mixer.in_proj
+    y = jnp.matmul(hidden, layer.kernel[...][:, columns], precision=layer.precision)
+    return y if layer.bias is None else y + layer.bias[...][columns]

@@ -29,10 +29,12 @@ def take(blocks, residual, states, call) -> Taken | str:
     if (why := _why_not_first(blocks[0], residual)) is not None:
         return why
     dtype, kernel = blocks[0].norm.scale.dtype, blocks[0].mixer.kernels.of("block_step")
-    sizes, operands, twins, eps, selection_eps = None, [], [], [], []
+    kind, sizes, operands, twins, settings = None, None, [], [], []
     for block, state in zip(blocks, states, strict=True):
         step = _step_of(block)
         if isinstance(step, str) or block.mixer.kernels.of("block_step") != kernel:
+            break
+        if (kind := kind or step.kind) is not step.kind:
             break
         paths = _paths(step)
         graph, parameters = nnx.split(block)
@@ -41,18 +43,17 @@ def take(blocks, residual, states, call) -> Taken | str:
             break
         of_block = {names[path]: value[...] for path, value in named.items()}
         of_block |= {"conv_state": state.conv, "ssm_state": state.ssm}
-        sizes = sizes or native_step.sizes_of(residual, of_block)
-        if not native_step.fits(of_block, sizes, dtype):
+        sizes = sizes or kind.sizes(residual, of_block)
+        if not native_step.fits(step, of_block, sizes, dtype):
             break
         operands.append(of_block)
         twins.append((graph, paths))
-        eps.append(block.norm.eps)
-        selection_eps.append(step.selection_eps)
+        settings.append((("eps", block.norm.eps), *step.settings))
     if not operands:
         return "its parameters or its state are not those of the library's block"
-    options = {"twins": tuple(twins), "sizes": sizes, "eps": tuple(eps), "selection_eps": tuple(selection_eps)}
-    options["portable"] = kernel == "auto"
-    return Taken(len(operands), functools.partial(_run, operands, options))
+    options = {"twins": tuple(twins), "sizes": sizes, "settings": tuple(settings), "portable": kernel == "auto"}
+    native = native_step.blocks_beside(_plain, kind)
+    return Taken(len(operands), functools.partial(_run, native, operands, options))
 
 
 def _why_not_first(block, residual) -> str | None:
@@ -65,9 +66,9 @@ def _why_not_first(block, residual) -> str | None:
     return native_step.why_not(block.mixer.kernels.of("block_step"), residual, dtype)
 
 
-def _run(operands, options, residual, pending, states):
+def _run(native, operands, options, residual, pending, states):
     residual = residual if pending is None else residual + pending
-    residual, states = _native(residual, operands, **options)
+    residual, states = native(residual, operands, **options)
     return residual, None, tuple(LayerState(*state) for state in states)
 
 
@@ -98,6 +99,3 @@ def _plain(residual, operands, twins):
         residual, state = block(residual, LayerState(arrays["conv_state"], arrays["ssm_state"]), Call(one=True))
         after.extend(state)
     return [residual, *after]
-
-
-_native = native_step.blocks_beside(_plain)

@@ -69,7 +69,7 @@ def _chunked(x, step, A, B, C, h0, restart):
         # Each block waits for the one before: MLX might else hold what is inside of all of them.
         waiting = mx.depends([x, step, B, C], [h, *outputs[-1:]])
         block = _block(plan, index, *waiting, A, restart)
-        added = (block.decays.end * block.u).swapaxes(-1, -2) @ block.B
+        added = _ended(block).swapaxes(-1, -2) @ block.B
         first, h = _carried(plan, h, block.decays.through, added, range(plan.chunks))
         within = ((block.C @ block.B.swapaxes(-1, -2)) * block.decays.between) @ block.u
         y = within + block.decays.start * (block.C @ _flat(first).swapaxes(-1, -2))
@@ -106,7 +106,7 @@ def _chunked_vjp(arguments, cotangents, outputs):
 def _block_vjp(plan, block, first, grad, dh):
     """(the gradients of the state before the block, of u and of the logarithms, (b, l, ...), of B and of C)."""
     u, b, c, decays = block
-    started, ended = decays.start * grad, decays.end * u
+    started, ended = decays.start * grad, _ended(block)
     after, dh = _carried(plan, dh, decays.through, started.swapaxes(-1, -2) @ c, reversed(range(plan.chunks)))
     after = _flat(after)
     products = c @ b.swapaxes(-1, -2)
@@ -125,6 +125,11 @@ def _block_vjp(plan, block, first, grad, dh):
     )
     dlog = _merged(plan, dlog[..., None]).squeeze(-1)
     return dh, _merged(plan, du), dlog, *(_merged_groups(plan, value) for value in (dB, dC))
+
+
+def _ended(block):
+    """What each position leaves at the chunk's end: nothing of another run, be it Inf or NaN."""
+    return mx.where(block.decays.end == 0, 0.0, block.decays.end * block.u)
 
 
 def _plan(x, B) -> _Plan:

@@ -36,22 +36,24 @@ def add_parameters(mixer: nn.Module, config, layer: int, options: Options) -> No
 
 def project_in(mixer: nn.Module, hidden: mx.array, call: Call) -> tuple[mx.array, mx.array]:
     """x (b, l, e), and the gate z for those positions whose output is wanted: (b, l, e), or (b, 1, e) of the last."""
-    # In bfloat16 the scan without z would round its output before the gate.
-    last_only = call.last and not call.observed and hidden.shape[1] > 1 and hidden.dtype == mx.float32
-    if last_only and untouched(nn.Linear, mixer.in_proj, mixer.out_proj):
-        return _project_in_last(mixer, hidden)
+    if is_last_only(mixer, hidden, call):
+        e = len(mixer.in_proj.weight) // 2
+        return project_rows(mixer, hidden, slice(e)), project_rows(mixer, hidden[:, -1:], slice(e, None))
     x, z = mx.split(call.observe("in_proj", _linear(mixer, mixer.in_proj, hidden)), 2, axis=-1)
     return call.observe("x", x), call.observe("z", z)
 
 
-def _project_in_last(mixer, hidden):
-    kernel, bias = mixer.kernels.of("linear"), mixer.in_proj.get("bias")
-    to_x, to_z = mx.split(mixer.in_proj.weight, 2)
-    x, z = linear.linear(hidden, to_x, kernel), linear.linear(hidden[:, -1:], to_z, kernel)
-    if bias is not None:
-        for_x, for_z = mx.split(bias, 2)
-        x, z = x + for_x, z + for_z
-    return x, z
+def is_last_only(mixer: nn.Module, hidden: mx.array, call: Call) -> bool:
+    """Whether the last position's output alone is wanted, and may be computed."""
+    # In bfloat16 the recurrence without z would round its output before the gate.
+    wanted = call.last and not call.observed and hidden.shape[1] > 1 and hidden.dtype == mx.float32
+    return wanted and untouched(nn.Linear, mixer.in_proj, mixer.out_proj)
+
+
+def project_rows(mixer: nn.Module, hidden: mx.array, rows: slice) -> mx.array:
+    """These outputs of in_proj alone."""
+    y = linear.linear(hidden, mixer.in_proj.weight[rows], mixer.kernels.of("linear"))
+    return y + mixer.in_proj.bias[rows] if "bias" in mixer.in_proj else y
 
 
 def convolve(mixer: nn.Module, x: mx.array, state: mx.array, call: Call) -> tuple[mx.array, mx.array]:

@@ -13,8 +13,11 @@ from mamba_core.backends.mlx.kernels import chunked_ssd
 from mamba_core.backends.mlx.positions import call_of, where_counting
 from mamba_core.call import Call
 from mamba_core.kernels import choose
-from mamba_core.spec.ops.selective_scan import LEAST
 from mamba_core.spec.ops.ssd import NO_LIMIT, check_ssd, check_ssd_step
+
+# A rate below it forgets as fast. Its product with a gradient must be finite: MLX's `where` makes NaN of an infinite
+# one at positions that do not count.
+LEAST_RATE = -1e30
 
 
 def ssd(
@@ -79,7 +82,7 @@ def ssd_step(x, dt, A, B, C, D=None, *, z=None, dt_bias=None, dt_softplus=False,
     dtype = x.dtype
     x, A, B, C, D, z, state = (_float32(value) for value in (x, A, B, C, D, z, state))
     step = _step_size(dt, dt_bias, dt_softplus, tuple(dt_limit))
-    linear, h = _advance(state, x, step, mx.maximum(A, LEAST), B, C)
+    linear, h = _advance(state, x, step, mx.maximum(A, LEAST_RATE), B, C)
     return _output(linear, x, D, z).astype(dtype), h
 
 
@@ -97,7 +100,7 @@ def _prepared(recurrence):
         # Not by a factor of zero: a masked position may hold Inf or NaN.
         x, dt, B, C, z = (where_counting(mask, value) for value in (x, dt, B, C, z))
         x, A, B, C, D, z = (_float32(value) for value in (x, A, B, C, D, z))
-        step, A = where_counting(mask, _step_size(dt, dt_bias, dt_softplus, dt_limit)), mx.maximum(A, LEAST)
+        step, A = where_counting(mask, _step_size(dt, dt_bias, dt_softplus, dt_limit)), mx.maximum(A, LEAST_RATE)
         linear, h = x, mx.zeros((x.shape[0], *x.shape[2:], B.shape[3])) if h0 is None else _float32(h0)
         if x.shape[1] > 0:
             linear, h = recurrence(x, step, A, B, C, h, call.restart)

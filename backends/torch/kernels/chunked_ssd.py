@@ -48,8 +48,7 @@ def _ssd(
             value = (weights @ u.transpose(2, 3)).transpose(2, 3)
             value += decays.start.mT[..., None] * (c @ h.mT).view(u.shape)
             y[:, part] = value.transpose(1, 2).reshape(y[:, part].shape)
-            arriving = (decays.end.mT[..., None] * u).flatten(3)
-            boundaries[index + 1] = _scaled(h, decays.through) + arriving.mT @ b
+            boundaries[index + 1] = _scaled(h, decays.through) + _ended(u, decays).flatten(3).mT @ b
     return y, boundaries[-1].reshape(h0.shape).clone(), boundaries
 
 
@@ -78,7 +77,7 @@ def _ssd_backward(
             grad_heads, u_heads = grad.transpose(2, 3), u.transpose(2, 3)
             dweights = grad_heads @ u_heads.mT
             started = decays.start.mT[..., None] * grad
-            ended = decays.end.mT[..., None] * u
+            ended = _ended(u, decays)
             # What the gradient of the state after the chunk gives each u.
             arriving = decays.end.mT[..., None] * (b @ dh.mT).view(u.shape)
             du = ((products * decays.between).mT @ grad_heads).transpose(2, 3) + arriving
@@ -182,6 +181,12 @@ def _grouped(value, shape):
 def _per_head(products):
     """(b, g, q, q) -> (b, g, 1, q, q)."""
     return products[:, :, None]
+
+
+def _ended(u, decays):
+    """What each position leaves at the chunk's end, (b, g, q, m, p): nothing of another run, be it Inf or NaN."""
+    end = decays.end.mT[..., None]
+    return (end * u).masked_fill_(end == 0, 0.0)
 
 
 def _scaled(h, through):

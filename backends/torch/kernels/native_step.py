@@ -1,9 +1,10 @@
-"""One position of consecutive Mamba-1 blocks, and the head of one position, each in one native call on a CPU.
+"""One position of consecutive blocks in one native call on a CPU, whatever their mixer, and the head of one position.
 
 For small batches a step is bound by reading the weights. As separate operations it takes 1.5 times as long.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,33 +16,32 @@ from mamba_core.backends.torch.kernels.operator import KINDS, one_at_a_time
 
 # With more rows, computing takes longer than reading the weights.
 MOST_ROWS = 8
-# A smaller eps may be 0 in C, which says that nothing is normed.
-SMALLEST_EPS = torch.finfo(torch.float32).tiny
 
 
-class Operands(NamedTuple):
-    """The weights of a Mamba-1 mixer; the biases of in_proj, conv1d and out_proj may be None.
+class Operands(Protocol):
+    """The weights of one mixer, and how the library computes a block that has it.
 
-    selection_eps: above 0, each of dt, B and C is divided by its root mean square, with this added to the mean square.
+    A mixer gives them to the way `native_step`, which computes consecutive blocks with operands of one class, of the
+    same sizes and dtype, in one call of `blocks`.
     """
 
-    in_proj: Tensor
-    in_bias: Tensor | None
-    conv: Tensor
-    conv_bias: Tensor | None
-    x_proj: Tensor
-    out_proj: Tensor
-    out_bias: Tensor | None
-    dt_proj: Tensor
-    dt_bias: Tensor
-    A_log: Tensor
-    D: Tensor
-    selection_eps: float = 0.0
+    def tensors(self, norm: Tensor, state, b: int) -> list[Tensor | None] | None:
+        """The block's tensors for a batch of b rows, in the order that `blocks` takes.
+
+        The first are the states of convolution and recurrence, the weight of the block's norm, and that of in_proj.
+        None if the library cannot read them as they are.
+        """
+
+    def numbers(self, eps: float) -> list[float]:
+        """What else `blocks` is told of a block whose norm has this eps."""
+
+    @staticmethod
+    def blocks(residual: Tensor, tensors: list[Tensor | None], numbers: list[float]) -> list[Tensor]:
+        """The residual stream after all blocks, and each block's conv and ssm state."""
 
 
-# Where a block's tensors stand in the list that `blocks` takes: its states, its norm's weight, then its weights.
-CONV_STATE, SSM_STATE, NORM, WEIGHTS = 0, 1, 2, 3
-PER_BLOCK = WEIGHTS + Operands._fields.index("selection_eps")
+# Where the tensors that every block has stand in its list.
+CONV_STATE, SSM_STATE, NORM, IN_PROJ = 0, 1, 2, 3
 
 
 def reason(x: Tensor) -> str | None:
@@ -62,36 +62,10 @@ def reason(x: Tensor) -> str | None:
     return None if x.shape[0] <= MOST_ROWS else f"it computes at most {MOST_ROWS} rows"
 
 
-def block_tensors(norm: Tensor, operands: Operands, state, b: int) -> list[Tensor | None] | None:
-    """The block's PER_BLOCK tensors for a batch of b rows; None if the library cannot read them as they are."""
-    (e, n), (d,), k, r = operands.A_log.shape, norm.shape, operands.conv.shape[-1], operands.dt_proj.shape[-1]
-    stored = (
-        (state.conv, (b, k - 1, e)),
-        (norm, (d,)),
-        (operands.in_proj, (2 * e, d)),
-        (operands.in_bias, (2 * e,)),
-        (operands.conv, (e, 1, k)),
-        (operands.conv_bias, (e,)),
-        (operands.x_proj, (r + 2 * n, e)),
-        (operands.dt_proj, (e, r)),
-        (operands.out_proj, (d, e)),
-        (operands.out_bias, (d,)),
-    )
-    float32 = (
-        (state.ssm, (b, e, n)),
-        (operands.dt_bias, (e,)),
-        (operands.A_log, (e, n)),
-        (operands.D, (e,)),
-    )
-    if norm.dtype not in native_tensors.DTYPES or not (fits(norm.dtype, stored) and fits(torch.float32, float32)):
-        return None
-    return [state.conv, state.ssm, norm, *operands[:-1]]
-
-
 def same_sizes(tensors: list[Tensor | None], first: list[Tensor | None]) -> bool:
     """Whether two blocks have the dtype and the shapes that one native call is for."""
     return tensors[NORM].dtype is first[NORM].dtype and all(
-        tensors[k].shape == first[k].shape for k in (CONV_STATE, SSM_STATE, NORM, WEIGHTS)
+        tensors[k].shape == first[k].shape for k in (CONV_STATE, SSM_STATE, NORM, IN_PROJ)
     )
 
 
@@ -118,36 +92,38 @@ def fits(dtype: torch.dtype, tensors) -> bool:
     return True
 
 
-@torch.library.custom_op("mamba_core::mamba_steps", mutates_args=(), device_types="cpu")
-def blocks(
-    residual: Tensor, tensors: list[Tensor | None], eps: list[float], selection_eps: list[float]
-) -> list[Tensor]:
-    """The residual stream after all blocks, and each block's conv and ssm state.
+def compute(residual: Tensor, tensors: list[Tensor | None], per_block: int, step_of: Callable, steps: Callable):
+    """The results of `Operands.blocks` by `steps`, a function of the library.
 
-    Of each block: PER_BLOCK of tensors, the eps of its norm, and its `Operands.selection_eps`.
+    step_of(k, settings, before, pointers, after): the struct of block k. `settings` are the fields bfloat16 to width,
+    `pointers` those of its tensors, `before` and `after` those of the residual stream and of the results.
     """
     native_tensors.share_threads()
     residual = residual.contiguous()
-    results = _empty(residual, tensors)
-    (b, _, d), (_, e, n) = residual.shape, tensors[SSM_STATE].shape
-    first = Operands(*tensors[WEIGHTS:PER_BLOCK])
-    fixed = (
-        *(b, d, e, n, first.conv.shape[2], first.dt_proj.shape[1]),
-        *(first.in_proj.dtype == torch.bfloat16, residual.dtype == torch.bfloat16, False),
-        *(torch.get_num_threads(), 0),
-    )
+    results = _empty(residual, tensors, per_block)
+    dtypes = (tensors[NORM].dtype == torch.bfloat16, residual.dtype == torch.bfloat16)
+    settings = (*dtypes, False, torch.get_num_threads(), 0)
     after, *states = (value.data_ptr() for value in results)
     before, pointers = residual.data_ptr(), [None if value is None else value.data_ptr() for value in tensors]
-    steps = []
-    for k, (norm_eps, own_eps) in enumerate(zip(eps, selection_eps, strict=True)):
-        conv_state, ssm_state, norm, *weights = pointers[k * PER_BLOCK : (k + 1) * PER_BLOCK]
-        in_proj, in_bias, conv, conv_bias, x_proj, out_proj, out_bias, *float32 = weights
-        matrices = ((in_proj, in_bias), (conv, conv_bias), (x_proj, None), (out_proj, out_bias))
-        read = (before, conv_state, ssm_state, norm, *matrices, *float32)
-        steps.append(abi.MambaStep(*fixed, norm_eps, *read, after, *states[2 * k : 2 * k + 2], own_eps))
+    structs = []
+    for k in range(len(tensors) // per_block):
+        own = pointers[k * per_block : (k + 1) * per_block]
+        structs.append(step_of(k, settings, before, own, (after, *states[2 * k : 2 * k + 2])))
         before = after
-    library.mamba_steps((abi.MambaStep * len(steps))(*steps))
+    steps((type(structs[0]) * len(structs))(*structs))
     return results
+
+
+def register(operator, per_block: int) -> None:
+    """Shapes for the compiler, and a rule for vmap, of a custom operator with the arguments of `Operands.blocks`."""
+    operator.register_fake(lambda residual, tensors, numbers: _empty(residual, tensors, per_block))
+    operator.register_vmap(one_at_a_time(operator))
+
+
+def _empty(residual, tensors, per_block):
+    """Memory for the results of blocks."""
+    states = (tensors[k + which] for k in range(0, len(tensors), per_block) for which in (CONV_STATE, SSM_STATE))
+    return [value.new_empty(value.shape) for value in (residual, *states)]
 
 
 @torch.library.custom_op("mamba_core::linear_step", mutates_args=(), device_types="cpu")
@@ -168,21 +144,9 @@ def head(hidden: Tensor, weight: Tensor) -> Tensor:
     return logits
 
 
-@blocks.register_fake
-def _(residual, tensors, eps, selection_eps):
-    return _empty(residual, tensors)
-
-
 @head.register_fake
 def _(hidden, weight):
     return hidden.new_empty(*hidden.shape[:-1], len(weight), dtype=torch.float32)
 
 
-for operator in (blocks, head):
-    operator.register_vmap(one_at_a_time(operator))
-
-
-def _empty(residual, tensors):
-    """Memory for the results of `blocks`."""
-    states = (tensors[k + which] for k in range(0, len(tensors), PER_BLOCK) for which in (CONV_STATE, SSM_STATE))
-    return [value.new_empty(value.shape) for value in (residual, *states)]
+head.register_vmap(one_at_a_time(head))

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from mamba_core.backend import LayerState
 from mamba_core.backends.torch import layers
 from mamba_core.backends.torch.arrays import at_least_float32
+from mamba_core.backends.torch.kernels import native_ssd_step
 from mamba_core.backends.torch.mixers import s6
 from mamba_core.backends.torch.ops import rms_norm, ssd
 from mamba_core.backends.torch.quantization import QuantizedLinear
@@ -26,7 +27,8 @@ class GatedRMSNorm(nn.Module):
         gate = F.silu(at_least_float32(z))
         y = at_least_float32(y)
         y = y if self.norm_before_gate else y * gate
-        normed = rms_norm.rms_norm(y.unflatten(-1, (self.groups, -1)), None, self.eps).flatten(-2)
+        grouped = y.unflatten(-1, (self.groups, y.shape[-1] // self.groups))
+        normed = rms_norm.rms_norm(grouped, None, self.eps).flatten(-2)
         normed = normed * at_least_float32(self.weight)
         return (normed * gate if self.norm_before_gate else normed).to(self.weight.dtype)
 
@@ -53,30 +55,40 @@ class Mamba2Mixer(nn.Module):
     def forward(self, hidden: Tensor, state: LayerState, call: Call) -> tuple[Tensor, LayerState]:
         projected = call.observe("in_proj", s6.project(self, "in_proj", hidden))
         gate, gated, z, xBC, dt = projected.split(self.sizes, dim=-1)
-        z, xBC, dt = (call.observe(name, value) for name, value in {"z": z, "xBC": xBC, "dt": dt}.items())
-        y, state = self._mix(xBC, dt, z, state, call)
         if self.sizes[0]:
-            gate = call.observe("gate_silu", F.silu(call.observe("gate", gate)))
-            beside = call.observe("beside", gate * call.observe("gated", gated))
-            y = call.observe("joined", torch.cat((beside, y), dim=-1))
-        return call.observe("out_proj", s6.project(self, "out_proj", y)), state
+            gate, gated = call.observe("gate", gate), call.observe("gated", gated)
+        z, xBC, dt = (call.observe(name, value) for name, value in {"z": z, "xBC": xBC, "dt": dt}.items())
+        y, state = self._mix(xBC, dt, None if self.norm is not None else z, state, call)
+        if self.norm is not None:
+            y = call.observe("gated_norm", self.norm(y, z).to(y.dtype))
+        return self._project_out(y, gate, gated, call), state
+
+    def can_compute_last_only(self, hidden: Tensor) -> bool:
+        return s6.can_compute_last_only(self, hidden) and self._is_built_inside()
+
+    def last_position(self, hidden: Tensor, state: LayerState, call: Call) -> tuple[Tensor, LayerState]:
+        """Like `forward`, but returns only the last position's output, (b, 1, d)."""
+        gates = sum(self.sizes[:3])
+        gate, gated, z = s6.project_rows(self, hidden[:, -1:], slice(gates)).split(self.sizes[:3], dim=-1)
+        xBC, dt = s6.project_rows(self, hidden, slice(gates, None)).split(self.sizes[3:], dim=-1)
+        y, state = self._mix(xBC, dt, None, state, call)
+        y = y[:, -1:] * F.silu(z) if self.norm is None else self.norm(y[:, -1:], z)
+        return self._project_out(y, gate, gated, call), state
 
     def _mix(self, xBC, dt, z, state, call):
-        """The mixer from the convolution to the gate."""
+        """The convolution and the recurrence; without the gate if z is None."""
         mixed, conv = s6.convolve(self, xBC, state.conv, call)
         named = zip(("x", "B", "C"), mixed.split(self.conv_sizes, dim=-1), strict=True)
         x, B, C = (call.observe(name, value) for name, value in named)
-        y, ssm = self._recur(x, dt, B, C, None if self.norm is not None else z, state.ssm, call)
-        if self.norm is not None:
-            y = call.observe("gated_norm", self.norm(y, z).to(y.dtype))
+        y, ssm = self._recur(x, dt, B, C, z, state.ssm, call)
         return y, LayerState(conv, ssm)
 
     def _recur(self, x, dt, B, C, z, state, call):
         """The recurrence, (b, l, e), with its gate if z is there, and its state."""
-        x, z = (None if value is None else value.unflatten(-1, (-1, self.headdim)) for value in (x, z))
-        B, C = (value.unflatten(-1, (self.groups, -1)) for value in (B, C))
+        x, z = (None if value is None else value.unflatten(-1, (dt.shape[-1], self.headdim)) for value in (x, z))
+        B, C = (value.unflatten(-1, (self.groups, value.shape[-1] // self.groups)) for value in (B, C))
         A, D = -torch.exp(self.A_log), self.D
-        D = D if len(D) == len(A) else D.unflatten(0, (-1, self.headdim))
+        D = D if D is None or len(D) == len(A) else D.unflatten(0, (-1, self.headdim))
         options = {"dt_bias": self.dt_bias, "dt_softplus": True, "dt_limit": self.dt_limit}
         if call.one:
             one = (x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D)
@@ -86,14 +98,41 @@ class Mamba2Mixer(nn.Module):
         y, state = ssd.recur(call, x, dt, A, B, C, D, z=z, **options)
         return call.observe("ssd", y.flatten(2)), state
 
+    def _project_out(self, y, gate, gated, call):
+        """The output (b, l, d), of y and of the channels beside it."""
+        if self.sizes[0]:
+            beside = call.observe("beside", call.observe("gate_silu", F.silu(gate)) * gated)
+            y = call.observe("joined", torch.cat((beside, y), dim=-1))
+        return call.observe("out_proj", s6.project(self, "out_proj", y))
+
     def width(self) -> int | None:
         """Elements of its widest array, in_proj's output, for each position; None if a layer was changed."""
         linears = (self.in_proj, self.out_proj)
         built = all(
             untouched(QuantizedLinear if type(each) is QuantizedLinear else nn.Linear, each) for each in linears
         )
-        built = built and layers.is_convolution(self.conv1d)
-        return sum(self.sizes) if built and (self.norm is None or untouched(GatedRMSNorm, self.norm)) else None
+        return sum(self.sizes) if built and self._is_built_inside() else None
+
+    def native_step(self) -> native_ssd_step.Operands | str:
+        """For the way native_step, or why it cannot compute this mixer."""
+        in_proj, conv, out_proj, norm = self.in_proj, self.conv1d, self.out_proj, self.norm
+        if not (untouched(nn.Linear, in_proj, out_proj) and self._is_built_inside()):
+            return "a layer of the mixer was changed"
+        if norm is not None and (norm.groups != self.groups or norm.weight is None):
+            return "its norm has no weight, or other groups than its recurrence"
+        if self.dt_bias is None or self.A_log is None or self.D is None:
+            return "dt_bias, A_log or D was removed"
+        if not 0 <= self.dt_limit[0] <= self.dt_limit[1]:
+            return f"dt_limit is {self.dt_limit}"
+        gated = (None, 0.0, False) if norm is None else (norm.weight, norm.eps, norm.norm_before_gate)
+        return native_ssd_step.Operands(
+            *(in_proj.weight, in_proj.bias, conv.weight, conv.bias, self.dt_bias, self.A_log, self.D, gated[0]),
+            *(out_proj.weight, out_proj.bias, self.headdim, self.groups, self.dt_limit, *gated[1:]),
+        )
+
+    def _is_built_inside(self) -> bool:
+        """Whether the layers between in_proj and out_proj are as they were built."""
+        return layers.is_convolution(self.conv1d) and (self.norm is None or untouched(GatedRMSNorm, self.norm))
 
 
 Mixer = Mamba2Mixer

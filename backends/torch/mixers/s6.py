@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from mamba_core.backend import LayerState
 from mamba_core.backends.torch import layers
-from mamba_core.backends.torch.kernels import native_step
+from mamba_core.backends.torch.kernels import native_mamba_step
 from mamba_core.backends.torch.kernels.operator import KINDS
 from mamba_core.backends.torch.layers import StepProjection
 from mamba_core.backends.torch.mixers import Options
@@ -152,23 +152,30 @@ def can_compute_last_only(mixer, hidden: Tensor) -> bool:
 
 def project_for_last(mixer, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """in_proj in two parts: x of all positions, and z of the last position."""
-    (to_x, to_z), bias = mixer.in_proj.weight.chunk(2), mixer.in_proj.bias
-    x_bias, z_bias = (None, None) if bias is None else bias.chunk(2)
+    e = len(mixer.in_proj.weight) // 2
+    z = project_rows(mixer, hidden[:, -1:], slice(e, None))
+    return project_rows(mixer, hidden, slice(e)), z
+
+
+def project_rows(mixer, hidden: Tensor, rows: slice) -> Tensor:
+    """These outputs of in_proj alone."""
+    bias = mixer.in_proj.bias
     kernel = mixer.kernels.of("linear")
-    z = linear.linear(hidden[:, -1:], to_z, z_bias, kernel=kernel)
-    return linear.linear(hidden, to_x, x_bias, kernel=kernel), z
+    return linear.linear(hidden, mixer.in_proj.weight[rows], None if bias is None else bias[rows], kernel=kernel)
 
 
 # --- for the ways: the weights that they read without calling the mixer's layers -----------------
 
 
-def native_operands(mixer, selection_eps: float = 0.0) -> native_step.Operands | None:
-    """For the way native_step; None if a layer was changed."""
+def native_operands(mixer, selection_eps: float = 0.0) -> native_mamba_step.Operands | str:
+    """For the way native_step, or why it cannot compute this mixer."""
     in_proj, x_proj, dt_proj, out_proj = mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj
     conv = mixer.conv1d
     if not (_is_built_inside(mixer) and untouched(nn.Linear, in_proj, out_proj)):
-        return None
-    return native_step.Operands(
+        return "a layer of the mixer was changed"
+    if 0 < selection_eps < native_mamba_step.SMALLEST_EPS:
+        return f"the eps of its norms of dt, B and C, {selection_eps}, is too small for float32"
+    return native_mamba_step.Operands(
         *(in_proj.weight, in_proj.bias, conv.weight, conv.bias, x_proj.weight, out_proj.weight, out_proj.bias),
         *(dt_proj.weight, dt_proj.bias, mixer.A_log, mixer.D, selection_eps),
     )

@@ -6,10 +6,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mamba_core.backends.torch.kernels import native_step, native_tensors, triton_norm, triton_product, triton_step
+from mamba_core.backend import LayerState
+from mamba_core.backends.torch.kernels import (
+    native_mamba_step,
+    native_ssd_step,
+    native_step,
+    native_tensors,
+    triton_norm,
+    triton_product,
+    triton_step,
+)
 from mamba_core.backends.torch.ops.causal_conv import causal_conv_step
 from mamba_core.backends.torch.ops.rms_norm import rms_norm
 from mamba_core.backends.torch.ops.selective_scan import selective_step
+from mamba_core.backends.torch.ops.ssd import ssd_step
 from mamba_core.kernels import takes
 from mamba_core.selftest import CannotRunError, Trial
 
@@ -28,13 +38,24 @@ def takes_cuda(asked: str, device: torch.device) -> bool:
 
 
 # Fastest first.
-KERNELS = {"native": native_step.blocks, "cuda": triton_step.block, "plain": None}
+KERNELS = {"native": native_mamba_step.steps, "cuda": triton_step.block, "plain": None}
 # A call each to try the kernels with: dtype, rows, width, and the eps of the norms of dt, B and C. With more rows the
 # products are other kernels.
 TRIALS = (("float32", 2, 24, 0.0), ("float32", 5, 20, 1e-6), ("bfloat16", 1, 24, 0.0), ("bfloat16", 24, 32, 0.0))
 
 
+# Of a block whose recurrence is the ssd: dtype, rows, and whether the norm comes before the gate.
+SSD_TRIALS = (("float32", 2, True), ("bfloat16", 5, False))
+D, HEADS, HEADDIM, STATES, GROUPS, BESIDE, K = 24, 4, 5, 16, 2, 7, 4
+LIMIT = (0.01, 0.5)
+
+
 def trials(device: str):
+    yield from _mamba_trials()
+    yield from _ssd_trials()
+
+
+def _mamba_trials():
     for dtype, b, d, eps in TRIALS:
         rng, (e, n, k, r) = np.random.default_rng(0), (2 * d, 16, 4, 3)
         stored = {"residual": (b, d), "norm": (d,), "in_proj": (2 * e, d), "in_bias": (2 * e,), "conv": (e, k)}
@@ -57,9 +78,9 @@ def _step(kernel: str, *values, names, selection_eps: float):
     if kernel == "native":
         if len(residual) > native_step.MOST_ROWS:
             raise CannotRunError(f"it computes at most {native_step.MOST_ROWS} rows")
-        operands = native_step.Operands(**named | {"conv": named["conv"][:, None]}, selection_eps=selection_eps)
+        operands = native_mamba_step.Operands(**named | {"conv": named["conv"][:, None]}, selection_eps=selection_eps)
         tensors = [conv_state, ssm_state, norm, *operands[:-1]]
-        residual, conv_state, ssm_state = native_step.blocks(residual[:, None], tensors, [EPS], [selection_eps])
+        residual, conv_state, ssm_state = operands.blocks(residual[:, None], tensors, operands.numbers(EPS))
         return residual[:, 0], conv_state, ssm_state
     if kernel == "cuda":
         layer = triton_step.Layer(norm=norm, eps=EPS, **named, selection_eps=selection_eps)
@@ -67,6 +88,56 @@ def _step(kernel: str, *values, names, selection_eps: float):
         residual, hidden = triton_step.block(layer, residual, None, conv_state, ssm_state, after, counters)
         return residual if hidden is None else residual + hidden, *after
     return _plain(residual, conv_state, ssm_state, norm, selection_eps, **named)
+
+
+def _ssd_trials():
+    e, filters = HEADS * HEADDIM, HEADS * HEADDIM + 2 * GROUPS * STATES
+    rows = 2 * BESIDE + e + filters + HEADS
+    for dtype, b, before_gate in SSD_TRIALS:
+        rng = np.random.default_rng(0)
+        stored = {"norm": (D,), "in_proj": (rows, D), "in_bias": (rows,), "conv": (filters, K), "conv_bias": (filters,)}
+        stored |= {"gated_norm": (e,), "out_proj": (D, BESIDE + e), "out_bias": (D,), "conv_state": (b, K - 1, filters)}
+        float32 = {"residual": (b, D), "dt_bias": (HEADS,), "A_log": (HEADS,), "D": (e,)}
+        float32 |= {"ssm_state": (b, HEADS, HEADDIM, STATES)}
+        drawn = {name: (rng.normal(size=shape) / shape[-1] ** 0.5, dtype) for name, shape in stored.items()}
+        drawn |= {name: (rng.normal(size=shape), "float32") for name, shape in float32.items()}
+        outputs = {name: (drawn[name][0].shape, drawn[name][1]) for name in ("residual", "conv_state", "ssm_state")}
+        call = partial(_ssd_step, names=tuple(drawn), before_gate=before_gate)
+        yield Trial(f"ssd, {dtype}, {b} rows", dtype, drawn, outputs, call, forward_only=tuple(KERNELS))
+
+
+@torch.no_grad()
+def _ssd_step(kernel: str, *values, names, before_gate: bool):
+    """As `_step`, of a block whose recurrence is the ssd."""
+    named = dict(zip(names, values, strict=True))
+    residual, conv_state, ssm_state, norm = (named.pop(n) for n in ("residual", "conv_state", "ssm_state", "norm"))
+    if kernel == "cuda":
+        raise CannotRunError("it computes no block of this recurrence")
+    if kernel == "native":
+        sizes = {"headdim": HEADDIM, "groups": GROUPS, "dt_limit": LIMIT, "gated_eps": EPS}
+        conv = named["conv"][:, None]
+        operands = native_ssd_step.Operands(**named | {"conv": conv}, **sizes, norm_before_gate=before_gate)
+        tensors = operands.tensors(norm, LayerState(conv_state, ssm_state), len(residual))
+        residual, conv_state, ssm_state = operands.blocks(residual[:, None], tensors, operands.numbers(EPS))
+        return residual[:, 0], conv_state, ssm_state
+    return _plain_ssd(residual, conv_state, ssm_state, norm, before_gate, **named)
+
+
+def _plain_ssd(residual, conv_state, ssm_state, norm, before_gate, **w):
+    e, states = HEADS * HEADDIM, GROUPS * STATES
+    projected = F.linear(rms_norm(residual, norm, EPS), w["in_proj"], w["in_bias"])
+    gate, gated, z, xBC, dt = projected.split((BESIDE, BESIDE, e, e + 2 * states, HEADS), dim=-1)
+    xBC, conv_state = causal_conv_step(xBC, w["conv"], w["conv_bias"], activation="silu", state=conv_state)
+    x, B, C = xBC.split((e, states, states), dim=-1)
+    x, B, C = x.unflatten(-1, (HEADS, -1)), B.unflatten(-1, (GROUPS, -1)), C.unflatten(-1, (GROUPS, -1))
+    of_step = {"dt_bias": w["dt_bias"], "dt_softplus": True, "dt_limit": LIMIT, "state": ssm_state}
+    y, ssm_state = ssd_step(x, dt, -torch.exp(w["A_log"]), B, C, w["D"].unflatten(0, (HEADS, -1)), **of_step)
+    y, gate_of_y = y.flatten(-2).float(), F.silu(z.float())
+    y = y if before_gate else y * gate_of_y
+    y = rms_norm(y.unflatten(-1, (GROUPS, -1)), None, EPS).flatten(-2) * w["gated_norm"].float()
+    y = (y * gate_of_y if before_gate else y).to(z.dtype)
+    y = torch.cat((F.silu(gate) * gated, y), dim=-1)
+    return residual + F.linear(y, w["out_proj"], w["out_bias"]), conv_state, ssm_state
 
 
 def _plain(residual, conv_state, ssm_state, norm, selection_eps, **w):

@@ -1,4 +1,4 @@
-"""The mean cross-entropy of a head's logits, with the head or after it."""
+"""The cross-entropy of a head's logits, with the head or after it."""
 
 from functools import partial
 
@@ -14,9 +14,9 @@ from mamba_core.kernels import takes
 from mamba_core.selftest import Trial
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """The mean over the targets (b, l) that are not IGNORED; logits (b, l, v)."""
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    """The mean or the sum over the targets (b, l) that are not IGNORED; logits (b, l, v)."""
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction=reduction)
 
 
 def fuses_head(kernel: str, weight: Tensor) -> bool:
@@ -26,10 +26,11 @@ def fuses_head(kernel: str, weight: Tensor) -> bool:
     return takes(kernel, "triton", "cross_entropy", "torch", weight.device)
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
     """`cross_entropy` of the logits of hidden (b, l, d), which never stand in memory at once."""
     hidden = hidden.flatten(0, 1).to(linear_dtype(weight))
-    return triton_loss.linear_cross_entropy(hidden, weight, targets.flatten()) / (targets != IGNORED).sum()
+    total = triton_loss.linear_cross_entropy(hidden, weight, targets.flatten())
+    return total if reduction == "sum" else total / (targets != IGNORED).sum()
 
 
 def kernels(device: torch.device, dtype: torch.dtype | None = None) -> dict[str, str | None]:

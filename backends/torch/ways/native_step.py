@@ -1,4 +1,8 @@
-"""One position of consecutive Mamba-1 blocks in one native call on a CPU."""
+"""One position of consecutive blocks in one native call on a CPU.
+
+A mixer for which there is such a call has in its own class a function `native_step(mixer)`. It returns a
+`kernels.native_step.Operands`, or why the library cannot compute this mixer.
+"""
 
 from mamba_core.backend import LayerState
 from mamba_core.backends.torch.blocks import Block, RMSNorm
@@ -14,30 +18,31 @@ def take(blocks, residual, states, call) -> Taken | str:
         return "it computes one position that counts, unobserved"
     if (why := native_step.reason(residual)) is not None:
         return why
-    tensors, eps, selection_eps = [], [], []
+    kind, tensors, numbers, count = None, [], [], 0
     for block, state in zip(blocks, states, strict=True):
         if type(operands := _operands(block)) is str:
             why = operands
             break
         norm = block.norm
-        found = native_step.block_tensors(norm.weight, operands, state, residual.shape[0])
+        found = operands.tensors(norm.weight, state, residual.shape[0])
         if found is None or len(norm.weight) != residual.shape[-1]:
             why = "its parameters or states have another dtype, shape or layout in memory"
             break
-        if tensors and not native_step.same_sizes(found, tensors):
+        if count and not (type(operands) is kind and native_step.same_sizes(found, tensors)):
             break
+        kind = type(operands)
         tensors += found
-        eps.append(norm.eps)
-        selection_eps.append(operands.selection_eps)
-    if not eps:
+        numbers += operands.numbers(norm.eps)
+        count += 1
+    if not count:
         return why
 
     def run(residual, pending, states):
         residual = residual if pending is None else residual + pending
-        residual, *after = native_step.blocks(residual, tensors, eps, selection_eps)
+        residual, *after = kind.blocks(residual, tensors, numbers)
         return residual, None, tuple(LayerState(*after[k : k + 2]) for k in range(0, len(after), 2))
 
-    return Taken(len(eps), run)
+    return Taken(count, run)
 
 
 def _operands(block) -> native_step.Operands | str:
@@ -50,8 +55,4 @@ def _operands(block) -> native_step.Operands | str:
         return "the norm or the mixer was changed"
     if mixer.kernels.of("block_step") not in ("auto", "native"):
         return f"kernels has {mixer.kernels.of('block_step')!r} for block_step"
-    if (operands := read(mixer)) is None:
-        return "a layer of the mixer was changed"
-    if 0 < operands.selection_eps < native_step.SMALLEST_EPS:
-        return f"the eps of its norms of dt, B and C, {operands.selection_eps}, is too small for float32"
-    return operands
+    return read(mixer)

@@ -18,7 +18,8 @@ def _gated(inputs, settings) -> np.ndarray:
 
 
 def _grouped(value: np.ndarray, settings) -> np.ndarray:
-    return value.reshape(*value.shape[:-1], settings["groups"], -1)
+    groups = settings["groups"]
+    return value.reshape(*value.shape[:-1], groups, value.shape[-1] // groups)
 
 
 def _gated_rms_norm(inputs, parameters, settings):

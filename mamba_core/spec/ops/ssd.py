@@ -327,7 +327,8 @@ def _arguments(inputs, parameters, settings, carried, positions):
     named = dict(zip(INPUTS, inputs, strict=False))
     for name, count in {"x": heads, "z": heads, "B": groups, "C": groups}.items():
         if name in named:
-            named[name] = named[name].reshape(*named[name].shape[:2], count, -1)
+            value = named[name]
+            named[name] = value.reshape(*value.shape[:2], count, value.shape[2] // count)
     D = parameters["D"]
     named |= {"A": -np.exp(parameters["A_log"]), "D": D if D.size == heads else D.reshape(heads, -1)}
     fixed = {"dt_bias": parameters["dt_bias"], "dt_softplus": True, "dt_limit": settings["dt_limit"]}

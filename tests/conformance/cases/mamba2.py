@@ -16,7 +16,7 @@ CONFIGS = {
 }  # fmt: skip
 
 SIZES = {
-    "d_model": (8, 12, 16),
+    "d_model": (8, 16),
     "n_layer": (1, 2),
     "vocab_size": (17, 32, 41),
     "d_state": (1, 3, 16),
