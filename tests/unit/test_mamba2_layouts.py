@@ -190,7 +190,7 @@ def test_mamba_ssm_has_every_field(tmp_path):
     without_norm = dataclasses.replace(ALL_OF_MAMBA_SSM, rmsnorm=False)
     assert open_model(write(tmp_path / "other", without_norm, "mamba_ssm")).config == without_norm
     (folder / "config.json").write_text(json.dumps(fields | {"ssm_cfg": fields["ssm_cfg"] | {"headdims": 3}}))
-    with pytest.raises(CheckpointError, match="unknown fields in ssm_cfg: headdims"):
+    with pytest.raises(CheckpointError, match="unknown fields in ssm_cfg: 'headdims'"):
         open_model(folder)
 
 
