@@ -168,6 +168,14 @@ def test_transformers_loads_what_we_save(transformers, ids, tmp_path):
     assert relative_l2(run(theirs, ids, use_cache=False).logits.numpy(), expected) <= tolerance("float32")
 
 
+def test_transformers_refuses_what_it_would_compute_otherwise(transformers, tmp_path):
+    folder = written(tmp_path / "ours", dataclasses.replace(BASE, norm_before_gate=True), "hf")
+    with pytest.raises(ValueError, match="mamba_core_mamba2"):
+        transformers.AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(KeyError, match="mamba_core_mamba2"):
+        transformers.Mamba2ForCausalLM.from_pretrained(folder)
+
+
 # --- configs ---------------------------------------------------------------------------------------
 
 

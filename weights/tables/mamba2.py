@@ -52,23 +52,35 @@ def _number(value: Any) -> Any:
 # --- transformers, and mlx-lm ----------------------------------------------------------------------
 
 
+# A model type that transformers' Auto classes refuse, and an activation that its other classes refuse: of models that
+# it would compute otherwise.
+_OURS = "mamba_core_mamba2"
+
+
 def _hf_completed(values: dict[str, Any], rest: dict[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
     """As transformers has it: heads and channels are told apart, and must agree."""
     heads, d, expand, p = rest.pop("num_heads", 128), values["d_model"], values["expand"], values["headdim"]
     _expect_size("num_heads", heads)
-    if is_size(d) and is_size(p) and is_number(expand) and d * expand != heads * p:
-        raise ValueError(
-            f"config has hidden_size {d} and expand {expand}, which are {d * expand} channels, but num_heads {heads} "
-            f"and head_dim {p}, which are {heads * p}; expected as many of both"
-        )
+    if is_size(d) and is_size(p) and is_number(expand):
+        some = values.get("d_ssm")  # of ours
+        channels = some if is_size(some) else int(d * expand)
+        if channels != heads * p:
+            raise ValueError(
+                f"config has hidden_size {d} and expand {expand}, which are {channels} channels, but num_heads {heads} "
+                f"and head_dim {p}, which are {heads * p}; expected as many of both"
+            )
     return _with_limit(values)
 
 
 def _hf_derived(config: Any) -> dict[str, Any]:
-    _refuse_gated_channels(config, "hf")
     least, most = config.dt_limit
-    fields = {"expand": mamba.whole_expand(config, "hf"), "num_heads": config.nheads}
-    return fields | ({"time_step_limit": [least, dict(_INFINITE)]} if math.isinf(most) else {})
+    fields: dict[str, Any] = {"num_heads": config.nheads}
+    if math.isinf(most):
+        fields["time_step_limit"] = [least, dict(_INFINITE)]
+    plain = all(getattr(config, name) == only for name, only in _PLAIN.items())
+    if plain and not config.d_gated and config.d_inner % config.d_model == 0:
+        return fields | {"expand": config.d_inner // config.d_model}
+    return fields | {"model_type": _OURS, "hidden_act": _OURS}
 
 
 def _refuse_gated_channels(config: Any, layout: str) -> None:
@@ -104,13 +116,12 @@ HF = Table(
         "eos_token_id": Field("eos_token_id", 2),
         "pad_token_id": Field("pad_token_id", 1),
     },
-    kinds=("mamba2",),
-    fixed=mamba.ACTIVATION,
+    kinds=("mamba2", _OURS),
+    fixed={"hidden_act": (*mamba.ACTIVATION["hidden_act"], _OURS)},
     constants={"hidden_act": "silu"},
     # The first follows from the width and is not used. transformers 4 had the others, and does not use them either.
     unused=("time_step_rank",),
     ignored=(*mamba.HF_IGNORED, *_OF_HF[1:], "intermediate_size", "norm_before_gate", "d_ssm"),
-    required=_PLAIN,
     completed=_hf_completed,
     derived=_hf_derived,
 )
@@ -134,6 +145,8 @@ def _mlx_derived(config: Any) -> dict[str, Any]:
 MLX_LM = dataclasses.replace(
     HF,
     schemes=(_scheme("lm", outer=mamba.HF_OUTER, conv=CHANNELS_LAST, classes=("Mamba2ForCausalLM",)),),
+    kinds=("mamba2",),
+    fixed=mamba.ACTIVATION,
     constants={**HF.constants, "time_step_rank": "auto"},
     unused=("time_step_rank", "intermediate_size"),
     # Its gated norm goes over all groups, and the norms of its blocks have 1e-5. Read with other values, the config
