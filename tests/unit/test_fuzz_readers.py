@@ -44,12 +44,12 @@ def campaign(tmp_path, cases: int, before: str = "") -> tuple[int, dict]:
 
 @ON_LINUX
 def test_a_slice_of_the_campaign(tmp_path):
-    status, numbers = campaign(tmp_path, 3000)
+    status, numbers = campaign(tmp_path, 2000)
     kept = [path.read_text() for path in sorted(tmp_path.glob("kept/*/FAILURE.txt"))]
     assert status == 0, "\n".join(kept)[:5000]
-    assert numbers["cases"] == 3000
+    assert numbers["cases"] == 2000
     assert numbers["outcomes"].keys() == {"accepted", "refused"}
-    assert numbers["outcomes"]["accepted"] > 300
+    assert numbers["outcomes"]["accepted"] > 200
 
 
 # Breaks the reader of safetensors where the metadata is another than usual.
