@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mamba_core import factory
+from mamba_core.architectures.mamba2 import Mamba2Config
 from mamba_core.config import MambaConfig
 from mamba_core.training import TrainSettings, train
 from mamba_core.weights import layouts, tables
@@ -71,7 +72,7 @@ def _layouts(root: Path) -> Iterator[Base]:
     """Every layout with every architecture that it holds, in its own format and in others."""
     for layout in layouts.names():
         for name in tables.holding(layout):
-            config = layout_files.of_architecture(TINY, name)
+            config = _tiny(name, layout)
             config = dataclasses.replace(config, tie_embeddings=layout in layout_files.TIED or name == "falcon_mamba")
             own = layouts.find(layout).file_format
             other = () if layouts.find(layout).told_by_format else {"npz": ("bin",), "safetensors": ("npz",)}
@@ -82,6 +83,14 @@ def _layouts(root: Path) -> Iterator[Base]:
                 )
                 compat = layout_files.options_of(config)
                 yield Base(folder.name, files_in(folder) | _token_files(layout), _MODEL, options=compat)
+
+
+def _tiny(name: str, layout: str):
+    """Of the least sizes that the layout can hold."""
+    if name != "mamba2":
+        return layout_files.of_architecture(TINY, name)
+    sizes = {} if layout == "mistral_inference" else {"headdim": 8, "d_state": 4}
+    return Mamba2Config(d_model=32, n_layer=1, vocab_size=TINY.vocab_size, pad_vocab_size_multiple=1, **sizes)
 
 
 def _token_files(layout: str) -> dict[str, bytes]:

@@ -82,7 +82,7 @@ CAUGHT_BY = {
         "segment of the last position, counting or not": Mutant("state.py", "flipped = None if mask is None else mask[:, ::-1]", "flipped = None"),
     },
     "test_a_prefill_gives_the_last_logits_and_the_state": {
-        "gate of the first position": Mutant(S6, "hidden[:, -1:], to_z", "hidden[:, :1], to_z"),
+        "gate of the first position": Mutant(S6, "project_rows(mixer, hidden[:, -1:]", "project_rows(mixer, hidden[:, :1]"),
         "residual stream of the first position": Mutant("blocks.py", "residual[:, -hidden.shape[1] :]", "residual[:, : hidden.shape[1]]"),
         "scan's output at the first position": Mutant(S6, "y[:, -z.shape[1] :]", "y[:, : z.shape[1]]"),
         "bias missing in MiniMamba's scan": Mutant("mixers/minimamba.py", "else 2 * bias", "else bias"),

@@ -184,7 +184,8 @@ def test_a_tokenizer_that_panics(tmp_path):
 
 def in_every_layout(folder):
     for name in architectures.names():
-        config = architectures.find(name).Config(d_model=8, n_layer=2, vocab_size=16)
+        heads = {"headdim": 2} if name == "mamba2" else {}
+        config = architectures.find(name).Config(d_model=8, n_layer=2, vocab_size=16, **heads)
         for layout in layouts.names():
             path = folder / f"{name}-{layout}"
             path.mkdir()

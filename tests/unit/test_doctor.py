@@ -190,6 +190,9 @@ def test_a_backend_that_cannot_be_imported_is_told(tmp_path, monkeypatch):
 def test_the_doctor_itself_on_one_kernel(capsys):
     assert main(["doctor", "--backend", NAME, "--kernel", "chunked"]) == 0
     report = json.loads(Path(doctor.REPORT).read_text())
-    assert {(row["op"], row["verdict"]) for row in report["kernels"]} == {("selective_scan", "passed")}
+    assert {(row["op"], row["verdict"]) for row in report["kernels"]} == {
+        ("selective_scan", "passed"),
+        ("ssd", "passed"),
+    }
     # "auto" knows it from now on.
-    assert len(list(Path("cache", "selftests").glob("*.json"))) == 1
+    assert len(list(Path("cache", "selftests").glob("*.json"))) == 2

@@ -34,6 +34,16 @@ def command(tmp_path):
     return ["train", "--backend", installed()[0], *files, *sizes]
 
 
+@pytest.fixture(autouse=True)
+def own_signals():
+    """Python's own handlers, also where the tests were started with signals ignored, as a shell's `&` and nohup do."""
+    own = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    before = {each: signal.signal(each, handler) for each, handler in own.items()}
+    yield
+    for each, handler in before.items():
+        signal.signal(each, handler)
+
+
 @pytest.fixture
 def interrupted(monkeypatch):
     """Sends signals to this process during one step of a run: a function of them and of the step."""

@@ -57,6 +57,11 @@ def run(kernels, dtype="float32"):
     return model, loss
 
 
+def used(model) -> dict[str, str]:
+    """Op -> kernel, without the recurrence that this model has not."""
+    return {op: kernel for op, kernel in model.kernels.items() if op in OPS}
+
+
 CHOICES = {
     "plain": PLAIN,
     "sequential": PLAIN,
@@ -70,7 +75,7 @@ CHOICES = {
 @pytest.mark.parametrize("kernels", CHOICES)
 def test_a_name_means_a_kernel_for_each_op(kernels, calls):
     model, loss = run(kernels)
-    assert model.kernels == CHOICES[kernels]
+    assert used(model) == CHOICES[kernels]
     assert calls == {op: {name} for op, name in CHOICES[kernels].items()}
     assert abs(loss - run("plain")[1]) < 1e-4
 
@@ -83,7 +88,7 @@ def test_a_mapping_means_one_op(op, name, calls):
             run({op: name})
         return
     model, loss = run({op: name})
-    assert model.kernels == CHOICES["auto"] | {op: name}
+    assert used(model) == CHOICES["auto"] | {op: name}
     assert calls == {other: {kernel} for other, kernel in (CHOICES["auto"] | {op: name}).items()}
     assert abs(loss - run("plain")[1]) < 1e-4
 

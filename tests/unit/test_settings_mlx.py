@@ -12,7 +12,7 @@ import mamba_core as mc
 mx = pytest.importorskip("mlx.core")
 
 from mamba_core.backends.mlx import arrays, ops  # noqa: E402 (after the package that it needs)
-from mamba_core.backends.mlx.ops import causal_conv, linear, rms_norm, selective_scan  # noqa: E402
+from mamba_core.backends.mlx.ops import causal_conv, linear, rms_norm, selective_scan, ssd  # noqa: E402
 
 PROGRAM = """
 import os
@@ -27,6 +27,10 @@ USES = {
     "scan": lambda x, w: selective_scan.selective_scan(x, x, -w, mx.ones((1, 3, 3)), mx.ones((1, 3, 3))),
     "step": lambda x, w: selective_scan.selective_step(
         x[:, 0], x[:, 0], -w, mx.ones((1, 3)), mx.ones((1, 3)), state=mx.ones((1, 2, 3))
+    ),
+    "ssd": lambda x, w: ssd.ssd(x[..., None], x, -w[:, 0], mx.ones((1, 3, 1, 3)), mx.ones((1, 3, 1, 3))),
+    "ssd's step": lambda x, w: ssd.ssd_step(
+        x[:, 0, :, None], x[:, 0], -w[:, 0], mx.ones((1, 1, 3)), mx.ones((1, 1, 3)), state=mx.ones((1, 2, 1, 3))
     ),
     "convolution": lambda x, w: causal_conv.causal_conv(x, w),
     "convolution's step": lambda x, w: causal_conv.causal_conv_step(x[:, 0], w, state=mx.ones((1, 2, 2))),
@@ -62,5 +66,12 @@ def test_every_use_makes_it(use, monkeypatch):
 
 def test_every_op_is_among_them():
     """Whoever adds an op adds a use."""
-    known = {"selective_scan", "causal_conv", "linear", "rms_norm", "cross_entropy"}  # the last multiplies nothing
+    known = {
+        "selective_scan",
+        "causal_conv",
+        "linear",
+        "rms_norm",
+        "cross_entropy",
+        "ssd",
+    }  # the fifth multiplies nothing
     assert set(ops.available_kernels()) == known
