@@ -1,0 +1,604 @@
+"""The recurrence of Mamba-2 in Triton, for the matrix units of an NVIDIA GPU, and its gradient.
+
+A sequence is cut into chunks of `Q` positions, and the chunks into segments. `steps` computes the step sizes and the
+sums of the logarithms of the decays in each chunk. `states` carries a state through a segment: forward, what x and B
+add to it; backward, its gradient, to which dy and C add. `forward` carries the state through a segment and computes y.
+`backward` computes all gradients of a chunk for some heads of a group, from the states around it.
+
+A chunk computes as `kernels/chunked_ssd.py` of each framework does: y_i is the sum over j <= i of
+(C_i B_j) exp(a_{j+1} + ... + a_i) step_j x_j, and of exp(a_1 + ... + a_i) h C_i, with a = step A. A position that begins
+anew has the least a, of which exp is zero.
+
+EXACT, for float32: the sums of a stand in two parts, of which the first is exact on a grid, so that differences are
+exact too. Otherwise the first part is the whole sum, and the second the same less the logarithm of the step size.
+
+Names of axes: i and j positions of a chunk, p and n. States are (n, p) here. P and N are padded to powers of 2.
+Of a sequence, `_batch` and `_row` are the strides of its first two axes; the others are dense.
+"""
+
+import builtins
+import os
+
+import triton.language as tl
+from triton import jit
+
+# Positions of a chunk.
+Q = tl.constexpr(64)
+# Rows that are summed side by side.
+ROWS = tl.constexpr(32)
+# exp of less is zero; and the grid, on which the sums of a chunk are exact in float32.
+LEAST_LOG, GRID = tl.constexpr(-128.0), tl.constexpr(1024.0)
+# exp of this is zero, and so is the gradient of whoever passes through it.
+ZERO_LOG = tl.constexpr(-104.0)
+# Of A: exp(0 * -inf) is no number.
+LEAST_RATE = tl.constexpr(-3.4028234663852886e38)
+# Added and taken away again, it rounds to a whole number.
+ROUNDING = tl.constexpr(1.5 * 2**23)
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+
+    def range(*bounds):
+        """The interpreter's numbers are arrays of one element, of which NumPy makes no index."""
+        whole = [bound if isinstance(bound, int) else int(getattr(bound, "value", None) or bound.handle.data.item()) for bound in bounds]
+        for index in builtins.range(*whole):
+            yield tl.program_id(0) * 0 + index
+
+
+@jit
+def _product(a, b, total, PRECISION: tl.constexpr):
+    if PRECISION == "widened":  # the interpreter multiplies matrices of bfloat16 as if they were whole numbers
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), total)
+    return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@jit
+def _softplus(value):
+    """log(1 + e^value), with log(1 + e) as twice the area tangent of e / (2 + e), at most 1/3."""
+    small = tl.exp(-tl.abs(value))
+    ratio = small / (2.0 + small)
+    square = ratio * ratio
+    series = 1.0 / 15
+    for odd in tl.static_range(13, 0, -2):
+        series = series * square + 1.0 / odd
+    return tl.maximum(value, 0.0) + 2.0 * ratio * series
+
+
+@jit
+def _step_of(raw, least, most, SOFTPLUS: tl.constexpr):
+    """(the step size, whether it is within the limits)."""
+    step = _softplus(raw) if SOFTPLUS else raw
+    return tl.minimum(tl.maximum(step, least), most), (step >= least) & (step <= most)
+
+
+@jit
+def steps(
+    dt,
+    A,
+    bias,
+    mask,
+    restart,
+    sizes,
+    sums,
+    rest,
+    length,
+    dt_batch,
+    dt_row,
+    least,
+    most,
+    HEADS: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_RESTART: tl.constexpr,
+    EXACT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """(b, h, chunks * Q): the step sizes, the sums of logarithms from each chunk's beginning, and their rest."""
+    chunk, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    at = chunk * Q + tl.arange(0, Q)
+    head = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside, there = at < length, head < HEADS
+    both = inside[:, None] & there[None, :]
+    dt += batch * dt_batch + chunk.to(tl.int64) * Q * dt_row
+    raw = tl.load(dt + (tl.arange(0, Q) * dt_row)[:, None] + head[None, :], mask=both, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        raw += tl.load(bias + head, mask=there, other=0.0)[None, :]
+    step, _ = _step_of(raw, least, most, SOFTPLUS)
+    counts = inside
+    if HAS_MASK:
+        counts = counts & (tl.load(mask + batch * length + at, mask=inside, other=0) != 0)
+    step = tl.where(counts[:, None] & there[None, :], step, 0.0)
+    rate = tl.maximum(tl.load(A + head, mask=there, other=0.0), LEAST_RATE)
+    log = tl.maximum(step * rate[None, :], LEAST_LOG)
+    if HAS_RESTART:
+        anew = tl.load(restart + batch * length + at, mask=inside, other=0) != 0
+        log = tl.where(anew[:, None], LEAST_LOG, log)
+    place = (batch * HEADS + head)[None, :] * (tl.num_programs(0) * Q) + at[:, None]
+    if EXACT:
+        rounded = ((log * GRID + ROUNDING) - ROUNDING) / GRID
+        sum_, rest_ = tl.cumsum(rounded, axis=0), tl.cumsum(log - rounded, axis=0)
+    else:
+        sum_ = tl.cumsum(log, axis=0)
+        rest_ = sum_ - tl.log(step)
+    tl.store(sizes + place, step, mask=there[None, :])
+    tl.store(sums + place, sum_, mask=there[None, :])
+    tl.store(rest + place, rest_, mask=there[None, :])
+
+
+@jit
+def _tile(base, chunk, inside, row, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """(Q, width) of a sequence, zero where nothing counts; float16 as float32, because products may leave its range."""
+    of_width = tl.arange(0, PADDED)
+    here = inside[:, None]
+    if WIDTH < PADDED:
+        here = here & (of_width < WIDTH)[None, :]
+    place = base + chunk.to(tl.int64) * Q * row + (tl.arange(0, Q) * row)[:, None] + of_width[None, :]
+    value = tl.load(place, mask=here, other=0.0)
+    return value.to(tl.float32) if value.dtype == tl.float16 else value
+
+
+@jit
+def _counting(mask, batch, at, length, HAS_MASK: tl.constexpr):
+    inside = at < length
+    if HAS_MASK:
+        inside = inside & (tl.load(mask + batch * length + at, mask=inside, other=0) != 0)
+    return inside
+
+
+@jit
+def _gated(dy, z):
+    """The gradient of what the gate multiplies."""
+    z = z.to(tl.float32)
+    return dy * z * tl.sigmoid(z)
+
+
+@jit
+def _from_start(own_sum, own_rest, EXACT: tl.constexpr):
+    """The decay from a chunk's beginning to a position."""
+    return tl.exp(own_sum + own_rest if EXACT else own_sum)
+
+
+@jit
+def _between(to_sum, to_rest, own_sum, own_rest, EXACT: tl.constexpr):
+    """The logarithm of the decay from one position to another."""
+    return (to_sum - own_sum) + (to_rest - own_rest) if EXACT else to_sum - own_sum
+
+
+@jit
+def _sized(to_sum, to_rest, own_sum, own_rest, EXACT: tl.constexpr):
+    """The same; unless EXACT, with the logarithm of the step size."""
+    return (to_sum - own_sum) + (to_rest - own_rest) if EXACT else to_sum - own_rest
+
+
+@jit
+def _cells(N: tl.constexpr, P: tl.constexpr, NN: tl.constexpr, PP: tl.constexpr):
+    """(places, which exist) of a state (p, n) in memory, as (n, p)."""
+    n, p = tl.arange(0, NN)[:, None], tl.arange(0, PP)[None, :]
+    return p * N + n, (n < N) & (p < P)
+
+
+@jit
+def _carried(state, log):
+    """The state after a decay; where nothing is left, neither Inf nor NaN is."""
+    through = tl.exp(log)
+    return tl.where(through == 0.0, 0.0, state * through)
+
+
+@jit
+def _begun(state, added, logs, row, segment, SEGMENTS: tl.constexpr, BACKWARD: tl.constexpr, SIZE: tl.constexpr, cells):
+    """The state from which a segment begins, of what the segments before it add, or after it if BACKWARD."""
+    for other in range(SEGMENTS - 1 - segment if BACKWARD else segment):
+        index = SEGMENTS - 1 - other if BACKWARD else other
+        state = _carried(state, tl.load(logs + row * SEGMENTS + index))
+        state += tl.load(added + (row * SEGMENTS + index) * SIZE + cells)
+    return state
+
+
+@jit
+def states(
+    x,
+    B,
+    z,
+    mask,
+    sizes,
+    sums,
+    rest,
+    begin,
+    added,
+    logs,
+    written,
+    last,
+    length,
+    chunks,
+    of_segment,
+    x_batch,
+    x_row,
+    B_batch,
+    B_row,
+    z_batch,
+    z_row,
+    HEADS: tl.constexpr,
+    OF_GROUP: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    PP: tl.constexpr,
+    NN: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    ADDS: tl.constexpr,
+    HAS_BEGIN: tl.constexpr,
+    HAS_Z: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    EXACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Carries a state through a segment: forward, or its gradient backward, where x is dy, B is C and z the gate.
+
+    ADDS: writes what the segment adds to a state of zero, and the logarithm of its decay, to `added` and `logs`.
+    Otherwise writes the state at the beginning of each chunk, or at its end if BACKWARD, to `written`
+    (b, chunks, h, NN, PP), and the gradient of the initial state to `last` (b, h, p, n) if BACKWARD.
+    """
+    head, segment, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    row = batch * HEADS + head
+    q = tl.arange(0, Q)
+    cells = tl.arange(0, NN)[:, None] * PP + tl.arange(0, PP)[None, :]
+    outer, exists = _cells(N, P, NN, PP)
+    state = tl.zeros((NN, PP), tl.float32)
+    if not ADDS:
+        if HAS_BEGIN:
+            state = tl.load(begin + row * P * N + outer, mask=exists, other=0.0)
+        if SEGMENTS > 1:
+            state = _begun(state, added, logs, row, segment, SEGMENTS, BACKWARD, NN * PP, cells)
+    x += batch * x_batch + head * P
+    z += batch * z_batch + head * P
+    B += batch * B_batch + head // OF_GROUP * N
+    sizes += row * chunks * Q
+    sums += row * chunks * Q
+    rest += row * chunks * Q
+    log = 0.0
+    first = segment * of_segment
+    count = tl.minimum(of_segment, chunks - first)
+    for index in range(count):
+        chunk = first + (count - 1 - index if BACKWARD else index)
+        at = chunk * Q + q
+        inside = _counting(mask, batch, at, length, HAS_MASK)
+        given = _tile(x, chunk, inside, x_row, P, PP)
+        keys = _tile(B, chunk, inside, B_row, N, NN)
+        if not ADDS:
+            place = written + ((batch * chunks + chunk) * HEADS + head) * NN * PP + cells
+            tl.store(place, state.to(written.dtype.element_ty))
+        end = chunk * Q + Q - 1
+        end_sum, end_rest = tl.load(sums + end), tl.load(rest + end)
+        own_sum, own_rest = tl.load(sums + at), tl.load(rest + at)
+        whole = end_sum + end_rest if EXACT else end_sum
+        if BACKWARD:
+            weight = _from_start(own_sum, own_rest, EXACT)
+        else:
+            weight = tl.exp(_sized(end_sum, end_rest, own_sum, own_rest, EXACT))
+            if EXACT:
+                weight *= tl.load(sizes + at)
+        value = given.to(tl.float32)
+        if HAS_Z:
+            value = _gated(value, _tile(z, chunk, inside, z_row, P, PP))
+        value = tl.where(weight[:, None] == 0.0, 0.0, value * weight[:, None])
+        state = _carried(state, whole)
+        state = _product(tl.trans(keys), value.to(keys.dtype), state, PRECISION)
+        log += whole
+    if ADDS:
+        tl.store(added + (row * SEGMENTS + segment) * NN * PP + cells, state)
+        tl.store(logs + row * SEGMENTS + segment, log)
+    elif BACKWARD:
+        if segment == 0:
+            tl.store(last + row * P * N + outer, state, mask=exists)
+
+
+@jit
+def forward(
+    x,
+    B,
+    C,
+    D,
+    z,
+    mask,
+    sizes,
+    sums,
+    rest,
+    begin,
+    added,
+    logs,
+    y,
+    last,
+    length,
+    chunks,
+    of_segment,
+    x_batch,
+    x_row,
+    B_batch,
+    B_row,
+    C_batch,
+    C_row,
+    z_batch,
+    z_row,
+    HEADS: tl.constexpr,
+    OF_GROUP: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    PP: tl.constexpr,
+    NN: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    D_OF: tl.constexpr,
+    HAS_BEGIN: tl.constexpr,
+    HAS_Z: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    EXACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """y (b, l, h, p), and the last state (b, h, p, n).
+
+    D_OF: how many values D has a head: 0, 1 or P.
+    """
+    head, segment, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    row = batch * HEADS + head
+    q, p = tl.arange(0, Q), tl.arange(0, PP)
+    cells = tl.arange(0, NN)[:, None] * PP + p[None, :]
+    outer, exists = _cells(N, P, NN, PP)
+    state = tl.zeros((NN, PP), tl.float32)
+    if HAS_BEGIN:
+        state = tl.load(begin + row * P * N + outer, mask=exists, other=0.0)
+    if SEGMENTS > 1:
+        state = _begun(state, added, logs, row, segment, SEGMENTS, False, NN * PP, cells)
+    skip = _skip(D, head, p, P, D_OF)
+    x += batch * x_batch + head * P
+    z += batch * z_batch + head * P
+    y += batch * length * HEADS * P + head * P
+    B += batch * B_batch + head // OF_GROUP * N
+    C += batch * C_batch + head // OF_GROUP * N
+    sizes += row * chunks * Q
+    sums += row * chunks * Q
+    rest += row * chunks * Q
+    first = segment * of_segment
+    for chunk in range(first, tl.minimum(first + of_segment, chunks)):
+        at = chunk * Q + q
+        inside = _counting(mask, batch, at, length, HAS_MASK)
+        given = _tile(x, chunk, inside, x_row, P, PP)
+        keys = _tile(B, chunk, inside, B_row, N, NN)
+        queries = _tile(C, chunk, inside, C_row, N, NN)
+        own_sum, own_rest = tl.load(sums + at), tl.load(rest + at)
+        end = chunk * Q + Q - 1
+        end_sum, end_rest = tl.load(sums + end), tl.load(rest + end)
+
+        weights = _sized(own_sum[:, None], own_rest[:, None], own_sum[None, :], own_rest[None, :], EXACT)
+        weights = tl.exp(tl.where(q[:, None] >= q[None, :], weights, LEAST_LOG))
+        weight = tl.exp(_sized(end_sum, end_rest, own_sum, own_rest, EXACT))[:, None]
+        if EXACT:
+            size = tl.load(sizes + at)
+            weights *= size[None, :]
+            weight *= size[:, None]
+        weights *= _product(queries, tl.trans(keys), tl.zeros((Q, Q), tl.float32), PRECISION)
+        start = _from_start(own_sum, own_rest, EXACT)[:, None]
+        value = _product(queries, state.to(keys.dtype), tl.zeros((Q, PP), tl.float32), PRECISION)
+        value = tl.where(start == 0.0, 0.0, value * start)
+        value = _product(weights.to(given.dtype), given, value, PRECISION)
+        if D_OF:
+            value += skip[None, :] * given.to(tl.float32)
+        if HAS_Z:
+            value = _gated(value, _tile(z, chunk, inside, z_row, P, PP))
+        here = (at < length)[:, None] & (p < P)[None, :]
+        place = y + chunk.to(tl.int64) * Q * HEADS * P + (q * HEADS * P)[:, None] + p[None, :]
+        tl.store(place, value.to(y.dtype.element_ty), mask=here)
+
+        ended = tl.where(weight == 0.0, 0.0, given.to(tl.float32) * weight)
+        state = _carried(state, end_sum + end_rest if EXACT else end_sum)
+        state = _product(tl.trans(keys), ended.to(keys.dtype), state, PRECISION)
+    if segment == SEGMENTS - 1:
+        tl.store(last + row * P * N + outer, state, mask=exists)
+
+
+@jit
+def _skip(D, head, p, P: tl.constexpr, D_OF: tl.constexpr):
+    """D of a head's channels."""
+    if D_OF == 0:
+        return tl.zeros(p.shape, tl.float32)
+    return tl.load(D + head * D_OF + (p if D_OF > 1 else tl.zeros_like(p)), mask=p < P, other=0.0).to(tl.float32)
+
+
+@jit
+def backward(
+    x,
+    dt,
+    A,
+    B,
+    C,
+    D,
+    z,
+    bias,
+    mask,
+    restart,
+    sizes,
+    sums,
+    rest,
+    before,
+    after,
+    dy,
+    dx,
+    ddt,
+    dB,
+    dC,
+    dz,
+    shares,
+    length,
+    chunks,
+    x_batch,
+    x_row,
+    dt_batch,
+    dt_row,
+    B_batch,
+    B_row,
+    C_batch,
+    C_row,
+    z_batch,
+    z_row,
+    dy_batch,
+    dy_row,
+    least,
+    most,
+    HEADS: tl.constexpr,
+    OF_GROUP: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    PP: tl.constexpr,
+    NN: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    D_OF: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_Z: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_RESTART: tl.constexpr,
+    EXACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """All gradients of a chunk, for TOGETHER heads of a group.
+
+    before, after: the state before the chunk and the gradient of that after it, (b, chunks, h, NN, PP).
+    dB, dC: (parts, b, l, g, n), each program's share of the heads.
+    shares: (b, chunks, 2 + D_OF, h), what each chunk adds to the gradients of A, the bias and D.
+    EXACT: sums what spans a position. A difference of sums is faster, and loses what long steps make small.
+    """
+    chunk, part, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    PARTS: tl.constexpr = OF_GROUP // TOGETHER
+    GROUPS: tl.constexpr = HEADS // OF_GROUP
+    group = part // PARTS
+    q, p, n = tl.arange(0, Q), tl.arange(0, PP), tl.arange(0, NN)
+    cells = n[:, None] * PP + p[None, :]
+    at = chunk * Q + q
+    inside = _counting(mask, batch, at, length, HAS_MASK)
+    # Rows are j, columns i.
+    later = q[None, :] >= q[:, None]
+    keys = _tile(B + batch * B_batch + group * N, chunk, inside, B_row, N, NN)
+    queries = _tile(C + batch * C_batch + group * N, chunk, inside, C_row, N, NN)
+    scores = _product(keys, tl.trans(queries), tl.zeros((Q, Q), tl.float32), PRECISION)
+    dscores = tl.zeros((Q, Q), tl.float32)
+    dkeys, dqueries = tl.zeros((Q, NN), tl.float32), tl.zeros((Q, NN), tl.float32)
+    x += batch * x_batch
+    z += batch * z_batch
+    dy += batch * dy_batch
+    first = batch * length + chunk.to(tl.int64) * Q
+    dx += first * HEADS * P
+    dz += first * HEADS * P
+    ddt += first * HEADS
+    dt += batch * dt_batch + chunk.to(tl.int64) * Q * dt_row
+    here = (at < length)[:, None] & (p < P)[None, :]
+    places = (q * HEADS * P)[:, None] + p[None, :]
+    for index in range(TOGETHER):
+        head = part * TOGETHER + index
+        of_head = (batch * HEADS + head) * chunks * Q
+        size = tl.load(sizes + of_head + at)
+        own_sum, own_rest = tl.load(sums + of_head + at), tl.load(rest + of_head + at)
+        end = of_head + chunk * Q + Q - 1
+        end_sum, end_rest = tl.load(sums + end), tl.load(rest + end)
+        state = before + ((batch * chunks + chunk) * HEADS + head) * NN * PP + cells
+        dstate = after + ((batch * chunks + chunk) * HEADS + head) * NN * PP + cells
+        state, dstate = tl.load(state), tl.load(dstate)
+        given = _tile(x + head * P, chunk, inside, x_row, P, PP)
+        arriving = _tile(dy + head * P, chunk, inside, dy_row, P, PP)
+        skip = _skip(D, head, p, P, D_OF)
+        start = _from_start(own_sum, own_rest, EXACT)[:, None]
+        to_end = tl.exp(_between(end_sum, end_rest, own_sum, own_rest, EXACT))[:, None]
+        between = _between(own_sum[None, :], own_rest[None, :], own_sum[:, None], own_rest[:, None], EXACT)
+        decay = tl.exp(tl.where(later, between, LEAST_LOG))
+        weights = (scores * decay * size[:, None]).to(given.dtype)
+        if HAS_Z:
+            gate = _tile(z + head * P, chunk, inside, z_row, P, PP).to(tl.float32)
+            linear = _product(queries, state, tl.zeros((Q, PP), tl.float32), PRECISION)
+            linear = tl.where(start == 0.0, 0.0, linear * start)
+            linear = _product(tl.trans(weights), given, linear, PRECISION) + skip[None, :] * given.to(tl.float32)
+            sigmoid = tl.sigmoid(gate)
+            of_gate = arriving.to(tl.float32) * linear * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+            tl.store(dz + head * P + places, of_gate.to(dz.dtype.element_ty), mask=here)
+            arriving = _gated(arriving.to(tl.float32), gate).to(given.dtype)
+        wide = arriving.to(tl.float32)
+
+        # What passes between positions of the chunk.
+        of_pairs = _product(given, tl.trans(arriving), tl.zeros((Q, Q), tl.float32), PRECISION) * decay
+        dscores += of_pairs * size[:, None]
+        direct = of_pairs * scores
+        dsize = tl.sum(direct, 1)
+        # What passes no decay is no part of its gradient.
+        direct = tl.where(q[None, :] > q[:, None], direct * size[:, None], 0.0)
+        # What comes from the state before, and what goes to the state after.
+        started = _product(arriving, tl.trans(state), tl.zeros((Q, NN), tl.float32), PRECISION)
+        started = tl.where(start == 0.0, 0.0, started * start)
+        dqueries += started
+        ended = _product(given, tl.trans(dstate), tl.zeros((Q, NN), tl.float32), PRECISION)
+        dkeys += tl.where(to_end == 0.0, 0.0, ended * (to_end * size[:, None]))
+        value = _product(keys, dstate, tl.zeros((Q, PP), tl.float32), PRECISION)
+        value = tl.where(to_end == 0.0, 0.0, value * to_end)
+        leaving = tl.sum(value * given.to(tl.float32), 1)
+        through = tl.exp(end_sum + end_rest if EXACT else end_sum)
+        passing = tl.sum(tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1), 0)
+        passing = tl.where(through == 0.0, 0.0, passing * through)
+
+        value = _product(weights, arriving, value * size[:, None], PRECISION) + skip[None, :] * wide
+        tl.store(dx + head * P + places, value.to(dx.dtype.element_ty), mask=here)
+
+        # The gradient of a logarithm is the sum of what spans its position.
+        spanning = tl.sum(started * queries.to(tl.float32), 1)
+        if EXACT:
+            # Of (k, i): the sum over j < k, for k <= i.
+            spanning = tl.cumsum(spanning, 0, reverse=True)
+            spanning += tl.sum(tl.where(later, tl.cumsum(direct, 0) - direct, 0.0), 1)
+        else:
+            spanning = tl.cumsum(spanning + tl.sum(direct, 0) - tl.sum(direct, 1), 0, reverse=True)
+        leaves = leaving * size
+        dlog = spanning + (tl.cumsum(leaves, 0) - leaves) + passing
+        rate = tl.maximum(tl.load(A + head), LEAST_RATE)
+        gone = size * rate <= ZERO_LOG
+        if HAS_RESTART:
+            gone = gone | (tl.load(restart + batch * length + at, mask=inside, other=0) != 0)
+        dlog = tl.where(gone, 0.0, dlog)
+        raw = tl.load(dt + q * dt_row + head, mask=inside, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            raw += tl.load(bias + head)
+        _, within = _step_of(raw, least, most, SOFTPLUS)
+        dsize += dlog * rate + leaving
+        dsize = tl.where(inside & within, dsize, 0.0)
+        if SOFTPLUS:
+            dsize *= tl.sigmoid(raw)
+        tl.store(ddt + q * HEADS + head, dsize.to(ddt.dtype.element_ty), mask=at < length)
+        share = shares + (batch * chunks + chunk) * (2 + D_OF) * HEADS + head
+        tl.store(share, tl.sum(dlog * size, 0))
+        tl.store(share + HEADS, tl.sum(dsize, 0))
+        if D_OF:
+            of_skip = tl.sum(wide * given.to(tl.float32), 0)
+            if D_OF == 1:
+                tl.store(share + 2 * HEADS, tl.sum(of_skip, 0))
+            else:
+                tl.store(share + (2 + p) * HEADS, of_skip, mask=p < P)
+    dscores = dscores.to(keys.dtype)
+    dkeys = _product(dscores, queries, dkeys, PRECISION)
+    dqueries = _product(tl.trans(dscores), keys, dqueries, PRECISION)
+    cell = ((part % PARTS) * tl.num_programs(2) * length + first) * GROUPS * N + group * N
+    cell += (q * GROUPS * N)[:, None] + n[None, :]
+    exists = (at < length)[:, None] & (n < N)[None, :]
+    tl.store(dB + cell, dkeys.to(dB.dtype.element_ty), mask=exists)
+    tl.store(dC + cell, dqueries.to(dC.dtype.element_ty), mask=exists)
+
+
+@jit
+def totals(shares, dA, dbias, dD, rows, HEADS: tl.constexpr, D_OF: tl.constexpr, BLOCK: tl.constexpr):
+    """The gradients of A (h), the bias (h) and D (h, D_OF) of `backward`'s shares, (rows, 2 + D_OF, h)."""
+    kind, head = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.arange(0, ROWS)
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for first in range(0, rows, ROWS):
+        there = ((first + row) < rows)[:, None] & (head < HEADS)[None, :]
+        place = ((first + row).to(tl.int64) * (2 + D_OF) + kind) * HEADS
+        total += tl.load(shares + place[:, None] + head[None, :], mask=there, other=0.0)
+    total = tl.sum(total, 0)
+    if kind == 0:
+        tl.store(dA + head, total, mask=head < HEADS)
+    elif kind == 1:
+        tl.store(dbias + head, total, mask=head < HEADS)
+    else:
+        tl.store(dD + head * D_OF + kind - 2, total, mask=head < HEADS)

@@ -1,0 +1,266 @@
+"""The recurrence of Mamba-2 on an NVIDIA GPU, as an operator: all of the op on the matrix units, in Triton.
+
+The kernels are those of `mamba_core.backends.gpu.ssd_kernels`. The same inputs give the same bits.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import Tensor
+
+from mamba_core.backends.gpu import ssd as gpu
+from mamba_core.backends.torch.kernels import triton
+from mamba_core.backends.torch.kernels.operator import differentiable, is_float, refuse_tangents
+
+# Where there is no GPU, as many as an H100 has.
+MULTIPROCESSORS = 132
+# Warps of a program, and loads that are on their way at once.
+STATES = {"num_warps": 4, "num_stages": 3}
+FORWARD = {"num_warps": 4, "num_stages": 2}
+BACKWARD = {"num_warps": 8, "num_stages": 2}
+
+
+def reason(
+    device: torch.device, dtype: torch.dtype | None, channels: int | None = None, states: int | None = None
+) -> str | None:
+    """Why these kernels cannot run on that device, for heads of so many channels and states; None if they can."""
+    return triton.reason(device) or gpu.reason(
+        None if dtype is None else str(dtype).removeprefix("torch."), channels, states
+    )
+
+
+def cuda(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, h0, mask, restart):
+    """(y, final state)."""
+    dtype = x.dtype
+    if any(value is not None and value.dtype != dtype for value in (dt, B, C, z)):
+        x, dt, B, C, z = (None if value is None else value.float() for value in (x, dt, B, C, z))
+    A, D, dt_bias, h0 = (None if value is None else value.float() for value in (A, D, dt_bias, h0))
+    tensors = (x, dt, A, B, C, D, z, dt_bias, h0, mask, restart)
+    y, h = _cuda(*tensors, bool(dt_softplus), *map(float, dt_limit))
+    return y.to(dtype), h
+
+
+@torch.library.custom_op("mamba_core::triton_ssd", mutates_args=())
+def _ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    h0: Tensor | None,
+    mask: Tensor | None,
+    restart: Tensor | None,
+    dt_softplus: bool,
+    least: float,
+    most: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, final state, what each segment adds, its decay): the last two are empty if there is one segment."""
+    refuse_tangents(x, dt, A, B, C, D, z, dt_bias, h0)
+    call = _Call(x, dt, A, B, C, D, z, dt_bias, h0, mask, restart, dt_softplus, least, most)
+    return call.forward()
+
+
+@torch.library.custom_op("mamba_core::triton_ssd_backward", mutates_args=())
+def _ssd_backward(
+    dy: Tensor,
+    dfinal_state: Tensor | None,
+    added: Tensor,
+    logs: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    h0: Tensor | None,
+    mask: Tensor | None,
+    restart: Tensor | None,
+    dt_softplus: bool,
+    least: float,
+    most: float,
+) -> list[Tensor]:
+    """The gradient of every floating-point argument that was given, in their order."""
+    call = _Call(x, dt, A, B, C, D, z, dt_bias, h0, mask, restart, dt_softplus, least, most)
+    return call.backward(dy, dfinal_state, added, logs)
+
+
+@_ssd.register_fake
+def _(x, dt, A, B, C, D, z, dt_bias, h0, mask, restart, dt_softplus, least, most):
+    plan = _plan(x, B)
+    state = A.new_empty(plan.batch, plan.heads, plan.channels, plan.states)
+    return x.new_empty(x.shape), state, *_empty_segments(plan, A)
+
+
+@_ssd_backward.register_fake
+def _(dy, dfinal_state, added, logs, *inputs):
+    return [value.new_empty(value.shape) for value in inputs if is_float(value)]
+
+
+_cuda = differentiable(_ssd, _ssd_backward, kept=(2, 3))
+
+
+def _plan(x, B) -> gpu.Plan:
+    count = MULTIPROCESSORS
+    if x.is_cuda:
+        count = torch.cuda.get_device_properties(x.device).multi_processor_count
+    return gpu.plan(*x.shape[:3], B.shape[2], x.shape[3], B.shape[3], count)
+
+
+def _empty_segments(plan: gpu.Plan, like: Tensor) -> tuple[Tensor, Tensor]:
+    """float32: what each segment adds to a state, and the logarithm of its decay."""
+    rows_ = (plan.batch, plan.heads, plan.segments) if plan.segments > 1 else (0, 0, 0)
+    return like.new_empty(*rows_, *plan.state), like.new_empty(rows_)
+
+
+class _Call:
+    """The kernels of one call."""
+
+    def __init__(self, x, dt, A, B, C, D, z, dt_bias, h0, mask, restart, dt_softplus, least, most):
+        self.kernels = importlib.import_module("mamba_core.backends.gpu.ssd_kernels")
+        self.x, self.dt, self.B, self.C, self.z = (None if value is None else _dense(value) for value in (x, dt, B, C, z))
+        self.A, self.D, self.bias, self.h0 = (
+            None if value is None else value.contiguous() for value in (A, D, dt_bias, h0)
+        )
+        self.mask, self.restart = (None if value is None else value.contiguous() for value in (mask, restart))
+        self.softplus, self.limits = dt_softplus, (least, most)
+        self.plan = _plan(x, B)
+        precision = "widened" if triton.INTERPRETED else gpu.PRECISIONS[str(x.dtype).removeprefix("torch.")]
+        self.exact = {"EXACT": x.dtype == torch.float32}
+        self.common = self.plan.sizes | self.exact | {"HAS_MASK": mask is not None, "PRECISION": precision}
+
+    def forward(self):
+        plan, x = self.plan, self.x
+        y, final = x.new_empty(x.shape), self.A.new_empty(plan.batch, plan.heads, plan.channels, plan.states)
+        added, logs = _empty_segments(plan, self.A)
+        with triton.launching(x):
+            decays = self._steps()
+            if plan.segments > 1:
+                self._states(x, self.B, decays, None, added=added, logs=logs)
+            self.kernels.forward[(plan.heads, plan.segments, plan.batch)](
+                *(x, self.B, self.C, self._or(self.D), self._or(self.z), self._or(self.mask)),
+                *(*decays, self._or(self.h0), added, logs, y, final),
+                *(plan.length, plan.chunks, plan.of_segment),
+                *(*_strides(x), *_strides(self.B), *_strides(self.C), *_strides(self.z)),
+                **self.common,
+                SEGMENTS=plan.segments,
+                D_OF=self._values_of_D(),
+                HAS_BEGIN=self.h0 is not None,
+                HAS_Z=self.z is not None,
+                **FORWARD,
+            )
+        return y, final, added, logs
+
+    def backward(self, dy, dfinal_state, added, logs):
+        plan, x = self.plan, self.x
+        dy = _dense(dy)
+        # The states between chunks are rounded as every factor of a product is.
+        between = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+        before, after = (
+            x.new_empty(plan.batch, plan.chunks, plan.heads, *plan.state, dtype=between) for _ in range(2)
+        )
+        dx, ddt = x.new_empty(x.shape), self.dt.new_empty(self.dt.shape)
+        dz = None if self.z is None else self.z.new_empty(self.z.shape)
+        dh0 = self.A.new_empty(plan.batch, plan.heads, plan.channels, plan.states)
+        of_D = self._values_of_D()
+        shares = self.A.new_empty(plan.batch * plan.chunks, 2 + of_D, plan.heads)
+        dA, dbias = (torch.empty_like(self.A) for _ in range(2))
+        dD = None if self.D is None else torch.empty_like(self.D)
+        dtype = x.dtype if plan.parts == 1 else torch.float32
+        dB, dC = (x.new_empty(plan.parts, *self.B.shape, dtype=dtype) for _ in range(2))
+        with triton.launching(x):
+            decays = self._steps()
+            self._states(x, self.B, decays, self.h0, added=added, logs=logs, written=before)
+            gradient = {"z": self.z, "backward": True}
+            of_segments = _empty_segments(plan, self.A)
+            if plan.segments > 1:
+                self._states(dy, self.C, decays, None, added=of_segments[0], logs=of_segments[1], **gradient)
+            self._states(
+                *(dy, self.C, decays, dfinal_state),
+                **{"added": of_segments[0], "logs": of_segments[1], "written": after, "last": dh0} | gradient,
+            )
+            self.kernels.backward[(plan.chunks, plan.heads // plan.together, plan.batch)](
+                *(x, self.dt, self.A, self.B, self.C, self._or(self.D), self._or(self.z), self._or(self.bias)),
+                *(self._or(self.mask), self._or(self.restart), *decays, before, after, dy),
+                *(dx, ddt, dB, dC, self._or(dz), shares, plan.length, plan.chunks),
+                *(*_strides(x), *_strides(self.dt), *_strides(self.B), *_strides(self.C), *_strides(self.z)),
+                *(*_strides(dy), *self.limits),
+                **self.common,
+                TOGETHER=plan.together,
+                SOFTPLUS=self.softplus,
+                D_OF=of_D,
+                HAS_BIAS=self.bias is not None,
+                HAS_Z=self.z is not None,
+                HAS_RESTART=self.restart is not None,
+                **BACKWARD,
+            )
+            self.kernels.totals[(2 + of_D, triton.blocks_of(plan.heads, gpu.HEADS))](
+                *(shares, dA, dbias, self._or(dD), len(shares)), HEADS=plan.heads, D_OF=of_D, BLOCK=gpu.HEADS
+            )
+        dB, dC = (value.squeeze(0) if plan.parts == 1 else value.sum(0).to(x.dtype) for value in (dB, dC))
+        found = [dx, ddt, dA, dB, dC]
+        given = {"D": dD, "z": dz, "bias": dbias, "h0": dh0}
+        return found + [value for name, value in given.items() if getattr(self, name) is not None]
+
+    def _steps(self):
+        """The step sizes, sums and rest of the decays' logarithms, (b, h, chunks * CHUNK) in float32."""
+        plan = self.plan
+        shape = (plan.batch, plan.heads, plan.chunks * gpu.CHUNK)
+        decays = [self.A.new_empty(shape) for _ in range(3)]
+        grid = (plan.chunks, triton.blocks_of(plan.heads, gpu.HEADS), plan.batch)
+        self.kernels.steps[grid](
+            *(self.dt, self.A, self._or(self.bias), self._or(self.mask), self._or(self.restart), *decays),
+            *(plan.length, *_strides(self.dt), *self.limits),
+            HEADS=plan.heads,
+            SOFTPLUS=self.softplus,
+            HAS_BIAS=self.bias is not None,
+            HAS_MASK=self.mask is not None,
+            HAS_RESTART=self.restart is not None,
+            BLOCK=gpu.HEADS,
+            **self.exact,
+        )
+        return decays
+
+    def _states(self, x, B, decays, begin, *, added, logs, written=None, last=None, z=None, backward=False):
+        """What each segment adds to a state, to `added` and `logs`; or the states around each chunk, to `written`."""
+        plan = self.plan
+        begin = None if begin is None else begin.contiguous()
+        self.kernels.states[(plan.heads, plan.segments, plan.batch)](
+            *(x, B, self._or(z), self._or(self.mask), *decays, self._or(begin), added, logs),
+            *(added if written is None else written, self.A if last is None else last),
+            *(plan.length, plan.chunks, plan.of_segment, *_strides(x), *_strides(B), *_strides(z)),
+            **self.common,
+            SEGMENTS=plan.segments,
+            BACKWARD=backward,
+            ADDS=written is None,
+            HAS_BEGIN=begin is not None,
+            HAS_Z=z is not None,
+            **STATES,
+        )
+
+    def _or(self, value):
+        """An array that is not there is not read; a pointer must be there."""
+        return self.A if value is None else value
+
+    def _values_of_D(self) -> int:
+        """Of a head."""
+        return 0 if self.D is None else self.D[0].numel()
+
+
+def _dense(value: Tensor) -> Tensor:
+    """The value with adjacent elements at each position. A slice of a wider array has them already."""
+    expected, there = 1, []
+    for size, stride in zip(reversed(value.shape[2:]), reversed(value.stride()[2:]), strict=True):
+        there.append(size == 1 or stride == expected)
+        expected *= size
+    return value if all(there) else value.contiguous()
+
+
+def _strides(value) -> tuple[int, int]:
+    return (0, 0) if value is None else (value.stride(0), value.stride(1))
