@@ -3,7 +3,7 @@
 A sequence is cut into chunks of `Q` positions, and the chunks into segments. `steps` computes the step sizes and the
 sums of the logarithms of the decays in each chunk. `states` carries a state through a segment: forward, what x and B
 add to it; backward, its gradient, to which dy and C add. `forward` carries the state through a segment and computes y.
-`backward` computes all gradients of a chunk for some heads of a group, from the states around it.
+`of_queries` and `of_keys` compute all gradients of a chunk for some heads of a group, from the states around it.
 
 A chunk computes as `kernels/chunked_ssd.py` of each framework does: y_i is the sum over j <= i of
 (C_i B_j) exp(a_{j+1} + ... + a_i) step_j x_j, and of exp(a_1 + ... + a_i) h C_i, with a = step A. A position that begins
@@ -146,13 +146,6 @@ def _counting(mask, batch, at, length, HAS_MASK: tl.constexpr):
 
 
 @jit
-def _gated(dy, z):
-    """The gradient of what the gate multiplies."""
-    z = z.to(tl.float32)
-    return dy * z * tl.sigmoid(z)
-
-
-@jit
 def _from_start(own_sum, own_rest, EXACT: tl.constexpr):
     """The decay from a chunk's beginning to a position."""
     return tl.exp(own_sum + own_rest if EXACT else own_sum)
@@ -198,7 +191,6 @@ def _begun(state, added, logs, row, segment, SEGMENTS: tl.constexpr, BACKWARD: t
 def states(
     x,
     B,
-    z,
     mask,
     sizes,
     sums,
@@ -207,6 +199,8 @@ def states(
     added,
     logs,
     written,
+    before,
+    passed,
     last,
     length,
     chunks,
@@ -215,8 +209,6 @@ def states(
     x_row,
     B_batch,
     B_row,
-    z_batch,
-    z_row,
     HEADS: tl.constexpr,
     OF_GROUP: tl.constexpr,
     P: tl.constexpr,
@@ -227,16 +219,16 @@ def states(
     BACKWARD: tl.constexpr,
     ADDS: tl.constexpr,
     HAS_BEGIN: tl.constexpr,
-    HAS_Z: tl.constexpr,
     HAS_MASK: tl.constexpr,
     EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Carries a state through a segment: forward, or its gradient backward, where x is dy, B is C and z the gate.
+    """Carries a state through a segment: forward, or its gradient backward, where x is dy and B is C.
 
     ADDS: writes what the segment adds to a state of zero, and the logarithm of its decay, to `added` and `logs`.
-    Otherwise writes the state at the beginning of each chunk, or at its end if BACKWARD, to `written`
-    (b, chunks, h, NN, PP), and the gradient of the initial state to `last` (b, h, p, n) if BACKWARD.
+    Otherwise writes the state at the beginning of each chunk, or its gradient at the end, to `written` (b, chunks, h,
+    NN, PP). BACKWARD also writes the gradient of the initial state to `last` (b, h, p, n), and to `passed` (b, h,
+    chunks) that of a chunk's decay, from the states `before` that a run forward has written.
     """
     head, segment, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = batch * HEADS + head
@@ -250,7 +242,6 @@ def states(
         if SEGMENTS > 1:
             state = _begun(state, added, logs, row, segment, SEGMENTS, BACKWARD, NN * PP, cells)
     x += batch * x_batch + head * P
-    z += batch * z_batch + head * P
     B += batch * B_batch + head // OF_GROUP * N
     sizes += row * chunks * Q
     sums += row * chunks * Q
@@ -264,23 +255,24 @@ def states(
         inside = _counting(mask, batch, at, length, HAS_MASK)
         given = _tile(x, chunk, inside, x_row, P, PP)
         keys = _tile(B, chunk, inside, B_row, N, NN)
-        if not ADDS:
-            place = written + ((batch * chunks + chunk) * HEADS + head) * NN * PP + cells
-            tl.store(place, state.to(written.dtype.element_ty))
         end = chunk * Q + Q - 1
         end_sum, end_rest = tl.load(sums + end), tl.load(rest + end)
         own_sum, own_rest = tl.load(sums + at), tl.load(rest + at)
         whole = end_sum + end_rest if EXACT else end_sum
+        if not ADDS:
+            place = ((batch * chunks + chunk) * HEADS + head) * NN * PP + cells
+            tl.store(written + place, state.to(written.dtype.element_ty))
         if BACKWARD:
+            if not ADDS:
+                passing = tl.sum(tl.sum(tl.load(before + place).to(tl.float32) * state, 1), 0)
+                through = tl.exp(whole)
+                tl.store(passed + row * chunks + chunk, tl.where(through == 0.0, 0.0, passing * through))
             weight = _from_start(own_sum, own_rest, EXACT)
         else:
             weight = tl.exp(_sized(end_sum, end_rest, own_sum, own_rest, EXACT))
             if EXACT:
                 weight *= tl.load(sizes + at)
-        value = given.to(tl.float32)
-        if HAS_Z:
-            value = _gated(value, _tile(z, chunk, inside, z_row, P, PP))
-        value = tl.where(weight[:, None] == 0.0, 0.0, value * weight[:, None])
+        value = tl.where(weight[:, None] == 0.0, 0.0, given.to(tl.float32) * weight[:, None])
         state = _carried(state, whole)
         state = _product(tl.trans(keys), value.to(keys.dtype), state, PRECISION)
         log += whole
@@ -306,7 +298,9 @@ def forward(
     begin,
     added,
     logs,
+    dy,
     y,
+    dz,
     last,
     length,
     chunks,
@@ -319,6 +313,8 @@ def forward(
     C_row,
     z_batch,
     z_row,
+    dy_batch,
+    dy_row,
     HEADS: tl.constexpr,
     OF_GROUP: tl.constexpr,
     P: tl.constexpr,
@@ -329,12 +325,14 @@ def forward(
     D_OF: tl.constexpr,
     HAS_BEGIN: tl.constexpr,
     HAS_Z: tl.constexpr,
+    GRADIENT: tl.constexpr,
     HAS_MASK: tl.constexpr,
     EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """y (b, l, h, p), and the last state (b, h, p, n).
 
+    GRADIENT: instead the gradient of z to `dz`, and to `y` that of what z multiplies, from dy.
     D_OF: how many values D has a head: 0, 1 or P.
     """
     head, segment, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -350,7 +348,9 @@ def forward(
     skip = _skip(D, head, p, P, D_OF)
     x += batch * x_batch + head * P
     z += batch * z_batch + head * P
+    dy += batch * dy_batch + head * P
     y += batch * length * HEADS * P + head * P
+    dz += batch * length * HEADS * P + head * P
     B += batch * B_batch + head // OF_GROUP * N
     C += batch * C_batch + head // OF_GROUP * N
     sizes += row * chunks * Q
@@ -381,17 +381,25 @@ def forward(
         value = _product(weights.to(given.dtype), given, value, PRECISION)
         if D_OF:
             value += skip[None, :] * given.to(tl.float32)
-        if HAS_Z:
-            value = _gated(value, _tile(z, chunk, inside, z_row, P, PP))
+        place = chunk.to(tl.int64) * Q * HEADS * P + (q * HEADS * P)[:, None] + p[None, :]
         here = (at < length)[:, None] & (p < P)[None, :]
-        place = y + chunk.to(tl.int64) * Q * HEADS * P + (q * HEADS * P)[:, None] + p[None, :]
-        tl.store(place, value.to(y.dtype.element_ty), mask=here)
+        if HAS_Z:
+            gate = _tile(z, chunk, inside, z_row, P, PP).to(tl.float32)
+            sigmoid = tl.sigmoid(gate)
+            if GRADIENT:
+                arriving = _tile(dy, chunk, inside, dy_row, P, PP).to(tl.float32)
+                of_gate = arriving * value * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+                tl.store(dz + place, of_gate.to(dz.dtype.element_ty), mask=here)
+                value = arriving
+            value *= gate * sigmoid
+        tl.store(y + place, value.to(y.dtype.element_ty), mask=here)
 
         ended = tl.where(weight == 0.0, 0.0, given.to(tl.float32) * weight)
         state = _carried(state, end_sum + end_rest if EXACT else end_sum)
         state = _product(tl.trans(keys), ended.to(keys.dtype), state, PRECISION)
-    if segment == SEGMENTS - 1:
-        tl.store(last + row * P * N + outer, state, mask=exists)
+    if not GRADIENT:
+        if segment == SEGMENTS - 1:
+            tl.store(last + row * P * N + outer, state, mask=exists)
 
 
 @jit
@@ -403,28 +411,109 @@ def _skip(D, head, p, P: tl.constexpr, D_OF: tl.constexpr):
 
 
 @jit
-def backward(
+def of_queries(
+    C,
+    mask,
+    sums,
+    rest,
+    before,
+    dy,
+    dC,
+    started,
+    length,
+    chunks,
+    C_batch,
+    C_row,
+    dy_batch,
+    dy_row,
+    HEADS: tl.constexpr,
+    OF_GROUP: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    PP: tl.constexpr,
+    NN: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    EXACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The gradient that C has through the state before a chunk, for TOGETHER heads of a group.
+
+    dC: (parts, b, l, g, n) in float32, each program's share of the heads.
+    started: (b, h, chunks * Q), the gradient of the decay from the chunk's beginning to each position.
+    """
+    chunk, part, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    group = part // (OF_GROUP // TOGETHER)
+    at = chunk * Q + tl.arange(0, Q)
+    inside = _counting(mask, batch, at, length, HAS_MASK)
+    queries = _tile(C + batch * C_batch + group * N, chunk, inside, C_row, N, NN)
+    total = tl.zeros((Q, NN), tl.float32)
+    dy += batch * dy_batch
+    for index in range(TOGETHER):
+        head = part * TOGETHER + index
+        place = (batch * HEADS + head) * chunks * Q + at
+        state = tl.load(before + _state(batch, chunk, head, chunks, HEADS, PP, NN))
+        arriving = _tile(dy + head * P, chunk, inside, dy_row, P, PP)
+        start = _from_start(tl.load(sums + place), tl.load(rest + place), EXACT)[:, None]
+        value = _product(arriving, tl.trans(state), tl.zeros((Q, NN), tl.float32), PRECISION)
+        value = tl.where(start == 0.0, 0.0, value * start)
+        tl.store(started + place, tl.sum(value * queries.to(tl.float32), 1))
+        total += value
+    cells, exists = _shares(part, batch, chunk, length, HEADS, OF_GROUP, TOGETHER, N, NN)
+    tl.store(dC + cells, total, mask=exists)
+
+
+@jit
+def _state(batch, chunk, head, chunks, HEADS: tl.constexpr, PP: tl.constexpr, NN: tl.constexpr):
+    """The places of a state at a chunk, in (b, chunks, h, NN, PP)."""
+    cells = tl.arange(0, NN)[:, None] * PP + tl.arange(0, PP)[None, :]
+    return ((batch * chunks + chunk) * HEADS + head) * NN * PP + cells
+
+
+@jit
+def _shares(
+    part,
+    batch,
+    chunk,
+    length,
+    HEADS: tl.constexpr,
+    OF_GROUP: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    N: tl.constexpr,
+    NN: tl.constexpr,
+):
+    """(places, which exist) of a chunk in (parts, b, l, g, n)."""
+    PARTS: tl.constexpr = OF_GROUP // TOGETHER
+    GROUPS: tl.constexpr = HEADS // OF_GROUP
+    q, n = tl.arange(0, Q), tl.arange(0, NN)
+    first = ((part % PARTS) * tl.num_programs(2) + batch) * length + chunk * Q
+    cells = (first * GROUPS + part // PARTS) * N + (q * GROUPS * N)[:, None] + n[None, :]
+    return cells, (chunk * Q + q < length)[:, None] & (n < N)[None, :]
+
+
+@jit
+def of_keys(
     x,
     dt,
     A,
     B,
     C,
     D,
-    z,
     bias,
     mask,
     restart,
     sizes,
     sums,
     rest,
-    before,
     after,
     dy,
+    started,
+    passed,
+    dC_started,
     dx,
     ddt,
     dB,
     dC,
-    dz,
     shares,
     length,
     chunks,
@@ -436,8 +525,6 @@ def backward(
     B_row,
     C_batch,
     C_row,
-    z_batch,
-    z_row,
     dy_batch,
     dy_row,
     least,
@@ -452,106 +539,85 @@ def backward(
     SOFTPLUS: tl.constexpr,
     D_OF: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    HAS_Z: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_RESTART: tl.constexpr,
     EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """All gradients of a chunk, for TOGETHER heads of a group.
+    """All other gradients of a chunk, for TOGETHER heads of a group.
 
-    before, after: the state before the chunk and the gradient of that after it, (b, chunks, h, NN, PP).
+    after: the gradient of the state after the chunk, (b, chunks, h, NN, PP).
+    started, dC_started: of `of_queries`; passed: of `states`.
     dB, dC: (parts, b, l, g, n), each program's share of the heads.
     shares: (b, chunks, 2 + D_OF, h), what each chunk adds to the gradients of A, the bias and D.
     EXACT: sums what spans a position. A difference of sums is faster, and loses what long steps make small.
     """
     chunk, part, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    PARTS: tl.constexpr = OF_GROUP // TOGETHER
-    GROUPS: tl.constexpr = HEADS // OF_GROUP
-    group = part // PARTS
-    q, p, n = tl.arange(0, Q), tl.arange(0, PP), tl.arange(0, NN)
-    cells = n[:, None] * PP + p[None, :]
+    group = part // (OF_GROUP // TOGETHER)
+    q, p = tl.arange(0, Q), tl.arange(0, PP)
     at = chunk * Q + q
     inside = _counting(mask, batch, at, length, HAS_MASK)
-    # Rows are j, columns i.
-    later = q[None, :] >= q[:, None]
     keys = _tile(B + batch * B_batch + group * N, chunk, inside, B_row, N, NN)
     queries = _tile(C + batch * C_batch + group * N, chunk, inside, C_row, N, NN)
+    # Rows are j, columns i.
+    later = q[None, :] >= q[:, None]
     scores = _product(keys, tl.trans(queries), tl.zeros((Q, Q), tl.float32), PRECISION)
     dscores = tl.zeros((Q, Q), tl.float32)
-    dkeys, dqueries = tl.zeros((Q, NN), tl.float32), tl.zeros((Q, NN), tl.float32)
-    x += batch * x_batch
-    z += batch * z_batch
-    dy += batch * dy_batch
+    dkeys = tl.zeros((Q, NN), tl.float32)
     first = batch * length + chunk.to(tl.int64) * Q
+    x += batch * x_batch
+    dy += batch * dy_batch
     dx += first * HEADS * P
-    dz += first * HEADS * P
     ddt += first * HEADS
     dt += batch * dt_batch + chunk.to(tl.int64) * Q * dt_row
     here = (at < length)[:, None] & (p < P)[None, :]
     places = (q * HEADS * P)[:, None] + p[None, :]
     for index in range(TOGETHER):
         head = part * TOGETHER + index
-        of_head = (batch * HEADS + head) * chunks * Q
-        size = tl.load(sizes + of_head + at)
-        own_sum, own_rest = tl.load(sums + of_head + at), tl.load(rest + of_head + at)
-        end = of_head + chunk * Q + Q - 1
+        row = batch * HEADS + head
+        place = row * chunks * Q + at
+        size = tl.load(sizes + place)
+        own_sum, own_rest = tl.load(sums + place), tl.load(rest + place)
+        end = row * chunks * Q + chunk * Q + Q - 1
         end_sum, end_rest = tl.load(sums + end), tl.load(rest + end)
-        state = before + ((batch * chunks + chunk) * HEADS + head) * NN * PP + cells
-        dstate = after + ((batch * chunks + chunk) * HEADS + head) * NN * PP + cells
-        state, dstate = tl.load(state), tl.load(dstate)
+        dstate = tl.load(after + _state(batch, chunk, head, chunks, HEADS, PP, NN))
         given = _tile(x + head * P, chunk, inside, x_row, P, PP)
         arriving = _tile(dy + head * P, chunk, inside, dy_row, P, PP)
         skip = _skip(D, head, p, P, D_OF)
-        start = _from_start(own_sum, own_rest, EXACT)[:, None]
         to_end = tl.exp(_between(end_sum, end_rest, own_sum, own_rest, EXACT))[:, None]
         between = _between(own_sum[None, :], own_rest[None, :], own_sum[:, None], own_rest[:, None], EXACT)
         decay = tl.exp(tl.where(later, between, LEAST_LOG))
-        weights = (scores * decay * size[:, None]).to(given.dtype)
-        if HAS_Z:
-            gate = _tile(z + head * P, chunk, inside, z_row, P, PP).to(tl.float32)
-            linear = _product(queries, state, tl.zeros((Q, PP), tl.float32), PRECISION)
-            linear = tl.where(start == 0.0, 0.0, linear * start)
-            linear = _product(tl.trans(weights), given, linear, PRECISION) + skip[None, :] * given.to(tl.float32)
-            sigmoid = tl.sigmoid(gate)
-            of_gate = arriving.to(tl.float32) * linear * sigmoid * (1.0 + gate * (1.0 - sigmoid))
-            tl.store(dz + head * P + places, of_gate.to(dz.dtype.element_ty), mask=here)
-            arriving = _gated(arriving.to(tl.float32), gate).to(given.dtype)
-        wide = arriving.to(tl.float32)
 
         # What passes between positions of the chunk.
         of_pairs = _product(given, tl.trans(arriving), tl.zeros((Q, Q), tl.float32), PRECISION) * decay
         dscores += of_pairs * size[:, None]
-        direct = of_pairs * scores
-        dsize = tl.sum(direct, 1)
+        of_pairs *= scores
+        dsize = tl.sum(of_pairs, 1)
         # What passes no decay is no part of its gradient.
-        direct = tl.where(q[None, :] > q[:, None], direct * size[:, None], 0.0)
-        # What comes from the state before, and what goes to the state after.
-        started = _product(arriving, tl.trans(state), tl.zeros((Q, NN), tl.float32), PRECISION)
-        started = tl.where(start == 0.0, 0.0, started * start)
-        dqueries += started
-        ended = _product(given, tl.trans(dstate), tl.zeros((Q, NN), tl.float32), PRECISION)
-        dkeys += tl.where(to_end == 0.0, 0.0, ended * (to_end * size[:, None]))
+        of_pairs = tl.where(q[None, :] > q[:, None], of_pairs * size[:, None], 0.0)
+        if EXACT:
+            # Of (k, i): the sum over j < k, for k <= i.
+            spanning = tl.sum(tl.where(later, tl.cumsum(of_pairs, 0) - of_pairs, 0.0), 1)
+            spanning += tl.cumsum(tl.load(started + place), 0, reverse=True)
+        else:
+            spanning = tl.load(started + place) + tl.sum(of_pairs, 0) - tl.sum(of_pairs, 1)
+            spanning = tl.cumsum(spanning, 0, reverse=True)
+
+        # What goes to the state after. A sum would make one product of both, laid out worse: hence the fma.
+        weights = (scores * decay * size[:, None]).to(given.dtype)
+        dgiven = _product(weights, arriving, tl.zeros((Q, PP), tl.float32), PRECISION)
         value = _product(keys, dstate, tl.zeros((Q, PP), tl.float32), PRECISION)
         value = tl.where(to_end == 0.0, 0.0, value * to_end)
-        leaving = tl.sum(value * given.to(tl.float32), 1)
-        through = tl.exp(end_sum + end_rest if EXACT else end_sum)
-        passing = tl.sum(tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1), 0)
-        passing = tl.where(through == 0.0, 0.0, passing * through)
-
-        value = _product(weights, arriving, value * size[:, None], PRECISION) + skip[None, :] * wide
+        wide, arriving_wide = given.to(tl.float32), arriving.to(tl.float32)
+        leaving = tl.sum(value * wide, 1)
+        ended = tl.where(to_end == 0.0, 0.0, wide * (to_end * size[:, None])).to(given.dtype)
+        dkeys = _product(ended, tl.trans(dstate), dkeys, PRECISION)
+        value = tl.fma(value, tl.broadcast_to(size[:, None], (Q, PP)), dgiven) + skip[None, :] * arriving_wide
         tl.store(dx + head * P + places, value.to(dx.dtype.element_ty), mask=here)
 
         # The gradient of a logarithm is the sum of what spans its position.
-        spanning = tl.sum(started * queries.to(tl.float32), 1)
-        if EXACT:
-            # Of (k, i): the sum over j < k, for k <= i.
-            spanning = tl.cumsum(spanning, 0, reverse=True)
-            spanning += tl.sum(tl.where(later, tl.cumsum(direct, 0) - direct, 0.0), 1)
-        else:
-            spanning = tl.cumsum(spanning + tl.sum(direct, 0) - tl.sum(direct, 1), 0, reverse=True)
         leaves = leaving * size
-        dlog = spanning + (tl.cumsum(leaves, 0) - leaves) + passing
+        dlog = spanning + (tl.cumsum(leaves, 0) - leaves) + tl.load(passed + row * chunks + chunk)
         rate = tl.maximum(tl.load(A + head), LEAST_RATE)
         gone = size * rate <= ZERO_LOG
         if HAS_RESTART:
@@ -570,19 +636,18 @@ def backward(
         tl.store(share, tl.sum(dlog * size, 0))
         tl.store(share + HEADS, tl.sum(dsize, 0))
         if D_OF:
-            of_skip = tl.sum(wide * given.to(tl.float32), 0)
+            of_skip = tl.sum(arriving_wide * wide, 0)
             if D_OF == 1:
                 tl.store(share + 2 * HEADS, tl.sum(of_skip, 0))
             else:
                 tl.store(share + (2 + p) * HEADS, of_skip, mask=p < P)
+    cells, exists = _shares(part, batch, chunk, length, HEADS, OF_GROUP, TOGETHER, N, NN)
     dscores = dscores.to(keys.dtype)
     dkeys = _product(dscores, queries, dkeys, PRECISION)
+    tl.store(dB + cells, dkeys.to(dB.dtype.element_ty), mask=exists)
+    dqueries = tl.load(dC_started + cells, mask=exists, other=0.0)
     dqueries = _product(tl.trans(dscores), keys, dqueries, PRECISION)
-    cell = ((part % PARTS) * tl.num_programs(2) * length + first) * GROUPS * N + group * N
-    cell += (q * GROUPS * N)[:, None] + n[None, :]
-    exists = (at < length)[:, None] & (n < N)[None, :]
-    tl.store(dB + cell, dkeys.to(dB.dtype.element_ty), mask=exists)
-    tl.store(dC + cell, dqueries.to(dC.dtype.element_ty), mask=exists)
+    tl.store(dC + cells, dqueries.to(dC.dtype.element_ty), mask=exists)
 
 
 @jit

@@ -19,7 +19,8 @@ MULTIPROCESSORS = 132
 # Warps of a program, and loads that are on their way at once.
 STATES = {"num_warps": 4, "num_stages": 3}
 FORWARD = {"num_warps": 4, "num_stages": 2}
-BACKWARD = {"num_warps": 8, "num_stages": 2}
+QUERIES = {"num_warps": 4, "num_stages": 2}
+KEYS = {"num_warps": 4, "num_stages": 2}
 
 
 def reason(
@@ -34,6 +35,8 @@ def reason(
 def cuda(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, h0, mask, restart):
     """(y, final state)."""
     dtype = x.dtype
+    if x.shape[1] == 0:
+        return x, x.new_zeros(*_state_shape(x, B), dtype=torch.float32) if h0 is None else h0.float()
     if any(value is not None and value.dtype != dtype for value in (dt, B, C, z)):
         x, dt, B, C, z = (None if value is None else value.float() for value in (x, dt, B, C, z))
     A, D, dt_bias, h0 = (None if value is None else value.float() for value in (A, D, dt_bias, h0))
@@ -93,9 +96,7 @@ def _ssd_backward(
 
 @_ssd.register_fake
 def _(x, dt, A, B, C, D, z, dt_bias, h0, mask, restart, dt_softplus, least, most):
-    plan = _plan(x, B)
-    state = A.new_empty(plan.batch, plan.heads, plan.channels, plan.states)
-    return x.new_empty(x.shape), state, *_empty_segments(plan, A)
+    return x.new_empty(x.shape), A.new_empty(_state_shape(x, B)), *_empty_segments(_plan(x, B), A)
 
 
 @_ssd_backward.register_fake
@@ -104,6 +105,10 @@ def _(dy, dfinal_state, added, logs, *inputs):
 
 
 _cuda = differentiable(_ssd, _ssd_backward, kept=(2, 3))
+
+
+def _state_shape(x, B) -> tuple[int, int, int, int]:
+    return x.shape[0], *x.shape[2:], B.shape[3]
 
 
 def _plan(x, B) -> gpu.Plan:
@@ -143,62 +148,59 @@ class _Call:
             decays = self._steps()
             if plan.segments > 1:
                 self._states(x, self.B, decays, None, added=added, logs=logs)
-            self.kernels.forward[(plan.heads, plan.segments, plan.batch)](
-                *(x, self.B, self.C, self._or(self.D), self._or(self.z), self._or(self.mask)),
-                *(*decays, self._or(self.h0), added, logs, y, final),
-                *(plan.length, plan.chunks, plan.of_segment),
-                *(*_strides(x), *_strides(self.B), *_strides(self.C), *_strides(self.z)),
-                **self.common,
-                SEGMENTS=plan.segments,
-                D_OF=self._values_of_D(),
-                HAS_BEGIN=self.h0 is not None,
-                HAS_Z=self.z is not None,
-                **FORWARD,
-            )
+            self._forward(decays, added, logs, y=y, last=final)
         return y, final, added, logs
 
     def backward(self, dy, dfinal_state, added, logs):
-        plan, x = self.plan, self.x
+        plan, x, new = self.plan, self.x, self.A.new_empty
         dy = _dense(dy)
         # The states between chunks are rounded as every factor of a product is.
         between = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-        before, after = (
-            x.new_empty(plan.batch, plan.chunks, plan.heads, *plan.state, dtype=between) for _ in range(2)
-        )
+        shape = (plan.batch, plan.chunks, plan.heads, *plan.state)
+        before, after = (x.new_empty(shape, dtype=between) for _ in range(2))
         dx, ddt = x.new_empty(x.shape), self.dt.new_empty(self.dt.shape)
         dz = None if self.z is None else self.z.new_empty(self.z.shape)
-        dh0 = self.A.new_empty(plan.batch, plan.heads, plan.channels, plan.states)
+        dh0 = new(plan.batch, plan.heads, plan.channels, plan.states)
         of_D = self._values_of_D()
-        shares = self.A.new_empty(plan.batch * plan.chunks, 2 + of_D, plan.heads)
+        shares = new(plan.batch * plan.chunks, 2 + of_D, plan.heads)
         dA, dbias = (torch.empty_like(self.A) for _ in range(2))
         dD = None if self.D is None else torch.empty_like(self.D)
         dtype = x.dtype if plan.parts == 1 else torch.float32
         dB, dC = (x.new_empty(plan.parts, *self.B.shape, dtype=dtype) for _ in range(2))
+        dC_started = dC if dtype == torch.float32 else new(dC.shape)
+        passed, started = new(plan.batch, plan.heads, plan.chunks), new(plan.batch, plan.heads, plan.chunks * gpu.CHUNK)
+        grid = (plan.chunks, plan.heads // plan.together, plan.batch)
         with triton.launching(x):
             decays = self._steps()
+            if dz is not None:
+                through = x.new_empty(x.shape)
+                self._forward(decays, added, logs, y=through, dz=dz, dy=dy)
+                dy = through
             self._states(x, self.B, decays, self.h0, added=added, logs=logs, written=before)
-            gradient = {"z": self.z, "backward": True}
-            of_segments = _empty_segments(plan, self.A)
+            added, logs = _empty_segments(plan, self.A)
             if plan.segments > 1:
-                self._states(dy, self.C, decays, None, added=of_segments[0], logs=of_segments[1], **gradient)
-            self._states(
-                *(dy, self.C, decays, dfinal_state),
-                **{"added": of_segments[0], "logs": of_segments[1], "written": after, "last": dh0} | gradient,
+                self._states(dy, self.C, decays, None, added=added, logs=logs, backward=True)
+            of_states = {"written": after, "before": before, "passed": passed, "last": dh0}
+            self._states(dy, self.C, decays, dfinal_state, added=added, logs=logs, backward=True, **of_states)
+            self.kernels.of_queries[grid](
+                *(self.C, self._or(self.mask), *decays[1:], before, dy, dC_started, started),
+                *(plan.length, plan.chunks, *_strides(self.C), *_strides(dy)),
+                **self.common,
+                TOGETHER=plan.together,
+                **QUERIES,
             )
-            self.kernels.backward[(plan.chunks, plan.heads // plan.together, plan.batch)](
-                *(x, self.dt, self.A, self.B, self.C, self._or(self.D), self._or(self.z), self._or(self.bias)),
-                *(self._or(self.mask), self._or(self.restart), *decays, before, after, dy),
-                *(dx, ddt, dB, dC, self._or(dz), shares, plan.length, plan.chunks),
-                *(*_strides(x), *_strides(self.dt), *_strides(self.B), *_strides(self.C), *_strides(self.z)),
-                *(*_strides(dy), *self.limits),
+            self.kernels.of_keys[grid](
+                *(x, self.dt, self.A, self.B, self.C, self._or(self.D), self._or(self.bias)),
+                *(self._or(self.mask), self._or(self.restart), *decays, after, dy, started, passed, dC_started),
+                *(dx, ddt, dB, dC, shares, plan.length, plan.chunks),
+                *(*_strides(x), *_strides(self.dt), *_strides(self.B), *_strides(self.C), *_strides(dy), *self.limits),
                 **self.common,
                 TOGETHER=plan.together,
                 SOFTPLUS=self.softplus,
                 D_OF=of_D,
                 HAS_BIAS=self.bias is not None,
-                HAS_Z=self.z is not None,
                 HAS_RESTART=self.restart is not None,
-                **BACKWARD,
+                **KEYS,
             )
             self.kernels.totals[(2 + of_D, triton.blocks_of(plan.heads, gpu.HEADS))](
                 *(shares, dA, dbias, self._or(dD), len(shares)), HEADS=plan.heads, D_OF=of_D, BLOCK=gpu.HEADS
@@ -207,6 +209,22 @@ class _Call:
         found = [dx, ddt, dA, dB, dC]
         given = {"D": dD, "z": dz, "bias": dbias, "h0": dh0}
         return found + [value for name, value in given.items() if getattr(self, name) is not None]
+
+    def _forward(self, decays, added, logs, *, y, last=None, dz=None, dy=None):
+        plan = self.plan
+        self.kernels.forward[(plan.heads, plan.segments, plan.batch)](
+            *(self.x, self.B, self.C, self._or(self.D), self._or(self.z), self._or(self.mask)),
+            *(*decays, self._or(self.h0), added, logs, self._or(dy), y, self._or(dz), self._or(last)),
+            *(plan.length, plan.chunks, plan.of_segment),
+            *(*_strides(self.x), *_strides(self.B), *_strides(self.C), *_strides(self.z), *_strides(dy)),
+            **self.common,
+            SEGMENTS=plan.segments,
+            D_OF=self._values_of_D(),
+            HAS_BEGIN=self.h0 is not None,
+            HAS_Z=self.z is not None,
+            GRADIENT=dz is not None,
+            **FORWARD,
+        )
 
     def _steps(self):
         """The step sizes, sums and rest of the decays' logarithms, (b, h, chunks * CHUNK) in float32."""
@@ -227,20 +245,19 @@ class _Call:
         )
         return decays
 
-    def _states(self, x, B, decays, begin, *, added, logs, written=None, last=None, z=None, backward=False):
+    def _states(self, x, B, decays, begin, *, added, logs, backward=False, **written):
         """What each segment adds to a state, to `added` and `logs`; or the states around each chunk, to `written`."""
         plan = self.plan
         begin = None if begin is None else begin.contiguous()
+        outputs = (self._or(written.get(name)) for name in ("written", "before", "passed", "last"))
         self.kernels.states[(plan.heads, plan.segments, plan.batch)](
-            *(x, B, self._or(z), self._or(self.mask), *decays, self._or(begin), added, logs),
-            *(added if written is None else written, self.A if last is None else last),
-            *(plan.length, plan.chunks, plan.of_segment, *_strides(x), *_strides(B), *_strides(z)),
+            *(x, B, self._or(self.mask), *decays, self._or(begin), added, logs, *outputs),
+            *(plan.length, plan.chunks, plan.of_segment, *_strides(x), *_strides(B)),
             **self.common,
             SEGMENTS=plan.segments,
             BACKWARD=backward,
-            ADDS=written is None,
+            ADDS=not written,
             HAS_BEGIN=begin is not None,
-            HAS_Z=z is not None,
             **STATES,
         )
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from mamba_core.backends.torch.arrays import check_devices, in_compute_dtype
-from mamba_core.backends.torch.kernels import chunked_ssd
+from mamba_core.backends.torch.kernels import chunked_ssd, triton_ssd
 from mamba_core.backends.torch.positions import call_of, where_counting
 from mamba_core.call import Call
 from mamba_core.kernels import choose
@@ -69,7 +69,8 @@ def recur(
     check_ssd(x, dt, A, B, C, D, z, dt_bias, dt_limit, initial_state, call.mask, call.segment_ids)
     others = {"dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias, "initial_state": initial_state}
     check_devices(x, **others, mask=call.mask, segment_ids=call.segment_ids)
-    run = KERNELS[choose(kernel, kernels(x.device, x.dtype), "ssd", "torch", x.device)]
+    available = kernels(x.device, x.dtype, x.shape[3], B.shape[3])
+    run = KERNELS[choose(kernel, available, "ssd", "torch", x.device)]
     step_options = (dt_bias, dt_softplus, tuple(dt_limit))
     return run(x, dt, A, B, C, D, z, *step_options, initial_state, call.mask, call.restart)
 
@@ -84,9 +85,11 @@ def ssd_step(x, dt, A, B, C, D=None, *, z=None, dt_bias=None, dt_softplus=False,
     return _output(linear, x, D, z).to(dtype), h
 
 
-def kernels(device: torch.device, dtype: torch.dtype | None = None) -> dict[str, str | None]:
-    """Fastest first: None for a kernel that runs there, else why not."""
-    return dict.fromkeys(KERNELS)
+def kernels(
+    device: torch.device, dtype: torch.dtype | None = None, channels: int | None = None, states: int | None = None
+) -> dict[str, str | None]:
+    """Fastest first, for heads of so many channels and states: None for a kernel that runs there, else why not."""
+    return dict.fromkeys(KERNELS) | {"cuda": triton_ssd.reason(device, dtype, channels, states)}
 
 
 def _prepared(recurrence):
@@ -122,7 +125,7 @@ def sequential(x, step, A, B, C, h0, restart):
 
 
 # Fastest first.
-KERNELS = {"chunked": _prepared(chunked_ssd.chunked), "sequential": sequential}
+KERNELS = {"cuda": triton_ssd.cuda, "chunked": _prepared(chunked_ssd.chunked), "sequential": sequential}
 
 
 def _step_size(dt, dt_bias, dt_softplus, dt_limit):
