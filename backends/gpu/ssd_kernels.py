@@ -3,14 +3,16 @@
 A sequence is cut into chunks of `Q` positions, and the chunks into segments. `steps` computes the step sizes and the
 sums of the logarithms of the decays in each chunk. `states` carries a state through a segment: forward, what x and B
 add to it; backward, its gradient, to which dy and C add. `forward` carries the state through a segment and computes y.
-`of_queries` and `of_keys` compute all gradients of a chunk for some heads of a group, from the states around it.
+`of_queries` and `of_keys` compute the gradients of x, B, C and D in a chunk for some heads of a group, from the states
+around it, and `of_steps` those of the step sizes from what they leave. `totals` sums over chunks.
 
 A chunk computes as `kernels/chunked_ssd.py` of each framework does: y_i is the sum over j <= i of
 (C_i B_j) exp(a_{j+1} + ... + a_i) step_j x_j, and of exp(a_1 + ... + a_i) h C_i, with a = step A. A position that begins
 anew has the least a, of which exp is zero.
 
 EXACT, for float32: the sums of a stand in two parts, of which the first is exact on a grid, so that differences are
-exact too. Otherwise the first part is the whole sum, and the second the same less the logarithm of the step size.
+exact too. Otherwise the first part is the whole sum, and the second the same less the logarithm of the step size, both
+to the base 2.
 
 Names of axes: i and j positions of a chunk, p and n. States are (n, p) here. P and N are padded to powers of 2.
 Of a sequence, `_batch` and `_row` are the strides of its first two axes; the others are dense.
@@ -28,6 +30,9 @@ Q = tl.constexpr(64)
 ROWS = tl.constexpr(32)
 # exp of less is zero; and the grid, on which the sums of a chunk are exact in float32.
 LEAST_LOG, GRID = tl.constexpr(-128.0), tl.constexpr(1024.0)
+# As an exponent of 2 or of e: of that, zero is left.
+NEVER = tl.constexpr(-256.0)
+LOG2_E = tl.constexpr(1.4426950408889634)
 # exp of this is zero, and so is the gradient of whoever passes through it.
 ZERO_LOG = tl.constexpr(-104.0)
 # Of A: exp(0 * -inf) is no number.
@@ -49,6 +54,16 @@ def _product(a, b, total, PRECISION: tl.constexpr):
     if PRECISION == "widened":  # the interpreter multiplies matrices of bfloat16 as if they were whole numbers
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total)
     return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@jit
+def _power(value, EXACT: tl.constexpr, PRECISION: tl.constexpr):
+    """What is left of a decay of that logarithm: to the base e if EXACT, else to the base 2, in one instruction."""
+    if EXACT:
+        return tl.exp(value)
+    if PRECISION == "widened":
+        return tl.exp2(value)
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [value], tl.float32, is_pure=True, pack=1)
 
 
 @jit
@@ -118,8 +133,8 @@ def steps(
         rounded = ((log * GRID + ROUNDING) - ROUNDING) / GRID
         sum_, rest_ = tl.cumsum(rounded, axis=0), tl.cumsum(log - rounded, axis=0)
     else:
-        sum_ = tl.cumsum(log, axis=0)
-        rest_ = sum_ - tl.log(step)
+        sum_ = tl.cumsum(log * LOG2_E, axis=0)
+        rest_ = sum_ - tl.log2(step)
     tl.store(sizes + place, step, mask=there[None, :])
     tl.store(sums + place, sum_, mask=there[None, :])
     tl.store(rest + place, rest_, mask=there[None, :])
@@ -146,9 +161,9 @@ def _counting(mask, batch, at, length, HAS_MASK: tl.constexpr):
 
 
 @jit
-def _from_start(own_sum, own_rest, EXACT: tl.constexpr):
+def _from_start(own_sum, own_rest, EXACT: tl.constexpr, PRECISION: tl.constexpr):
     """The decay from a chunk's beginning to a position."""
-    return tl.exp(own_sum + own_rest if EXACT else own_sum)
+    return _power(own_sum + own_rest if EXACT else own_sum, EXACT, PRECISION)
 
 
 @jit
@@ -171,18 +186,30 @@ def _cells(N: tl.constexpr, P: tl.constexpr, NN: tl.constexpr, PP: tl.constexpr)
 
 
 @jit
-def _carried(state, log):
+def _carried(state, log, EXACT: tl.constexpr, PRECISION: tl.constexpr):
     """The state after a decay; where nothing is left, neither Inf nor NaN is."""
-    through = tl.exp(log)
+    through = _power(log, EXACT, PRECISION)
     return tl.where(through == 0.0, 0.0, state * through)
 
 
 @jit
-def _begun(state, added, logs, row, segment, SEGMENTS: tl.constexpr, BACKWARD: tl.constexpr, SIZE: tl.constexpr, cells):
+def _begun(
+    state,
+    added,
+    logs,
+    row,
+    segment,
+    cells,
+    SEGMENTS: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    SIZE: tl.constexpr,
+    EXACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """The state from which a segment begins, of what the segments before it add, or after it if BACKWARD."""
     for other in range(SEGMENTS - 1 - segment if BACKWARD else segment):
         index = SEGMENTS - 1 - other if BACKWARD else other
-        state = _carried(state, tl.load(logs + row * SEGMENTS + index))
+        state = _carried(state, tl.load(logs + row * SEGMENTS + index), EXACT, PRECISION)
         state += tl.load(added + (row * SEGMENTS + index) * SIZE + cells)
     return state
 
@@ -240,7 +267,7 @@ def states(
         if HAS_BEGIN:
             state = tl.load(begin + row * P * N + outer, mask=exists, other=0.0)
         if SEGMENTS > 1:
-            state = _begun(state, added, logs, row, segment, SEGMENTS, BACKWARD, NN * PP, cells)
+            state = _begun(state, added, logs, row, segment, cells, SEGMENTS, BACKWARD, NN * PP, EXACT, PRECISION)
     x += batch * x_batch + head * P
     B += batch * B_batch + head // OF_GROUP * N
     sizes += row * chunks * Q
@@ -265,15 +292,15 @@ def states(
         if BACKWARD:
             if not ADDS:
                 passing = tl.sum(tl.sum(tl.load(before + place).to(tl.float32) * state, 1), 0)
-                through = tl.exp(whole)
+                through = _power(whole, EXACT, PRECISION)
                 tl.store(passed + row * chunks + chunk, tl.where(through == 0.0, 0.0, passing * through))
-            weight = _from_start(own_sum, own_rest, EXACT)
+            weight = _from_start(own_sum, own_rest, EXACT, PRECISION)
         else:
-            weight = tl.exp(_sized(end_sum, end_rest, own_sum, own_rest, EXACT))
+            weight = _power(_sized(end_sum, end_rest, own_sum, own_rest, EXACT), EXACT, PRECISION)
             if EXACT:
                 weight *= tl.load(sizes + at)
         value = tl.where(weight[:, None] == 0.0, 0.0, given.to(tl.float32) * weight[:, None])
-        state = _carried(state, whole)
+        state = _carried(state, whole, EXACT, PRECISION)
         state = _product(tl.trans(keys), value.to(keys.dtype), state, PRECISION)
         log += whole
     if ADDS:
@@ -285,10 +312,38 @@ def states(
 
 
 @jit
+def scores(
+    B,
+    C,
+    mask,
+    written,
+    length,
+    B_batch,
+    B_row,
+    C_batch,
+    C_row,
+    N: tl.constexpr,
+    NN: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """C_i B_j of each chunk, (b, chunks, g, i, j) in float32: all heads of a group share them."""
+    chunk, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    q = tl.arange(0, Q)
+    inside = _counting(mask, batch, chunk * Q + q, length, HAS_MASK)
+    keys = _tile(B + batch * B_batch + group * N, chunk, inside, B_row, N, NN)
+    queries = _tile(C + batch * C_batch + group * N, chunk, inside, C_row, N, NN)
+    value = _product(queries, tl.trans(keys), tl.zeros((Q, Q), tl.float32), PRECISION)
+    place = ((batch * tl.num_programs(0) + chunk) * tl.num_programs(1) + group) * Q * Q
+    tl.store(written + place + (q * Q)[:, None] + q[None, :], value)
+
+
+@jit
 def forward(
     x,
     B,
     C,
+    products,
     D,
     z,
     mask,
@@ -344,7 +399,7 @@ def forward(
     if HAS_BEGIN:
         state = tl.load(begin + row * P * N + outer, mask=exists, other=0.0)
     if SEGMENTS > 1:
-        state = _begun(state, added, logs, row, segment, SEGMENTS, False, NN * PP, cells)
+        state = _begun(state, added, logs, row, segment, cells, SEGMENTS, False, NN * PP, EXACT, PRECISION)
     skip = _skip(D, head, p, P, D_OF)
     x += batch * x_batch + head * P
     z += batch * z_batch + head * P
@@ -353,6 +408,7 @@ def forward(
     dz += batch * length * HEADS * P + head * P
     B += batch * B_batch + head // OF_GROUP * N
     C += batch * C_batch + head // OF_GROUP * N
+    products += (batch * chunks * (HEADS // OF_GROUP) + head // OF_GROUP) * Q * Q
     sizes += row * chunks * Q
     sums += row * chunks * Q
     rest += row * chunks * Q
@@ -368,14 +424,14 @@ def forward(
         end_sum, end_rest = tl.load(sums + end), tl.load(rest + end)
 
         weights = _sized(own_sum[:, None], own_rest[:, None], own_sum[None, :], own_rest[None, :], EXACT)
-        weights = tl.exp(tl.where(q[:, None] >= q[None, :], weights, LEAST_LOG))
-        weight = tl.exp(_sized(end_sum, end_rest, own_sum, own_rest, EXACT))[:, None]
+        weights = _power(tl.where(q[:, None] >= q[None, :], weights, NEVER), EXACT, PRECISION)
+        weight = _power(_sized(end_sum, end_rest, own_sum, own_rest, EXACT), EXACT, PRECISION)[:, None]
         if EXACT:
             size = tl.load(sizes + at)
             weights *= size[None, :]
             weight *= size[:, None]
-        weights *= _product(queries, tl.trans(keys), tl.zeros((Q, Q), tl.float32), PRECISION)
-        start = _from_start(own_sum, own_rest, EXACT)[:, None]
+        weights *= tl.load(products + chunk * (HEADS // OF_GROUP * Q * Q) + (q * Q)[:, None] + q[None, :])
+        start = _from_start(own_sum, own_rest, EXACT, PRECISION)[:, None]
         value = _product(queries, state.to(keys.dtype), tl.zeros((Q, PP), tl.float32), PRECISION)
         value = tl.where(start == 0.0, 0.0, value * start)
         value = _product(weights.to(given.dtype), given, value, PRECISION)
@@ -395,7 +451,7 @@ def forward(
         tl.store(y + place, value.to(y.dtype.element_ty), mask=here)
 
         ended = tl.where(weight == 0.0, 0.0, given.to(tl.float32) * weight)
-        state = _carried(state, end_sum + end_rest if EXACT else end_sum)
+        state = _carried(state, end_sum + end_rest if EXACT else end_sum, EXACT, PRECISION)
         state = _product(tl.trans(keys), ended.to(keys.dtype), state, PRECISION)
     if not GRADIENT:
         if segment == SEGMENTS - 1:
@@ -454,7 +510,7 @@ def of_queries(
         place = (batch * HEADS + head) * chunks * Q + at
         state = tl.load(before + _state(batch, chunk, head, chunks, HEADS, PP, NN))
         arriving = _tile(dy + head * P, chunk, inside, dy_row, P, PP)
-        start = _from_start(tl.load(sums + place), tl.load(rest + place), EXACT)[:, None]
+        start = _from_start(tl.load(sums + place), tl.load(rest + place), EXACT, PRECISION)[:, None]
         value = _product(arriving, tl.trans(state), tl.zeros((Q, NN), tl.float32), PRECISION)
         value = tl.where(start == 0.0, 0.0, value * start)
         tl.store(started + place, tl.sum(value * queries.to(tl.float32), 1))
@@ -494,41 +550,33 @@ def _shares(
 @jit
 def of_keys(
     x,
-    dt,
-    A,
     B,
     C,
     D,
-    bias,
     mask,
-    restart,
     sizes,
     sums,
     rest,
     after,
     dy,
-    started,
-    passed,
     dC_started,
     dx,
-    ddt,
     dB,
     dC,
-    shares,
+    inner,
+    leaving,
+    spanning,
+    skipped,
     length,
     chunks,
     x_batch,
     x_row,
-    dt_batch,
-    dt_row,
     B_batch,
     B_row,
     C_batch,
     C_row,
     dy_batch,
     dy_row,
-    least,
-    most,
     HEADS: tl.constexpr,
     OF_GROUP: tl.constexpr,
     TOGETHER: tl.constexpr,
@@ -536,21 +584,22 @@ def of_keys(
     N: tl.constexpr,
     PP: tl.constexpr,
     NN: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
     D_OF: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
-    HAS_RESTART: tl.constexpr,
     EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """All other gradients of a chunk, for TOGETHER heads of a group.
+    """The gradients of x, B and C of a chunk, for TOGETHER heads of a group, and what `of_steps` needs.
 
     after: the gradient of the state after the chunk, (b, chunks, h, NN, PP).
-    started, dC_started: of `of_queries`; passed: of `states`.
+    dC_started: of `of_queries`.
     dB, dC: (parts, b, l, g, n), each program's share of the heads.
-    shares: (b, chunks, 2 + D_OF, h), what each chunk adds to the gradients of A, the bias and D.
-    EXACT: sums what spans a position. A difference of sums is faster, and loses what long steps make small.
+    inner, leaving: (b, h, chunks * Q), the gradient of each step size as x's factor: inside the chunk, and by the state
+        after.
+    spanning: (b, h, chunks * Q). EXACT: the gradient of each logarithm by what spans it inside the chunk. Otherwise
+        that of what arrives at each position, from which the gradient is a difference of sums: faster, but it loses
+        what long steps make small.
+    skipped: (b, chunks, h, D_OF), the gradient of D.
     """
     chunk, part, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     group = part // (OF_GROUP // TOGETHER)
@@ -564,83 +613,58 @@ def of_keys(
     scores = _product(keys, tl.trans(queries), tl.zeros((Q, Q), tl.float32), PRECISION)
     dscores = tl.zeros((Q, Q), tl.float32)
     dkeys = tl.zeros((Q, NN), tl.float32)
-    first = batch * length + chunk.to(tl.int64) * Q
     x += batch * x_batch
     dy += batch * dy_batch
-    dx += first * HEADS * P
-    ddt += first * HEADS
-    dt += batch * dt_batch + chunk.to(tl.int64) * Q * dt_row
+    dx += (batch * length + chunk.to(tl.int64) * Q) * HEADS * P
     here = (at < length)[:, None] & (p < P)[None, :]
     places = (q * HEADS * P)[:, None] + p[None, :]
     for index in range(TOGETHER):
         head = part * TOGETHER + index
-        row = batch * HEADS + head
-        place = row * chunks * Q + at
+        place = (batch * HEADS + head) * chunks * Q + at
         size = tl.load(sizes + place)
         own_sum, own_rest = tl.load(sums + place), tl.load(rest + place)
-        end = row * chunks * Q + chunk * Q + Q - 1
+        end = (batch * HEADS + head) * chunks * Q + chunk * Q + Q - 1
         end_sum, end_rest = tl.load(sums + end), tl.load(rest + end)
         dstate = tl.load(after + _state(batch, chunk, head, chunks, HEADS, PP, NN))
         given = _tile(x + head * P, chunk, inside, x_row, P, PP)
         arriving = _tile(dy + head * P, chunk, inside, dy_row, P, PP)
-        skip = _skip(D, head, p, P, D_OF)
-        to_end = tl.exp(_between(end_sum, end_rest, own_sum, own_rest, EXACT))[:, None]
+        to_end = _power(_between(end_sum, end_rest, own_sum, own_rest, EXACT), EXACT, PRECISION)[:, None]
         between = _between(own_sum[None, :], own_rest[None, :], own_sum[:, None], own_rest[:, None], EXACT)
-        decay = tl.exp(tl.where(later, between, LEAST_LOG))
+        decay = _power(tl.where(later, between, NEVER), EXACT, PRECISION)
+        weights = (scores * decay * size[:, None]).to(given.dtype)
 
         # What passes between positions of the chunk.
-        of_pairs = _product(given, tl.trans(arriving), tl.zeros((Q, Q), tl.float32), PRECISION) * decay
+        of_pairs = _product(given, tl.trans(arriving), tl.zeros((Q, Q), tl.float32), PRECISION)
+        wide, arriving_wide = given.to(tl.float32), arriving.to(tl.float32)
+        if D_OF > 1:
+            of_D = tl.sum(arriving_wide * wide, 0)
+            tl.store(skipped + ((batch * chunks + chunk) * HEADS + head) * D_OF + p, of_D, mask=p < P)
+        elif D_OF == 1:
+            of_D = tl.sum(tl.sum(arriving_wide * wide, 1), 0)
+            tl.store(skipped + (batch * chunks + chunk) * HEADS + head, of_D)
+        of_pairs *= decay
         dscores += of_pairs * size[:, None]
         of_pairs *= scores
-        dsize = tl.sum(of_pairs, 1)
-        # What passes no decay is no part of its gradient.
-        of_pairs = tl.where(q[None, :] > q[:, None], of_pairs * size[:, None], 0.0)
+        tl.store(inner + place, tl.sum(of_pairs, 1))
+        of_pairs *= size[:, None]
         if EXACT:
-            # Of (k, i): the sum over j < k, for k <= i.
-            spanning = tl.sum(tl.where(later, tl.cumsum(of_pairs, 0) - of_pairs, 0.0), 1)
-            spanning += tl.cumsum(tl.load(started + place), 0, reverse=True)
+            # What passes no decay is no part of its gradient. Of (k, i): the sum over j < k, for k <= i.
+            of_pairs = tl.where(q[None, :] > q[:, None], of_pairs, 0.0)
+            tl.store(spanning + place, tl.sum(tl.where(later, tl.cumsum(of_pairs, 0) - of_pairs, 0.0), 1))
         else:
-            spanning = tl.load(started + place) + tl.sum(of_pairs, 0) - tl.sum(of_pairs, 1)
-            spanning = tl.cumsum(spanning, 0, reverse=True)
+            tl.store(spanning + place, tl.sum(of_pairs, 0))
 
         # What goes to the state after. A sum would make one product of both, laid out worse: hence the fma.
-        weights = (scores * decay * size[:, None]).to(given.dtype)
         dgiven = _product(weights, arriving, tl.zeros((Q, PP), tl.float32), PRECISION)
         value = _product(keys, dstate, tl.zeros((Q, PP), tl.float32), PRECISION)
         value = tl.where(to_end == 0.0, 0.0, value * to_end)
-        wide, arriving_wide = given.to(tl.float32), arriving.to(tl.float32)
-        leaving = tl.sum(value * wide, 1)
+        tl.store(leaving + place, tl.sum(value * wide, 1))
         ended = tl.where(to_end == 0.0, 0.0, wide * (to_end * size[:, None])).to(given.dtype)
         dkeys = _product(ended, tl.trans(dstate), dkeys, PRECISION)
-        value = tl.fma(value, tl.broadcast_to(size[:, None], (Q, PP)), dgiven) + skip[None, :] * arriving_wide
-        tl.store(dx + head * P + places, value.to(dx.dtype.element_ty), mask=here)
-
-        # The gradient of a logarithm is the sum of what spans its position.
-        leaves = leaving * size
-        dlog = spanning + (tl.cumsum(leaves, 0) - leaves) + tl.load(passed + row * chunks + chunk)
-        rate = tl.maximum(tl.load(A + head), LEAST_RATE)
-        gone = size * rate <= ZERO_LOG
-        if HAS_RESTART:
-            gone = gone | (tl.load(restart + batch * length + at, mask=inside, other=0) != 0)
-        dlog = tl.where(gone, 0.0, dlog)
-        raw = tl.load(dt + q * dt_row + head, mask=inside, other=0.0).to(tl.float32)
-        if HAS_BIAS:
-            raw += tl.load(bias + head)
-        _, within = _step_of(raw, least, most, SOFTPLUS)
-        dsize += dlog * rate + leaving
-        dsize = tl.where(inside & within, dsize, 0.0)
-        if SOFTPLUS:
-            dsize *= tl.sigmoid(raw)
-        tl.store(ddt + q * HEADS + head, dsize.to(ddt.dtype.element_ty), mask=at < length)
-        share = shares + (batch * chunks + chunk) * (2 + D_OF) * HEADS + head
-        tl.store(share, tl.sum(dlog * size, 0))
-        tl.store(share + HEADS, tl.sum(dsize, 0))
+        value = tl.fma(value, tl.broadcast_to(size[:, None], (Q, PP)), dgiven)
         if D_OF:
-            of_skip = tl.sum(arriving_wide * wide, 0)
-            if D_OF == 1:
-                tl.store(share + 2 * HEADS, tl.sum(of_skip, 0))
-            else:
-                tl.store(share + (2 + p) * HEADS, of_skip, mask=p < P)
+            value += _skip(D, head, p, P, D_OF)[None, :] * arriving_wide
+        tl.store(dx + head * P + places, value.to(dx.dtype.element_ty), mask=here)
     cells, exists = _shares(part, batch, chunk, length, HEADS, OF_GROUP, TOGETHER, N, NN)
     dscores = dscores.to(keys.dtype)
     dkeys = _product(dscores, queries, dkeys, PRECISION)
@@ -651,19 +675,87 @@ def of_keys(
 
 
 @jit
-def totals(shares, dA, dbias, dD, rows, HEADS: tl.constexpr, D_OF: tl.constexpr, BLOCK: tl.constexpr):
-    """The gradients of A (h), the bias (h) and D (h, D_OF) of `backward`'s shares, (rows, 2 + D_OF, h)."""
-    kind, head = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+def of_steps(
+    dt,
+    A,
+    bias,
+    mask,
+    restart,
+    sizes,
+    started,
+    passed,
+    inner,
+    leaving,
+    spanning,
+    ddt,
+    shares,
+    length,
+    dt_batch,
+    dt_row,
+    least,
+    most,
+    HEADS: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_RESTART: tl.constexpr,
+    EXACT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The gradient of dt, and what each chunk adds to those of A and the bias: shares (b, chunks, 2, h)."""
+    chunk, chunks, batch = tl.program_id(0), tl.num_programs(0), tl.program_id(2).to(tl.int64)
+    q = tl.arange(0, Q)
+    at = chunk * Q + q
+    head = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    there = (head < HEADS)[None, :]
+    inside = _counting(mask, batch, at, length, HAS_MASK)
+    place = (batch * HEADS + head)[None, :] * (chunks * Q) + at[:, None]
+    size = tl.load(sizes + place, mask=there, other=0.0)
+    leaves = tl.load(leaving + place, mask=there, other=0.0)
+    direct = tl.load(inner + place, mask=there, other=0.0)
+    start = tl.load(started + place, mask=there, other=0.0)
+    spans = tl.load(spanning + place, mask=there, other=0.0)
+    # The gradient of a logarithm is the sum of what spans its position.
+    if EXACT:
+        dlog = spans + tl.cumsum(start, 0, reverse=True)
+    else:
+        dlog = tl.cumsum(start + spans - direct * size, 0, reverse=True)
+    ended = leaves * size
+    dlog += tl.cumsum(ended, 0) - ended
+    dlog += tl.load(passed + (batch * HEADS + head) * chunks + chunk, mask=head < HEADS, other=0.0)[None, :]
+    rate = tl.maximum(tl.load(A + head, mask=head < HEADS, other=0.0), LEAST_RATE)[None, :]
+    gone = size * rate <= ZERO_LOG
+    if HAS_RESTART:
+        gone = gone | (tl.load(restart + batch * length + at, mask=at < length, other=0) != 0)[:, None]
+    dlog = tl.where(gone, 0.0, dlog)
+    own = dt + batch * dt_batch + chunk.to(tl.int64) * Q * dt_row + (q * dt_row)[:, None] + head[None, :]
+    raw = tl.load(own, mask=(at < length)[:, None] & there, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        raw += tl.load(bias + head, mask=head < HEADS, other=0.0)[None, :]
+    _, within = _step_of(raw, least, most, SOFTPLUS)
+    dsize = direct + leaves + dlog * rate
+    if SOFTPLUS:
+        dsize *= tl.sigmoid(raw)
+    dsize = tl.where(inside[:, None] & within & there, dsize, 0.0)
+    to = ddt + (batch * length + chunk.to(tl.int64) * Q) * HEADS + (q * HEADS)[:, None] + head[None, :]
+    tl.store(to, dsize.to(ddt.dtype.element_ty), mask=(at < length)[:, None] & there)
+    share = shares + (batch * chunks + chunk) * 2 * HEADS + head
+    tl.store(share, tl.sum(dlog * size, 0), mask=head < HEADS)
+    tl.store(share + HEADS, tl.sum(dsize, 0), mask=head < HEADS)
+
+
+@jit
+def totals(shares, skipped, dA, dbias, dD, rows, HEADS: tl.constexpr, D_OF: tl.constexpr, BLOCK: tl.constexpr):
+    """The gradients of A (h), the bias (h) and D (h, D_OF): of shares (rows, 2, h) and skipped (rows, h, D_OF)."""
+    kind, place = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    values, result, width, count = shares + kind * HEADS, dA, 2 * HEADS, HEADS
+    if kind == 1:
+        result = dbias
+    if kind == 2:
+        values, result, width, count = skipped, dD, HEADS * D_OF, HEADS * D_OF
     row = tl.arange(0, ROWS)
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     for first in range(0, rows, ROWS):
-        there = ((first + row) < rows)[:, None] & (head < HEADS)[None, :]
-        place = ((first + row).to(tl.int64) * (2 + D_OF) + kind) * HEADS
-        total += tl.load(shares + place[:, None] + head[None, :], mask=there, other=0.0)
-    total = tl.sum(total, 0)
-    if kind == 0:
-        tl.store(dA + head, total, mask=head < HEADS)
-    elif kind == 1:
-        tl.store(dbias + head, total, mask=head < HEADS)
-    else:
-        tl.store(dD + head * D_OF + kind - 2, total, mask=head < HEADS)
+        there = ((first + row) < rows)[:, None] & (place < count)[None, :]
+        total += tl.load(values + ((first + row).to(tl.int64) * width)[:, None] + place[None, :], mask=there, other=0.0)
+    tl.store(result + place, tl.sum(total, 0), mask=place < count)

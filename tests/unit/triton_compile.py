@@ -19,7 +19,7 @@ NAMES = {
     torch.uint8: "u8",
     torch.bool: "i1",
 }
-OPTIONS = ("num_warps", "num_stages", "launch_pdl", "maxnreg")
+OPTIONS = ("enable_fp_fusion", "num_warps", "num_stages", "launch_pdl", "maxnreg")
 
 
 @contextmanager

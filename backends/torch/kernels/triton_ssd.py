@@ -20,7 +20,7 @@ MULTIPROCESSORS = 132
 STATES = {"num_warps": 4, "num_stages": 3}
 FORWARD = {"num_warps": 4, "num_stages": 2}
 QUERIES = {"num_warps": 4, "num_stages": 2}
-KEYS = {"num_warps": 4, "num_stages": 2}
+KEYS = {"num_warps": 8, "num_stages": 2}
 
 
 def reason(
@@ -138,6 +138,14 @@ class _Call:
         self.plan = _plan(x, B)
         precision = "widened" if triton.INTERPRETED else gpu.PRECISIONS[str(x.dtype).removeprefix("torch.")]
         self.exact = {"EXACT": x.dtype == torch.float32}
+        self.of_steps = self.exact | {
+            "HEADS": self.plan.heads,
+            "SOFTPLUS": dt_softplus,
+            "HAS_BIAS": dt_bias is not None,
+            "HAS_MASK": mask is not None,
+            "HAS_RESTART": restart is not None,
+            "BLOCK": gpu.HEADS,
+        }
         self.common = self.plan.sizes | self.exact | {"HAS_MASK": mask is not None, "PRECISION": precision}
 
     def forward(self):
@@ -162,16 +170,18 @@ class _Call:
         dz = None if self.z is None else self.z.new_empty(self.z.shape)
         dh0 = new(plan.batch, plan.heads, plan.channels, plan.states)
         of_D = self._values_of_D()
-        shares = new(plan.batch * plan.chunks, 2 + of_D, plan.heads)
+        chunks = plan.batch * plan.chunks
+        shares, skipped = new(chunks, 2, plan.heads), new(chunks, plan.heads, of_D)
         dA, dbias = (torch.empty_like(self.A) for _ in range(2))
         dD = None if self.D is None else torch.empty_like(self.D)
         dtype = x.dtype if plan.parts == 1 else torch.float32
         dB, dC = (x.new_empty(plan.parts, *self.B.shape, dtype=dtype) for _ in range(2))
         dC_started = dC if dtype == torch.float32 else new(dC.shape)
-        passed, started = new(plan.batch, plan.heads, plan.chunks), new(plan.batch, plan.heads, plan.chunks * gpu.CHUNK)
+        passed = new(plan.batch, plan.heads, plan.chunks)
         grid = (plan.chunks, plan.heads // plan.together, plan.batch)
         with triton.launching(x):
             decays = self._steps()
+            started, *by_position = (torch.empty_like(decays[0]) for _ in range(4))
             if dz is not None:
                 through = x.new_empty(x.shape)
                 self._forward(decays, added, logs, y=through, dz=dz, dy=dy)
@@ -190,20 +200,25 @@ class _Call:
                 **QUERIES,
             )
             self.kernels.of_keys[grid](
-                *(x, self.dt, self.A, self.B, self.C, self._or(self.D), self._or(self.bias)),
-                *(self._or(self.mask), self._or(self.restart), *decays, after, dy, started, passed, dC_started),
-                *(dx, ddt, dB, dC, shares, plan.length, plan.chunks),
-                *(*_strides(x), *_strides(self.dt), *_strides(self.B), *_strides(self.C), *_strides(dy), *self.limits),
+                *(x, self.B, self.C, self._or(self.D), self._or(self.mask), *decays, after, dy, dC_started),
+                *(dx, dB, dC, *by_position, skipped, plan.length, plan.chunks),
+                *(*_strides(x), *_strides(self.B), *_strides(self.C), *_strides(dy)),
                 **self.common,
                 TOGETHER=plan.together,
-                SOFTPLUS=self.softplus,
                 D_OF=of_D,
-                HAS_BIAS=self.bias is not None,
-                HAS_RESTART=self.restart is not None,
                 **KEYS,
             )
-            self.kernels.totals[(2 + of_D, triton.blocks_of(plan.heads, gpu.HEADS))](
-                *(shares, dA, dbias, self._or(dD), len(shares)), HEADS=plan.heads, D_OF=of_D, BLOCK=gpu.HEADS
+            self.kernels.of_steps[self._grid_of_steps()](
+                *(self.dt, self.A, self._or(self.bias), self._or(self.mask), self._or(self.restart)),
+                *(decays[0], started, passed, *by_position, ddt, shares),
+                *(plan.length, *_strides(self.dt), *self.limits),
+                **self.of_steps,
+                # A product that is rounded in one place and not in another would not cancel.
+                enable_fp_fusion=not self.exact["EXACT"],
+            )
+            blocks = triton.blocks_of(plan.heads * max(1, of_D), gpu.HEADS)
+            self.kernels.totals[(3 if of_D else 2, blocks)](
+                *(shares, skipped, dA, dbias, self._or(dD), chunks), HEADS=plan.heads, D_OF=of_D, BLOCK=gpu.HEADS
             )
         dB, dC = (value.squeeze(0) if plan.parts == 1 else value.sum(0).to(x.dtype) for value in (dB, dC))
         found = [dx, ddt, dA, dB, dC]
@@ -212,8 +227,13 @@ class _Call:
 
     def _forward(self, decays, added, logs, *, y, last=None, dz=None, dy=None):
         plan = self.plan
+        products = self.A.new_empty(plan.batch, plan.chunks, plan.groups, gpu.CHUNK, gpu.CHUNK)
+        self.kernels.scores[(plan.chunks, plan.groups, plan.batch)](
+            *(self.B, self.C, self._or(self.mask), products, plan.length, *_strides(self.B), *_strides(self.C)),
+            **{name: self.common[name] for name in ("N", "NN", "HAS_MASK", "PRECISION")},
+        )
         self.kernels.forward[(plan.heads, plan.segments, plan.batch)](
-            *(self.x, self.B, self.C, self._or(self.D), self._or(self.z), self._or(self.mask)),
+            *(self.x, self.B, self.C, products, self._or(self.D), self._or(self.z), self._or(self.mask)),
             *(*decays, self._or(self.h0), added, logs, self._or(dy), y, self._or(dz), self._or(last)),
             *(plan.length, plan.chunks, plan.of_segment),
             *(*_strides(self.x), *_strides(self.B), *_strides(self.C), *_strides(self.z), *_strides(dy)),
@@ -231,19 +251,15 @@ class _Call:
         plan = self.plan
         shape = (plan.batch, plan.heads, plan.chunks * gpu.CHUNK)
         decays = [self.A.new_empty(shape) for _ in range(3)]
-        grid = (plan.chunks, triton.blocks_of(plan.heads, gpu.HEADS), plan.batch)
-        self.kernels.steps[grid](
+        self.kernels.steps[self._grid_of_steps()](
             *(self.dt, self.A, self._or(self.bias), self._or(self.mask), self._or(self.restart), *decays),
             *(plan.length, *_strides(self.dt), *self.limits),
-            HEADS=plan.heads,
-            SOFTPLUS=self.softplus,
-            HAS_BIAS=self.bias is not None,
-            HAS_MASK=self.mask is not None,
-            HAS_RESTART=self.restart is not None,
-            BLOCK=gpu.HEADS,
-            **self.exact,
+            **self.of_steps,
         )
         return decays
+
+    def _grid_of_steps(self):
+        return self.plan.chunks, triton.blocks_of(self.plan.heads, gpu.HEADS), self.plan.batch
 
     def _states(self, x, B, decays, begin, *, added, logs, backward=False, **written):
         """What each segment adds to a state, to `added` and `logs`; or the states around each chunk, to `written`."""
