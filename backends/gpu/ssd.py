@@ -8,8 +8,8 @@ from typing import NamedTuple
 # Positions of a chunk, as `ssd_kernels.Q`.
 CHUNK = 64
 DTYPES = ("float32", "bfloat16", "float16")
-# Of channels of a head and of states, padded to powers of 2; and of both together, which are in registers.
-LARGEST_CHANNELS, LARGEST_STATES, LARGEST = 128, 256, 2**14
+# Of channels of a head and of states, padded to powers of 2; and of both together, by the bytes of a factor.
+LARGEST_CHANNELS, LARGEST_STATES, LARGEST = 128, 256, {2: 2**14, 4: 2**13}
 LEAST_PADDED = 16
 # Heads of a program that computes step sizes.
 HEADS = 16
@@ -29,10 +29,11 @@ def reason(dtype: str | None, channels: int | None = None, states: int | None = 
         return f"x is {dtype}, and it computes {', '.join(DTYPES)}"
     if channels is None or states is None:
         return None
-    if channels > LARGEST_CHANNELS or states > LARGEST_STATES or padded(channels) * padded(states) > LARGEST:
+    largest = LARGEST[2 if dtype == "bfloat16" else 4]
+    if channels > LARGEST_CHANNELS or states > LARGEST_STATES or padded(channels) * padded(states) > largest:
         return (
             f"a head has {channels} channels and {states} states, and it holds at most {LARGEST_CHANNELS} and "
-            f"{LARGEST_STATES}, and {LARGEST} of both, each padded to a power of 2"
+            f"{LARGEST_STATES}, and {largest} of both, each padded to a power of 2"
         )
     return None
 

@@ -21,6 +21,8 @@ STATES = {"num_warps": 4, "num_stages": 3}
 FORWARD = {"num_warps": 4, "num_stages": 2}
 QUERIES = {"num_warps": 4, "num_stages": 2}
 KEYS = {"num_warps": 8, "num_stages": 2}
+# Triton 3.6 writes beyond its memory where eight warps share a smaller product.
+LEAST_SHARED = 64
 
 
 def reason(
@@ -138,6 +140,8 @@ class _Call:
         self.plan = _plan(x, B)
         precision = "widened" if triton.INTERPRETED else gpu.PRECISIONS[str(x.dtype).removeprefix("torch.")]
         self.exact = {"EXACT": x.dtype == torch.float32}
+        # A product that is rounded in one place and not in another would not cancel.
+        self.unfused = {"enable_fp_fusion": not self.exact["EXACT"]}
         self.of_steps = self.exact | {
             "HEADS": self.plan.heads,
             "SOFTPLUS": dt_softplus,
@@ -206,15 +210,13 @@ class _Call:
                 **self.common,
                 TOGETHER=plan.together,
                 D_OF=of_D,
-                **KEYS,
+                **KEYS | ({} if min(plan.state) >= LEAST_SHARED else {"num_warps": 4}) | self.unfused,
             )
             self.kernels.of_steps[self._grid_of_steps()](
                 *(self.dt, self.A, self._or(self.bias), self._or(self.mask), self._or(self.restart)),
                 *(decays[0], started, passed, *by_position, ddt, shares),
                 *(plan.length, *_strides(self.dt), *self.limits),
-                **self.of_steps,
-                # A product that is rounded in one place and not in another would not cancel.
-                enable_fp_fusion=not self.exact["EXACT"],
+                **self.of_steps | self.unfused,
             )
             blocks = triton.blocks_of(plan.heads * max(1, of_D), gpu.HEADS)
             self.kernels.totals[(3 if of_D else 2, blocks)](
