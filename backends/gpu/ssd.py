@@ -16,6 +16,8 @@ HEADS = 16
 # Programs that carry a state, of which a multiprocessor holds two at once; and what a segment costs beside its share.
 RESIDENT, SEGMENT_COST = 2, 1.3
 MOST_SEGMENTS = 32
+# Programs that share a state where only states are computed, each with so many channels at least.
+BLOCKS, LEAST_BLOCK = 2, 32
 # What a program of the gradient costs beside its heads, in heads.
 PROGRAM_COST = 2
 # Of x's dtype, the precision in which matrix units multiply: bfloat16 as it is, float16 as TF32, which holds it and
@@ -63,6 +65,11 @@ class Plan(NamedTuple):
     def parts(self) -> int:
         """Programs that share the heads of a group in the gradient."""
         return self.heads // self.groups // self.together
+
+    @property
+    def blocks(self) -> int:
+        """Programs that share the channels of a state between chunks."""
+        return BLOCKS if padded(self.channels) == self.channels and self.channels >= BLOCKS * LEAST_BLOCK else 1
 
     @property
     def sizes(self) -> dict[str, int]:

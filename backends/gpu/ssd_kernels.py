@@ -1,8 +1,8 @@
 """The recurrence of Mamba-2 in Triton, for the matrix units of an NVIDIA GPU, and its gradient.
 
 A sequence is cut into chunks of `Q` positions, and the chunks into segments. `steps` computes the step sizes and the
-sums of the logarithms of the decays in each chunk. `states` carries a state through a segment: forward, what x and B
-add to it; backward, its gradient, to which dy and C add. `forward` carries the state through a segment and computes y.
+sums of the logarithms of the decays in each chunk. `adds` and `states` carry a state through a segment: forward, what x
+and B add to it; backward, its gradient, to which dy and C add. `forward` carries the state through a segment and computes y.
 `of_queries` and `of_keys` compute the gradients of x, B, C and D in a chunk for some heads of a group, from the states
 around it, and `of_steps` those of the step sizes from what they leave. `totals` sums over chunks.
 
@@ -13,6 +13,8 @@ anew has the least a, of which exp is zero.
 EXACT, for float32: the sums of a stand in two parts, of which the first is exact on a grid, so that differences are
 exact too. Otherwise the first part is the whole sum, and the second the same less the logarithm of the step size, both
 to the base 2.
+
+EVEN: the length is a number of whole chunks, and there is no mask.
 
 Names of axes: i and j positions of a chunk, p and n. States are (n, p) here. P and N are padded to powers of 2.
 Of a sequence, `_batch` and `_row` are the strides of its first two axes; the others are dense.
@@ -64,6 +66,14 @@ def _power(value, EXACT: tl.constexpr, PRECISION: tl.constexpr):
     if PRECISION == "widened":
         return tl.exp2(value)
     return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [value], tl.float32, is_pure=True, pack=1)
+
+
+@jit
+def _sigmoid(value, EXACT: tl.constexpr, PRECISION: tl.constexpr):
+    if EXACT or PRECISION == "widened":
+        return tl.sigmoid(value)
+    below = 1.0 + _power(value * -LOG2_E, False, PRECISION)
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [below], tl.float32, is_pure=True, pack=1)
 
 
 @jit
@@ -141,14 +151,14 @@ def steps(
 
 
 @jit
-def _tile(base, chunk, inside, row, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+def _tile(base, chunk, inside, row, WIDTH: tl.constexpr, PADDED: tl.constexpr, EVEN: tl.constexpr):
     """(Q, width) of a sequence, zero where nothing counts; float16 as float32, because products may leave its range."""
     of_width = tl.arange(0, PADDED)
-    here = inside[:, None]
-    if WIDTH < PADDED:
-        here = here & (of_width < WIDTH)[None, :]
     place = base + chunk.to(tl.int64) * Q * row + (tl.arange(0, Q) * row)[:, None] + of_width[None, :]
-    value = tl.load(place, mask=here, other=0.0)
+    if EVEN and WIDTH == PADDED:
+        value = tl.load(place)
+    else:
+        value = tl.load(place, mask=inside[:, None] & (of_width < WIDTH)[None, :], other=0.0)
     return value.to(tl.float32) if value.dtype == tl.float16 else value
 
 
@@ -176,13 +186,6 @@ def _between(to_sum, to_rest, own_sum, own_rest, EXACT: tl.constexpr):
 def _sized(to_sum, to_rest, own_sum, own_rest, EXACT: tl.constexpr):
     """The same; unless EXACT, with the logarithm of the step size."""
     return (to_sum - own_sum) + (to_rest - own_rest) if EXACT else to_sum - own_rest
-
-
-@jit
-def _cells(N: tl.constexpr, P: tl.constexpr, NN: tl.constexpr, PP: tl.constexpr):
-    """(places, which exist) of a state (p, n) in memory, as (n, p)."""
-    n, p = tl.arange(0, NN)[:, None], tl.arange(0, PP)[None, :]
-    return p * N + n, (n < N) & (p < P)
 
 
 @jit
@@ -215,7 +218,8 @@ def _begun(
 
 
 @jit
-def states(
+def _carry(
+    batch,
     x,
     B,
     mask,
@@ -226,8 +230,6 @@ def states(
     added,
     logs,
     written,
-    before,
-    passed,
     last,
     length,
     chunks,
@@ -242,33 +244,35 @@ def states(
     N: tl.constexpr,
     PP: tl.constexpr,
     NN: tl.constexpr,
+    BLOCKS: tl.constexpr,
     SEGMENTS: tl.constexpr,
     BACKWARD: tl.constexpr,
     ADDS: tl.constexpr,
     HAS_BEGIN: tl.constexpr,
+    EVEN: tl.constexpr,
     HAS_MASK: tl.constexpr,
     EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Carries a state through a segment: forward, or its gradient backward, where x is dy and B is C.
+    """Carries a block of a state's channels through a segment: forward, or its gradient backward, with dy for x and C for B.
 
     ADDS: writes what the segment adds to a state of zero, and the logarithm of its decay, to `added` and `logs`.
     Otherwise writes the state at the beginning of each chunk, or its gradient at the end, to `written` (b, chunks, h,
-    NN, PP). BACKWARD also writes the gradient of the initial state to `last` (b, h, p, n), and to `passed` (b, h,
-    chunks) that of a chunk's decay, from the states `before` that a run forward has written.
+    NN, PP), and BACKWARD the gradient of the initial state to `last` (b, h, p, n).
     """
-    head, segment, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head, segment = tl.program_id(0) // BLOCKS, tl.program_id(1)
+    block = tl.program_id(0) % BLOCKS
+    WIDTH: tl.constexpr = PP // BLOCKS
     row = batch * HEADS + head
-    q = tl.arange(0, Q)
-    cells = tl.arange(0, NN)[:, None] * PP + tl.arange(0, PP)[None, :]
-    outer, exists = _cells(N, P, NN, PP)
-    state = tl.zeros((NN, PP), tl.float32)
+    q, n, p = tl.arange(0, Q), tl.arange(0, NN)[:, None], block * WIDTH + tl.arange(0, WIDTH)[None, :]
+    cells, outer, exists = n * PP + p, p * N + n, (n < N) & (p < P)
+    state = tl.zeros((NN, WIDTH), tl.float32)
     if not ADDS:
         if HAS_BEGIN:
             state = tl.load(begin + row * P * N + outer, mask=exists, other=0.0)
         if SEGMENTS > 1:
             state = _begun(state, added, logs, row, segment, cells, SEGMENTS, BACKWARD, NN * PP, EXACT, PRECISION)
-    x += batch * x_batch + head * P
+    x += batch * x_batch + head * P + block * WIDTH
     B += batch * B_batch + head // OF_GROUP * N
     sizes += row * chunks * Q
     sums += row * chunks * Q
@@ -280,8 +284,8 @@ def states(
         chunk = first + (count - 1 - index if BACKWARD else index)
         at = chunk * Q + q
         inside = _counting(mask, batch, at, length, HAS_MASK)
-        given = _tile(x, chunk, inside, x_row, P, PP)
-        keys = _tile(B, chunk, inside, B_row, N, NN)
+        given = _tile(x, chunk, inside, x_row, P if BLOCKS == 1 else WIDTH, WIDTH, EVEN)
+        keys = _tile(B, chunk, inside, B_row, N, NN, EVEN)
         end = chunk * Q + Q - 1
         end_sum, end_rest = tl.load(sums + end), tl.load(rest + end)
         own_sum, own_rest = tl.load(sums + at), tl.load(rest + at)
@@ -290,10 +294,6 @@ def states(
             place = ((batch * chunks + chunk) * HEADS + head) * NN * PP + cells
             tl.store(written + place, state.to(written.dtype.element_ty))
         if BACKWARD:
-            if not ADDS:
-                passing = tl.sum(tl.sum(tl.load(before + place).to(tl.float32) * state, 1), 0)
-                through = _power(whole, EXACT, PRECISION)
-                tl.store(passed + row * chunks + chunk, tl.where(through == 0.0, 0.0, passing * through))
             weight = _from_start(own_sum, own_rest, EXACT, PRECISION)
         else:
             weight = _power(_sized(end_sum, end_rest, own_sum, own_rest, EXACT), EXACT, PRECISION)
@@ -305,37 +305,113 @@ def states(
         log += whole
     if ADDS:
         tl.store(added + (row * SEGMENTS + segment) * NN * PP + cells, state)
-        tl.store(logs + row * SEGMENTS + segment, log)
+        if block == 0:
+            tl.store(logs + row * SEGMENTS + segment, log)
     elif BACKWARD:
         if segment == 0:
             tl.store(last + row * P * N + outer, state, mask=exists)
 
 
 @jit
-def scores(
+def adds(
+    x,
     B,
-    C,
     mask,
-    written,
+    sizes,
+    sums,
+    rest,
+    added,
+    logs,
     length,
+    chunks,
+    of_segment,
+    x_batch,
+    x_row,
     B_batch,
     B_row,
-    C_batch,
-    C_row,
+    HEADS: tl.constexpr,
+    OF_GROUP: tl.constexpr,
+    P: tl.constexpr,
     N: tl.constexpr,
+    PP: tl.constexpr,
     NN: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    EVEN: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """C_i B_j of each chunk, (b, chunks, g, i, j) in float32: all heads of a group share them."""
-    chunk, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    q = tl.arange(0, Q)
-    inside = _counting(mask, batch, chunk * Q + q, length, HAS_MASK)
-    keys = _tile(B + batch * B_batch + group * N, chunk, inside, B_row, N, NN)
-    queries = _tile(C + batch * C_batch + group * N, chunk, inside, C_row, N, NN)
-    value = _product(queries, tl.trans(keys), tl.zeros((Q, Q), tl.float32), PRECISION)
-    place = ((batch * tl.num_programs(0) + chunk) * tl.num_programs(1) + group) * Q * Q
-    tl.store(written + place + (q * Q)[:, None] + q[None, :], value)
+    """What each segment adds to a state, (b, h, segments, NN, PP), and the logarithm of its decay; of `_carry`."""
+    _carry(
+        tl.program_id(2).to(tl.int64),
+        *(x, B, mask, sizes, sums, rest, x, added, logs, added, added),
+        *(length, chunks, of_segment, x_batch, x_row, B_batch, B_row),
+        *(HEADS, OF_GROUP, P, N, PP, NN, BLOCKS, SEGMENTS, BACKWARD, True, False, EVEN, HAS_MASK, EXACT, PRECISION),
+    )
+
+
+@jit
+def states(
+    x,
+    B,
+    dy,
+    C,
+    mask,
+    sizes,
+    sums,
+    rest,
+    begin,
+    added,
+    logs,
+    dlast,
+    dadded,
+    dlogs,
+    before,
+    after,
+    dbegin,
+    length,
+    chunks,
+    of_segment,
+    x_batch,
+    x_row,
+    B_batch,
+    B_row,
+    dy_batch,
+    dy_row,
+    C_batch,
+    C_row,
+    HEADS: tl.constexpr,
+    OF_GROUP: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    PP: tl.constexpr,
+    NN: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    HAS_BEGIN: tl.constexpr,
+    HAS_LAST: tl.constexpr,
+    EVEN: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    EXACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The state before each chunk and the gradient of that after it, both at once; of `_carry`."""
+    batch = (tl.program_id(2) // 2).to(tl.int64)
+    if tl.program_id(2) % 2 == 0:
+        _carry(
+            *(batch, dy, C, mask, sizes, sums, rest, dlast, dadded, dlogs, after, dbegin),
+            *(length, chunks, of_segment, dy_batch, dy_row, C_batch, C_row),
+            *(HEADS, OF_GROUP, P, N, PP, NN, BLOCKS, SEGMENTS, True, False, HAS_LAST, EVEN, HAS_MASK, EXACT, PRECISION),
+        )
+    else:
+        _carry(
+            *(batch, x, B, mask, sizes, sums, rest, begin, added, logs, before, dbegin),
+            *(length, chunks, of_segment, x_batch, x_row, B_batch, B_row),
+            *(HEADS, OF_GROUP, P, N, PP, NN, BLOCKS, SEGMENTS, False, False, HAS_BEGIN),
+            *(EVEN, HAS_MASK, EXACT, PRECISION),
+        )
 
 
 @jit
@@ -343,7 +419,6 @@ def forward(
     x,
     B,
     C,
-    products,
     D,
     z,
     mask,
@@ -353,9 +428,7 @@ def forward(
     begin,
     added,
     logs,
-    dy,
     y,
-    dz,
     last,
     length,
     chunks,
@@ -368,8 +441,6 @@ def forward(
     C_row,
     z_batch,
     z_row,
-    dy_batch,
-    dy_row,
     HEADS: tl.constexpr,
     OF_GROUP: tl.constexpr,
     P: tl.constexpr,
@@ -380,21 +451,19 @@ def forward(
     D_OF: tl.constexpr,
     HAS_BEGIN: tl.constexpr,
     HAS_Z: tl.constexpr,
-    GRADIENT: tl.constexpr,
+    EVEN: tl.constexpr,
     HAS_MASK: tl.constexpr,
     EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """y (b, l, h, p), and the last state (b, h, p, n).
 
-    GRADIENT: instead the gradient of z to `dz`, and to `y` that of what z multiplies, from dy.
     D_OF: how many values D has a head: 0, 1 or P.
     """
     head, segment, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = batch * HEADS + head
-    q, p = tl.arange(0, Q), tl.arange(0, PP)
-    cells = tl.arange(0, NN)[:, None] * PP + p[None, :]
-    outer, exists = _cells(N, P, NN, PP)
+    q, n, p = tl.arange(0, Q), tl.arange(0, NN)[:, None], tl.arange(0, PP)
+    cells, outer, exists = n * PP + p[None, :], p[None, :] * N + n, (n < N) & (p < P)[None, :]
     state = tl.zeros((NN, PP), tl.float32)
     if HAS_BEGIN:
         state = tl.load(begin + row * P * N + outer, mask=exists, other=0.0)
@@ -403,12 +472,9 @@ def forward(
     skip = _skip(D, head, p, P, D_OF)
     x += batch * x_batch + head * P
     z += batch * z_batch + head * P
-    dy += batch * dy_batch + head * P
     y += batch * length * HEADS * P + head * P
-    dz += batch * length * HEADS * P + head * P
     B += batch * B_batch + head // OF_GROUP * N
     C += batch * C_batch + head // OF_GROUP * N
-    products += (batch * chunks * (HEADS // OF_GROUP) + head // OF_GROUP) * Q * Q
     sizes += row * chunks * Q
     sums += row * chunks * Q
     rest += row * chunks * Q
@@ -416,9 +482,9 @@ def forward(
     for chunk in range(first, tl.minimum(first + of_segment, chunks)):
         at = chunk * Q + q
         inside = _counting(mask, batch, at, length, HAS_MASK)
-        given = _tile(x, chunk, inside, x_row, P, PP)
-        keys = _tile(B, chunk, inside, B_row, N, NN)
-        queries = _tile(C, chunk, inside, C_row, N, NN)
+        given = _tile(x, chunk, inside, x_row, P, PP, EVEN)
+        keys = _tile(B, chunk, inside, B_row, N, NN, EVEN)
+        queries = _tile(C, chunk, inside, C_row, N, NN, EVEN)
         own_sum, own_rest = tl.load(sums + at), tl.load(rest + at)
         end = chunk * Q + Q - 1
         end_sum, end_rest = tl.load(sums + end), tl.load(rest + end)
@@ -430,32 +496,61 @@ def forward(
             size = tl.load(sizes + at)
             weights *= size[None, :]
             weight *= size[:, None]
-        weights *= tl.load(products + chunk * (HEADS // OF_GROUP * Q * Q) + (q * Q)[:, None] + q[None, :])
+        weights *= _product(queries, tl.trans(keys), tl.zeros((Q, Q), tl.float32), PRECISION)
         start = _from_start(own_sum, own_rest, EXACT, PRECISION)[:, None]
         value = _product(queries, state.to(keys.dtype), tl.zeros((Q, PP), tl.float32), PRECISION)
         value = tl.where(start == 0.0, 0.0, value * start)
         value = _product(weights.to(given.dtype), given, value, PRECISION)
         if D_OF:
             value += skip[None, :] * given.to(tl.float32)
-        place = chunk.to(tl.int64) * Q * HEADS * P + (q * HEADS * P)[:, None] + p[None, :]
-        here = (at < length)[:, None] & (p < P)[None, :]
         if HAS_Z:
-            gate = _tile(z, chunk, inside, z_row, P, PP).to(tl.float32)
-            sigmoid = tl.sigmoid(gate)
-            if GRADIENT:
-                arriving = _tile(dy, chunk, inside, dy_row, P, PP).to(tl.float32)
-                of_gate = arriving * value * sigmoid * (1.0 + gate * (1.0 - sigmoid))
-                tl.store(dz + place, of_gate.to(dz.dtype.element_ty), mask=here)
-                value = arriving
-            value *= gate * sigmoid
-        tl.store(y + place, value.to(y.dtype.element_ty), mask=here)
+            gate = _tile(z, chunk, inside, z_row, P, PP, EVEN).to(tl.float32)
+            value *= gate * _sigmoid(gate, EXACT, PRECISION)
+        place = y + chunk.to(tl.int64) * Q * HEADS * P + (q * HEADS * P)[:, None] + p[None, :]
+        tl.store(place, value.to(y.dtype.element_ty), mask=(at < length)[:, None] & (p < P)[None, :])
 
         ended = tl.where(weight == 0.0, 0.0, given.to(tl.float32) * weight)
         state = _carried(state, end_sum + end_rest if EXACT else end_sum, EXACT, PRECISION)
         state = _product(tl.trans(keys), ended.to(keys.dtype), state, PRECISION)
-    if not GRADIENT:
-        if segment == SEGMENTS - 1:
-            tl.store(last + row * P * N + outer, state, mask=exists)
+    if segment == SEGMENTS - 1:
+        tl.store(last + row * P * N + outer, state, mask=exists)
+
+
+@jit
+def gates(
+    linear,
+    z,
+    dy,
+    mask,
+    dz,
+    dlinear,
+    length,
+    z_batch,
+    z_row,
+    dy_batch,
+    dy_row,
+    HEADS: tl.constexpr,
+    P: tl.constexpr,
+    PP: tl.constexpr,
+    EVEN: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    EXACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The gradients of the gate z and of what it multiplies, all (b, l, h, p)."""
+    chunk, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    q, p = tl.arange(0, Q), tl.arange(0, PP)
+    inside = _counting(mask, batch, chunk * Q + q, length, HAS_MASK)
+    first = batch * length * HEADS * P + head * P
+    arriving = _tile(dy + batch * dy_batch + head * P, chunk, inside, dy_row, P, PP, EVEN).to(tl.float32)
+    gate = _tile(z + batch * z_batch + head * P, chunk, inside, z_row, P, PP, EVEN).to(tl.float32)
+    value = _tile(linear + first, chunk, inside, HEADS * P, P, PP, EVEN).to(tl.float32)
+    sigmoid = _sigmoid(gate, EXACT, PRECISION)
+    place = first + chunk.to(tl.int64) * Q * HEADS * P + (q * HEADS * P)[:, None] + p[None, :]
+    here = (chunk * Q + q < length)[:, None] & (p < P)[None, :]
+    value = arriving * value * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+    tl.store(dz + place, value.to(dz.dtype.element_ty), mask=here)
+    tl.store(dlinear + place, (arriving * gate * sigmoid).to(dlinear.dtype.element_ty), mask=here)
 
 
 @jit
@@ -473,9 +568,11 @@ def of_queries(
     sums,
     rest,
     before,
+    after,
     dy,
     dC,
     started,
+    passed,
     length,
     chunks,
     C_batch,
@@ -489,6 +586,7 @@ def of_queries(
     N: tl.constexpr,
     PP: tl.constexpr,
     NN: tl.constexpr,
+    EVEN: tl.constexpr,
     HAS_MASK: tl.constexpr,
     EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -496,25 +594,35 @@ def of_queries(
     """The gradient that C has through the state before a chunk, for TOGETHER heads of a group.
 
     dC: (parts, b, l, g, n) in float32, each program's share of the heads.
-    started: (b, h, chunks * Q), the gradient of the decay from the chunk's beginning to each position.
+    started: (b, h, chunks * Q), the gradient of the decay from the chunk's beginning to each position; passed: (b, h,
+        chunks), that of the decay through the chunk.
     """
     chunk, part, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     group = part // (OF_GROUP // TOGETHER)
     at = chunk * Q + tl.arange(0, Q)
     inside = _counting(mask, batch, at, length, HAS_MASK)
-    queries = _tile(C + batch * C_batch + group * N, chunk, inside, C_row, N, NN)
-    total = tl.zeros((Q, NN), tl.float32)
+    queries = _tile(C + batch * C_batch + group * N, chunk, inside, C_row, N, NN, EVEN)
+    total, p = tl.zeros((Q, NN), tl.float32), tl.arange(0, PP)
     dy += batch * dy_batch
     for index in range(TOGETHER):
         head = part * TOGETHER + index
         place = (batch * HEADS + head) * chunks * Q + at
-        state = tl.load(before + _state(batch, chunk, head, chunks, HEADS, PP, NN))
-        arriving = _tile(dy + head * P, chunk, inside, dy_row, P, PP)
+        cells = _state(batch, chunk, head, chunks, HEADS, PP, NN)
+        state, dstate = tl.load(before + cells), tl.load(after + cells)
+        arriving = _tile(dy + head * P, chunk, inside, dy_row, P, PP, EVEN)
         start = _from_start(tl.load(sums + place), tl.load(rest + place), EXACT, PRECISION)[:, None]
         value = _product(arriving, tl.trans(state), tl.zeros((Q, NN), tl.float32), PRECISION)
         value = tl.where(start == 0.0, 0.0, value * start)
         tl.store(started + place, tl.sum(value * queries.to(tl.float32), 1))
         total += value
+        end = (batch * HEADS + head) * chunks * Q + chunk * Q + Q - 1
+        through = tl.load(sums + end) + tl.load(rest + end) if EXACT else tl.load(sums + end)
+        through = _power(through, EXACT, PRECISION)
+        # As a trace, because what the matrix units do not read would pass through registers.
+        square = _product(tl.trans(state), dstate, tl.zeros((PP, PP), tl.float32), PRECISION)
+        passing = tl.sum(tl.sum(tl.where(p[:, None] == p[None, :], square, 0.0), 1), 0)
+        passing = tl.where(through == 0.0, 0.0, passing * through)
+        tl.store(passed + (batch * HEADS + head) * chunks + chunk, passing)
     cells, exists = _shares(part, batch, chunk, length, HEADS, OF_GROUP, TOGETHER, N, NN)
     tl.store(dC + cells, total, mask=exists)
 
@@ -585,6 +693,7 @@ def of_keys(
     PP: tl.constexpr,
     NN: tl.constexpr,
     D_OF: tl.constexpr,
+    EVEN: tl.constexpr,
     HAS_MASK: tl.constexpr,
     EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -606,8 +715,8 @@ def of_keys(
     q, p = tl.arange(0, Q), tl.arange(0, PP)
     at = chunk * Q + q
     inside = _counting(mask, batch, at, length, HAS_MASK)
-    keys = _tile(B + batch * B_batch + group * N, chunk, inside, B_row, N, NN)
-    queries = _tile(C + batch * C_batch + group * N, chunk, inside, C_row, N, NN)
+    keys = _tile(B + batch * B_batch + group * N, chunk, inside, B_row, N, NN, EVEN)
+    queries = _tile(C + batch * C_batch + group * N, chunk, inside, C_row, N, NN, EVEN)
     # Rows are j, columns i.
     later = q[None, :] >= q[:, None]
     scores = _product(keys, tl.trans(queries), tl.zeros((Q, Q), tl.float32), PRECISION)
@@ -626,8 +735,8 @@ def of_keys(
         end = (batch * HEADS + head) * chunks * Q + chunk * Q + Q - 1
         end_sum, end_rest = tl.load(sums + end), tl.load(rest + end)
         dstate = tl.load(after + _state(batch, chunk, head, chunks, HEADS, PP, NN))
-        given = _tile(x + head * P, chunk, inside, x_row, P, PP)
-        arriving = _tile(dy + head * P, chunk, inside, dy_row, P, PP)
+        given = _tile(x + head * P, chunk, inside, x_row, P, PP, EVEN)
+        arriving = _tile(dy + head * P, chunk, inside, dy_row, P, PP, EVEN)
         to_end = _power(_between(end_sum, end_rest, own_sum, own_rest, EXACT), EXACT, PRECISION)[:, None]
         between = _between(own_sum[None, :], own_rest[None, :], own_sum[:, None], own_rest[:, None], EXACT)
         decay = _power(tl.where(later, between, NEVER), EXACT, PRECISION)

@@ -19,8 +19,8 @@ MULTIPROCESSORS = 132
 # Warps of a program, and loads that are on their way at once.
 STATES = {"num_warps": 4, "num_stages": 3}
 FORWARD = {"num_warps": 4, "num_stages": 2}
-QUERIES = {"num_warps": 4, "num_stages": 2}
-KEYS = {"num_warps": 8, "num_stages": 2}
+QUERIES = {"num_warps": 8, "num_stages": 3}
+KEYS = {"num_warps": 8, "num_stages": 3}
 # Triton 3.6 writes beyond its memory where eight warps share a smaller product.
 LEAST_SHARED = 64
 
@@ -150,7 +150,9 @@ class _Call:
             "HAS_RESTART": restart is not None,
             "BLOCK": gpu.HEADS,
         }
-        self.common = self.plan.sizes | self.exact | {"HAS_MASK": mask is not None, "PRECISION": precision}
+        even = mask is None and x.shape[1] % gpu.CHUNK == 0
+        positions = {"EVEN": even, "HAS_MASK": mask is not None, "PRECISION": precision}
+        self.common = self.plan.sizes | self.exact | positions
 
     def forward(self):
         plan, x = self.plan, self.x
@@ -159,8 +161,8 @@ class _Call:
         with triton.launching(x):
             decays = self._steps()
             if plan.segments > 1:
-                self._states(x, self.B, decays, None, added=added, logs=logs)
-            self._forward(decays, added, logs, y=y, last=final)
+                self._adds(x, self.B, decays, added, logs, backward=False)
+            self._forward(decays, added, logs, self.z, y, final)
         return y, final, added, logs
 
     def backward(self, dy, dfinal_state, added, logs):
@@ -187,17 +189,32 @@ class _Call:
             decays = self._steps()
             started, *by_position = (torch.empty_like(decays[0]) for _ in range(4))
             if dz is not None:
-                through = x.new_empty(x.shape)
-                self._forward(decays, added, logs, y=through, dz=dz, dy=dy)
-                dy = through
-            self._states(x, self.B, decays, self.h0, added=added, logs=logs, written=before)
-            added, logs = _empty_segments(plan, self.A)
+                linear, dlinear = (x.new_empty(x.shape) for _ in range(2))
+                self._forward(decays, added, logs, None, linear, torch.empty_like(dh0))
+                self.kernels.gates[(plan.chunks, plan.heads, plan.batch)](
+                    *(linear, self.z, dy, self._or(self.mask), dz, dlinear, plan.length),
+                    *(*_strides(self.z), *_strides(dy)),
+                    **{name: value for name, value in self.common.items() if name not in ("OF_GROUP", "N", "NN")},
+                )
+                dy = dlinear
+            dadded, dlogs = _empty_segments(plan, self.A)
             if plan.segments > 1:
-                self._states(dy, self.C, decays, None, added=added, logs=logs, backward=True)
-            of_states = {"written": after, "before": before, "passed": passed, "last": dh0}
-            self._states(dy, self.C, decays, dfinal_state, added=added, logs=logs, backward=True, **of_states)
+                self._adds(dy, self.C, decays, dadded, dlogs, backward=True)
+            dfinal_state = None if dfinal_state is None else dfinal_state.contiguous()
+            self.kernels.states[(plan.heads * plan.blocks, plan.segments, 2 * plan.batch)](
+                *(x, self.B, dy, self.C, self._or(self.mask), *decays, self._or(self.h0), added, logs),
+                *(self._or(dfinal_state), dadded, dlogs, before, after, dh0),
+                *(plan.length, plan.chunks, plan.of_segment),
+                *(*_strides(x), *_strides(self.B), *_strides(dy), *_strides(self.C)),
+                **self.common,
+                BLOCKS=plan.blocks,
+                SEGMENTS=plan.segments,
+                HAS_BEGIN=self.h0 is not None,
+                HAS_LAST=dfinal_state is not None,
+                **STATES,
+            )
             self.kernels.of_queries[grid](
-                *(self.C, self._or(self.mask), *decays[1:], before, dy, dC_started, started),
+                *(self.C, self._or(self.mask), *decays[1:], before, after, dy, dC_started, started, passed),
                 *(plan.length, plan.chunks, *_strides(self.C), *_strides(dy)),
                 **self.common,
                 TOGETHER=plan.together,
@@ -227,24 +244,17 @@ class _Call:
         given = {"D": dD, "z": dz, "bias": dbias, "h0": dh0}
         return found + [value for name, value in given.items() if getattr(self, name) is not None]
 
-    def _forward(self, decays, added, logs, *, y, last=None, dz=None, dy=None):
+    def _forward(self, decays, added, logs, z, y, last):
         plan = self.plan
-        products = self.A.new_empty(plan.batch, plan.chunks, plan.groups, gpu.CHUNK, gpu.CHUNK)
-        self.kernels.scores[(plan.chunks, plan.groups, plan.batch)](
-            *(self.B, self.C, self._or(self.mask), products, plan.length, *_strides(self.B), *_strides(self.C)),
-            **{name: self.common[name] for name in ("N", "NN", "HAS_MASK", "PRECISION")},
-        )
         self.kernels.forward[(plan.heads, plan.segments, plan.batch)](
-            *(self.x, self.B, self.C, products, self._or(self.D), self._or(self.z), self._or(self.mask)),
-            *(*decays, self._or(self.h0), added, logs, self._or(dy), y, self._or(dz), self._or(last)),
-            *(plan.length, plan.chunks, plan.of_segment),
-            *(*_strides(self.x), *_strides(self.B), *_strides(self.C), *_strides(self.z), *_strides(dy)),
+            *(self.x, self.B, self.C, self._or(self.D), self._or(z), self._or(self.mask)),
+            *(*decays, self._or(self.h0), added, logs, y, last, plan.length, plan.chunks, plan.of_segment),
+            *(*_strides(self.x), *_strides(self.B), *_strides(self.C), *_strides(z)),
             **self.common,
             SEGMENTS=plan.segments,
             D_OF=self._values_of_D(),
             HAS_BEGIN=self.h0 is not None,
-            HAS_Z=self.z is not None,
-            GRADIENT=dz is not None,
+            HAS_Z=z is not None,
             **FORWARD,
         )
 
@@ -263,19 +273,16 @@ class _Call:
     def _grid_of_steps(self):
         return self.plan.chunks, triton.blocks_of(self.plan.heads, gpu.HEADS), self.plan.batch
 
-    def _states(self, x, B, decays, begin, *, added, logs, backward=False, **written):
-        """What each segment adds to a state, to `added` and `logs`; or the states around each chunk, to `written`."""
+    def _adds(self, x, B, decays, added, logs, backward):
+        """What each segment adds to a state."""
         plan = self.plan
-        begin = None if begin is None else begin.contiguous()
-        outputs = (self._or(written.get(name)) for name in ("written", "before", "passed", "last"))
-        self.kernels.states[(plan.heads, plan.segments, plan.batch)](
-            *(x, B, self._or(self.mask), *decays, self._or(begin), added, logs, *outputs),
-            *(plan.length, plan.chunks, plan.of_segment, *_strides(x), *_strides(B)),
+        self.kernels.adds[(plan.heads * plan.blocks, plan.segments, plan.batch)](
+            *(x, B, self._or(self.mask), *decays, added, logs, plan.length, plan.chunks, plan.of_segment),
+            *(*_strides(x), *_strides(B)),
             **self.common,
+            BLOCKS=plan.blocks,
             SEGMENTS=plan.segments,
             BACKWARD=backward,
-            ADDS=not written,
-            HAS_BEGIN=begin is not None,
             **STATES,
         )
 
