@@ -14,7 +14,7 @@ LEAST_PADDED = 16
 # Heads of a program that computes step sizes.
 HEADS = 16
 # Programs that carry a state, of which a multiprocessor holds two at once; and what a segment costs beside its share.
-RESIDENT, SEGMENT_COST = 2, 1.3
+RESIDENT, SEGMENT_COST = 2, 1.6
 MOST_SEGMENTS = 32
 # Programs that share a state where only states are computed, each with so many channels at least.
 BLOCKS, LEAST_BLOCK = 2, 32
