@@ -15,6 +15,7 @@ from mamba_core.backends.torch.kernels import (
     triton,
     triton_choice,
     triton_conv,
+    triton_gated_norm,
     triton_linear,
     triton_loss,
     triton_norm,
@@ -75,6 +76,24 @@ def test_norms_of_dt_b_and_c(rank, states):
         triton_norm.unit_norms(dtbc, states, 1e-6)
         triton_norm.unit_norms_backward_(dtbc, dtbc, states, 1e-6)
     check(found, ["_unit_norms_kernel", "_unit_norms_backward_kernel"], 64)
+
+
+@here
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize(
+    ("e", "groups", "registers"), [(1536, 1, 64), (8192, 8, 96), (triton_gated_norm.WIDEST, 1, 128)]
+)
+def test_gated_norm(e, groups, before, dtype, registers):
+    """Every row is read in words of 16 bytes, where z is a slice of in_proj's output too."""
+    y, z, weight = empty(1, 64, e, dtype=dtype), empty(1, 64, 2 * e + 280, dtype=dtype)[..., :e], empty(e, dtype=dtype)
+    with compiled(triton_gated_norm) as found:
+        normed, factors = triton_gated_norm._forward(y, z, weight, groups, 1e-5, before, dtype)
+        triton_gated_norm._backward(normed, factors, y, z, weight, groups, 1e-5, before, dtype)
+    check(found, ["_gated_norm_kernel", "_gated_norm_backward_kernel"], registers)
+    for (_, built), factors in zip(found, (0, 1), strict=True):
+        text = built.asm["ptx"]
+        assert text.count("ld.global") - text.count("ld.global.v4") == factors
 
 
 @here

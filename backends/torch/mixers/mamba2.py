@@ -6,31 +6,26 @@ from torch import Tensor, nn
 
 from mamba_core.backend import LayerState
 from mamba_core.backends.torch import layers
-from mamba_core.backends.torch.arrays import at_least_float32
 from mamba_core.backends.torch.kernels import native_ssd_step
 from mamba_core.backends.torch.mixers import s6
-from mamba_core.backends.torch.ops import rms_norm, ssd
+from mamba_core.backends.torch.ops import gated_norm, ssd
 from mamba_core.backends.torch.quantization import QuantizedLinear
 from mamba_core.backends.torch.untouched import untouched
 from mamba_core.call import Call
+from mamba_core.kernels import Kernels
 
 
 class GatedRMSNorm(nn.Module):
     """The norm of groups of channels, with the gate before or after it, in float32 and the dtype of the weight."""
 
-    def __init__(self, size: int, groups: int, eps: float, norm_before_gate: bool):
+    def __init__(self, size: int, groups: int, eps: float, norm_before_gate: bool, kernels: Kernels):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
-        self.groups, self.eps, self.norm_before_gate = groups, eps, norm_before_gate
+        self.groups, self.eps, self.norm_before_gate, self.kernels = groups, eps, norm_before_gate, kernels
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        gate = F.silu(at_least_float32(z))
-        y = at_least_float32(y)
-        y = y if self.norm_before_gate else y * gate
-        grouped = y.unflatten(-1, (self.groups, y.shape[-1] // self.groups))
-        normed = rms_norm.rms_norm(grouped, None, self.eps).flatten(-2)
-        normed = normed * at_least_float32(self.weight)
-        return (normed * gate if self.norm_before_gate else normed).to(self.weight.dtype)
+        settings = self.groups, self.eps, self.norm_before_gate
+        return gated_norm.gated_norm(y, z, self.weight, *settings, self.kernels.of("gated_norm"))
 
 
 class Mamba2Mixer(nn.Module):
@@ -47,9 +42,8 @@ class Mamba2Mixer(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(h))
         self.A_log = nn.Parameter(torch.empty(h))
         self.D = nn.Parameter(torch.empty(e if config.D_has_hdim else h))
-        self.norm = (
-            GatedRMSNorm(e, config.ngroups, config.norm_eps, config.norm_before_gate) if config.rmsnorm else None
-        )
+        of_norm = (e, config.ngroups, config.norm_eps, config.norm_before_gate, options.kernels)
+        self.norm = GatedRMSNorm(*of_norm) if config.rmsnorm else None
         self.out_proj = nn.Linear(config.d_inner, config.d_model, bias=config.bias)
 
     def forward(self, hidden: Tensor, state: LayerState, call: Call) -> tuple[Tensor, LayerState]:
