@@ -5,6 +5,7 @@ The interpreter must be asked for before Triton is imported, so that these tests
 
 import dataclasses
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
@@ -19,9 +20,12 @@ from tests.conformance.cases.mamba2 import CONFIGS
 
 torch = pytest.importorskip("torch")
 
-from mamba_core.backends.torch import training  # noqa: E402
-from mamba_core.backends.torch.kernels import triton, triton_gated_norm  # noqa: E402
+from mamba_core.backends.torch import decoding, private, quantize, training  # noqa: E402
+from mamba_core.backends.torch.kernels import triton, triton_gated_norm, triton_linear, triton_ssd_step  # noqa: E402
 from mamba_core.backends.torch.ops import gated_norm  # noqa: E402
+from mamba_core.backends.torch.quantization import GROUP, pack, unpack  # noqa: E402
+from mamba_core.backends.torch.ways import cuda_step  # noqa: E402
+from mamba_core.sampling import Sampling  # noqa: E402
 
 DEVICE = "cpu" if triton.INTERPRETED else "cuda"
 RUNS = triton.reason(torch.device(DEVICE)) is None and (triton.INTERPRETED or torch.cuda.is_available())
@@ -181,6 +185,202 @@ def test_loss_and_gradients_of_a_model(name, remat, monkeypatch):
     assert loss == pytest.approx(wanted, rel=1e-6)
     for name, value in of_plain.items():
         assert relative_l2(gradients[name], value) <= 1e-5, name
+
+
+# --- one position --------------------------------------------------------------------------------
+
+# Every branch of the kernels: several groups, channels beside the recurrence, limits of the steps, no norm at all.
+WIDE = dataclasses.replace(CONFIGS["base"], d_model=20, d_state=20, headdim=5, norm_eps=0.1)
+POSITIONS = CONFIGS | {
+    "wide": WIDE,
+    "before": dataclasses.replace(WIDE, norm_before_gate=True, dt_limit=(0.05, 0.2)),
+    "groups": dataclasses.replace(WIDE, ngroups=2),
+    "beside": dataclasses.replace(WIDE, d_ssm=30, D_has_hdim=True, bias=True),
+}
+LIMITS = {"float32": 1e-5, "float16": 2e-2, "bfloat16": 4e-2}
+
+
+@pytest.fixture(autouse=True)
+def _few_programs(monkeypatch):
+    """A program takes the interpreter some milliseconds, whatever it computes."""
+    if triton.INTERPRETED:
+        monkeypatch.setattr(triton_linear, "_outputs_of_program", lambda n, rows: 8)
+
+
+def in_place(model, ids, state):
+    """The logits after one position and the states of the layers, which are written in memory of their own."""
+    state = state._replace(layers=tuple(type(each)(*(value.clone() for value in each)) for each in state.layers))
+    return [cuda_step.logits(model, ids.contiguous(), state), *private.tree_leaves(state.layers)]
+
+
+def assert_same(models, batch, limit):
+    """That positions after a prompt of the plain model are alike on both."""
+    model, plain = models
+    assert cuda_step.reason(model) is None
+    ids = torch.arange(batch * 6, device=DEVICE).reshape(batch, 6) % model.config.vocab_size
+    with torch.no_grad():
+        state = plain(ids[:, :5]).state
+        wanted = plain(ids[:, 5:], state)
+        found = in_place(model, ids[:, 5], state)
+    assert_alike(found, [wanted.logits[:, 0], *private.tree_leaves(wanted.state.layers)], limit)
+
+
+# Of few rows; of some, in half precision; of many, whose products are PyTorch's, in float32.
+FEW = [*((name, "float32") for name in POSITIONS if name not in ("base", "wide")), ("wide", "bfloat16")]
+SOME, MANY = [("odd", "bfloat16"), ("wide", "float16")], [("before", "float32"), ("beside", "float32")]
+QUICK = [*((*each, 2) for each in FEW), *((*each, 5) for each in (*SOME, *MANY))]
+EVERY = itertools.product(POSITIONS, LIMITS, (1, 2, 4, 5, 70, 150))
+
+
+@here
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("name", "dtype", "batch"), [*QUICK, *(pytest.param(*each, marks=on_gpu) for each in EVERY if each not in QUICK)]
+)
+def test_a_position_in_fused_kernels(name, dtype, batch):
+    assert_same(pair(dataclasses.replace(POSITIONS[name], n_layer=1), dtype=dtype), batch, LIMITS[dtype])
+
+
+@here
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [0, 8, 4])
+def test_a_norm_before_a_product_with_a_sum(bits):
+    """As out_proj of few rows has them."""
+    weight, norm, x, residual = random(7, 512), random(512, seed=1), random(3, 512), random(3, 7)
+    packed = triton_linear.Packed(*pack(weight, bits), bits, GROUP) if bits else weight
+    weight = unpack(packed, F32) if bits else weight
+    found = torch.empty_like(residual)
+    triton_linear.multiply(x, packed, None, found, norm=norm, eps=0.1, residual=residual)
+    wide = x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + 0.1) * norm
+    assert_alike([found.double()], [residual.double() + wide @ weight.double().mT], 2e-6)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize(("bits", "batch"), [(8, 1), (4, 3), (8, 5), (4, 130)])
+def test_a_position_of_quantised_weights(bits, batch):
+    config = dataclasses.replace(CONFIGS["base"], d_model=256, headdim=64)
+    assert_same([quantize(model, bits) for model in pair(config, dtype="bfloat16")], batch, LIMITS["bfloat16"])
+
+
+@here
+@pytest.mark.gpu
+def test_a_position_of_many_channels_and_states():
+    """Heads whose channels and states are cut into several programs, of no power of 2."""
+    config = dataclasses.replace(CONFIGS["base"], d_model=10, d_state=130, headdim=20, n_layer=1)
+    assert_same(pair(config), 1, LIMITS["float32"])
+
+
+@here
+@pytest.mark.gpu
+def test_a_nan_and_an_endless_rate_in_a_position_are_as_in_plain_operations():
+    """A NaN is not lost in the limits, and a rate of -inf is none where the step is zero."""
+    models = pair(dataclasses.replace(WIDE, n_layer=1, dt_limit=(0.0, 0.2)))
+    for model in models:
+        with torch.no_grad():
+            mixer = model.backbone.layers[0].mixer
+            mixer.A_log[0], mixer.dt_bias[0], mixer.dt_bias[1], mixer.A_log[2] = torch.inf, -1e3, torch.nan, torch.nan
+    ids = torch.arange(2, device=DEVICE)
+    with torch.no_grad():
+        state = models[1].init_state(2)
+        state.layers[0].ssm.fill_(1.0)
+        ssm = in_place(models[0], ids, state)[-1]
+        wanted = models[1](ids[:, None], state).state.layers[0].ssm
+    torch.testing.assert_close(ssm, wanted, equal_nan=True, rtol=1e-4, atol=1e-5)
+    assert (wanted[:, 0] == 1.0).all()
+    assert wanted[:, 1:3].isnan().all()
+
+
+def changed(name):
+    """(what is done to a model's last mixer, what is said of it)."""
+
+    class Doubled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    def replaced(mixer, path, kind=Doubled):
+        mixer.get_submodule(path).__class__ = kind
+
+    return {
+        "in_proj": (lambda mixer: replaced(mixer, "in_proj"), "a layer of the mixer was changed"),
+        "norm": (lambda mixer: replaced(mixer, "norm", type("Norm", (type(mixer.norm),), {})), "a layer of the mixer"),
+        "hook": (lambda mixer: mixer.norm.register_forward_hook(lambda *given: None), "a layer of the mixer"),
+        "groups": (lambda mixer: setattr(mixer.norm, "groups", 4), "other groups"),
+        "D": (lambda mixer: setattr(mixer, "D", None), "was removed"),
+        "limit": (lambda mixer: setattr(mixer, "dt_limit", (0.3, 0.1)), "dt_limit is"),
+        "dtype": (lambda mixer: mixer.out_proj.half(), "another dtype"),
+        "step": (lambda mixer: setattr(mixer, "dt_bias", torch.nn.Parameter(mixer.dt_bias.double())), "a dtype"),
+        "states": (lambda mixer: setattr(triton_ssd_step, "ENTRIES", 8), "20 states"),
+        "mixer": (lambda mixer: setattr(mixer, "__class__", type("M", (type(mixer),), {})), "not written for it"),
+    }[name]
+
+
+@here
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "name", ["in_proj", "norm", "hook", "groups", "D", "limit", "dtype", "step", "states", "mixer"]
+)
+def test_a_position_of_a_mixer_that_was_changed_is_left_to_others(name, monkeypatch):
+    monkeypatch.setattr(triton_ssd_step, "ENTRIES", triton_ssd_step.ENTRIES)
+    model, _ = pair(dataclasses.replace(WIDE, ngroups=2))
+    assert cuda_step.reason(model) is None
+    change, why = changed(name)
+    change(model.backbone.layers[-1].mixer)
+    assert why in cuda_step.reason(model)
+
+
+@here
+@pytest.mark.gpu
+def test_a_policy_leaves_a_position_to_plain_operations():
+    model, _ = pair(WIDE, kernels={"block_step": "plain"})
+    assert cuda_step.reason(model) == "kernels has 'plain' for block_step"
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.8, "top_k": 5}])
+def test_decoding_as_a_graph(dtype, settings, monkeypatch):
+    """Twice, for the second finds the first's graph; the states of a prompt come in whatever layout."""
+    model, _ = pair(WIDE, dtype=dtype)
+    assert decoding._captures(model, Sampling(**settings))
+    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
+    found = [mc.generate(model, prompts, max_new_tokens=40, seed=3, **settings).tokens for _ in range(2)]
+    assert found[0] == found[1]
+    if dtype == "float32":
+        monkeypatch.setattr(decoding, "_captures", lambda *_: False)
+        assert mc.generate(model, prompts, max_new_tokens=40, seed=3, **settings).tokens == found[0]
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("remat", [False, True])
+def test_training_steps_as_graphs(dtype, autocast, remat):
+    """The same bits as when all steps are plain."""
+
+    def losses(captured):
+        model = mc.build(WIDE, backend="torch", device=DEVICE, dtype=dtype)
+        model.remat = remat
+        trainer = training.Trainer(model, mc.training.TrainSettings(steps=9, learning_rate=0.01))
+        assert trainer.captures()
+        if not captured:
+            trainer.captured = lambda tokens, settings: trainer._update(tokens)
+        found = []
+        ids = np.random.default_rng(0).integers(0, WIDE.vocab_size, (2, 40)).astype(np.int32)
+        for length in (40, 40, 40, 40, 23, 23, 23, 23):
+            with torch.autocast(DEVICE, BF16, enabled=autocast):
+                found.append(trainer.step(ids[:, :length]))
+        return found, trainer.state()
+
+    (plain, its_state), (captured, state) = losses(False), losses(True)
+    assert plain == captured
+    assert plain[3][0] < plain[0][0]
+    assert all(np.array_equal(state[name], value) for name, value in its_state.items())
 
 
 @pytest.mark.gpu

@@ -42,8 +42,8 @@ class FalconMambaMixer(nn.Module):
     def native_step(self):
         return s6.native_operands(self, self.selection_eps)
 
-    def cuda_step(self):
-        return s6.cuda_operands(self, self.selection_eps)
+    def cuda_step(self, norm):
+        return s6.cuda_operands(self, norm, self.selection_eps)
 
 
 Mixer = FalconMambaMixer
