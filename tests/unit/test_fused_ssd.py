@@ -22,6 +22,7 @@ torch = pytest.importorskip("torch")
 
 from mamba_core.backends.torch import decoding, private, quantize, training  # noqa: E402
 from mamba_core.backends.torch.kernels import triton, triton_gated_norm, triton_linear, triton_ssd_step  # noqa: E402
+from mamba_core.backends.torch.mixers import s6  # noqa: E402
 from mamba_core.backends.torch.ops import gated_norm  # noqa: E402
 from mamba_core.backends.torch.quantization import GROUP, pack, unpack  # noqa: E402
 from mamba_core.backends.torch.ways import cuda_step  # noqa: E402
@@ -341,8 +342,16 @@ def test_a_policy_leaves_a_position_to_plain_operations():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.8, "top_k": 5}])
 def test_decoding_as_a_graph(dtype, settings, monkeypatch):
-    """Twice, for the second finds the first's graph; the states of a prompt come in whatever layout."""
+    """Twice, for the second finds the first's graph; the states of a prompt come in another layout in memory."""
     model, _ = pair(WIDE, dtype=dtype)
+    prefill = decoding.prefill
+
+    def in_columns(*given, **options):
+        out = prefill(*given, **options)
+        layers = [type(each)(*(value.mT.contiguous().mT for value in each)) for each in out.state.layers]
+        return out._replace(state=out.state._replace(layers=tuple(layers)))
+
+    monkeypatch.setattr(mc.registry.get("torch"), "prefill", in_columns)
     assert decoding._captures(model, Sampling(**settings))
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
     found = [mc.generate(model, prompts, max_new_tokens=40, seed=3, **settings).tokens for _ in range(2)]
@@ -353,6 +362,32 @@ def test_decoding_as_a_graph(dtype, settings, monkeypatch):
 
 
 # --- training ------------------------------------------------------------------------------------
+
+
+def test_which_training_steps_are_captured(monkeypatch):
+    """Those of Mamba-2 whatever the scan of Mamba-1 is, but not position by position, and no mixer that was changed."""
+
+    def captures(config, kernels):
+        trainer = training.Trainer(mc.build(config, backend="torch", device="cpu", kernels=kernels), mc.TrainSettings())
+        assert not trainer.captures()
+        trainer.on_gpu = True
+        return trainer, trainer.captures()
+
+    trainer, found = captures(WIDE, {"selective_scan": "plain"})
+    assert found
+    assert not captures(WIDE, {"ssd": "sequential"})[1]
+    assert not captures(WIDE, "plain")[1]
+    trainer.model.backbone.layers[1].mixer.norm.register_forward_hook(lambda *given: None)
+    assert not trainer.captures()
+    mamba = mc.MambaConfig(d_model=8, n_layer=1, vocab_size=16)
+    assert not captures(mamba, "auto")[1]
+    monkeypatch.setattr(s6.selective_scan, "kernel_for", lambda *_: "cuda")
+    trainer, found = captures(mamba, "auto")
+    assert found
+    mixer = trainer.model.backbone.layers[0].mixer
+    mixer.__class__ = type("Other", (type(mixer),), {})
+    trainer.model.backbone.record()
+    assert not trainer.captures()
 
 
 @pytest.mark.gpu

@@ -12,7 +12,7 @@ from mamba_core.backends.torch.ops import gated_norm, ssd
 from mamba_core.backends.torch.quantization import stored_weight
 from mamba_core.backends.torch.untouched import untouched
 from mamba_core.call import Call
-from mamba_core.kernels import Kernels
+from mamba_core.kernels import Kernels, choose
 
 
 class GatedRMSNorm(nn.Module):
@@ -103,6 +103,12 @@ class Mamba2Mixer(nn.Module):
         """Elements of its widest array, in_proj's output, for each position; None if a layer was changed."""
         built = s6.is_ours(self.in_proj) and s6.is_ours(self.out_proj)
         return sum(self.sizes) if built and self._is_built_inside() else None
+
+    def captures(self) -> bool:
+        """Whether a training step may be captured: not with the plain kernel, which takes position after position."""
+        weight = self.conv1d.weight
+        kernels = ssd.kernels(weight.device, weight.dtype)
+        return choose(self.kernels.of("ssd"), kernels, "ssd", "torch", weight.device) != choose("plain", kernels)
 
     def native_step(self) -> native_ssd_step.Operands | str:
         """For the way native_step, or why it cannot compute this mixer."""

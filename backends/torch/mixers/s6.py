@@ -135,6 +135,12 @@ def is_ours(large) -> bool:
     return untouched(QuantizedLinear if type(large) is QuantizedLinear else nn.Linear, large)
 
 
+def captures(mixer) -> bool:
+    """Whether the scan is the CUDA kernel. Others have not been tried in a captured training step."""
+    weight = mixer.conv1d.weight
+    return selective_scan.kernel_for(mixer.kernels.of("selective_scan"), weight.device, weight.dtype) == "cuda"
+
+
 # --- the last position alone ---------------------------------------------------------------------
 
 
