@@ -168,12 +168,12 @@ def test_a_position(bits, rows, selection_eps):
 @pytest.mark.parametrize(("rows", "bits"), [(1, 0), (1, 4), (FEW, 0), (64, 0), (SOME + 1, 0)])
 @pytest.mark.parametrize(("d", "groups", "before"), [(768, 1, False), (4096, 8, True)])
 def test_a_position_of_the_ssd(d, groups, before, bits, rows):
-    """The state is read and written in words of 16 bytes, once."""
+    """The state is read and written in words of 16 bytes, once; with limits of the steps, and with a D a channel."""
     e, p, n = 2 * d, 64, 128
     heads, filters = e // p, e + 2 * groups * n
     matrices = weight(e + filters + heads, d, bits), weight(d, e, bits)
-    small = empty(filters, 4), empty(filters), floats(heads), floats(heads), floats(heads), empty(e)
-    settings = (p, groups, (0.0, float("inf")), 1e-5, before)
+    small = empty(filters, 4), empty(filters), floats(heads), floats(heads), floats(e if before else heads), empty(e)
+    settings = (p, groups, (0.01, 0.5) if before else (0.0, float("inf")), 1e-5, before)
     layer = triton_ssd_step.Layer(empty(d), 1e-5, matrices[0], None, *small, matrices[1], None, *settings)
     conv, ssm = empty(rows, 3, filters), torch.empty(1, dtype=torch.float32).expand(rows, heads, p, n)
     counters = triton_product.new_counters(conv.device)
