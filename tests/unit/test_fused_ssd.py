@@ -311,6 +311,7 @@ def changed(name):
         "limit": (lambda mixer: setattr(mixer, "dt_limit", (0.3, 0.1)), "dt_limit is"),
         "dtype": (lambda mixer: mixer.out_proj.half(), "another dtype"),
         "step": (lambda mixer: setattr(mixer, "dt_bias", torch.nn.Parameter(mixer.dt_bias.double())), "a dtype"),
+        "sizes": (lambda mixer: setattr(mixer, "headdim", 10), "do not fit"),
         "states": (lambda mixer: setattr(triton_ssd_step, "ENTRIES", 8), "20 states"),
         "mixer": (lambda mixer: setattr(mixer, "__class__", type("M", (type(mixer),), {})), "not written for it"),
     }[name]
@@ -319,7 +320,7 @@ def changed(name):
 @here
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "name", ["in_proj", "norm", "hook", "groups", "D", "limit", "dtype", "step", "states", "mixer"]
+    "name", ["in_proj", "norm", "hook", "groups", "D", "limit", "dtype", "step", "sizes", "states", "mixer"]
 )
 def test_a_position_of_a_mixer_that_was_changed_is_left_to_others(name, monkeypatch):
     monkeypatch.setattr(triton_ssd_step, "ENTRIES", triton_ssd_step.ENTRIES)

@@ -74,8 +74,7 @@ class Layer(NamedTuple):
     @property
     def inner(self) -> int:
         """Those and the channels beside them, which pass a gate instead."""
-        out = self.out_proj
-        return out.words.shape[1] * 32 // out.bits if isinstance(out, Packed) else out.shape[1]
+        return _size(self.out_proj)[1]
 
     @property
     def states(self) -> int:
@@ -84,16 +83,36 @@ class Layer(NamedTuple):
 
     def reason(self) -> str | None:
         """Why `block` does not compute it; None if it does."""
+        if not self._fits():
+            return "its sizes do not fit each other"
         if self.states > ENTRIES:
             return f"a channel has {self.states} states, and it holds at most {ENTRIES}"
-        tensors = [value for value in self if isinstance(value, Tensor)]
-        if any(value.dtype not in (*triton.DTYPES, torch.int32) for value in tensors):
+        if any(value.dtype not in triton.DTYPES for value in self if isinstance(value, Tensor)):
             return "its parameters have a dtype that it does not read"
         width = 0 if self.gated_norm is None else self.scanned // self.groups
         return triton_gated_norm.reason(self.norm.device, width)
 
+    def _fits(self) -> bool:
+        (d,), (h,), filters, e = self.norm.shape, self.A_log.shape, len(self.conv), self.scanned
+        if h % self.groups or self.inner < e or self.states < 1 or filters != e + 2 * self.groups * self.states:
+            return False
+        rows = 2 * (self.inner - e) + e + filters + h
+        vectors = {"dt_bias": h, "in_bias": rows, "conv_bias": filters, "gated_norm": e, "out_bias": d}
+        given = {name: getattr(self, name) for name in vectors}
+        fits = all(value is None or value.shape == (vectors[name],) for name, value in given.items())
+        products = _size(self.in_proj), _size(self.out_proj)
+        return fits and self.D.shape in ((h,), (e,)) and products == ((rows, d), (d, self.inner))
+
     def step(self, *arguments):
         return block(self, *arguments)
+
+
+def _size(weight: Tensor | Packed) -> tuple[int, int]:
+    """(outputs, inputs)."""
+    if not isinstance(weight, Packed):
+        return tuple(weight.shape)
+    outputs, words = weight.words.shape
+    return outputs, words * 32 // weight.bits
 
 
 def block(layer: Layer, residual: Tensor, hidden: Tensor | None, conv_state, ssm_state, after, counters: Tensor):
