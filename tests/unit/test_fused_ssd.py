@@ -171,8 +171,7 @@ def pair(config, **settings):
 
 @here
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["base", "odd"])
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize(("name", "remat"), [("base", False), ("odd", True)])
 def test_loss_and_gradients_of_a_model(name, remat, monkeypatch):
     config, calls, right = CONFIGS[name], [], triton_gated_norm.gated_norm
     monkeypatch.setattr(triton_gated_norm, "gated_norm", lambda *given: calls.append(1) or right(*given))

@@ -17,7 +17,7 @@ from mamba_core.backends.torch.quantization import Packed, unpack
 
 
 def enter(layer, residual: Tensor, hidden: Tensor | None, conv_state, conv_after, counters, first: int = 0):
-    """(x, beside, total) of residual + hidden, (b, d) each; hidden may be None.
+    """(x, beside, total) of residual + hidden, (b, d) each; hidden may be None, and is None of few rows.
 
     x (b, c) is the convolution with its SiLU of the outputs of in_proj from `first` on. beside (b, ...) begins with the
     outputs before these and ends with those after them; its rows may lie apart. total (b, d) is the sum.
@@ -36,6 +36,7 @@ def enter(layer, residual: Tensor, hidden: Tensor | None, conv_state, conv_after
     convolution = (layer.conv, layer.conv_bias, conv_state, conv_after, beside, first)
     weights = layer.in_proj, layer.in_bias, x
     if is_few:
+        assert hidden is None, "with few rows `leave` gives none"
         triton_linear.multiply(residual, *weights, norm=layer.norm, eps=layer.eps, convolution=convolution)
         return x, beside, residual
     normed, total, _ = triton_norm.sum_and_norm(residual, hidden, layer.norm, layer.eps, dtype, overlap=True)
