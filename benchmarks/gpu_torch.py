@@ -33,6 +33,7 @@ from mamba_core.backends.torch.kernels import (
     cuda_scan,
     triton,
     triton_conv,
+    triton_gated_norm,
     triton_linear,
     triton_loss,
     triton_norm,
@@ -141,8 +142,8 @@ def random_model(config, dtype=torch.float32, kernels="auto"):
         for name, entry in parameter_table(config).items():
             value = model.get_parameter(name)
             if name.endswith("A_log"):
-                value.copy_(torch.arange(1, config.d_state + 1, device=DEVICE).log().expand_as(value))
-            elif name.endswith("dt_proj.bias"):
+                value.copy_(torch.arange(1, value.shape[-1] + 1, device=DEVICE).log().expand_as(value))
+            elif name.endswith(("dt_proj.bias", "dt_bias")):
                 value.uniform_(-6.9, -2.3)
             elif name.endswith((".D", "norm.weight", "norm_f.weight")):
                 value.fill_(1.0)
@@ -402,6 +403,27 @@ def kernels(arguments):
     yield from products(arguments)
 
 
+def gated_norm(arguments):
+    """Of a layer of mamba2-130m; z is a slice of in_proj's output."""
+    e, projected = 1536, 3352
+    y, dy = (torch.randn(BATCH, LENGTH, e, device=DEVICE, dtype=BF16) for _ in range(2))
+    z = torch.randn(BATCH, LENGTH, projected, device=DEVICE, dtype=BF16)[..., :e]
+    given = (y, z, torch.ones(e, device=DEVICE), 1, 1e-5, False)
+    _, factors = triton_gated_norm._forward(*given, BF16)
+
+    def forward(kernel):
+        with torch.no_grad():
+            return {"ms": median_ms(lambda: kernel(*given)), "bytes": 3 * y.nbytes}
+
+    def backward():
+        call = partial(triton_gated_norm._backward, dy, factors, *given, BF16)
+        return {"ms": median_ms(call), "bytes": 5 * y.nbytes}
+
+    yield attempt("gated norm forward", partial(forward, partial(triton_gated_norm._forward, dtype=BF16)))
+    yield attempt("gated norm forward, plain operations", partial(forward, ops.gated_norm.plain))
+    yield attempt("gated norm backward", backward)
+
+
 def products(arguments):
     """The kernels of a decoded position by themselves: a graph of one a layer, each with weights of its own."""
     for name in arguments.preset or ("mamba-130m", "mamba-2.8b"):
@@ -526,7 +548,15 @@ def check(arguments):
             yield attempt(f"log-probabilities decoded, {name} b{batch}", partial(decoded, dtype, batch))
 
 
-PARTS = {"check": check, "training": training, "block": block, "decode": decoding, "kernels": kernels, "tune": tune}
+PARTS = {
+    "check": check,
+    "training": training,
+    "block": block,
+    "decode": decoding,
+    "kernels": kernels,
+    "gated_norm": gated_norm,
+    "tune": tune,
+}
 
 
 if __name__ == "__main__":

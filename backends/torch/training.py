@@ -6,11 +6,11 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from mamba_core.backends.torch.arrays import dtype_name, dtype_of, from_numpy, to_numpy
+from mamba_core.backends.torch.arrays import dtype_name, from_numpy, to_numpy
 from mamba_core.backends.torch.kernels.cuda_graph import CapturedStep
 from mamba_core.backends.torch.kernels.triton_loss import IGNORED
 from mamba_core.backends.torch.ops.cross_entropy import cross_entropy, fuses_head, linear_cross_entropy
-from mamba_core.backends.torch.ops.selective_scan import kernel_for
+from mamba_core.backends.torch.ways import own
 from mamba_core.backends.torch.weights import check_stored, foreign
 from mamba_core.merging import check_held
 from mamba_core.spec.checks import check_targets
@@ -85,8 +85,7 @@ class Trainer:
         else:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-        captures = self.on_gpu and self._has_cuda_scan() and self._is_untouched()
-        found = self.captured(tokens, self._settings()) if captures else self._update(tokens)
+        found = self.captured(tokens, self._settings()) if self.captures() else self._update(tokens)
         self.count += 1
         # The only place where the host waits for the device.
         value, norm = found.tolist()
@@ -97,13 +96,13 @@ class Trainer:
         with _evaluation_form(self.model), torch.no_grad():
             return summed_loss(self.model, tokens, counts).item()
 
-    def _is_untouched(self) -> bool:
-        return self.model.is_untouched() and self.model.backbone.is_untouched()
-
-    def _has_cuda_scan(self) -> bool:
-        """Whether the scan is the CUDA kernel. Others have not been tried in a captured step."""
-        kernel, device = self.model.policy.of("selective_scan"), torch.device(self.model.device)
-        return kernel_for(kernel, device, dtype_of(self.model.dtype)) == "cuda"
+    def captures(self) -> bool:
+        """Whether steps are captured: on a GPU, of a model as built, whose mixers have been tried in captured steps."""
+        if not (self.on_gpu and self.model.is_untouched() and self.model.backbone.is_untouched()):
+            return False
+        parts = [part for block in self.model.backbone.layers for part in (block.mixer, block.feed_forward)]
+        asked = [(own(part, "captures"), part) for part in parts if part is not None]
+        return all(tried is not None and tried(part) for tried, part in asked)
 
     def _update(self, tokens) -> torch.Tensor:
         """One update; the loss and the gradient's norm, (2,)."""

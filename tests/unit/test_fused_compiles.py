@@ -13,12 +13,15 @@ import torch
 
 from mamba_core.backends.torch.kernels import (
     triton,
+    triton_block,
     triton_choice,
     triton_conv,
+    triton_gated_norm,
     triton_linear,
     triton_loss,
     triton_norm,
     triton_product,
+    triton_ssd_step,
     triton_step,
 )
 from mamba_core.backends.torch.kernels.triton_linear import Packed
@@ -78,6 +81,24 @@ def test_norms_of_dt_b_and_c(rank, states):
 
 
 @here
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize(
+    ("e", "groups", "registers"), [(1536, 1, 64), (8192, 8, 96), (triton_gated_norm.WIDEST, 1, 128)]
+)
+def test_gated_norm(e, groups, before, dtype, registers):
+    """Every row is read in words of 16 bytes, where z is a slice of in_proj's output too."""
+    y, z, weight = empty(1, 64, e, dtype=dtype), empty(1, 64, 2 * e + 280, dtype=dtype)[..., :e], empty(e, dtype=dtype)
+    with compiled(triton_gated_norm) as found:
+        normed, factors = triton_gated_norm._forward(y, z, weight, groups, 1e-5, before, dtype)
+        triton_gated_norm._backward(normed, factors, y, z, weight, groups, 1e-5, before, dtype)
+    check(found, ["_gated_norm_kernel", "_gated_norm_backward_kernel"], registers)
+    for (_, built), factors in zip(found, (0, 1), strict=True):
+        text = built.asm["ptx"]
+        assert text.count("ld.global") - text.count("ld.global.v4") == factors
+
+
+@here
 @pytest.mark.parametrize("runs", [False, True])
 def test_conv(runs):
     x, taps, bias, state = empty(1, 64, 2 * E)[..., :E], floats(E, 4), floats(E), floats(1, 3, E)
@@ -103,24 +124,36 @@ def test_the_likeliest_token():
     check(found, ["_parts_kernel", "_likeliest_kernel"], 80)
 
 
+def weight(outputs, inputs, bits=0):
+    if not bits:
+        return empty(outputs, inputs)
+    words = torch.empty(outputs, inputs * bits // 32, dtype=torch.int32)
+    return Packed(words, empty(outputs, inputs // 32), bits, 32)
+
+
+def check_asking(found, asking):
+    """What is large is asked for before the kernel waits for the one before it."""
+    for name, built in found:
+        if name in asking:
+            before, waited, _ = built.asm["ptx"].partition("griddepcontrol.wait")
+            assert waited
+            assert asking[name] in before
+
+
+ASKING = {"_linear_kernel": "ld.global.v4.b32", "_product_kernel": "prefetch.global.L2"}
+
+
 @here
 @pytest.mark.parametrize("bits", [0, 8, 4])
-@pytest.mark.parametrize(
-    "rows", [1, triton_linear.MOST_ROWS, 64, triton_product.MOST_ROWS, triton_product.MOST_ROWS + 1]
-)
+@pytest.mark.parametrize("rows", [1, FEW, 64, SOME, SOME + 1])
 @pytest.mark.parametrize("selection_eps", [0.0, 1e-6])
 def test_a_position(bits, rows, selection_eps):
-    def weight(outputs, inputs):
-        if not bits:
-            return empty(outputs, inputs)
-        words = torch.empty(outputs, inputs * bits // 32, dtype=torch.int32)
-        return Packed(words, empty(outputs, inputs // 32), bits, 32)
-
     small = (empty(E, 4), empty(E), empty(R + 2 * N, E), empty(E, R), floats(E), floats(E, N), floats(E))
-    layer = triton_step.Layer(empty(D), 1e-5, weight(2 * E, D), None, *small, weight(D, E), None, selection_eps)
+    matrices = weight(2 * E, D, bits), weight(D, E, bits)
+    layer = triton_step.Layer(empty(D), 1e-5, matrices[0], None, *small, matrices[1], None, selection_eps)
     conv, ssm = empty(rows, 3, E), floats(rows, E, N)
     counters = triton_product.new_counters(conv.device)
-    with compiled(triton_linear, triton_norm, triton_product, triton_step) as found:
+    with compiled(triton_block, triton_linear, triton_norm, triton_product, triton_step) as found:
         triton_step.block(layer, floats(rows, D), None, conv, ssm, (conv, ssm), counters)
         triton_step.embed(torch.empty(rows, dtype=torch.int64), empty(V, D), torch.float32)
     few = ["_linear_kernel", "_linear_kernel", "_recurrence_kernel", "_linear_kernel"]
@@ -128,13 +161,37 @@ def test_a_position(bits, rows, selection_eps):
     some = ["_add_norm_kernel", "_product_kernel", "_product_kernel", "_recurrences_kernel", "_product_kernel"]
     kernels = few if rows <= FEW else some if rows <= SOME and not bits else many
     check(found, [*kernels, "_embed_kernel"], 255)
-    # Weights are asked for before the kernel waits for the one before it.
-    asking = {"_linear_kernel": "ld.global.v4.b32", "_product_kernel": "prefetch.global.L2"}
-    for name, built in found:
-        if name in asking:
-            before, waited, _ = built.asm["ptx"].partition("griddepcontrol.wait")
-            assert waited
-            assert asking[name] in before
+    check_asking(found, ASKING)
+
+
+@here
+@pytest.mark.parametrize(("rows", "bits"), [(1, 0), (1, 4), (FEW, 0), (64, 0), (SOME + 1, 0)])
+@pytest.mark.parametrize(("d", "groups", "before"), [(768, 1, False), (4096, 8, True)])
+def test_a_position_of_the_ssd(d, groups, before, bits, rows):
+    """The state is read and written in words of 16 bytes, once; with limits of the steps, and with a D a channel."""
+    e, p, n = 2 * d, 64, 128
+    heads, filters = e // p, e + 2 * groups * n
+    matrices = weight(e + filters + heads, d, bits), weight(d, e, bits)
+    small = empty(filters, 4), empty(filters), floats(heads), floats(heads), floats(e if before else heads), empty(e)
+    settings = (p, groups, (0.01, 0.5) if before else (0.0, float("inf")), 1e-5, before)
+    layer = triton_ssd_step.Layer(empty(d), 1e-5, matrices[0], None, *small, matrices[1], None, *settings)
+    conv, ssm = empty(rows, 3, filters), torch.empty(1, dtype=torch.float32).expand(rows, heads, p, n)
+    counters = triton_product.new_counters(conv.device)
+    modules = (triton_block, triton_gated_norm, triton_linear, triton_norm, triton_product, triton_ssd_step)
+    with compiled(*modules) as found:
+        triton_ssd_step.block(layer, floats(rows, d), None, conv, ssm, (conv, ssm), counters)
+    norm = [] if rows <= FEW and groups == 1 else ["_gated_norm_kernel"]
+    few = ["_linear_kernel", "_ssd_step_kernel", *norm, "_linear_kernel"]
+    some = ["_add_norm_kernel", "_product_kernel", "_ssd_step_kernel", *norm, "_product_kernel"]
+    many = ["_add_norm_kernel", "_conv_step_kernel", "_ssd_step_kernel", *norm]
+    check(found, few if rows <= FEW else some if rows <= SOME and not bits else many, 255)
+    check_asking(found, ASKING | {"_ssd_step_kernel": "prefetch.global.L2"})
+    (built,) = (built for name, built in found if name == "_ssd_step_kernel")
+    assert resources(built)["REG"] <= 96
+    text = built.asm["ptx"]
+    # 32 floats of the state a thread.
+    words = [line for line in text.splitlines() if "st.global" in line and ".b32" in line and "{" in line]
+    assert len([line for line in words if ".v4" in line]) == 8
 
 
 @here

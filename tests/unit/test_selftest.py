@@ -551,7 +551,7 @@ def test_a_trial_is_no_part_of_what_mlx_compiles(runs, one_trial, monkeypatch):
 def test_fused_kernels_of_torch_that_fail_are_passed_over(monkeypatch):
     torch = pytest.importorskip("torch")
     from mamba_core.backends.torch.kernels import native_norm, triton_norm
-    from mamba_core.backends.torch.ops import block_step, cross_entropy, fused_mixer, rms_norm
+    from mamba_core.backends.torch.ops import block_step, cross_entropy, fused_mixer, gated_norm, rms_norm
 
     asked, verdicts = [], {"passes": True}
 
@@ -563,6 +563,7 @@ def test_fused_kernels_of_torch_that_fail_are_passed_over(monkeypatch):
     monkeypatch.setattr(triton_norm, "reason", lambda *_: None)
     monkeypatch.setattr(cross_entropy.triton, "reason", lambda *_: None)
     monkeypatch.setattr(fused_mixer, "_reason", lambda *_: None)
+    monkeypatch.setattr(gated_norm.triton_gated_norm, "reason", lambda *_: None)
     monkeypatch.setattr(native_norm, "reason", lambda *_: "not here")
     x, weight = torch.zeros(1, 2, 8), torch.zeros(8)
 
@@ -572,16 +573,18 @@ def test_fused_kernels_of_torch_that_fail_are_passed_over(monkeypatch):
             cross_entropy.fuses_head(policy.of("cross_entropy"), weight),
             fused_mixer.is_fused(policy, x, 4, 16),
             block_step.takes_cuda(policy.of("block_step"), weight.device),
+            gated_norm.is_fused(policy.of("gated_norm"), x, x, weight, 2),
         ]
 
     auto = kernels.Kernels()
-    assert chosen(auto) == [True] * 4
+    assert chosen(auto) == [True] * 5
     verdicts["passes"] = False
-    assert chosen(auto) == [False] * 4
-    assert len(asked) == 8
+    assert chosen(auto) == [False] * 5
+    assert len(asked) == 10
     names = {"rms_norm": "triton", "cross_entropy": "triton", "fused_mixer": "triton", "block_step": "cuda"}
-    assert chosen(kernels.Kernels(tuple(names.items()))) == [True] * 4
-    assert len(asked) == 8, "a kernel that is named is not asked for"
+    names |= {"gated_norm": "triton"}
+    assert chosen(kernels.Kernels(tuple(names.items()))) == [True] * 5
+    assert len(asked) == 10, "a kernel that is named is not asked for"
 
 
 PRECISION = """

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,7 +23,8 @@ class CapturedDecoding:
     """
 
     def __init__(self, advance: Callable[[Carry, Tensor | None], Carry], like: Carry, draws: bool):
-        self._carry = _mapped(torch.zeros_like, like)
+        # Kernels read and write states as they lie in memory, and what a prompt has left may lie otherwise.
+        self._carry = _mapped(partial(torch.zeros_like, memory_format=torch.contiguous_format), like)
         tokens = like.choice.tokens
         self._uniforms = torch.zeros(AT_ONCE, *tokens.shape, device=tokens.device) if draws else None
         self._index = torch.zeros(1, dtype=torch.long, device=tokens.device)

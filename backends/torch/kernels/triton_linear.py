@@ -55,7 +55,8 @@ def linear(x: Tensor, weight: Tensor | Packed, bias: Tensor | None) -> Tensor:
 def multiply(x, weight, bias, y, *, norm=None, eps=0.0, residual=None, convolution=None):
     """y = weight (n, k), dense or packed, times x (b, k), or times the norm of x; plus the residual.
 
-    With a convolution y is (b, n/2): the first half of the result goes through it, the rest to its last tensor.
+    convolution: (weight (c, taps), bias, state (b, taps - 1, c), state after it, beside, first). The c outputs from
+    `first` on go through it to y (b, c), the others, in their order, to `beside` (b, n - c).
     """
     packed = weight if isinstance(weight, Packed) else Packed(weight, weight, 0, 1)
     stored = packed.words
@@ -67,7 +68,7 @@ def multiply(x, weight, bias, y, *, norm=None, eps=0.0, residual=None, convoluti
     outputs = _outputs_of_program(n, rows)
     most = (PACKED_LINES if packed.bits else LINES) // outputs
     at_once = max(each for each in range(1, max(1, most) + 1) if count % each == 0)
-    conv_weight, conv_bias, conv_state, conv_after, z = convolution or (stored, None, x, x, x)
+    conv_weight, conv_bias, conv_state, conv_after, beside, first = convolution or (stored, None, x, x, x, 0)
     _linear_kernel[(blocks_of(n, outputs),)](
         x,
         stored if norm is None else norm,
@@ -80,7 +81,7 @@ def multiply(x, weight, bias, y, *, norm=None, eps=0.0, residual=None, convoluti
         stored if conv_bias is None else conv_bias,
         conv_state,
         conv_after,
-        z,
+        beside,
         eps,
         conv_weight.stride(0),
         N=n,
@@ -95,6 +96,8 @@ def multiply(x, weight, bias, y, *, norm=None, eps=0.0, residual=None, convoluti
         CONV=convolution is not None,
         CONV_BIAS=conv_bias is not None,
         TAPS=conv_state.shape[1] + 1,
+        FIRST=first,
+        CHANNELS=len(conv_weight),
         OUTPUTS=outputs,
         THREADS=threads,
         VECTOR=vector,
@@ -155,7 +158,7 @@ def _linear_kernel(
     conv_bias,
     conv_state,
     conv_after,
-    z,
+    beside,
     eps,
     conv_stride,
     N: tl.constexpr,
@@ -170,6 +173,8 @@ def _linear_kernel(
     CONV: tl.constexpr,
     CONV_BIAS: tl.constexpr,
     TAPS: tl.constexpr,
+    FIRST: tl.constexpr,
+    CHANNELS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     THREADS: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -178,7 +183,6 @@ def _linear_kernel(
     OVERLAP: tl.constexpr,
 ):
     let_the_next_begin(OVERLAP)
-    E: tl.constexpr = N // 2
     WIDTH: tl.constexpr = LENGTH * STRIPS
     first = tl.program_id(0) * OUTPUTS
     SIZE: tl.constexpr = THREADS * VECTOR
@@ -238,26 +242,28 @@ def _linear_kernel(
             if BIAS:
                 value += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
             if CONV:
-                if n < E:
+                c = n - FIRST
+                if (c >= 0) & (c < CHANNELS):
                     # The state holds what the input was rounded to.
                     value = value.to(conv_after.dtype.element_ty).to(tl.float32)
-                    state = conv_state + row * (TAPS - 1) * E + n
-                    after = conv_after + row * (TAPS - 1) * E + n
-                    taps = conv_weight + n * conv_stride
+                    state = conv_state + row * (TAPS - 1) * CHANNELS + c
+                    after = conv_after + row * (TAPS - 1) * CHANNELS + c
+                    taps = conv_weight + c * conv_stride
                     filtered = value * tl.load(taps + TAPS - 1).to(tl.float32)
                     if CONV_BIAS:
-                        filtered += tl.load(conv_bias + n).to(tl.float32)
+                        filtered += tl.load(conv_bias + c).to(tl.float32)
                     for tap in tl.static_range(TAPS - 1):
-                        before = tl.load(state + tap * E).to(tl.float32)
+                        before = tl.load(state + tap * CHANNELS).to(tl.float32)
                         filtered += before * tl.load(taps + tap).to(tl.float32)
                         if tap > 0:
-                            tl.store(after + (tap - 1) * E, before.to(conv_after.dtype.element_ty))
+                            tl.store(after + (tap - 1) * CHANNELS, before.to(conv_after.dtype.element_ty))
                     if TAPS > 1:
-                        tl.store(after + (TAPS - 2) * E, value.to(conv_after.dtype.element_ty))
+                        tl.store(after + (TAPS - 2) * CHANNELS, value.to(conv_after.dtype.element_ty))
                     filtered = filtered * tl.sigmoid(filtered)
-                    tl.store(y + row * E + n, filtered.to(y.dtype.element_ty))
+                    tl.store(y + row * CHANNELS + c, filtered.to(y.dtype.element_ty))
                 elif n < N:
-                    tl.store(z + row * E + n - E, value.to(z.dtype.element_ty))
+                    place = tl.where(c < 0, n, n - CHANNELS)
+                    tl.store(beside + row * (N - CHANNELS) + place, value.to(beside.dtype.element_ty))
             else:
                 if RESIDUAL:
                     value += tl.load(residual + row * N + n, mask=n < N, other=0.0).to(tl.float32)

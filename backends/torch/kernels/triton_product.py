@@ -13,6 +13,7 @@ from mamba_core.backends.torch.kernels.triton import (
     INTERPRETED,
     after_the_last,
     blocks_of,
+    fetch,
     jit,
     let_the_next_begin,
     overlapping,
@@ -58,7 +59,7 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, counters
     """y = weight (n, k) times x (b, k), plus the bias.
 
     counters: `new_counters`, for one product at a time.
-    With a convolution y is (b, n/2): the first half of the result goes through it, the rest to its last tensor.
+    convolution: see `triton_linear.multiply`.
     """
     (n, length), rows = weight.shape, len(x)
     block, steps = BLOCK if n > FEW_OUTPUTS else SMALL_BLOCK, blocks_of(length, STEP)
@@ -67,7 +68,7 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, counters
     shares = blocks_of(steps, count)
     tile = max(16, power_of_2(rows))
     parts = x if shares == 1 else x.new_empty(blocks, shares, tile, block, dtype=torch.float32)
-    conv_weight, conv_bias, conv_state, conv_after, z = convolution or (weight, None, x, x, x)
+    conv_weight, conv_bias, conv_state, conv_after, beside, first = convolution or (weight, None, x, x, x, 0)
     _product_kernel[(blocks, shares)](
         x,
         weight,
@@ -79,7 +80,7 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, counters
         weight if conv_bias is None else conv_bias,
         conv_state,
         conv_after,
-        z,
+        beside,
         rows,
         conv_weight.stride(0),
         N=n,
@@ -93,6 +94,8 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, counters
         CONV=convolution is not None,
         CONV_BIAS=conv_bias is not None,
         TAPS=conv_state.shape[1] + 1,
+        FIRST=first,
+        CHANNELS=len(conv_weight),
         LINES=AHEAD // LINE,
         LINE=LINE,
         # The interpreter multiplies matrices of bfloat16 as if they were whole numbers.
@@ -107,10 +110,7 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, counters
 def _fetch(weight, n, first, N: tl.constexpr, LENGTH: tl.constexpr, LINES: tl.constexpr, LINE: tl.constexpr):
     """Asks for so many lines of each output's weights, from an input on, into the second cache."""
     k = tl.minimum(first + tl.arange(0, LINES) * LINE, LENGTH - 1)
-    lines = weight + tl.minimum(n, N - 1).to(tl.int64)[:, None] * LENGTH + k[None, :]
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1
-    )
+    fetch(weight + tl.minimum(n, N - 1).to(tl.int64)[:, None] * LENGTH + k[None, :])
 
 
 @jit
@@ -125,7 +125,7 @@ def _product_kernel(
     conv_bias,
     conv_state,
     conv_after,
-    z,
+    beside,
     rows,
     conv_stride,
     N: tl.constexpr,
@@ -139,6 +139,8 @@ def _product_kernel(
     CONV: tl.constexpr,
     CONV_BIAS: tl.constexpr,
     TAPS: tl.constexpr,
+    FIRST: tl.constexpr,
+    CHANNELS: tl.constexpr,
     LINES: tl.constexpr,
     LINE: tl.constexpr,
     WIDENS: tl.constexpr,
@@ -177,35 +179,36 @@ def _product_kernel(
     if BIAS:
         total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     if CONV:
-        E: tl.constexpr = N // 2
-        tl.store(z + m[:, None] * E + (n - E)[None, :], total.to(z.dtype.element_ty), mask=here & (n >= E)[None, :])
-        here = here & (n < E)[None, :]
-        cells = (m * (TAPS - 1) * E)[:, None] + n[None, :]
-        total = _convolve(
-            total, conv_weight + n * conv_stride, conv_state + cells, conv_after + cells, n, here, E, TAPS
-        )
+        c = n - FIRST
+        passes = (c >= 0) & (c < CHANNELS)
+        others = beside + m[:, None] * (N - CHANNELS) + tl.where(c < 0, n, n - CHANNELS)[None, :]
+        tl.store(others, total.to(beside.dtype.element_ty), mask=here & ~passes[None, :])
+        here = here & passes[None, :]
+        cells = (m * (TAPS - 1) * CHANNELS)[:, None] + c[None, :]
+        taps, state, after = conv_weight + c * conv_stride, conv_state + cells, conv_after + cells
+        total = _convolve(total, taps, state, after, passes, here, CHANNELS, TAPS)
         if CONV_BIAS:
-            total += tl.load(conv_bias + n, mask=n < E, other=0.0).to(tl.float32)[None, :]
+            total += tl.load(conv_bias + c, mask=passes, other=0.0).to(tl.float32)[None, :]
         total = total * tl.sigmoid(total)
-        tl.store(y + m[:, None] * E + n[None, :], total.to(y.dtype.element_ty), mask=here)
+        tl.store(y + m[:, None] * CHANNELS + c[None, :], total.to(y.dtype.element_ty), mask=here)
     else:
         tl.store(y + m[:, None] * N + n[None, :], total.to(y.dtype.element_ty), mask=here)
 
 
 @jit
-def _convolve(x, taps, state, after, n, here, E: tl.constexpr, TAPS: tl.constexpr):
+def _convolve(x, taps, state, after, passes, here, CHANNELS: tl.constexpr, TAPS: tl.constexpr):
     """The convolution's sums of one position, and the state after it, which may be in the memory of that before."""
     # The state holds what the input was rounded to.
     x = x.to(after.dtype.element_ty)
     window = ()
     for tap in tl.static_range(TAPS - 1):
-        window = window + (tl.load(state + tap * E, mask=here, other=0.0),)
+        window = window + (tl.load(state + tap * CHANNELS, mask=here, other=0.0),)
     window = window + (x,)
     # All of it is read before any is written.
     tl.debug_barrier()
     total = tl.zeros(x.shape, tl.float32)
     for tap in tl.static_range(TAPS):
-        total += window[tap].to(tl.float32) * tl.load(taps + tap, mask=n < E, other=0.0).to(tl.float32)[None, :]
+        total += window[tap].to(tl.float32) * tl.load(taps + tap, mask=passes, other=0.0).to(tl.float32)[None, :]
         if tap > 0:
-            tl.store(after + (tap - 1) * E, window[tap], mask=here)
+            tl.store(after + (tap - 1) * CHANNELS, window[tap], mask=here)
     return total

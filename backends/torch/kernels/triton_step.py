@@ -1,9 +1,7 @@
 """One position of a Mamba-1 block in Triton: few kernels, each bound by reading its weights.
 
 With few rows a block is four kernels: norm, in_proj and the convolution; x_proj; dt_proj, the recurrence and the gate;
-out_proj. With some dozens of rows the norm is a kernel of its own. With more rows, and in float32, cuBLAS computes the
-products, and three kernels the rest. A kernel may begin while the one before it ends: it reads its weights first, then
-waits for the other's results (programmatic dependent launch).
+out_proj. See `triton_block` for more rows.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mamba_core.backends.torch.kernels import triton_linear, triton_norm, triton_product
+from mamba_core.backends.torch.kernels import triton_block, triton_linear, triton_norm, triton_product
 from mamba_core.backends.torch.kernels.triton import (
     INTERPRETED,
     after_the_last,
@@ -24,9 +22,10 @@ from mamba_core.backends.torch.kernels.triton import (
     let_the_next_begin,
     overlapping,
     power_of_2,
+    softplus,
     tl,
 )
-from mamba_core.backends.torch.quantization import Packed, unpack
+from mamba_core.backends.torch.quantization import Packed
 
 
 class Layer(NamedTuple):
@@ -50,6 +49,14 @@ class Layer(NamedTuple):
     out_bias: Tensor | None
     selection_eps: float = 0.0
 
+    @property
+    def matrices(self) -> tuple[Tensor | Packed, ...]:
+        """Those that are read as they lie in memory, in the dtype of the norm."""
+        return self.in_proj, self.x_proj, self.dt_proj, self.out_proj
+
+    def step(self, *arguments):
+        return block(self, *arguments)
+
 
 def block(layer: Layer, residual: Tensor, hidden: Tensor | None, conv_state, ssm_state, after, counters: Tensor):
     """The block of residual + hidden, (b, d) each: the residual stream, and the output that is still to be added to it.
@@ -57,13 +64,13 @@ def block(layer: Layer, residual: Tensor, hidden: Tensor | None, conv_state, ssm
     Either hidden may be None. The new conv_state (b, k-1, e) and ssm_state (b, e, n) are written to `after`, which may
     be the same two tensors. counters: see `triton_product.multiply`.
     """
+    conv_after, ssm_after = after
     with launching(residual):
-        if len(residual) <= triton_linear.MOST_ROWS:
-            return _few_rows(layer, residual, conv_state, ssm_state, *after)
-        packed = isinstance(layer.in_proj, Packed) or isinstance(layer.out_proj, Packed)
-        if packed or triton_product.reason(len(residual), layer.norm.dtype):
-            return _many_rows(layer, residual, hidden, conv_state, ssm_state, *after)
-        return _some_rows(layer, residual, hidden, conv_state, ssm_state, *after, counters)
+        x, beside, total = triton_block.enter(layer, residual, hidden, conv_state, conv_after, counters)
+        dtbc = _selected(layer, x, counters)
+        y = torch.empty_like(x)
+        _recurrence(layer, x, beside[:, beside.shape[1] - x.shape[1] :], dtbc, ssm_state, ssm_after, y)
+        return triton_block.leave(layer, y, total, counters)
 
 
 def normed_linear(residual: Tensor, hidden: Tensor | None, norm: Tensor, eps: float, weight: Tensor | Packed) -> Tensor:
@@ -75,7 +82,7 @@ def normed_linear(residual: Tensor, hidden: Tensor | None, norm: Tensor, eps: fl
             triton_linear.multiply(residual, weight, None, products, norm=norm, eps=eps)
             return products
         normed, _, _ = triton_norm._forward(residual, hidden, norm, eps, norm.dtype)
-        return F.linear(normed, _dense(weight, norm.dtype)).float()
+        return F.linear(normed, triton_block.dense(weight, norm.dtype)).float()
 
 
 def embed(tokens: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -87,62 +94,18 @@ def embed(tokens: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return rows
 
 
-def _few_rows(layer, residual, conv_state, ssm_state, conv_after, ssm_after):
-    b, e, _ = ssm_state.shape
-    x, z, y = (layer.norm.new_empty(b, e) for _ in range(3))
-    fusion = {"norm": layer.norm, "eps": layer.eps}
-    fusion["convolution"] = (layer.conv, layer.conv_bias, conv_state, conv_after, z)
-    triton_linear.multiply(residual, layer.in_proj, layer.in_bias, x, **fusion)
-    dtbc = residual.new_empty(b, len(layer.x_proj), dtype=torch.float32)
-    triton_linear.multiply(x, layer.x_proj, None, dtbc)
-    _recurrence(layer, x, z, dtbc, ssm_state, ssm_after, y)
-    total = residual.new_empty(residual.shape)
-    triton_linear.multiply(y, layer.out_proj, layer.out_bias, total, residual=residual)
-    return total, None
-
-
-def _some_rows(layer, residual, hidden, conv_state, ssm_state, conv_after, ssm_after, counters):
-    b, e, _ = ssm_state.shape
-    norm = (layer.norm, layer.eps, layer.norm.dtype)
-    normed, total, _ = triton_norm.sum_and_norm(residual, hidden, *norm, overlap=True)
-    x, z, y = (normed.new_empty(b, e) for _ in range(3))
-    convolution = (layer.conv, layer.conv_bias, conv_state, conv_after, z)
-    triton_product.multiply(normed, layer.in_proj, layer.in_bias, x, counters, convolution)
-    dtbc = x.new_empty(b, len(layer.x_proj))
-    triton_product.multiply(x, layer.x_proj, None, dtbc, counters)
-    _recurrence(layer, x, z, dtbc, ssm_state, ssm_after, y)
-    hidden = normed.new_empty(normed.shape)
-    triton_product.multiply(y, layer.out_proj, layer.out_bias, hidden, counters)
-    return total, hidden
-
-
-def _many_rows(layer, residual, hidden, conv_state, ssm_state, conv_after, ssm_after):
-    b, e, _ = ssm_state.shape
-    k = layer.conv.shape[1]
-    normed, total, _ = triton_norm._forward(residual, hidden, layer.norm, layer.eps, layer.norm.dtype)
-    xz = F.linear(normed, _dense(layer.in_proj, normed.dtype), layer.in_bias)
-    x, y = xz.new_empty(b, e), xz.new_empty(b, e)
-    channels = min(64, power_of_2(e))
-    _conv_step_kernel[(blocks_of(e, channels), b)](
-        xz,
-        layer.conv,
-        layer.conv if layer.conv_bias is None else layer.conv_bias,
-        conv_state,
-        conv_after,
-        x,
-        layer.conv.stride(0),
-        E=e,
-        TAPS=k,
-        BIAS=layer.conv_bias is not None,
-        BLOCK=channels,
-        num_warps=1,
-    )
-    _recurrence(layer, x, xz[:, e:], F.linear(x, layer.x_proj), ssm_state, ssm_after, y)
-    return total, F.linear(y, _dense(layer.out_proj, y.dtype), layer.out_bias)
-
-
-def _dense(weight: Tensor | Packed, dtype: torch.dtype) -> Tensor:
-    return unpack(weight, dtype) if isinstance(weight, Packed) else weight
+def _selected(layer, x, counters):
+    """x_proj's output, (b, r + 2n)."""
+    b, outputs = len(x), len(layer.x_proj)
+    if triton_block.takes_few(x):
+        dtbc = x.new_empty(b, outputs, dtype=torch.float32)
+        triton_linear.multiply(x, layer.x_proj, None, dtbc)
+        return dtbc
+    if triton_block.takes_some(layer, x):
+        dtbc = x.new_empty(b, outputs)
+        triton_product.multiply(x, layer.x_proj, None, dtbc, counters)
+        return dtbc
+    return F.linear(x, layer.x_proj)
 
 
 def _recurrence(layer, x, z, dtbc, ssm_state, ssm_after, y):
@@ -186,48 +149,6 @@ def _embed_kernel(tokens, weight, rows, V: tl.constexpr, D: tl.constexpr, BLOCK:
     known = (token >= 0) & (token < V)
     value = tl.load(weight + token * D + k, mask=(k < D) & known, other=float("nan"))
     tl.store(rows + b * D + k, value.to(rows.dtype.element_ty), mask=k < D)
-
-
-@jit
-def _conv_step_kernel(
-    xz,
-    weight,
-    bias,
-    state,
-    after,
-    y,
-    weight_stride,
-    E: tl.constexpr,
-    TAPS: tl.constexpr,
-    BIAS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The convolution and its SiLU of one position; xz (b, 2e)."""
-    b = tl.program_id(1)
-    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = c < E
-    state += b * (TAPS - 1) * E + c
-    after += b * (TAPS - 1) * E + c
-    value = tl.load(xz + b * 2 * E + c, mask=inside, other=0.0).to(tl.float32)
-    total = value * tl.load(weight + c * weight_stride + TAPS - 1, mask=inside, other=0.0).to(tl.float32)
-    if BIAS:
-        total += tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)
-    for tap in tl.static_range(TAPS - 1):
-        before = tl.load(state + tap * E, mask=inside, other=0.0).to(tl.float32)
-        total += before * tl.load(weight + c * weight_stride + tap, mask=inside, other=0.0).to(tl.float32)
-        if tap > 0:
-            tl.store(after + (tap - 1) * E, before.to(after.dtype.element_ty), mask=inside)
-    if TAPS > 1:
-        tl.store(after + (TAPS - 2) * E, value.to(after.dtype.element_ty), mask=inside)
-    tl.store(y + b * E + c, (total * tl.sigmoid(total)).to(y.dtype.element_ty), mask=inside)
-
-
-@jit
-def _softplus(value):
-    """Without overflow where the value is large, and without loss where it is very negative."""
-    small = tl.exp(-tl.abs(value))
-    rest = tl.where(small < 1e-4, small * (1.0 - 0.5 * small), tl.log(1.0 + small))
-    return tl.maximum(value, 0.0) + rest
 
 
 @jit
@@ -288,7 +209,7 @@ def _recurrence_kernel(
             C = triton_norm.unit_normed(C, SELECTION_EPS, STATES)
         u = tl.load(x + b * E + c, mask=here, other=0.0).to(tl.float32)
         gate = tl.load(z + b * z_stride + c, mask=here, other=0.0).to(tl.float32)
-        step = _softplus(tl.sum(own * dt[None, :], 1) + bias)
+        step = softplus(tl.sum(own * dt[None, :], 1) + bias)
         h = tl.exp(step[:, None] * A) * states[index] + (step * u)[:, None] * B[None, :]
         tl.store(after + b * E * STATES + cell, h, mask=within & (b < batch))
         value = tl.sum(h * C[None, :], 1) + skip * u
@@ -352,7 +273,7 @@ def _recurrences_kernel(
     if WIDENS:
         dt, own = dt.to(tl.float32), own.to(tl.float32)
     # Not in TF32, which would round float32.
-    step = _softplus(tl.dot(dt, own, input_precision="ieee") + bias[None, :])
+    step = softplus(tl.dot(dt, own, input_precision="ieee") + bias[None, :])
     h = tl.exp(step[:, :, None] * A[None, :, :]) * h + (step * u)[:, :, None] * B[:, None, :]
     tl.store(after + cells, h, mask=within)
     value = tl.sum(h * C[:, None, :], 2) + skip[None, :] * u

@@ -11,6 +11,9 @@ which ways it was written: see `ways`. It may also say there
     width = s6.width    a function: elements of its widest array for each position, or None where a layer was replaced.
                         Long sequences are then computed in pieces, each from the state that the one before has left.
                         A feed-forward says it too
+    captures = s6.captures
+                        a function: whether its kernels here have been tried in training steps that are captured as
+                        CUDA graphs. Without it no step is captured. A feed-forward says it too
 """
 
 from typing import NamedTuple

@@ -10,6 +10,7 @@ from mamba_core.backends.torch.mixers import s6
 class FalconMambaMixer(nn.Module):
     can_compute_last_only = s6.can_compute_last_only
     width = s6.width
+    captures = s6.captures
 
     def __init__(self, config, layer: int, options):
         super().__init__()
@@ -42,8 +43,8 @@ class FalconMambaMixer(nn.Module):
     def native_step(self):
         return s6.native_operands(self, self.selection_eps)
 
-    def cuda_step(self):
-        return s6.cuda_operands(self, self.selection_eps)
+    def cuda_step(self, norm):
+        return s6.cuda_operands(self, norm, self.selection_eps)
 
 
 Mixer = FalconMambaMixer

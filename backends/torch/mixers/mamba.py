@@ -12,6 +12,7 @@ class MambaMixer(nn.Module):
     cuda_step = s6.cuda_operands
     can_compute_last_only = s6.can_compute_last_only
     width = s6.width
+    captures = s6.captures
 
     def __init__(self, config, layer: int, options):
         super().__init__()

@@ -6,31 +6,26 @@ from torch import Tensor, nn
 
 from mamba_core.backend import LayerState
 from mamba_core.backends.torch import layers
-from mamba_core.backends.torch.arrays import at_least_float32
-from mamba_core.backends.torch.kernels import native_ssd_step
+from mamba_core.backends.torch.kernels import native_ssd_step, triton_ssd_step
 from mamba_core.backends.torch.mixers import s6
-from mamba_core.backends.torch.ops import rms_norm, ssd
-from mamba_core.backends.torch.quantization import QuantizedLinear
+from mamba_core.backends.torch.ops import gated_norm, ssd
+from mamba_core.backends.torch.quantization import stored_weight
 from mamba_core.backends.torch.untouched import untouched
 from mamba_core.call import Call
+from mamba_core.kernels import Kernels, choose
 
 
 class GatedRMSNorm(nn.Module):
     """The norm of groups of channels, with the gate before or after it, in float32 and the dtype of the weight."""
 
-    def __init__(self, size: int, groups: int, eps: float, norm_before_gate: bool):
+    def __init__(self, size: int, groups: int, eps: float, norm_before_gate: bool, kernels: Kernels):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
-        self.groups, self.eps, self.norm_before_gate = groups, eps, norm_before_gate
+        self.groups, self.eps, self.norm_before_gate, self.kernels = groups, eps, norm_before_gate, kernels
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        gate = F.silu(at_least_float32(z))
-        y = at_least_float32(y)
-        y = y if self.norm_before_gate else y * gate
-        grouped = y.unflatten(-1, (self.groups, y.shape[-1] // self.groups))
-        normed = rms_norm.rms_norm(grouped, None, self.eps).flatten(-2)
-        normed = normed * at_least_float32(self.weight)
-        return (normed * gate if self.norm_before_gate else normed).to(self.weight.dtype)
+        settings = self.groups, self.eps, self.norm_before_gate
+        return gated_norm.gated_norm(y, z, self.weight, *settings, self.kernels.of("gated_norm"))
 
 
 class Mamba2Mixer(nn.Module):
@@ -47,9 +42,8 @@ class Mamba2Mixer(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(h))
         self.A_log = nn.Parameter(torch.empty(h))
         self.D = nn.Parameter(torch.empty(e if config.D_has_hdim else h))
-        self.norm = (
-            GatedRMSNorm(e, config.ngroups, config.norm_eps, config.norm_before_gate) if config.rmsnorm else None
-        )
+        of_norm = (e, config.ngroups, config.norm_eps, config.norm_before_gate, options.kernels)
+        self.norm = GatedRMSNorm(*of_norm) if config.rmsnorm else None
         self.out_proj = nn.Linear(config.d_inner, config.d_model, bias=config.bias)
 
     def forward(self, hidden: Tensor, state: LayerState, call: Call) -> tuple[Tensor, LayerState]:
@@ -107,28 +101,53 @@ class Mamba2Mixer(nn.Module):
 
     def width(self) -> int | None:
         """Elements of its widest array, in_proj's output, for each position; None if a layer was changed."""
-        linears = (self.in_proj, self.out_proj)
-        built = all(
-            untouched(QuantizedLinear if type(each) is QuantizedLinear else nn.Linear, each) for each in linears
-        )
+        built = s6.is_ours(self.in_proj) and s6.is_ours(self.out_proj)
         return sum(self.sizes) if built and self._is_built_inside() else None
+
+    def captures(self) -> bool:
+        """Whether a training step may be captured: not with the plain kernel, which takes position after position."""
+        weight = self.conv1d.weight
+        kernels = ssd.kernels(weight.device, weight.dtype)
+        return choose(self.kernels.of("ssd"), kernels, "ssd", "torch", weight.device) != choose("plain", kernels)
 
     def native_step(self) -> native_ssd_step.Operands | str:
         """For the way native_step, or why it cannot compute this mixer."""
         in_proj, conv, out_proj, norm = self.in_proj, self.conv1d, self.out_proj, self.norm
         if not (untouched(nn.Linear, in_proj, out_proj) and self._is_built_inside()):
             return "a layer of the mixer was changed"
+        if (why := self._not_read()) is not None:
+            return why
+        gated = (None, 0.0, False) if norm is None else (norm.weight, norm.eps, norm.norm_before_gate)
+        return native_ssd_step.Operands(
+            *(in_proj.weight, in_proj.bias, conv.weight, conv.bias, self.dt_bias, self.A_log, self.D, gated[0]),
+            *(out_proj.weight, out_proj.bias, self.headdim, self.groups, self.dt_limit, *gated[1:]),
+        )
+
+    def cuda_step(self, norm: nn.Module) -> triton_ssd_step.Layer | str:
+        """For the way cuda_step, with the norm before the mixer, or why it cannot compute this mixer."""
+        in_proj, conv, out_proj, gated = self.in_proj, self.conv1d, self.out_proj, self.norm
+        if not (s6.is_ours(in_proj) and s6.is_ours(out_proj) and self._is_built_inside()):
+            return "a layer of the mixer was changed"
+        if (why := self._not_read()) is not None:
+            return why
+        layer = triton_ssd_step.Layer(
+            *(norm.weight, norm.eps, stored_weight(in_proj), in_proj.bias, conv.weight[:, 0], conv.bias),
+            *(self.dt_bias, self.A_log, self.D, None if gated is None else gated.weight),
+            *(stored_weight(out_proj), out_proj.bias, self.headdim, self.groups, self.dt_limit),
+            *((0.0, False) if gated is None else (gated.eps, gated.norm_before_gate)),
+        )
+        return layer if (why := layer.reason()) is None else why
+
+    def _not_read(self) -> str | None:
+        """Why no kernel of a whole block reads this mixer's parameters and settings; None if one may."""
+        norm = self.norm
         if norm is not None and (norm.groups != self.groups or norm.weight is None):
             return "its norm has no weight, or other groups than its recurrence"
         if self.dt_bias is None or self.A_log is None or self.D is None:
             return "dt_bias, A_log or D was removed"
         if not 0 <= self.dt_limit[0] <= self.dt_limit[1]:
             return f"dt_limit is {self.dt_limit}"
-        gated = (None, 0.0, False) if norm is None else (norm.weight, norm.eps, norm.norm_before_gate)
-        return native_ssd_step.Operands(
-            *(in_proj.weight, in_proj.bias, conv.weight, conv.bias, self.dt_bias, self.A_log, self.D, gated[0]),
-            *(out_proj.weight, out_proj.bias, self.headdim, self.groups, self.dt_limit, *gated[1:]),
-        )
+        return None
 
     def _is_built_inside(self) -> bool:
         """Whether the layers between in_proj and out_proj are as they were built."""

@@ -10,6 +10,7 @@ from mamba_core.backends.torch.mixers import s6
 class MiniMambaMixer(nn.Module):
     can_compute_last_only = s6.can_compute_last_only
     width = s6.width
+    captures = s6.captures
 
     def __init__(self, config, layer: int, options):
         super().__init__()

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from mamba_core.backend import LayerState
 from mamba_core.backends.torch import layers
-from mamba_core.backends.torch.kernels import native_mamba_step
+from mamba_core.backends.torch.kernels import native_mamba_step, triton_step
 from mamba_core.backends.torch.kernels.operator import KINDS
 from mamba_core.backends.torch.layers import StepProjection
 from mamba_core.backends.torch.mixers import Options
@@ -115,7 +115,7 @@ def width(mixer) -> int | None:
 
     Another layer may look along the sequence.
     """
-    built = _is_built_inside(mixer) and _is_ours(mixer.in_proj) and _is_ours(mixer.out_proj)
+    built = _is_built_inside(mixer) and is_ours(mixer.in_proj) and is_ours(mixer.out_proj)
     return 2 * len(mixer.A_log) if built else None
 
 
@@ -131,8 +131,14 @@ def _is_built_inside(mixer) -> bool:
     )
 
 
-def _is_ours(large) -> bool:
+def is_ours(large) -> bool:
     return untouched(QuantizedLinear if type(large) is QuantizedLinear else nn.Linear, large)
+
+
+def captures(mixer) -> bool:
+    """Whether the scan is the CUDA kernel. Others have not been tried in a captured training step."""
+    weight = mixer.conv1d.weight
+    return selective_scan.kernel_for(mixer.kernels.of("selective_scan"), weight.device, weight.dtype) == "cuda"
 
 
 # --- the last position alone ---------------------------------------------------------------------
@@ -181,15 +187,13 @@ def native_operands(mixer, selection_eps: float = 0.0) -> native_mamba_step.Oper
     )
 
 
-def cuda_operands(mixer, selection_eps: float = 0.0) -> tuple | None:
-    """For the way cuda_step, as `kernels.triton_step.Layer` after the norm; None if a layer was changed."""
+def cuda_operands(mixer, norm: nn.Module, selection_eps: float = 0.0) -> triton_step.Layer | str:
+    """For the way cuda_step, with the norm before the mixer, or why it cannot compute this mixer."""
     in_proj, x_proj, dt_proj, out_proj = mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj
-    if not _is_built_inside(mixer):
-        return None
-    if not (_is_ours(in_proj) and _is_ours(out_proj)):
-        return None
-    return (
-        *(stored_weight(in_proj), in_proj.bias, mixer.conv1d.weight[:, 0], mixer.conv1d.bias),
+    if not (_is_built_inside(mixer) and is_ours(in_proj) and is_ours(out_proj)):
+        return "a layer of the mixer was changed"
+    return triton_step.Layer(
+        *(norm.weight, norm.eps, stored_weight(in_proj), in_proj.bias, mixer.conv1d.weight[:, 0], mixer.conv1d.bias),
         *(x_proj.weight, dt_proj.weight, dt_proj.bias, mixer.A_log, mixer.D),
         *(stored_weight(out_proj), out_proj.bias, selection_eps),
     )

@@ -1,4 +1,8 @@
-"""One position of consecutive Mamba-1 blocks, or of a language model, in Triton and in the memory of the states."""
+"""One position of consecutive blocks, or of a language model, in Triton and in the memory of the states.
+
+A mixer for which there are such kernels has in its own class a function `cuda_step(mixer, norm)`. It returns the layer
+of the block, such as `kernels.triton_step.Layer`, or why the kernels cannot compute this mixer.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +36,7 @@ def take(blocks, residual, states, call) -> Taken | str:
         shape, residual, pending = residual.shape, residual[:, 0], None
         counters = triton_product.new_counters(residual.device)
         for layer, state in zip(layers, states, strict=True):
-            residual, pending = triton_step.block(layer, residual, pending, *state, state, counters)
+            residual, pending = layer.step(residual, pending, *state, state, counters)
         return residual.view(shape), None if pending is None else pending.view(shape), states
 
     return Taken(len(layers), run)
@@ -77,6 +81,8 @@ def logits(model, tokens: Tensor, state: State) -> Tensor:
     residual = triton_step.embed(
         tokens.contiguous(), weight, torch.float32 if backbone.residual_in_fp32 else backbone.dtype
     )
+    # The kernels read and write them as they lie in memory.
+    assert all(value.is_contiguous() for layer in state.layers for value in layer)
     step = take(list(backbone.layers), residual[:, None], state.layers, Call(one=True, in_place=True))
     residual, pending, _ = step.run(residual[:, None], None, state.layers)
     pending = None if pending is None else pending[:, 0]
@@ -84,7 +90,8 @@ def logits(model, tokens: Tensor, state: State) -> Tensor:
     return triton_step.normed_linear(residual[:, 0], pending, norm.weight, norm.eps, head)
 
 
-def _layer(block) -> triton_step.Layer | str:
+def _layer(block):
+    """The layer whose `step` computes the block, or why none does."""
     if not untouched(Block, block) or block.feed_forward is not None:
         return "the block was changed, or has a feed-forward"
     mixer, norm = block.mixer, block.norm
@@ -95,14 +102,13 @@ def _layer(block) -> triton_step.Layer | str:
     asked = mixer.kernels.of("block_step")
     if asked not in ("auto", "cuda"):
         return f"kernels has {asked!r} for block_step"
-    if (operands := read(mixer)) is None:
-        return "a layer of the mixer was changed"
+    if type(layer := read(mixer, norm)) is str:
+        return layer
     if (why := triton_norm.reason(norm.weight.device, norm.weight.dtype, len(norm.weight))) is not None:
         return why
     if not block_step.takes_cuda(asked, norm.weight.device):
         return "its kernels fail their self-test here"
-    layer = triton_step.Layer(norm.weight, norm.eps, *operands)
-    dense = [value for value in (layer.in_proj, layer.x_proj, layer.dt_proj, layer.out_proj) if type(value) in KINDS]
+    dense = [value for value in layer.matrices if type(value) in KINDS]
     if any(value.dtype != norm.weight.dtype or not value.is_contiguous() for value in dense):
         return "its parameters have another dtype or layout in memory"
     return layer
