@@ -1,6 +1,8 @@
-"""What all tests share: the options --slow and --backend, and Hypothesis's profiles."""
+"""What all tests share: the options --slow and --backend, Hypothesis's profiles, and what JAX has compiled."""
 
 import os
+import shutil
+import tempfile
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -20,6 +22,22 @@ for profile, examples in (("ci", 15), ("unshrunk", 15), ("local", 200)):
         suppress_health_check=[HealthCheck.too_slow],
     )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+# Of one run alone. Each process of it, the workers' and those that tests start, takes what another has compiled.
+COMPILED = {
+    "JAX_COMPILATION_CACHE_DIR": "",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
+
+
+def pytest_configure(config):
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:  # a user's, or that of the run which started this process
+        return
+    folder = tempfile.mkdtemp(prefix="mamba-core-tests-")
+    os.environ.update(COMPILED | {"JAX_COMPILATION_CACHE_DIR": folder})
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def pytest_addoption(parser):

@@ -44,7 +44,9 @@ class Subject(NamedTuple):
     lengths: a strategy. cases(lengths) -> strategy of Case
     dtypes(case, dtype) -> (those of the arrays by name, those of the outputs)
     given(backend, case, arrays, rows) -> the state of the case, or None
-    call(backend, case, arrays, piece, state, positions) -> outputs: y and the leaves of the final state; the state
+    cut(case, arrays, piece) -> what a call of that piece is given, by name; arrays may be NumPy's
+    call(backend, case, step, given, state, positions) -> outputs: y and the leaves of the final state; the state.
+        It says nothing else about the piece than its arguments, so that pieces of one shape are compiled once.
     reference(backend, case, arrays, dtype) -> outputs in float64; a function of their gradients that gives those of
         the arrays by name
     least_norm(case, arrays, what, reference) -> the norm that y or an array's gradient would have if its terms did not
@@ -58,6 +60,7 @@ class Subject(NamedTuple):
     cases: Callable
     dtypes: Callable
     given: Callable
+    cut: Callable
     call: Callable
     reference: Callable
     least_norm: Callable
@@ -73,18 +76,21 @@ def _op_dtypes(op, case, dtype):
     return {name: stored(name) for name in case.arrays}, [dtype, stored("final_state")]
 
 
-def _op_given(backend, case, arrays, rows):
+def _op_given(op, backend, case, arrays, rows):
     state = arrays.get("initial_state")
     return None if state is None else state[rows]
 
 
-def _op_call(op, backend, case, arrays, piece, state, positions):
-    functions = backend.op(op.name)
+def _op_cut(op, case, arrays, piece):
     named = {name: value for name, value in arrays.items() if name != "initial_state"}
     where = piece.where.start if piece.step else piece.where
-    named |= {name: named[name][piece.rows, where] for name in op.per_position if name in named}
-    if not piece.step:
-        named |= {"initial_state": state, "return_final_state": True}
+    return named | {name: named[name][piece.rows, where] for name in op.per_position if name in named}
+
+
+def _op_call(op, backend, case, step, named, state, positions):
+    functions = backend.op(op.name)
+    if not step:
+        named = named | {"initial_state": state, "return_final_state": True}
         y, h = getattr(functions, op.name)(**named, **case.options, **positions)
         return (y, h), h
     if state is None:
@@ -116,11 +122,12 @@ def _mathematical(options: dict) -> dict:
 
 
 def _op(op: ops.Op) -> Subject:
-    call, reference = functools.partial(_op_call, op), functools.partial(_op_reference, op)
-    dtypes, least_norm = functools.partial(_op_dtypes, op), functools.partial(_op_least_norm, op)
+    def of_op(function):
+        return functools.partial(function, op)
+
+    functions = map(of_op, (_op_dtypes, _op_given, _op_cut, _op_call, _op_reference, _op_least_norm))
     drawn = functools.partial(op_cases, op.name)
-    traits = architectures.Traits()
-    return Subject(traits, op.per_position, False, lengths(), drawn, dtypes, _op_given, call, reference, least_norm)
+    return Subject(architectures.Traits(), op.per_position, False, lengths(), drawn, *functions)
 
 
 # --- models ----------------------------------------------------------------------------------------
@@ -188,12 +195,15 @@ def _model_given(backend, case, arrays, rows):
     return State(tuple(map(layer, range(config.n_layer))), own(case.options["segment"]))
 
 
-def _model_call(backend, case, arrays, piece, state, positions):
-    config = case.options["config"]
-    model = built(backend, config, case.dtype)
-    given = arrays.get("inputs_embeds", case.options.get("input_ids"))[piece.rows, piece.where]
-    given = given if "inputs_embeds" in arrays else backend.from_numpy(given, device=model.device)
-    y, state = model(given, state, **positions)
+def _model_cut(case, arrays, piece):
+    return {"inputs": arrays.get("inputs_embeds", case.options.get("input_ids"))[piece.rows, piece.where]}
+
+
+def _model_call(backend, case, step, given, state, positions):
+    model = built(backend, case.options["config"], case.dtype)
+    inputs = given["inputs"]
+    inputs = backend.from_numpy(inputs, device=model.device) if isinstance(inputs, np.ndarray) else inputs
+    y, state = model(inputs, state, **positions)
     return (y, *_outputs(case, state)), state
 
 
@@ -245,7 +255,7 @@ def _cotangents(case, after, cotangents) -> State:
 def _model(file, traits, longest, *tasks, **fixed) -> Subject:
     drawn = functools.partial(model_cases, file=file, tasks=tasks, **fixed)
     per_position = ("inputs_embeds",) if "layers" in tasks else ()
-    functions = (drawn, _model_dtypes, _model_given, _model_call, _model_reference, lambda *_: 0.0)
+    functions = (drawn, _model_dtypes, _model_given, _model_cut, _model_call, _model_reference, lambda *_: 0.0)
     return Subject(traits, per_position, True, longest, *functions)
 
 

@@ -4,6 +4,7 @@ A route is a list of calls that together make one: split where the state is carr
 alone, each packed sequence apart. Gradients run through the states that are carried, given and returned.
 """
 
+import functools
 from itertools import pairwise
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from mamba_core.weights.formats import DTYPES as DTYPE_OF
 
 from .assertions import assert_close, assert_zero
+from .compiling import compiled, vjp
 from .strategies import Case, laid_out, law, lengths
 from .subjects import SUBJECTS, Piece
 
@@ -87,9 +89,10 @@ def test_causal(backend, name, data):
     outputs, _ = subject.reference(backend, case, seen, case.dtype)
     upto = [np.zeros(value.shape, dtype) for value, dtype in zip(outputs, _numpy_dtypes(subject, case), strict=True)]
     upto[0][:, : t + 1] = 1
-    (y, *_), gradients = run(backend, subject, case, given_arrays, [Piece()], upto)
+    call = call_of(backend, subject, case)
+    (y, *_), gradients = run(backend, subject, case, given_arrays, [Piece()], upto, call)
     others, _ = natives(backend, subject, disturbed)
-    (changed, *_), _ = run(backend, subject, disturbed, others, [Piece()], upto)
+    (changed, *_), _ = run(backend, subject, disturbed, others, [Piece()], upto, call)
     np.testing.assert_array_equal(changed[:, : t + 1], y[:, : t + 1])
     for key in names:
         assert_zero(gradients[key][:, later], f"{name}: gradient of y up to {t} in later {key}")
@@ -148,19 +151,28 @@ def natives(backend, subject, case):
     return arrays, {key: backend.to_numpy(array) for key, array in arrays.items()}
 
 
-def run(backend, subject, case, arrays, route, cotangents):
-    """(outputs, gradients by name) of a route; its pieces put together. Cotangents are of the whole outputs."""
+def call_of(backend, subject, case):
+    """The subject's call in such cases."""
+    return compiled(backend, functools.partial(subject.call, backend, case))
+
+
+def run(backend, subject, case, arrays, route, cotangents, call=None):
+    """(outputs, gradients by name) of a route; its pieces put together. Cotangents are of the whole outputs.
+
+    call: as of `call_of`, for a case that differs in nothing but its arrays and ids.
+    """
+    call = call_of(backend, subject, case) if call is None else call
     positions = {key: backend.from_numpy(value) for key, value in case.positions.items()}
     places = [place for piece in route for place in _places(piece, len(cotangents))]
 
     def function(*values):
         named = dict(zip(arrays, values, strict=True))
-        return tuple(_follow(backend, subject, case, named, positions, route))
+        return tuple(_follow(backend, subject, case, named, positions, route, call))
 
     if arrays:
         cut = [np.ascontiguousarray(cotangents[index][at]) for index, at in places]
         cut = [backend.from_numpy(value, value.dtype.name) for value in cut]
-        values, gradients = backend.vjp(function, list(arrays.values()), cut)
+        values, gradients = vjp(backend, function, list(arrays.values()), cut)
     else:  # a model of token ids that is given no state has nothing to differentiate
         values, gradients = [backend.to_numpy(value) for value in function()], []
     outputs = [np.zeros(value.shape) for value in cotangents]
@@ -169,7 +181,7 @@ def run(backend, subject, case, arrays, route, cotangents):
     return outputs, dict(zip(arrays, gradients, strict=True))
 
 
-def _follow(backend, subject, case, arrays, positions, route):
+def _follow(backend, subject, case, arrays, positions, route, call):
     """The outputs of the pieces, one after the other: y, and the final state where it is that of the rows."""
     outputs, carried = [], None
     for piece in route:
@@ -178,7 +190,7 @@ def _follow(backend, subject, case, arrays, positions, route):
             subject.given(backend, case, arrays, piece.rows) if piece.start == "given" else starts[piece.start]
         )
         told = {key: positions[key][piece.rows, piece.where] for key in piece.passed if key in positions}
-        (y, *leaves), carried = subject.call(backend, case, arrays, piece, given_state, told)
+        (y, *leaves), carried = call(piece.step, subject.cut(case, arrays, piece), given_state, told)
         outputs += [y, *(leaves if piece.last else [])]
     return outputs
 

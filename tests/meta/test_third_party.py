@@ -25,7 +25,8 @@ def test_a_registered_backend_runs_the_suite(tmp_path):
     (tmp_path / "mine.py").write_text(MODULE)
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 0.1\n")
     (metadata / "entry_points.txt").write_text("[mamba_core.backends]\nmine = mine:backend\n")
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    # Few examples: it is ours under another name, and what is tried is that the suite finds it.
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "EXAMPLES": "3"}
     command = [sys.executable, "-m", "pytest", "tests/conformance", "--backend", "mine", "-k", "ops or model"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

@@ -353,7 +353,7 @@ def in_place(model, ids, state):
 @every_dtype
 @pytest.mark.parametrize(("name", "batch"), [("base", 1), ("odd", 4), ("odd", 19), ("wide", 2)])
 def test_a_position_in_fused_kernels(name, dtype, batch):
-    config = CONFIGS[name]
+    config = dataclasses.replace(CONFIGS[name], n_layer=2)  # one after the embedding and one after another
     model, plain = pair(config, dtype=dtype, device=DEVICE)
     assert cuda_step.reason(model) is None
     ids = tokens(config, batch, 5).to(DEVICE)

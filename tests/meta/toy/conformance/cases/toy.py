@@ -5,7 +5,7 @@ from mamba_core import discovery
 ToyConfig = discovery.find("architectures", "toy").ToyConfig
 SMALL = {"d_model": 8, "vocab_size": 17, "d_state": 4, "initializer_range": 0.3}
 CONFIGS = {
-    "all kinds": ToyConfig(n_layer=5, pattern="mshmm", **SMALL),
+    "all kinds": ToyConfig(n_layer=4, pattern="mshm", **SMALL),
     "sums": ToyConfig(n_layer=1, pattern="s", residual_in_fp32=False, tie_embeddings=False, **SMALL),
     "histories": ToyConfig(n_layer=2, pattern="h", **SMALL),
 }
