@@ -89,9 +89,7 @@ class Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def plan(
-    batch: int, length: int, heads: int, groups: int, channels: int, states: int, multiprocessors: int
-) -> Plan:
+def plan(batch: int, length: int, heads: int, groups: int, channels: int, states: int, multiprocessors: int) -> Plan:
     chunks = -(-length // CHUNK)
     return Plan(
         *(batch, length, heads, groups, channels, states, chunks),

@@ -1,14 +1,15 @@
 """The recurrence of Mamba-2 in Triton, for the matrix units of an NVIDIA GPU, and its gradient.
 
 A sequence is cut into chunks of `Q` positions, and the chunks into segments. `steps` computes the step sizes and the
-sums of the logarithms of the decays in each chunk. `adds` and `states` carry a state through a segment: forward, what x
-and B add to it; backward, its gradient, to which dy and C add. `forward` carries the state through a segment and computes y.
-`of_queries` and `of_keys` compute the gradients of x, B, C and D in a chunk for some heads of a group, from the states
-around it, and `of_steps` those of the step sizes from what they leave. `totals` sums over chunks.
+sums of the logarithms of the decays in each chunk. `adds` and `states` carry a state through a segment: forward, what
+x and B add to it; backward, its gradient, to which dy and C add. `forward` carries the state through a segment and
+computes y. `gates` computes the gradient of the gate. `of_queries` and `of_keys` compute the gradients of x, B, C and D
+in a chunk for some heads of a group, from the states around it, and `of_steps` those of the step sizes from what they
+leave. `totals` sums over chunks.
 
 A chunk computes as `kernels/chunked_ssd.py` of each framework does: y_i is the sum over j <= i of
-(C_i B_j) exp(a_{j+1} + ... + a_i) step_j x_j, and of exp(a_1 + ... + a_i) h C_i, with a = step A. A position that begins
-anew has the least a, of which exp is zero.
+(C_i B_j) exp(a_{j+1} + ... + a_i) step_j x_j, and of exp(a_1 + ... + a_i) h C_i, with a = step A. A position that
+begins anew has the least a, of which exp is zero.
 
 EXACT, for float32: the sums of a stand in two parts, of which the first is exact on a grid, so that differences are
 exact too. Otherwise the first part is the whole sum, and the second the same less the logarithm of the step size, both
@@ -46,9 +47,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
     def range(*bounds):
         """The interpreter's numbers are arrays of one element, of which NumPy makes no index."""
-        whole = [bound if isinstance(bound, int) else int(getattr(bound, "value", None) or bound.handle.data.item()) for bound in bounds]
-        for index in builtins.range(*whole):
+        for index in builtins.range(*map(_whole, bounds)):
             yield tl.program_id(0) * 0 + index
+
+    def _whole(bound) -> int:
+        return int(bound.handle.data.item()) if isinstance(bound, tl.tensor) else int(bound)
 
 
 @jit
@@ -254,7 +257,7 @@ def _carry(
     EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Carries a block of a state's channels through a segment: forward, or its gradient backward, with dy for x and C for B.
+    """Carries a block of a state's channels through a segment; backward its gradient, with dy for x and C for B.
 
     ADDS: writes what the segment adds to a state of zero, and the logarithm of its decay, to `added` and `logs`.
     Otherwise writes the state at the beginning of each chunk, or its gradient at the end, to `written` (b, chunks, h,
@@ -307,9 +310,8 @@ def _carry(
         tl.store(added + (row * SEGMENTS + segment) * NN * PP + cells, state)
         if block == 0:
             tl.store(logs + row * SEGMENTS + segment, log)
-    elif BACKWARD:
-        if segment == 0:
-            tl.store(last + row * P * N + outer, state, mask=exists)
+    elif BACKWARD and segment == 0:
+        tl.store(last + row * P * N + outer, state, mask=exists)
 
 
 @jit

@@ -131,7 +131,8 @@ class _Call:
 
     def __init__(self, x, dt, A, B, C, D, z, dt_bias, h0, mask, restart, dt_softplus, least, most):
         self.kernels = importlib.import_module("mamba_core.backends.gpu.ssd_kernels")
-        self.x, self.dt, self.B, self.C, self.z = (None if value is None else _dense(value) for value in (x, dt, B, C, z))
+        sequences = (x, dt, B, C, z)
+        self.x, self.dt, self.B, self.C, self.z = (None if value is None else _dense(value) for value in sequences)
         self.A, self.D, self.bias, self.h0 = (
             None if value is None else value.contiguous() for value in (A, D, dt_bias, h0)
         )
@@ -175,7 +176,7 @@ class _Call:
         dx, ddt = x.new_empty(x.shape), self.dt.new_empty(self.dt.shape)
         dz = None if self.z is None else self.z.new_empty(self.z.shape)
         dh0 = new(plan.batch, plan.heads, plan.channels, plan.states)
-        of_D = self._values_of_D()
+        of_D = self._of_each_head()
         chunks = plan.batch * plan.chunks
         shares, skipped = new(chunks, 2, plan.heads), new(chunks, plan.heads, of_D)
         dA, dbias = (torch.empty_like(self.A) for _ in range(2))
@@ -252,7 +253,7 @@ class _Call:
             *(*_strides(self.x), *_strides(self.B), *_strides(self.C), *_strides(z)),
             **self.common,
             SEGMENTS=plan.segments,
-            D_OF=self._values_of_D(),
+            D_OF=self._of_each_head(),
             HAS_BEGIN=self.h0 is not None,
             HAS_Z=z is not None,
             **FORWARD,
@@ -290,7 +291,7 @@ class _Call:
         """An array that is not there is not read; a pointer must be there."""
         return self.A if value is None else value
 
-    def _values_of_D(self) -> int:
+    def _of_each_head(self) -> int:
         """Of a head."""
         return 0 if self.D is None else self.D[0].numel()
 
