@@ -149,6 +149,7 @@ def random_model(config, dtype=torch.float32, kernels="auto"):
                 value.fill_(1.0)
             else:
                 value.uniform_(-1.0, 1.0).mul_(entry.shape[-1] ** -0.5)
+    model.built = type(model)
     return model.to(dtype)
 
 
