@@ -72,9 +72,8 @@ def recur(
     """`ssd` within a call whose positions are known; (y, final state)."""
     check_ssd(x, dt, A, B, C, D, z, dt_bias, dt_limit, initial_state, call.mask, call.segment_ids)
     keep_float32()
-    arrays, device = (x, dt, A, B, C, D, z, dt_bias, initial_state, call.mask, call.restart), default_device()
-    available = kernels(device, x.dtype, arrays, wanted=kernel)
-    run = KERNELS[choose(kernel, available, "ssd", "mlx", device)]
+    arrays = (x, dt, A, B, C, D, z, dt_bias, initial_state, call.mask, call.restart)
+    run = KERNELS[chosen(kernel, x.dtype, arrays)]
     return run(call, x, dt, A, B, C, D, z, dt_bias, dt_softplus, tuple(dt_limit), initial_state)
 
 
@@ -95,6 +94,17 @@ def kernels(device=None, dtype=None, arrays=(), *, wanted="auto") -> dict[str, s
     """
     to_compute = arrays if wanted in ("auto", "native") else ()
     return dict.fromkeys(KERNELS) | {"native": native_tensors.reason(device or default_device(), dtype, to_compute)}
+
+
+def chosen(kernel: str, dtype: mx.Dtype, arrays=()) -> str:
+    """The kernel of that name, or for "auto" the fastest, for x of that dtype and these arrays.
+
+    On MLX's default device.
+
+    Raises:
+        ValueError: there is no such kernel, or not for them.
+    """
+    return choose(kernel, kernels(None, dtype, arrays, wanted=kernel), "ssd", "mlx", default_device())
 
 
 def _prepared(recurrence):
