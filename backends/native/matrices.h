@@ -57,8 +57,10 @@ static void transpose_into(float *to, int64_t to_stride, const float *from, int6
     for (int64_t row = 0; row < divide_up(rows, WIDEST) * WIDEST; row += WIDTH)
         for (int64_t column = 0; column < columns; column += WIDTH) {
             V square[WIDTH];
-            for (int64_t j = 0; j < WIDTH; j++)
-                square[j] = row + j < rows ? read_float(from + (row + j) * from_stride + column, columns - column) : V{};
+            for (int64_t j = 0; j < WIDTH; j++) {
+                const float *at = from + (row + j) * from_stride + column;
+                square[j] = row + j < rows ? read_float(at, columns - column) : V{};
+            }
             transpose(square);
             for (int64_t j = 0; j < WIDTH && column + j < columns; j++)
                 store(to + (column + j) * to_stride + row, square[j]);

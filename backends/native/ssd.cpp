@@ -94,7 +94,7 @@ static void load_inputs(const Span &span, ForwardWork &w, const Runs &runs, int6
     for (int64_t t = 0; t < runs.bounds[runs.count]; t++) {
         const char *x = element(s, s.x, row, start + t, head * s.p);
         const bool masked = is_masked(s, row, start + t);
-        const float end = t < runs.leaving ? 0.0f : w.decays.end[t];
+        const float end = w.decays.end[t];
         for (int64_t c = 0; c < p; c += WIDTH) {
             V u = {};
             if (!masked && c < s.p) u = step[t] * read(x + element_size(s) * c, s.p - c, s.bfloat16);
@@ -186,9 +186,10 @@ static void advance(const Span &span, ForwardWork &w, int64_t row, int64_t first
     for (int64_t chunk = span.first; chunk < span.first + span.count; chunk++)
         for (int64_t k = 0; k < heads; k++)
             advance_chunk(span, w, row, chunk, first + k, w.states + k * state_size(s));
-    for (int64_t k = 0; k < heads; k++)
-        transpose_back(s.final_state + (row * s.h + first + k) * s.p * s.n, w.states + k * state_size(s), whole(s.p), s.p,
-                       s.n);
+    for (int64_t k = 0; k < heads; k++) {
+        float *after = s.final_state + (row * s.h + first + k) * s.p * s.n;
+        transpose_back(after, w.states + k * state_size(s), whole(s.p), s.p, s.n);
+    }
 }
 
 END_WIDTH

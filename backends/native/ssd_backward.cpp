@@ -1,6 +1,6 @@
-// The gradient of the ssd on sequences, on CPUs. `ssd_chunk.h` says how its forward goes. Of each span of chunks, the
-// last span first, the gradients of the states are found from chunk to chunk; with these and the states that the forward
-// kept, the chunks need nothing of one another.
+// The gradient of the ssd on sequences, on CPUs. `ssd_chunk.h` says how its forward goes. The last span of chunks is
+// first. The gradients of a span's states are found from chunk to chunk; with these and the states that the forward
+// kept, its chunks need nothing of one another.
 
 #ifndef WIDTH
 
@@ -54,7 +54,8 @@ static int64_t place_work(const Ssd &s, BackwardWork &w, float *memory) {
         array = memory + used;
         used += size;
     };
-    for (float **array : {&w.x, &w.u, &w.ended, &w.dlinear, &w.started, &w.dlinear_transposed}) place(*array, CHUNK * p);
+    for (float **array : {&w.x, &w.u, &w.ended, &w.dlinear, &w.started, &w.dlinear_transposed})
+        place(*array, CHUNK * p);
     for (float **array : {&w.decays, &w.weights, &w.dproducts, &w.dlogs}) place(*array, CHUNK * CHUNK);
     for (float **array : {&w.dB, &w.dC}) place(*array, CHUNK * n);
     for (float **array : {&w.state, &w.dstate}) place(*array, p * n);
@@ -122,7 +123,8 @@ static bool differentiate_span(const Gradients &gradients) {
     const Ssd &s = *span.ssd;
     BackwardWork w;
     const int64_t threads = threads_worth(s.threads, 1 + (s.b * span.count * CHUNK * s.h * s.p * s.n >> 17));
-    const size_t to_pass = sizeof(float) * CHUNK * whole(s.p), to_differentiate = sizeof(float) * place_work(s, w, nullptr);
+    const size_t to_pass = sizeof(float) * CHUNK * whole(s.p);
+    const size_t to_differentiate = sizeof(float) * place_work(s, w, nullptr);
     return run_tasks(prepare_one, &gradients, s.b * span.count, threads, sizeof(float) * operand_size(s)) &&
            run_tasks(pass_one, &gradients, s.b * s.h, threads, to_pass) &&
            run_tasks(differentiate_one, &gradients, s.b * span.count * s.g, threads, to_differentiate);
@@ -235,8 +237,7 @@ static void load_head(const Chunk &c) {
     memset(w.dD, 0, sizeof(float) * p);
     load_D(s, w.D, c.head);
     for (int64_t t = 0; t < c.steps(); t++) {
-        const float start = t < c.runs.entered ? w.of_head.start[t] : 0.0f;
-        const float end = t < c.runs.leaving ? 0.0f : w.of_head.end[t];
+        const float start = w.of_head.start[t], end = w.of_head.end[t];
         const bool masked = c.masked(t);
         for (int64_t k = 0; k < p; k += WIDTH) {
             const int64_t at = t * p + k, channel = c.head * s.p + k;
@@ -257,7 +258,7 @@ static void load_head(const Chunk &c) {
     transpose_into(w.dlinear_transposed, CHUNK, w.dlinear, p, c.steps(), p);
 }
 
-// What passes from each j to each later i of its run, and the weights that this gives u_j in y_i; else zero.
+// What passes from each j to each later i, and the weights that this gives u_j in y_i, of its run; else zero.
 static void find_decays_between(const Chunk &c) {
     const Decays &d = c.w.of_head;
     for (int64_t k = 0; k < c.runs.count; k++)
@@ -268,7 +269,7 @@ static void find_decays_between(const Chunk &c) {
                 const V number = numbers_from(i), zero = {};
                 const V decay = power_of_2((load(d.on_grid + i) - on_grid) + (load(d.off_grid + i) - off_grid));
                 const V weight = decay * load(c.products() + j * CHUNK + i);
-                store(c.w.decays + j * CHUNK + i, number < first ? zero : number < end ? decay : zero);
+                store(c.w.decays + j * CHUNK + i, number < first ? zero : decay);
                 store(c.w.weights + j * CHUNK + i, number < first ? zero : number < end ? weight : zero);
             }
         }
@@ -286,10 +287,10 @@ struct DWeights {
         for (int r = 0; r < ROWS; r++)
             for (int v = 0; v < VECS; v++) {
                 const int64_t at = (j + r) * CHUNK + column + v * WIDTH;
-                const V decay = load(w.decays + at), zero = {};
+                const V weight = load(w.weights + at), zero = {};
+                store(w.dproducts + at, load(w.dproducts + at) + sums[r][v] * load(w.decays + at));
                 // What is not of one run passes nothing on, be it Inf or NaN.
-                store(w.dproducts + at, load(w.dproducts + at) + (decay == zero ? zero : sums[r][v] * decay));
-                store(w.dlogs + at, decay == zero ? zero : sums[r][v] * load(w.weights + at));
+                store(w.dlogs + at, weight == zero ? zero : sums[r][v] * weight);
             }
     }
 };
@@ -318,9 +319,9 @@ struct DInputs {
         for (int r = 0; r < ROWS; r++) {
             V total = load(w.stepping + (j + r) * WIDEST);
             for (int v = 0; v < VECS; v++) {
-                const int64_t at = (j + r) * p + column + v * WIDTH;
+                const int64_t k = column + v * WIDTH, at = (j + r) * p + k;
                 total += sums[r][v] * load(w.x + at);
-                write_dx(j + r, column + v * WIDTH, sums[r][v] * c.step()[j + r] + load(w.dlinear + at) * load(w.D + column + v * WIDTH));
+                write_dx(j + r, k, sums[r][v] * c.step()[j + r] + load(w.dlinear + at) * load(w.D + k));
             }
             store(w.stepping + (j + r) * WIDEST, total);
         }
@@ -439,8 +440,8 @@ static float sum_through(const Chunk &c) {
     return through * sum_of(lanes);
 }
 
-// The gradients of a head's step sizes, and its part of dA. Each logarithm is in the decays that span its position: sums
-// of what spans it, and no differences of larger sums, of which next to nothing would be left after a long step.
+// The gradients of a head's step sizes, and its part of dA. Each logarithm is in the decays that span its position:
+// sums of what spans it, and no differences of larger sums, of which next to nothing would be left after a long step.
 static void find_dsteps(const Chunk &c, float *dsteps) {
     const BackwardWork &w = c.w;
     float dlog[CHUNK], after = 0.0f, before = 0.0f, dA = 0.0f;

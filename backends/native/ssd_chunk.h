@@ -101,8 +101,8 @@ static inline Runs runs_of(const Ssd &s, int64_t row, int64_t chunk) {
 
 // Of a head and a chunk. Sums of the logarithms up to each position, in units of log 2: on a grid they are exact, and
 // what is off the grid is summed by itself. A difference of two rounded sums would be wrong by the rounding of the
-// larger, which one long step makes large. start: what passes from the state before the chunk to a position; end: from a
-// position to the state after it; through: from one state to the other.
+// larger, which one long step makes large. start: what passes from the state before the chunk to a position; end: from
+// a position to the state after it; through: from one state to the other.
 struct Decays {
     float on_grid[CHUNK], off_grid[CHUNK], start[CHUNK], end[CHUNK], through;
 };

@@ -82,12 +82,20 @@ def test_runs_that_begin_anywhere_in_a_tile(width, every):
 
 
 @every_width
-def test_short_steps_after_long_ones_keep_their_digits(width):
+@pytest.mark.parametrize("long", [10.0, 1e5])
+def test_short_steps_after_long_ones_keep_their_digits(width, long):
     arrays = drawn(1, 150, 2, 3, 1, 4, names=())
     arrays["A"][:] = -8.0
     arrays["dt"][:] = 1e-4
-    arrays["dt"][:, ::7] = 10.0
+    arrays["dt"][:, ::7] = long
     check(arrays, {}, width=width)
+
+
+@every_width
+def test_an_infinite_rate_forgets_where_a_position_counts(width):
+    arrays = drawn(1, 90, 3, 3, 1, 4)
+    arrays["A"][:2] = -np.inf
+    check(arrays, {"dt_softplus": True}, {"mask": np.random.default_rng(2).random((1, 90)) < 0.8}, width)
 
 
 def several_spans():
