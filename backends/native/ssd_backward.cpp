@@ -536,10 +536,9 @@ static void differentiate(const Gradients &gradients, BackwardWork &w, int64_t r
     }
     for (int64_t t = 0; t < c.steps(); t++)
         for (int64_t k = 0; k < s.n; k += WIDTH) {
-            const bool masked = c.masked(t);
             const int64_t at = t * n + k, channel = group * s.n + k;
-            write(element(s, s.dB, row, c.position(t), channel), masked ? V{} : load(w.dB + at), s.n - k, s.bfloat16);
-            write(element(s, s.dC, row, c.position(t), channel), masked ? V{} : load(w.dC + at), s.n - k, s.bfloat16);
+            write(element(s, s.dB, row, c.position(t), channel), load(w.dB + at), s.n - k, s.bfloat16);
+            write(element(s, s.dC, row, c.position(t), channel), load(w.dC + at), s.n - k, s.bfloat16);
         }
     write_ddt(c);
 }

@@ -121,7 +121,6 @@ MUTANTS = {
     "ssds: gradient of a limited step": Mutant(SSD_BACK, "value = step.unlimited > s.most ? V{} : value;", ""),
     "ssds: no derivative of the softplus": Mutant(SSD_BACK, "if (s.dt_softplus) value *=", "if (false) value *="),
     "ssds: derivative of the gate": Mutant(SSD_BACK, "gate * (1.0f + z * (1.0f - gate))", "gate * (1.0f + z)"),
-    "ssds: gradient of masked B": Mutant(SSD_BACK, "masked ? V{} : load(w.dB + at)", "load(w.dB + at)"),
     "ssds: gradient of masked dt": Mutant(SSD_BACK, "            if (masked) {\n                value = V{};", "            if (false) {\n                value = V{};"),
     "ssds: dy of masked positions": Mutant(SSD_BACK, "if (!masked && k < s.p) {", "if (k < s.p) {"),
     "ssds: the last rows of a tile": Mutant(MATRICES, "if (row < end) tile.template at<1, VECS>(row, column);", ""),

@@ -146,16 +146,17 @@ def test_what_is_masked_does_not_leak(width):
 
 
 @every_width
-@pytest.mark.parametrize("name", ["x", "B", "initial_state"])
-def test_a_restart_forgets_what_is_not_finite_in_the_same_chunk(width, name):
-    """The run from 21 on, which ends in the middle of a tile, gives no bit of another."""
+@pytest.mark.parametrize("name", ["x", "B", "initial_state", "dy"])
+def test_no_run_reads_what_is_not_finite_in_another(width, name):
+    """Runs begin and end in the middle of a tile. What is not finite stands before the one of 21 to 91, or after it."""
     arrays = drawn(1, 100, 2, 5, 1, 18)
     restart, results = np.isin(np.arange(100), (21, 91))[None], []
     for spoil in (0.0, np.inf):
         spoilt = {name: value.copy() for name, value in arrays.items()}
-        spoilt[name][0, 0] += np.float32(spoil)
+        dy = np.ones_like(arrays["x"])
+        (dy if name == "dy" else spoilt[name])[0, 91 if name == "dy" else 0] += np.float32(spoil)
         y, h, boundaries = ssd(1, width, True, **spoilt, restart=restart)
-        gradients = ssd_backward(np.ones_like(y), None, boundaries, 1, width, True, **spoilt, restart=restart)
+        gradients = ssd_backward(dy, None, boundaries, 1, width, True, **spoilt, restart=restart)
         after = {key: gradients[key][:, 21:91] for key in ("x", "dt", "B", "C", "z")}
         results.append({"y": y[:, 21:], "h": h} | after)
     for key, value in results[0].items():
