@@ -3,6 +3,7 @@
 # ruff: noqa: E501 (a row is a mutant)
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -32,7 +33,13 @@ class Mutant(NamedTuple):
 
 
 SCAN, CONV, NORM, VECTORS = "selective_scan.cpp", "causal_conv.cpp", "add_norm.cpp", "vectors.h"
-SSD, SSD_BACK, SSD_CHUNK, MATRICES = "ssd.cpp", "ssd_backward.cpp", "ssd_chunk.h", "matrices.h"
+SSD, SSD_BACK, SSD_CHUNK, SSD_TILES, MATRICES = (
+    "ssd.cpp",
+    "ssd_backward.cpp",
+    "ssd_chunk.h",
+    "ssd_tiles.h",
+    "matrices.h",
+)
 STEP, SSD_STEP, PARTS, PRODUCTS, PHASES = (
     "mamba_step.cpp",
     "ssd_step.cpp",
@@ -43,7 +50,7 @@ STEP, SSD_STEP, PARTS, PRODUCTS, PHASES = (
 # The file of tests that is to reject a source's mutants, where it is not the first.
 TESTS = dict.fromkeys((STEP, PARTS, PRODUCTS), "tests/unit/test_native_step.py")
 TESTS |= {SSD_STEP: "tests/unit/test_native_ssd_step.py"}
-TESTS |= dict.fromkeys((SSD, SSD_BACK, SSD_CHUNK, MATRICES), "tests/unit/test_native_ssd.py")
+TESTS |= dict.fromkeys((SSD, SSD_BACK, SSD_CHUNK, SSD_TILES, MATRICES), "tests/unit/test_native_ssd.py")
 MUTANTS = {
     "restart ignored": Mutant(SCAN, "        if (w.restart[t])\n            for (int j = 0; j < COUNT; j++) h[j] = V{};\n", ""),
     "restart ignored where the gradient recomputes": Mutant(SCAN, "h[j]);\n            if (w.restart[t]) h[j] = V{};", "h[j]);"),
@@ -108,11 +115,11 @@ MUTANTS = {
     "ssds: one span's sums": Mutant(SSD_BACK, "totals[row * size + k] += sums[k]", "totals[row * size + k] = sums[k]"),
     "ssds: first row's sums": Mutant(SSD_BACK, "row < s.b; row++)\n        for (int64_t k = 0; k < size; k++) totals[k]", "row < 1; row++)\n        for (int64_t k = 0; k < size; k++) totals[k]"),
     "ssds: gradient of the final state": Mutant(SSD_BACK, "        if (s.dfinal_state)\n", "        if (false)\n"),
-    "ssds: gradient across a run": Mutant(SSD_BACK, "number < end ? weight : zero", "weight"),
-    "ssds: gradient of later positions": Mutant(SSD_BACK, "number < first ? zero : decay", "decay"),
-    "ssds: Inf of another run": Mutant(SSD_BACK, "weight == zero ? zero : sums[r][v] * weight", "sums[r][v] * weight"),
-    "ssds: D missing from dx": Mutant(SSD_BACK, " + load(w.dlinear + at) * load(w.D + k)", ""),
-    "ssds: the decay to the end missing from du": Mutant(SSD_BACK, "sums[r][v] *= w.of_head.end[j + r];", ""),
+    "ssds: gradient across a run": Mutant(SSD_TILES, "number < end ? weight : zero", "weight"),
+    "ssds: gradient of later positions": Mutant(SSD_TILES, "number < first ? zero : decay", "decay"),
+    "ssds: Inf of another run": Mutant(SSD_TILES, "weight == zero ? zero : sums[r][v] * weight", "sums[r][v] * weight"),
+    "ssds: D missing from dx": Mutant(SSD_TILES, " + load(w.dlinear + at) * load(w.D + k)", ""),
+    "ssds: the decay to the end missing from du": Mutant(SSD_TILES, "sums[r][v] *= w.of_head.end[j + r];", ""),
     "ssds: logarithms to the end": Mutant(SSD_BACK, "dlog[t] += before;", ""),
     "ssds: logarithms from the start": Mutant(SSD_BACK, "(t < c.runs.entered ? after : 0.0f)", "0.0f"),
     "ssds: logarithms of the whole chunk": Mutant(SSD_BACK, "if (through == 0.0f) return 0.0f;", "return 0.0f;"),
@@ -120,9 +127,9 @@ MUTANTS = {
     "ssds: gradient of an infinite rate": Mutant(SSD_BACK, "c.s.A[c.head] < -FLT_MAX ? -FLT_MAX : c.s.A[c.head]", "c.s.A[c.head]"),
     "ssds: gradient of a limited step": Mutant(SSD_BACK, "value = step.unlimited > s.most ? V{} : value;", ""),
     "ssds: no derivative of the softplus": Mutant(SSD_BACK, "if (s.dt_softplus) value *=", "if (false) value *="),
-    "ssds: derivative of the gate": Mutant(SSD_BACK, "gate * (1.0f + z * (1.0f - gate))", "gate * (1.0f + z)"),
+    "ssds: derivative of the gate": Mutant(SSD_TILES, "gate * (1.0f + z * (1.0f - gate))", "gate * (1.0f + z)"),
     "ssds: gradient of masked dt": Mutant(SSD_BACK, "            if (masked) {\n                value = V{};", "            if (false) {\n                value = V{};"),
-    "ssds: dy of masked positions": Mutant(SSD_BACK, "if (!masked && k < s.p) {", "if (k < s.p) {"),
+    "ssds: dy of masked positions": Mutant(SSD_TILES, "if (!masked && k < s.p) {", "if (k < s.p) {"),
     "ssds: the last rows of a tile": Mutant(MATRICES, "if (row < end) tile.template at<1, VECS>(row, column);", ""),
     "ssds: the transpose's end not zero": Mutant(MATRICES, "row < divide_up(rows, WIDEST) * WIDEST", "row < rows"),
     "norm: of what was not rounded": Mutant(NORM, "if (RESIDUAL_BFLOAT16) sum =", "if (false) sum ="),
@@ -168,8 +175,19 @@ QUICK = (
 
 def tried():
     for name, mutant in MUTANTS.items():
-        slow = mutant.file in (SSD_STEP, SSD, SSD_BACK, SSD_CHUNK, MATRICES) and name not in QUICK
+        slow = mutant.file in (SSD_STEP, SSD, SSD_BACK, SSD_CHUNK, SSD_TILES, MATRICES) and name not in QUICK
         yield pytest.param(name, id=name, marks=pytest.mark.slow if slow else ())
+
+
+def read_by(source: Path) -> set[str]:
+    """The files of the folder that a compiler reads for that source, by name."""
+    names, found = [source.name], set()
+    while names:
+        if (name := names.pop()) not in found:
+            found.add(name)
+            included = re.findall(r'#include "(.*)"', (source.parent / name).read_text())
+            names += [other for other in included if (source.parent / other).exists()]
+    return found
 
 
 def compiled(source: Path) -> Path:
@@ -197,7 +215,7 @@ def test_the_tests_reject(name, whole, tmp_path):
     assert mutant.old in text, f"{mutant.file} has no {mutant.old!r}"
     (folder / mutant.file).write_text(text.replace(mutant.old, mutant.new))
     for source in folder.glob("*.cpp"):
-        if mutant.file == source.name or mutant.file.endswith(".h"):
+        if mutant.file in read_by(source):
             compiled(source)
     broken = tmp_path / "broken.so"
     subprocess.run(["c++", "-shared", "-pthread", *folder.glob("*.o"), "-o", broken], check=True)
