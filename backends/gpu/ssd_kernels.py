@@ -92,10 +92,10 @@ def _softplus(value):
 
 
 @jit
-def _step_of(raw, least, most, SOFTPLUS: tl.constexpr):
+def _step_of(raw, LEAST: tl.constexpr, MOST: tl.constexpr, SOFTPLUS: tl.constexpr):
     """(the step size, whether it is within the limits)."""
     step = _softplus(raw) if SOFTPLUS else raw
-    return tl.minimum(tl.maximum(step, least), most), (step >= least) & (step <= most)
+    return tl.minimum(tl.maximum(step, LEAST), MOST), (step >= LEAST) & (step <= MOST)
 
 
 @jit
@@ -111,9 +111,9 @@ def steps(
     length,
     dt_batch,
     dt_row,
-    least,
-    most,
     HEADS: tl.constexpr,
+    LEAST: tl.constexpr,
+    MOST: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -131,7 +131,7 @@ def steps(
     raw = tl.load(dt + (tl.arange(0, Q) * dt_row)[:, None] + head[None, :], mask=both, other=0.0).to(tl.float32)
     if HAS_BIAS:
         raw += tl.load(bias + head, mask=there, other=0.0)[None, :]
-    step, _ = _step_of(raw, least, most, SOFTPLUS)
+    step, _ = _step_of(raw, LEAST, MOST, SOFTPLUS)
     counts = inside
     if HAS_MASK:
         counts = counts & (tl.load(mask + batch * length + at, mask=inside, other=0) != 0)
@@ -803,9 +803,9 @@ def of_steps(
     length,
     dt_batch,
     dt_row,
-    least,
-    most,
     HEADS: tl.constexpr,
+    LEAST: tl.constexpr,
+    MOST: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -843,7 +843,7 @@ def of_steps(
     raw = tl.load(own, mask=(at < length)[:, None] & there, other=0.0).to(tl.float32)
     if HAS_BIAS:
         raw += tl.load(bias + head, mask=head < HEADS, other=0.0)[None, :]
-    _, within = _step_of(raw, least, most, SOFTPLUS)
+    _, within = _step_of(raw, LEAST, MOST, SOFTPLUS)
     dsize = direct + leaves + dlog * rate
     if SOFTPLUS:
         dsize *= tl.sigmoid(raw)

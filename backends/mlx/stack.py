@@ -12,7 +12,7 @@ from mamba_core.backends.mlx.arrays import kind_of, random_key, set_random_key
 from mamba_core.backends.mlx.blocks import Block, RMSNorm
 from mamba_core.backends.mlx.kernels.native_tensors import detached_copies
 from mamba_core.backends.mlx.kernels.reverse_only import first_derivative_only, reverse_only
-from mamba_core.backends.mlx.ops import causal_conv, selective_scan
+from mamba_core.backends.mlx.ops import causal_conv, selective_scan, ssd
 from mamba_core.backends.mlx.positions import call_of
 from mamba_core.backends.mlx.untouched import untouched
 from mamba_core.backends.mlx.ways import Taken, own, ranked
@@ -22,6 +22,8 @@ from mamba_core.kernels import Kernels
 # Bytes of a mixer's widest array that are computed at once on a CPU: a much larger array leaves the cache, and the
 # system hands out its memory anew each time. And the fewest positions of a piece.
 PIECE_BYTES, FEWEST = 2**23, 256
+# Ops that a mixer may call its recurrence.
+RECURRENCES = {"selective_scan": selective_scan, "ssd": ssd}
 # What draws random numbers in training, of MLX's own layers.
 DROPOUTS = (nn.Dropout, nn.Dropout2d, nn.Dropout3d)
 # Parts into which MLX splits an array by an operation of its own.
@@ -115,7 +117,8 @@ def _piece(block, residual, call) -> int | None:
     piece = max(FEWEST, PIECE_BYTES // (width * dtype.size * max(1, batch)))
     if length <= piece:
         return None
-    kernel = selective_scan.chosen(block.mixer.kernels.of("selective_scan"), dtype, (residual,))
+    op = own(block.mixer, "recurrence") or "selective_scan"
+    kernel = RECURRENCES[op].chosen(block.mixer.kernels.of(op), dtype, (residual,))
     return piece if kernel == "native" else None
 
 
@@ -244,6 +247,7 @@ def _computes_at_once(kernels, dtype, values) -> bool:
     """Whether a native kernel computes here, which takes arrays that are computed."""
     chosen = (
         selective_scan.chosen(kernels.of("selective_scan"), dtype, values),
+        ssd.chosen(kernels.of("ssd"), dtype, values),
         causal_conv.chosen(kernels.of("causal_conv"), dtype, values),
     )
     return "native" in chosen

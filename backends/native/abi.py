@@ -3,7 +3,7 @@
 import ctypes
 
 # The version of these structs and of the library's functions. The library reports the version that it was built with.
-ABI = 8
+ABI = 9
 
 # Of the arrays that the library computes on.
 DTYPES = ("float32", "bfloat16")
@@ -35,6 +35,24 @@ class Scan(ctypes.Structure):
         *_fields(_pointer, "dfinal_state"),
         *_fields(Sequence, "dx ddelta dz dB dC"),
         *_fields(_pointer, "dA dD ddelta_bias dinitial_state"),
+    )
+
+
+class Ssd(ctypes.Structure):
+    """The arguments of an ssd and of its gradient, as `scan.h` documents them."""
+
+    _fields_ = (
+        *_fields(_int64, "b l h p n g"),
+        *_fields(_int32, "bfloat16 dt_softplus D_per_channel threads width"),
+        *_fields(ctypes.c_float, "least most"),
+        *_fields(Sequence, "x dt z B C"),
+        *_fields(_pointer, "A D dt_bias initial_state mask restart"),
+        *_fields(Sequence, "y"),
+        *_fields(_pointer, "final_state boundaries"),
+        *_fields(Sequence, "dy"),
+        *_fields(_pointer, "dfinal_state"),
+        *_fields(Sequence, "dx ddt dz dB dC"),
+        *_fields(_pointer, "dA dD ddt_bias dinitial_state"),
     )
 
 
@@ -117,4 +135,4 @@ class AddNorm(ctypes.Structure):
 
 
 # The fields that are a `Sequence`.
-SEQUENCES = frozenset(name for kinds in (Scan, Conv) for name, kind in kinds._fields_ if kind is Sequence)
+SEQUENCES = frozenset(name for kinds in (Scan, Ssd, Conv) for name, kind in kinds._fields_ if kind is Sequence)

@@ -11,7 +11,7 @@ import warnings
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-from mamba_core.backends.native.abi import ABI, AddNorm, Conv, LinearStep, MambaStep, Scan, SsdStep
+from mamba_core.backends.native.abi import ABI, AddNorm, Conv, LinearStep, MambaStep, Scan, Ssd, SsdStep
 
 
 def missing() -> str | None:
@@ -75,6 +75,11 @@ def count_boundaries(b: int, l: int, e: int, n: int) -> int:
     return b * -(-e // 64) * -(-l // 32) * -(-n // 2) * 2 * 64
 
 
+def count_ssd_boundaries(b: int, l: int, h: int, p: int, n: int) -> int:
+    """The same for the ssd: `mamba_ssd_boundaries`."""
+    return b * -(-l // 64) * h * n * -(-p // 16) * 16
+
+
 def scan(arguments: Scan) -> None:
     """Fills y, and final_state and boundaries where they are given.
 
@@ -100,6 +105,24 @@ def scan_floor(b: int, l: int, e: int, n: int) -> None:
         MemoryError: there is not the memory for its workspace.
     """
     _check(loaded().mamba_scan_floor(b, l, e, n, threads()))
+
+
+def ssd(arguments: Ssd) -> None:
+    """Fills y and final_state, and boundaries where they are given.
+
+    Raises:
+        MemoryError: there is not the memory for its workspace.
+    """
+    _check(loaded().mamba_ssd_forward(ctypes.byref(arguments)))
+
+
+def ssd_backward(arguments: Ssd) -> None:
+    """Fills the gradients. `boundaries` are those that `ssd` filled.
+
+    Raises:
+        MemoryError: there is not the memory for its workspace.
+    """
+    _check(loaded().mamba_ssd_backward(ctypes.byref(arguments)))
 
 
 def conv(arguments: Conv) -> None:
@@ -191,11 +214,12 @@ def _load(path: Path) -> ctypes.CDLL:
     found.mamba_use_threads_of.restype = None
     found.mamba_scan_boundaries.argtypes = [ctypes.c_int64] * 4
     found.mamba_scan_boundaries.restype = ctypes.c_int64
-    for name in ("mamba_scan_forward", "mamba_scan_backward"):
-        getattr(found, name).argtypes = [ctypes.POINTER(Scan)]
+    found.mamba_ssd_boundaries.argtypes = [ctypes.c_int64] * 5
+    found.mamba_ssd_boundaries.restype = ctypes.c_int64
+    for name, kind in {"scan": Scan, "ssd": Ssd, "conv": Conv}.items():
+        for function in ("forward", "backward"):
+            getattr(found, f"mamba_{name}_{function}").argtypes = [ctypes.POINTER(kind)]
     found.mamba_scan_floor.argtypes = [*[ctypes.c_int64] * 4, ctypes.c_int32]
-    for name in ("mamba_conv_forward", "mamba_conv_backward"):
-        getattr(found, name).argtypes = [ctypes.POINTER(Conv)]
     found.mamba_mamba_steps.argtypes = [ctypes.POINTER(MambaStep), ctypes.c_int64]
     found.mamba_ssd_steps.argtypes = [ctypes.POINTER(SsdStep), ctypes.c_int64]
     found.mamba_linear_step.argtypes = [ctypes.POINTER(LinearStep)]

@@ -41,6 +41,33 @@ EXPORT int64_t mamba_scan_boundaries(int64_t b, int64_t l, int64_t e, int64_t n)
 EXPORT int32_t mamba_scan_forward(const Scan *scan);
 EXPORT int32_t mamba_scan_backward(const Scan *scan);
 
+// The arguments of the ssd, the recurrence of Mamba-2. x, z and y are (b, l, h p), B and C (b, l, g n), dt (b, l, h);
+// D is (h,), or (h, p) where `D_per_channel`; states are (b, h, p, n). All else is as in `Scan`.
+struct Ssd {
+    int64_t b, l, h, p, n, g;
+    int32_t bfloat16, dt_softplus, D_per_channel, threads, width;
+    // A step size is at least `least` and at most `most`.
+    float least, most;
+    Sequence x, dt, z, B, C;
+    const float *A, *D, *dt_bias, *initial_state;
+    const uint8_t *mask, *restart;
+    // Results. boundaries: mamba_ssd_boundaries() floats that the gradient needs, null where there will be none.
+    Sequence y;
+    float *final_state, *boundaries;
+    // Gradients, each null exactly where its argument is. dfinal_state null is zero; dinitial_state may be null.
+    Sequence dy;
+    const float *dfinal_state;
+    Sequence dx, ddt, dz, dB, dC;
+    float *dA, *dD, *ddt_bias, *dinitial_state;
+};
+
+// How many floats the boundaries of an ssd of these sizes are.
+EXPORT int64_t mamba_ssd_boundaries(int64_t b, int64_t l, int64_t h, int64_t p, int64_t n);
+
+// Each of the two returns 0, or 1 where there is not the memory.
+EXPORT int32_t mamba_ssd_forward(const Ssd *ssd);
+EXPORT int32_t mamba_ssd_backward(const Ssd *ssd);
+
 // The arguments of a causal convolution. Arrays (b, l, e) in the compute dtype by rows, with strides in elements and
 // channels side by side; weight (k, e) and bias (e) float32, states (b, k-1, e) in the compute dtype and contiguous,
 // mask and restart (b, l) bytes. What is optional may be null.

@@ -142,7 +142,7 @@ static void sum_over_rows(float *total, const float *rows, int64_t b, int64_t si
 }
 
 // Raised with every change to a struct or to a function's meaning, as ABI in __init__.py.
-EXPORT int32_t mamba_native_abi() { return 8; }
+EXPORT int32_t mamba_native_abi() { return 9; }
 
 int32_t mamba_scan_width() { return widest(); }
 
@@ -185,18 +185,6 @@ constexpr int64_t MOST_STATES = 2 * STATES;
 #else
 constexpr int64_t MOST_STATES = STATES;
 #endif
-
-// Each step brings together what stood half the lanes apart; as many as a lane's index has bits transpose.
-INLINE void transpose(V *square) {
-    for (int step = 1; step < WIDTH; step *= 2) {
-        V next[WIDTH];
-        for (int k = 0; k < WIDTH / 2; k++) {
-            next[2 * k] = SHUFFLE(square[k], square[k + WIDTH / 2], ZIP_LOW);
-            next[2 * k + 1] = SHUFFLE(square[k], square[k + WIDTH / 2], ZIP_HIGH);
-        }
-        memcpy(square, next, sizeof next);
-    }
-}
 
 // (channels, n) as it is outside to a tile (n, BLOCK), zero beyond the channels and states; and back.
 static void to_tile(float *tile, const float *rows, int64_t channels, int64_t n, float factor) {

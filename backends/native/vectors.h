@@ -13,7 +13,8 @@ constexpr int64_t WIDEST = 16;
 
 static inline int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
-#define INLINE static inline __attribute__((always_inline))
+#define INLINE_MEMBER inline __attribute__((always_inline))
+#define INLINE static INLINE_MEMBER
 #define PRAGMA(text) _Pragma(#text)
 #ifdef __clang__
 #define TARGET(names) PRAGMA(clang attribute push(__attribute__((target(names))), apply_to = function))
@@ -168,6 +169,18 @@ INLINE V softplus(V value) {
     series = series * q2 + 0.399997026f;
     series = series * q2 + 0.666666687f;
     return (value < 0.0f ? V{} : value) + (q * q2 * series + 2.0f * q);
+}
+
+// Each step brings together what stood half the lanes apart; as many as a lane's index has bits transpose.
+INLINE void transpose(V *square) {
+    for (int step = 1; step < WIDTH; step *= 2) {
+        V next[WIDTH];
+        for (int k = 0; k < WIDTH / 2; k++) {
+            next[2 * k] = SHUFFLE(square[k], square[k + WIDTH / 2], ZIP_LOW);
+            next[2 * k + 1] = SHUFFLE(square[k], square[k + WIDTH / 2], ZIP_HIGH);
+        }
+        memcpy(square, next, sizeof next);
+    }
 }
 
 // The sums of WIDTH vectors' lanes, one a lane: at each step the vectors are half as many, and hold the sums of two.

@@ -181,6 +181,8 @@ static Error *call(CallFrame &frame, Function run) {
 
 HANDLER(mamba_scan_forward_xla, Scan, mamba_scan_forward)
 HANDLER(mamba_scan_backward_xla, Scan, mamba_scan_backward)
+HANDLER(mamba_ssd_forward_xla, Ssd, mamba_ssd_forward)
+HANDLER(mamba_ssd_backward_xla, Ssd, mamba_ssd_backward)
 HANDLER(mamba_conv_forward_xla, Conv, mamba_conv_forward)
 HANDLER(mamba_conv_backward_xla, Conv, mamba_conv_backward)
 HANDLER(mamba_linear_step_xla, LinearStep, mamba_linear_step)

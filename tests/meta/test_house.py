@@ -112,6 +112,7 @@ DIFFERENT = {
     "ops/linear.py": "the library that multiplies is each framework's own",
     "ops/rms_norm.py": "torch fuses the sum before it",
     "ops/selective_scan.py": "plain forms in each framework's operations",
+    "ops/ssd.py": "MLX chooses a kernel for each array, inside and outside its transformations",
 }
 
 

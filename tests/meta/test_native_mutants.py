@@ -3,6 +3,7 @@
 # ruff: noqa: E501 (a row is a mutant)
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -32,6 +33,13 @@ class Mutant(NamedTuple):
 
 
 SCAN, CONV, NORM, VECTORS = "selective_scan.cpp", "causal_conv.cpp", "add_norm.cpp", "vectors.h"
+SSD, SSD_BACK, SSD_CHUNK, SSD_TILES, MATRICES = (
+    "ssd.cpp",
+    "ssd_backward.cpp",
+    "ssd_chunk.h",
+    "ssd_tiles.h",
+    "matrices.h",
+)
 STEP, SSD_STEP, PARTS, PRODUCTS, PHASES = (
     "mamba_step.cpp",
     "ssd_step.cpp",
@@ -42,6 +50,7 @@ STEP, SSD_STEP, PARTS, PRODUCTS, PHASES = (
 # The file of tests that is to reject a source's mutants, where it is not the first.
 TESTS = dict.fromkeys((STEP, PARTS, PRODUCTS), "tests/unit/test_native_step.py")
 TESTS |= {SSD_STEP: "tests/unit/test_native_ssd_step.py"}
+TESTS |= dict.fromkeys((SSD, SSD_BACK, SSD_CHUNK, SSD_TILES, MATRICES), "tests/unit/test_native_ssd.py")
 MUTANTS = {
     "restart ignored": Mutant(SCAN, "        if (w.restart[t])\n            for (int j = 0; j < COUNT; j++) h[j] = V{};\n", ""),
     "restart ignored where the gradient recomputes": Mutant(SCAN, "h[j]);\n            if (w.restart[t]) h[j] = V{};", "h[j]);"),
@@ -63,7 +72,7 @@ MUTANTS = {
     "last channels not written": Mutant(VECTORS, "memcpy(to, whole, left *", "memcpy(to, whole, (left - 1) *"),
     "first chunk's state for all": Mutant(SCAN, "memcpy(w.h, boundary(s, task.row, task.block, chunk)",
                                           "memcpy(w.h, boundary(s, task.row, task.block, 0)"),
-    "states transposed half": Mutant(SCAN, "for (int step = 1; step < WIDTH", "for (int step = 2; step < WIDTH"),
+    "states transposed half": Mutant(VECTORS, "for (int step = 1; step < WIDTH", "for (int step = 2; step < WIDTH"),
     "conv: taps the other way round": Mutant(CONV, "s.weight + tap * s.e;", "s.weight + (s.k - 1 - tap) * s.e;"),
     "conv: a tap before the restart": Mutant(CONV, "input < call.rows[row].first[number] ?", "false ?"),
     "conv: gradient across a restart": Mutant(CONV, "|| input < of.first[seen]", ""),
@@ -80,6 +89,49 @@ MUTANTS = {
     "conv: together with one that is masked": Mutant(CONV, " || of.number[t + TOGETHER - 1] != last", ""),
     "conv: together where taps are missing": Mutant(CONV, "taps.count < s.k || ", ""),
     "scan: twice as many states as there are": Mutant(SCAN, "s.n - k > STATES ?", "true ?"),
+    "ssds: a restart ignored": Mutant(SSD_CHUNK, "if (!t || (restart && restart[t]))", "if (!t)"),
+    "ssds: a restart at a chunk's first position": Mutant(SSD_CHUNK, "restart && restart[0] ? 0 : runs.bounds[1]", "runs.bounds[1]"),
+    "ssds: passed through a restart": Mutant(SSD_CHUNK, "return count == 1 && entered;", "return entered;"),
+    "ssds: sums off the grid": Mutant(SSD_CHUNK, "off_grid += log - nearest", "off_grid += 0.0f * (log - nearest)"),
+    "ssds: all sums on the grid": Mutant(SSD_CHUNK, "(log * GRID + ROUNDER - ROUNDER) / GRID", "log"),
+    "ssds: an infinite rate": Mutant(SSD_CHUNK, "scaled < -FLT_MAX ? -FLT_MAX : scaled", "scaled"),
+    "ssds: a logarithm without an end": Mutant(SSD_CHUNK, "product < LEAST_LOG ? LEAST_LOG : product", "product"),
+    "ssds: no bias of dt": Mutant(SSD_CHUNK, "if (s.dt_bias) step.raw +=", "if (false) step.raw +="),
+    "ssds: no most step": Mutant(SSD_CHUNK, "step.size > s.most ? splat(s.most) : step.size", "step.size"),
+    "ssds: no least step": Mutant(SSD_CHUNK, "step.unlimited < s.least ? splat(s.least) : step.unlimited", "step.unlimited"),
+    "ssds: masked positions count": Mutant(SSD_CHUNK, "absent = start + t >= s.l || is_masked(s, row, start + t)", "absent = start + t >= s.l"),
+    "ssds: D of a channel as that of a head": Mutant(SSD_CHUNK, "s.D + head * s.p + c,", "s.D + c,"),
+    "ssds: Inf left by a decay of zero": Mutant(SSD_CHUNK, "if (through != 0.0f)", "if (true)"),
+    "ssds: groups tiled": Mutant(SSD, "group = head / heads_of_group(s)", "group = head % s.g"),
+    "ssds: weights of later positions": Mutant(SSD, "numbers_from(j) <= (float)i ? value : V{}", "value"),
+    "ssds: not the decay to the state": Mutant(SSD, "sums[r][v] *= w.decays.start[t + r]", "sums[r][v] *= w.decays.start[t]"),
+    "ssds: a later run reads the state before the chunk": Mutant(SSD, "end <= runs.entered};", "true};"),
+    "ssds: an earlier run reaches the state": Mutant(SSD, "whole(s.n), p, runs.leaving, runs.bounds", "whole(s.n), p, 0, runs.bounds"),
+    "ssds: y of masked positions": Mutant(SSD, "if (is_masked(s, row, start + t)) return write", "if (false) return write"),
+    "ssds: no gate": Mutant(SSD, "value *= gate * sigmoid(gate)", "value *= sigmoid(gate)"),
+    "ssds: the next span begins anew": Mutant(SSD, "span.first ? s.final_state : s.initial_state", "s.initial_state"),
+    "ssds: boundaries of the state after": Mutant(SSD, "boundary(s, row, chunk, head), state", "boundary(s, row, 0, head), state"),
+    "ssds: the next span's gradients of states": Mutant(SSD_BACK, "memcpy(gradients.after(row, end - 1, 0), memory + row * of_states", "memcpy(gradients.after(row, end - 1, 0), memory"),
+    "ssds: one span's sums": Mutant(SSD_BACK, "totals[row * size + k] += sums[k]", "totals[row * size + k] = sums[k]"),
+    "ssds: first row's sums": Mutant(SSD_BACK, "row < s.b; row++)\n        for (int64_t k = 0; k < size; k++) totals[k]", "row < 1; row++)\n        for (int64_t k = 0; k < size; k++) totals[k]"),
+    "ssds: gradient of the final state": Mutant(SSD_BACK, "        if (s.dfinal_state)\n", "        if (false)\n"),
+    "ssds: gradient across a run": Mutant(SSD_TILES, "number < end ? weight : zero", "weight"),
+    "ssds: gradient of later positions": Mutant(SSD_TILES, "number < first ? zero : decay", "decay"),
+    "ssds: Inf of another run": Mutant(SSD_TILES, "weight == zero ? zero : sums[r][v] * weight", "sums[r][v] * weight"),
+    "ssds: D missing from dx": Mutant(SSD_TILES, " + load(w.dlinear + at) * load(w.D + k)", ""),
+    "ssds: the decay to the end missing from du": Mutant(SSD_TILES, "sums[r][v] *= w.of_head.end[j + r];", ""),
+    "ssds: logarithms to the end": Mutant(SSD_BACK, "dlog[t] += before;", ""),
+    "ssds: logarithms from the start": Mutant(SSD_BACK, "(t < c.runs.entered ? after : 0.0f)", "0.0f"),
+    "ssds: logarithms of the whole chunk": Mutant(SSD_BACK, "if (through == 0.0f) return 0.0f;", "return 0.0f;"),
+    "ssds: logarithms between positions": Mutant(SSD_BACK, "numbers < (float)j ? V{} : before", "before"),
+    "ssds: gradient of an infinite rate": Mutant(SSD_BACK, "c.s.A[c.head] < -FLT_MAX ? -FLT_MAX : c.s.A[c.head]", "c.s.A[c.head]"),
+    "ssds: gradient of a limited step": Mutant(SSD_BACK, "value = step.unlimited > s.most ? V{} : value;", ""),
+    "ssds: no derivative of the softplus": Mutant(SSD_BACK, "if (s.dt_softplus) value *=", "if (false) value *="),
+    "ssds: derivative of the gate": Mutant(SSD_TILES, "gate * (1.0f + z * (1.0f - gate))", "gate * (1.0f + z)"),
+    "ssds: gradient of masked dt": Mutant(SSD_BACK, "            if (masked) {\n                value = V{};", "            if (false) {\n                value = V{};"),
+    "ssds: dy of masked positions": Mutant(SSD_TILES, "if (!masked && k < s.p) {", "if (k < s.p) {"),
+    "ssds: the last rows of a tile": Mutant(MATRICES, "if (row < end) tile.template at<1, VECS>(row, column);", ""),
+    "ssds: the transpose's end not zero": Mutant(MATRICES, "row < divide_up(rows, WIDEST) * WIDEST", "row < rows"),
     "norm: of what was not rounded": Mutant(NORM, "if (RESIDUAL_BFLOAT16) sum =", "if (false) sum ="),
     "norm: no eps": Mutant(NORM, "square / s.d + s.eps", "square / s.d"),
     "step: B and C normed as one": Mutant(STEP, "Range{s.r, s.n}, Range{s.r + s.n, s.n}}", "Range{s.r, 2 * s.n}}"),
@@ -113,13 +165,29 @@ MUTANTS = {
 }  # fmt: skip
 
 # Of the many of one file those that are tried without --slow.
-QUICK = ("ssd: groups tiled", "ssd: always gated before the norm")
+QUICK = (
+    "ssd: groups tiled",
+    "ssd: always gated before the norm",
+    "ssds: weights of later positions",
+    "ssds: Inf of another run",
+)
 
 
 def tried():
     for name, mutant in MUTANTS.items():
-        slow = mutant.file == SSD_STEP and name not in QUICK
+        slow = mutant.file in (SSD_STEP, SSD, SSD_BACK, SSD_CHUNK, SSD_TILES, MATRICES) and name not in QUICK
         yield pytest.param(name, id=name, marks=pytest.mark.slow if slow else ())
+
+
+def read_by(source: Path) -> set[str]:
+    """The files of the folder that a compiler reads for that source, by name."""
+    names, found = [source.name], set()
+    while names:
+        if (name := names.pop()) not in found:
+            found.add(name)
+            included = re.findall(r'#include "(.*)"', (source.parent / name).read_text())
+            names += [other for other in included if (source.parent / other).exists()]
+    return found
 
 
 def compiled(source: Path) -> Path:
@@ -147,7 +215,7 @@ def test_the_tests_reject(name, whole, tmp_path):
     assert mutant.old in text, f"{mutant.file} has no {mutant.old!r}"
     (folder / mutant.file).write_text(text.replace(mutant.old, mutant.new))
     for source in folder.glob("*.cpp"):
-        if mutant.file == source.name or mutant.file.endswith(".h"):
+        if mutant.file in read_by(source):
             compiled(source)
     broken = tmp_path / "broken.so"
     subprocess.run(["c++", "-shared", "-pthread", *folder.glob("*.o"), "-o", broken], check=True)

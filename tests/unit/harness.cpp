@@ -59,6 +59,31 @@ static int scan(int width, int threads, uint8_t *mask, uint8_t *restart) {
     return 0;
 }
 
+static int ssd(int width, int threads, uint8_t *mask, uint8_t *restart) {
+    const int64_t h = 6, p = 19, g = 3;
+    Ssd s = {};
+    s.b = b, s.l = l, s.h = h, s.p = p, s.n = n, s.g = g, s.dt_softplus = 1, s.threads = threads, s.width = width;
+    s.D_per_channel = 1, s.least = 1e-3f, s.most = 1;
+    s.x = sequence(h * p, 1, 0), s.dt = sequence(h, 4, -2), s.z = sequence(h * p, 2, 0);
+    s.B = sequence(g * n, 1, 0), s.C = sequence(g * n, 1, 0);
+    s.A = floats(h, 1, -1.2f), s.D = floats(h * p, 1, 0), s.dt_bias = floats(h, 1, 0);
+    s.initial_state = floats(b * h * p * n, 1, 0), s.mask = mask, s.restart = restart;
+    s.y = sequence(h * p, 0, 0), s.final_state = floats(b * h * p * n, 0, 0);
+    s.boundaries = floats(mamba_ssd_boundaries(b, l, h, p, n), 0, 0);
+    s.dy = sequence(h * p, 1, 0), s.dfinal_state = floats(b * h * p * n, 1, 0);
+    s.dx = sequence(h * p, 0, 0), s.ddt = sequence(h, 0, 0), s.dz = sequence(h * p, 0, 0);
+    s.dB = sequence(g * n, 0, 0), s.dC = sequence(g * n, 0, 0);
+    s.dA = floats(h, 0, 0), s.dD = floats(h * p, 0, 0), s.ddt_bias = floats(h, 0, 0);
+    s.dinitial_state = floats(b * h * p * n, 0, 0);
+    if (mamba_ssd_forward(&s) || mamba_ssd_backward(&s)) return 1;
+    for (const Sequence &of : {s.y, s.dx, s.dz}) print(of, h * p);
+    for (const Sequence &of : {s.dB, s.dC}) print(of, g * n);
+    print(s.ddt, h);
+    print(s.final_state, b * h * p * n), print(s.dinitial_state, b * h * p * n);
+    print(s.dA, h), print(s.dD, h * p), print(s.ddt_bias, h);
+    return 0;
+}
+
 static int conv(int width, int threads, uint8_t *mask, uint8_t *restart) {
     Conv s = {};
     s.b = b, s.l = l, s.e = e, s.k = k, s.silu = 1, s.threads = threads, s.width = width;
@@ -97,5 +122,6 @@ int main(int, char **argv) {
     int width = atoi(argv[1]), threads = atoi(argv[2]);
     uint8_t *mask = flags(b * l, -0.3f), *restart = flags(b * l, 0.8f);
     for (int64_t t = 0; t < b * l; t++) restart[t] &= mask[t];
-    return scan(width, threads, mask, restart) || conv(width, threads, mask, restart) || norm(width, threads);
+    return scan(width, threads, mask, restart) || ssd(width, threads, mask, restart) ||
+           conv(width, threads, mask, restart) || norm(width, threads);
 }

@@ -4,6 +4,7 @@ import ml_dtypes
 import numpy as np
 
 from mamba_core.backends.native import abi, library
+from mamba_core.spec.ops.ssd import NO_LIMIT
 
 SEQUENCES = ("x", "delta", "z", "B", "C")
 
@@ -32,6 +33,28 @@ def scan_backward(dy, dfinal_state, boundaries, threads=1, width=0, delta_softpl
     arriving = {"dy": dy, "dfinal_state": dfinal_state, "boundaries": boundaries}
     library.scan_backward(_scan(threads, width, delta_softplus, arrays | arriving | gradients))
     return {name.removeprefix("d"): value for name, value in gradients.items()}
+
+
+def ssd(threads=1, width=0, dt_softplus=False, dt_limit=NO_LIMIT, keep=True, **arrays):
+    """(y, final state, boundaries or None); arrays as `mamba_core.ssd` takes them."""
+    x, B = arrays["x"], arrays["B"]
+    b, l, h, p = x.shape
+    boundaries = np.empty(library.count_ssd_boundaries(b, l, h, p, B.shape[3]), np.float32) if keep else None
+    results = {"y": np.empty(x.shape, x.dtype), "final_state": np.empty((b, h, p, B.shape[3]), np.float32)}
+    options = (dt_softplus, dt_limit)
+    library.ssd(_ssd(threads, width, *options, arrays, results | {"boundaries": boundaries}))
+    return *results.values(), boundaries
+
+
+def ssd_backward(dy, dfinal_state, boundaries, threads=1, width=0, dt_softplus=False, dt_limit=NO_LIMIT, **arrays):
+    """name -> gradient, as `scan_backward`."""
+    b, _, h, p = arrays["x"].shape
+    floats = {name: value for name, value in arrays.items() if name not in ("mask", "restart") and value is not None}
+    gradients = {f"d{name}": np.empty(value.shape, value.dtype) for name, value in floats.items()}
+    gradients["dinitial_state"] = np.empty((b, h, p, arrays["B"].shape[3]), np.float32)
+    arriving = {"dy": dy, "dfinal_state": dfinal_state, "boundaries": boundaries}
+    library.ssd_backward(_ssd(threads, width, dt_softplus, dt_limit, arrays, arriving | gradients))
+    return {name[1:]: value for name, value in gradients.items()}
 
 
 def conv(threads=1, width=0, silu=False, **arrays):
@@ -65,6 +88,16 @@ def _scan(threads, width, delta_softplus, arrays):
     x, A = arrays["x"], arrays["A"]
     bfloat16 = x.dtype == ml_dtypes.bfloat16
     return _point(abi.Scan(*x.shape, A.shape[1], bfloat16, delta_softplus, threads, width), arrays)
+
+
+def _ssd(threads, width, dt_softplus, dt_limit, arrays, others):
+    x, B, D = arrays["x"], arrays["B"], arrays.get("D")
+    b, l, h, p = x.shape
+    g, n = B.shape[2:]
+    bfloat16, per_channel = x.dtype == ml_dtypes.bfloat16, D is not None and D.ndim == 2
+    return _point(
+        abi.Ssd(b, l, h, p, n, g, bfloat16, dt_softplus, per_channel, threads, width, *dt_limit), arrays | others
+    )
 
 
 def _conv(threads, width, silu, arrays):

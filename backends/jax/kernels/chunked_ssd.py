@@ -88,7 +88,9 @@ def _chunk(u, log_decay, B, C, h, restart):
 
 
 def _chunk_forward(u, log_decay, B, C, h, restart):
-    return _chunk(u, log_decay, B, C, h, restart), (u, log_decay, B, C, h, restart)
+    # The barrier keeps JAX from passing the inputs on as they are: under `jax.checkpoint` in a `lax.scan` it would take
+    # one for another in a second derivative.
+    return _chunk(u, log_decay, B, C, h, restart), lax.optimization_barrier((u, log_decay, B, C, h, restart))
 
 
 def _chunk_backward(saved, cotangents):

@@ -1,6 +1,6 @@
-"""The recurrence of Mamba-2 in JAX (Dao and Gu 2024, section 6): its plain form, a chunked one, and the choice.
+"""The recurrence of Mamba-2 in JAX (Dao and Gu 2024, section 6): its plain form, and the choice of a kernel.
 
-The chunked form is in `kernels/chunked_ssd.py`.
+The chunked form is in `kernels/chunked_ssd.py`, that in C++ in `kernels/native_ssd.py`.
 """
 
 import functools
@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mamba_core.backends.jax.kernels import chunked_ssd
+from mamba_core.backends.jax.kernels import chunked_ssd, native_ssd
+from mamba_core.backends.jax.kernels.operator import reason as why_not_native
 from mamba_core.backends.jax.positions import call_of, where_counting
 from mamba_core.kernels import choose
 from mamba_core.spec.ops.selective_scan import LEAST
@@ -69,7 +70,8 @@ def recur(
     """`ssd` in a call whose positions are known: (y, final state)."""
     check_ssd(x, dt, A, B, C, D, z, dt_bias, dt_limit, initial_state, call.mask, call.segment_ids)
     arrays = (x, dt, A, B, C, D, z, dt_bias, initial_state, call.mask, call.restart)
-    kernel = choose(kernel, kernels("cpu", x.dtype), "ssd")
+    if kernel != "auto":
+        kernel = choose(kernel, kernels("cpu", x.dtype), "ssd")
     return _ssd(*arrays, dt_softplus=bool(dt_softplus), dt_limit=tuple(dt_limit), kernel=kernel)
 
 
@@ -83,10 +85,29 @@ def ssd_step(x, dt, A, B, C, D=None, *, z=None, dt_bias=None, dt_softplus=False,
 
 
 def kernels(device: str, dtype=None) -> dict[str, str | None]:
-    """Fastest first. All are JAX's own operations and run on every device."""
-    return dict.fromkeys(KERNELS)
+    """Fastest first. Those but "native" are JAX's own operations and run on every device."""
+    return dict.fromkeys(KERNELS) | {"native": why_not_native(device, dtype)}
 
 
+def _prepared(recurrence):
+    """A kernel of the op's own arguments, from a function of step sizes and of the compute dtype only."""
+
+    @functools.wraps(recurrence)
+    def kernel(x, dt, A, B, C, D, z, dt_bias, h0, mask, restart, *, dt_softplus, dt_limit):
+        dtype = x.dtype
+        x, dt, A, B, C, D, z, dt_bias, h0 = _in_compute_dtype(dtype, x, dt, A, B, C, D, z, dt_bias, h0)
+        # Zeros at masked positions of every input, not only of the step: y is zero there, and a NaN does no harm.
+        x, dt, B, C, z = (where_counting(mask, value) for value in (x, dt, B, C, z))
+        step = where_counting(mask, _step_size(dt, dt_bias, dt_softplus, dt_limit))
+        if h0 is None:
+            h0 = jnp.zeros((x.shape[0], *x.shape[2:], B.shape[3]), x.dtype)
+        linear, h = recurrence(x, step, jnp.maximum(A, LEAST), B, C, h0, restart)
+        return _output(linear, x, D, z).astype(dtype), h
+
+    return kernel
+
+
+@_prepared
 def sequential(x, step, A, B, C, h0, restart):
     """One `lax.scan` over time. Its gradient keeps every state: for short sequences, and as the plain twin."""
 
@@ -101,23 +122,28 @@ def sequential(x, step, A, B, C, h0, restart):
     return jnp.moveaxis(linear, 0, 1), h
 
 
+chunked = _prepared(chunked_ssd.chunked)
 # Fastest first.
-KERNELS = {"chunked": chunked_ssd.chunked, "sequential": sequential}
+KERNELS = {"native": native_ssd.beside(chunked), "chunked": chunked, "sequential": sequential}
 # JAX's own operations, which take XLA longer to compile than a trial should.
 UNTRIED = ("chunked",)
 
 
 @functools.partial(jax.jit, static_argnames=("dt_softplus", "dt_limit", "kernel"))
-def _ssd(x, dt, A, B, C, D, z, dt_bias, h0, mask, restart, *, dt_softplus, dt_limit, kernel):
-    dtype = x.dtype
-    x, dt, A, B, C, D, z, dt_bias, h0 = _in_compute_dtype(dtype, x, dt, A, B, C, D, z, dt_bias, h0)
-    # Zeros at masked positions of every input, not only of the step: y is zero there, and a NaN does no harm.
-    x, dt, B, C, z = (where_counting(mask, value) for value in (x, dt, B, C, z))
-    step = where_counting(mask, _step_size(dt, dt_bias, dt_softplus, dt_limit))
-    if h0 is None:
-        h0 = jnp.zeros((x.shape[0], *x.shape[2:], B.shape[3]), x.dtype)
-    linear, h = KERNELS[kernel](x, step, jnp.maximum(A, LEAST), B, C, h0, restart)
-    return _output(linear, x, D, z).astype(dtype), h
+def _ssd(*arrays, dt_softplus, dt_limit, kernel):
+    options = {"dt_softplus": dt_softplus, "dt_limit": dt_limit}
+    if kernel != "auto":
+        return KERNELS[kernel](*arrays, **options)
+    return _auto(*arrays, **options)
+
+
+def _auto(*arrays, **options):
+    """The fastest on the platform that the computation is lowered for, which is known only then."""
+    otherwise = functools.partial(chunked, **options)
+    if kernels("cpu", arrays[0].dtype)["native"] is not None:
+        return otherwise(*arrays)
+    native = functools.partial(KERNELS["native"], **options, portable=True)
+    return lax.platform_dependent(*arrays, cpu=native, default=otherwise)
 
 
 def _in_compute_dtype(dtype, *values):

@@ -12,6 +12,7 @@ A class may say in its own body what else it was written for; a subclass does no
     width = s6.width     a function: elements of its widest array for each position, or None where a
                          layer was replaced. Long sequences are then computed in pieces, each from the
                          state that the one before has left. A feed-forward says it too
+    recurrence = "ssd"   the op whose kernel decides whether pieces pay, where it is not "selective_scan"
 """
 
 from typing import NamedTuple

@@ -33,6 +33,7 @@ class GatedRMSNorm(nn.Module):
 
 class Mamba2Mixer(nn.Module):
     last_position = True
+    recurrence = "ssd"
 
     def __init__(self, config, layer: int, options: Options):
         super().__init__()

@@ -1,6 +1,6 @@
-"""The recurrence of Mamba-2 in MLX (Dao and Gu 2024, section 6): its plain form, a chunked one, and the choice.
+"""The recurrence of Mamba-2 in MLX (Dao and Gu 2024, section 6): its plain form, and the choice of a kernel.
 
-The chunked form is in `kernels/chunked_ssd.py`.
+The chunked form is in `kernels/chunked_ssd.py`, that in C++ in `kernels/native_ssd.py`.
 """
 
 import functools
@@ -9,7 +9,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mamba_core.backends.mlx.arrays import default_device, keep_float32
-from mamba_core.backends.mlx.kernels import chunked_ssd
+from mamba_core.backends.mlx.kernels import chunked_ssd, native_tensors
+from mamba_core.backends.mlx.kernels.native_ssd import native
 from mamba_core.backends.mlx.positions import call_of, where_counting
 from mamba_core.call import Call
 from mamba_core.kernels import choose
@@ -71,8 +72,8 @@ def recur(
     """`ssd` within a call whose positions are known; (y, final state)."""
     check_ssd(x, dt, A, B, C, D, z, dt_bias, dt_limit, initial_state, call.mask, call.segment_ids)
     keep_float32()
-    device = default_device()
-    run = KERNELS[choose(kernel, kernels(device, x.dtype), "ssd", "mlx", device)]
+    arrays = (x, dt, A, B, C, D, z, dt_bias, initial_state, call.mask, call.restart)
+    run = KERNELS[chosen(kernel, x.dtype, arrays)]
     return run(call, x, dt, A, B, C, D, z, dt_bias, dt_softplus, tuple(dt_limit), initial_state)
 
 
@@ -86,9 +87,24 @@ def ssd_step(x, dt, A, B, C, D=None, *, z=None, dt_bias=None, dt_softplus=False,
     return _output(linear, x, D, z).astype(dtype), h
 
 
-def kernels(device=None, dtype=None, arrays=()) -> dict[str, str | None]:
-    """Fastest first. All are MLX's own operations and run on every device."""
-    return dict.fromkeys(KERNELS)
+def kernels(device=None, dtype=None, arrays=(), *, wanted="auto") -> dict[str, str | None]:
+    """Fastest first, for x of that dtype and these arrays. Those but "native" run on every device.
+
+    The native kernel has the arrays computed to see whether they can be: only where it is wanted, by name or "auto".
+    """
+    to_compute = arrays if wanted in ("auto", "native") else ()
+    return dict.fromkeys(KERNELS) | {"native": native_tensors.reason(device or default_device(), dtype, to_compute)}
+
+
+def chosen(kernel: str, dtype: mx.Dtype, arrays=()) -> str:
+    """The kernel of that name, or for "auto" the fastest, for x of that dtype and these arrays.
+
+    On MLX's default device.
+
+    Raises:
+        ValueError: there is no such kernel, or not for them.
+    """
+    return choose(kernel, kernels(None, dtype, arrays, wanted=kernel), "ssd", "mlx", default_device())
 
 
 def _prepared(recurrence):
@@ -122,7 +138,7 @@ def sequential(x, step, A, B, C, h0, restart):
 
 
 # Fastest first, the plain one last.
-KERNELS = {"chunked": _prepared(chunked_ssd.chunked), "sequential": sequential}
+KERNELS = {"native": native, "chunked": _prepared(chunked_ssd.chunked), "sequential": sequential}
 
 
 def _step_size(dt, dt_bias, dt_softplus, dt_limit):

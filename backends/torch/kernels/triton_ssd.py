@@ -6,6 +6,7 @@ The kernels are those of `mamba_core.backends.gpu.ssd_kernels`. The same inputs 
 from __future__ import annotations
 
 import importlib
+import itertools
 
 import torch
 from torch import Tensor
@@ -16,13 +17,9 @@ from mamba_core.backends.torch.kernels.operator import differentiable, is_float,
 
 # Where there is no GPU, as many as an H100 has.
 MULTIPROCESSORS = 132
-# Warps of a program, and loads that are on their way at once.
-STATES = {"num_warps": 4, "num_stages": 3}
-FORWARD = {"num_warps": 4, "num_stages": 2}
-QUERIES = {"num_warps": 8, "num_stages": 3}
-KEYS = {"num_warps": 8, "num_stages": 3}
-# Triton 3.6 writes beyond its memory where eight warps share a smaller product.
-LEAST_SHARED = 64
+# The kernels' names of arguments that have others here.
+NAMES = ("x", "dt", "A", "B", "C", "D", "z", "bias", "begin", "mask", "restart")
+SEQUENCES = ("x", "dt", "B", "C", "z")
 
 
 def reason(
@@ -66,8 +63,10 @@ def _ssd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y, final state, what each segment adds, its decay): the last two are empty if there is one segment."""
     refuse_tangents(x, dt, A, B, C, D, z, dt_bias, h0)
-    call = _Call(x, dt, A, B, C, D, z, dt_bias, h0, mask, restart, dt_softplus, least, most)
-    return call.forward()
+    call, arrays = _call((x, dt, A, B, C, D, z, dt_bias, h0, mask, restart), dt_softplus, least, most)
+    _launch(call, call.forward(), arrays)
+    added, logs = _empty_segments(call, A) if call.segments == 1 else (arrays["added"], arrays["logs"])
+    return arrays["y"], arrays["final"], added, logs
 
 
 @torch.library.custom_op("mamba_core::triton_ssd_backward", mutates_args=())
@@ -92,13 +91,24 @@ def _ssd_backward(
     most: float,
 ) -> list[Tensor]:
     """The gradient of every floating-point argument that was given, in their order."""
-    call = _Call(x, dt, A, B, C, D, z, dt_bias, h0, mask, restart, dt_softplus, least, most)
-    return call.backward(dy, dfinal_state, added, logs)
+    inputs = (x, dt, A, B, C, D, z, dt_bias, h0, mask, restart)
+    call, arrays = _call(inputs, dt_softplus, least, most, dfinal_state)
+    arrays |= {"dy": _dense(dy)}
+    if call.segments > 1:
+        arrays |= {"added": added, "logs": logs}
+    _launch(call, call.backward(), arrays)
+    for name in ("dB", "dC"):
+        parts = arrays[name]
+        arrays[name] = parts.squeeze(0) if len(parts) == 1 else parts.sum(0).to(x.dtype)
+    found = [arrays[f"d{name}"] for name, value in zip(NAMES, inputs, strict=True) if is_float(value)]
+    pairs = zip(found, filter(is_float, inputs), strict=True)
+    return [gradient.view(value.shape) for gradient, value in pairs]
 
 
 @_ssd.register_fake
 def _(x, dt, A, B, C, D, z, dt_bias, h0, mask, restart, dt_softplus, least, most):
-    return x.new_empty(x.shape), A.new_empty(_state_shape(x, B)), *_empty_segments(_plan(x, B), A)
+    call, _ = _call((x, dt, A, B, C, D, z, dt_bias, h0, mask, restart), dt_softplus, least, most)
+    return x.new_empty(x.shape), A.new_empty(_state_shape(x, B)), *_empty_segments(call, A)
 
 
 @_ssd_backward.register_fake
@@ -113,187 +123,39 @@ def _state_shape(x, B) -> tuple[int, int, int, int]:
     return x.shape[0], *x.shape[2:], B.shape[3]
 
 
-def _plan(x, B) -> gpu.Plan:
-    count = MULTIPROCESSORS
-    if x.is_cuda:
-        count = torch.cuda.get_device_properties(x.device).multi_processor_count
-    return gpu.plan(*x.shape[:3], B.shape[2], x.shape[3], B.shape[3], count)
+def _empty_segments(call: gpu.Ssd, like: Tensor) -> tuple[Tensor, Tensor]:
+    """What each segment adds to a state, and the logarithm of its decay: without elements if there is one segment."""
+    return tuple(like.new_empty(call.shapes.get(name, (0,))) for name in ("added", "logs"))
 
 
-def _empty_segments(plan: gpu.Plan, like: Tensor) -> tuple[Tensor, Tensor]:
-    """float32: what each segment adds to a state, and the logarithm of its decay."""
-    rows_ = (plan.batch, plan.heads, plan.segments) if plan.segments > 1 else (0, 0, 0)
-    return like.new_empty(*rows_, *plan.state), like.new_empty(rows_)
+def _call(inputs, dt_softplus: bool, least: float, most: float, last: Tensor | None = None):
+    """(the call, its arrays by the kernels' names)."""
+    named = {name: value for name, value in zip(NAMES, inputs, strict=True) if value is not None}
+    if last is not None:
+        named["last"] = last
+    x, B, D = named["x"], named["B"], named.get("D")
+    count = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else MULTIPROCESSORS
+    of_D = 0 if D is None else D[0].numel()
+    sizes = (*x.shape, *B.shape[2:], str(x.dtype).removeprefix("torch."))
+    call = gpu.Ssd(*sizes, frozenset(named), of_D, dt_softplus, (least, most), count, triton.INTERPRETED)
+    return call, {name: _dense(value) if name in SEQUENCES else value.contiguous() for name, value in named.items()}
 
 
-class _Call:
-    """The kernels of one call."""
-
-    def __init__(self, x, dt, A, B, C, D, z, dt_bias, h0, mask, restart, dt_softplus, least, most):
-        self.kernels = importlib.import_module("mamba_core.backends.gpu.ssd_kernels")
-        sequences = (x, dt, B, C, z)
-        self.x, self.dt, self.B, self.C, self.z = (None if value is None else _dense(value) for value in sequences)
-        self.A, self.D, self.bias, self.h0 = (
-            None if value is None else value.contiguous() for value in (A, D, dt_bias, h0)
-        )
-        self.mask, self.restart = (None if value is None else value.contiguous() for value in (mask, restart))
-        self.softplus, self.limits = dt_softplus, (least, most)
-        self.plan = _plan(x, B)
-        precision = "widened" if triton.INTERPRETED else gpu.PRECISIONS[str(x.dtype).removeprefix("torch.")]
-        self.exact = {"EXACT": x.dtype == torch.float32}
-        # A product that is rounded in one place and not in another would not cancel.
-        self.unfused = {"enable_fp_fusion": not self.exact["EXACT"]}
-        self.of_steps = self.exact | {
-            "HEADS": self.plan.heads,
-            "SOFTPLUS": dt_softplus,
-            "HAS_BIAS": dt_bias is not None,
-            "HAS_MASK": mask is not None,
-            "HAS_RESTART": restart is not None,
-            "BLOCK": gpu.HEADS,
-        }
-        even = mask is None and x.shape[1] % gpu.CHUNK == 0
-        positions = {"EVEN": even, "HAS_MASK": mask is not None, "PRECISION": precision}
-        self.common = self.plan.sizes | self.exact | positions
-
-    def forward(self):
-        plan, x = self.plan, self.x
-        y, final = x.new_empty(x.shape), self.A.new_empty(plan.batch, plan.heads, plan.channels, plan.states)
-        added, logs = _empty_segments(plan, self.A)
-        with triton.launching(x):
-            decays = self._steps()
-            if plan.segments > 1:
-                self._adds(x, self.B, decays, added, logs, backward=False)
-            self._forward(decays, added, logs, self.z, y, final)
-        return y, final, added, logs
-
-    def backward(self, dy, dfinal_state, added, logs):
-        plan, x, new = self.plan, self.x, self.A.new_empty
-        dy = _dense(dy)
-        # The states between chunks are rounded as every factor of a product is.
-        between = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-        shape = (plan.batch, plan.chunks, plan.heads, *plan.state)
-        before, after = (x.new_empty(shape, dtype=between) for _ in range(2))
-        dx, ddt = x.new_empty(x.shape), self.dt.new_empty(self.dt.shape)
-        dz = None if self.z is None else self.z.new_empty(self.z.shape)
-        dh0 = new(plan.batch, plan.heads, plan.channels, plan.states)
-        of_D = self._of_each_head()
-        chunks = plan.batch * plan.chunks
-        shares, skipped = new(chunks, 2, plan.heads), new(chunks, plan.heads, of_D)
-        dA, dbias = (torch.empty_like(self.A) for _ in range(2))
-        dD = None if self.D is None else torch.empty_like(self.D)
-        dtype = x.dtype if plan.parts == 1 else torch.float32
-        dB, dC = (x.new_empty(plan.parts, *self.B.shape, dtype=dtype) for _ in range(2))
-        dC_started = dC if dtype == torch.float32 else new(dC.shape)
-        passed = new(plan.batch, plan.heads, plan.chunks)
-        grid = (plan.chunks, plan.heads // plan.together, plan.batch)
-        with triton.launching(x):
-            decays = self._steps()
-            started, *by_position = (torch.empty_like(decays[0]) for _ in range(4))
-            if dz is not None:
-                linear, dlinear = (x.new_empty(x.shape) for _ in range(2))
-                self._forward(decays, added, logs, None, linear, torch.empty_like(dh0))
-                self.kernels.gates[(plan.chunks, plan.heads, plan.batch)](
-                    *(linear, self.z, dy, self._or(self.mask), dz, dlinear, plan.length),
-                    *(*_strides(self.z), *_strides(dy)),
-                    **{name: value for name, value in self.common.items() if name not in ("OF_GROUP", "N", "NN")},
-                )
-                dy = dlinear
-            dadded, dlogs = _empty_segments(plan, self.A)
-            if plan.segments > 1:
-                self._adds(dy, self.C, decays, dadded, dlogs, backward=True)
-            dfinal_state = None if dfinal_state is None else dfinal_state.contiguous()
-            self.kernels.states[(plan.heads * plan.blocks, plan.segments, 2 * plan.batch)](
-                *(x, self.B, dy, self.C, self._or(self.mask), *decays, self._or(self.h0), added, logs),
-                *(self._or(dfinal_state), dadded, dlogs, before, after, dh0),
-                *(plan.length, plan.chunks, plan.of_segment),
-                *(*_strides(x), *_strides(self.B), *_strides(dy), *_strides(self.C)),
-                **self.common,
-                BLOCKS=plan.blocks,
-                SEGMENTS=plan.segments,
-                HAS_BEGIN=self.h0 is not None,
-                HAS_LAST=dfinal_state is not None,
-                **STATES,
-            )
-            self.kernels.of_queries[grid](
-                *(self.C, self._or(self.mask), *decays[1:], before, after, dy, dC_started, started, passed),
-                *(plan.length, plan.chunks, *_strides(self.C), *_strides(dy)),
-                **self.common,
-                TOGETHER=plan.together,
-                **QUERIES,
-            )
-            self.kernels.of_keys[grid](
-                *(x, self.B, self.C, self._or(self.D), self._or(self.mask), *decays, after, dy, dC_started),
-                *(dx, dB, dC, *by_position, skipped, plan.length, plan.chunks),
-                *(*_strides(x), *_strides(self.B), *_strides(self.C), *_strides(dy)),
-                **self.common,
-                TOGETHER=plan.together,
-                D_OF=of_D,
-                **KEYS | ({} if min(plan.state) >= LEAST_SHARED else {"num_warps": 4}) | self.unfused,
-            )
-            self.kernels.of_steps[self._grid_of_steps()](
-                *(self.dt, self.A, self._or(self.bias), self._or(self.mask), self._or(self.restart)),
-                *(decays[0], started, passed, *by_position, ddt, shares),
-                *(plan.length, *_strides(self.dt), *self.limits),
-                **self.of_steps | self.unfused,
-            )
-            blocks = triton.blocks_of(plan.heads * max(1, of_D), gpu.HEADS)
-            self.kernels.totals[(3 if of_D else 2, blocks)](
-                *(shares, skipped, dA, dbias, self._or(dD), chunks), HEADS=plan.heads, D_OF=of_D, BLOCK=gpu.HEADS
-            )
-        dB, dC = (value.squeeze(0) if plan.parts == 1 else value.sum(0).to(x.dtype) for value in (dB, dC))
-        found = [dx, ddt, dA, dB, dC]
-        given = {"D": dD, "z": dz, "bias": dbias, "h0": dh0}
-        return found + [value for name, value in given.items() if getattr(self, name) is not None]
-
-    def _forward(self, decays, added, logs, z, y, last):
-        plan = self.plan
-        self.kernels.forward[(plan.heads, plan.segments, plan.batch)](
-            *(self.x, self.B, self.C, self._or(self.D), self._or(z), self._or(self.mask)),
-            *(*decays, self._or(self.h0), added, logs, y, last, plan.length, plan.chunks, plan.of_segment),
-            *(*_strides(self.x), *_strides(self.B), *_strides(self.C), *_strides(z)),
-            **self.common,
-            SEGMENTS=plan.segments,
-            D_OF=self._of_each_head(),
-            HAS_BEGIN=self.h0 is not None,
-            HAS_Z=z is not None,
-            **FORWARD,
-        )
-
-    def _steps(self):
-        """The step sizes, sums and rest of the decays' logarithms, (b, h, chunks * CHUNK) in float32."""
-        plan = self.plan
-        shape = (plan.batch, plan.heads, plan.chunks * gpu.CHUNK)
-        decays = [self.A.new_empty(shape) for _ in range(3)]
-        self.kernels.steps[self._grid_of_steps()](
-            *(self.dt, self.A, self._or(self.bias), self._or(self.mask), self._or(self.restart), *decays),
-            *(plan.length, *_strides(self.dt), *self.limits),
-            **self.of_steps,
-        )
-        return decays
-
-    def _grid_of_steps(self):
-        return self.plan.chunks, triton.blocks_of(self.plan.heads, gpu.HEADS), self.plan.batch
-
-    def _adds(self, x, B, decays, added, logs, backward):
-        """What each segment adds to a state."""
-        plan = self.plan
-        self.kernels.adds[(plan.heads * plan.blocks, plan.segments, plan.batch)](
-            *(x, B, self._or(self.mask), *decays, added, logs, plan.length, plan.chunks, plan.of_segment),
-            *(*_strides(x), *_strides(B)),
-            **self.common,
-            BLOCKS=plan.blocks,
-            SEGMENTS=plan.segments,
-            BACKWARD=backward,
-            **STATES,
-        )
-
-    def _or(self, value):
-        """An array that is not there is not read; a pointer must be there."""
-        return self.A if value is None else value
-
-    def _of_each_head(self) -> int:
-        """Of a head."""
-        return 0 if self.D is None else self.D[0].numel()
+def _launch(call: gpu.Ssd, launches, arrays: dict[str, Tensor]) -> None:
+    """Runs the kernels. Adds what they write to the arrays."""
+    kernels = importlib.import_module("mamba_core.backends.gpu.ssd_kernels")
+    x, shapes = arrays["x"], call.shapes
+    # A pointer must be there also where it is not followed.
+    absent = arrays["A"]
+    with triton.launching(x):
+        for each in launches:
+            for name in each.writes:
+                if name in shapes:
+                    arrays[name] = x.new_empty(shapes[name], dtype=getattr(torch, call.dtype_of(name)))
+            pointers = (arrays.get(name, absent) for name in (*each.reads, *each.writes))
+            numbers = (_strides(arrays.get(value)) if isinstance(value, str) else (value,) for value in each.numbers)
+            kernel = getattr(kernels, each.kernel)[each.grid]
+            kernel(*pointers, *itertools.chain(*numbers), **each.constants, **each.options)
 
 
 def _dense(value: Tensor) -> Tensor:

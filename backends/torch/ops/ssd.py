@@ -1,6 +1,7 @@
-"""The recurrence of Mamba-2 in PyTorch (Dao and Gu 2024, section 6): its plain form, a chunked one, and the choice.
+"""The recurrence of Mamba-2 in PyTorch (Dao and Gu 2024, section 6): its plain form, and the choice of a kernel.
 
-The chunked form is one opaque operator to autograd, the compiler and torch.func, in `kernels/chunked_ssd.py`.
+The chunked form, in `kernels/chunked_ssd.py`, and that in C++ are each one opaque operator to autograd, to the compiler
+and to torch.func.
 """
 
 import functools
@@ -9,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from mamba_core.backends.torch.arrays import check_devices, in_compute_dtype
-from mamba_core.backends.torch.kernels import chunked_ssd, triton_ssd
+from mamba_core.backends.torch.kernels import chunked_ssd, native_tensors, triton_ssd
+from mamba_core.backends.torch.kernels.native_ssd import native
 from mamba_core.backends.torch.positions import call_of, where_counting
 from mamba_core.call import Call
 from mamba_core.kernels import choose
@@ -89,7 +91,11 @@ def kernels(
     device: torch.device, dtype: torch.dtype | None = None, channels: int | None = None, states: int | None = None
 ) -> dict[str, str | None]:
     """Fastest first, for heads of so many channels and states: None for a kernel that runs there, else why not."""
-    return dict.fromkeys(KERNELS) | {"cuda": triton_ssd.reason(device, dtype, channels, states)}
+    reasons = {
+        "native": native_tensors.reason(device, dtype),
+        "cuda": triton_ssd.reason(device, dtype, channels, states),
+    }
+    return dict.fromkeys(KERNELS) | reasons
 
 
 def _prepared(recurrence):
@@ -125,7 +131,12 @@ def sequential(x, step, A, B, C, h0, restart):
 
 
 # Fastest first.
-KERNELS = {"cuda": triton_ssd.cuda, "chunked": _prepared(chunked_ssd.chunked), "sequential": sequential}
+KERNELS = {
+    "native": native,
+    "cuda": triton_ssd.cuda,
+    "chunked": _prepared(chunked_ssd.chunked),
+    "sequential": sequential,
+}
 
 
 def _step_size(dt, dt_bias, dt_softplus, dt_limit):
