@@ -297,12 +297,15 @@ def examine(backend, op: str, kernel: str, device: str, to_the_end: bool = True)
     allows, and then it does so in both kernels. The plain kernel has the reference alone.
     """
     is_plain = kernel == list(backend.available_kernels(device)[op])[-1]
+    chosen = getattr(backend.op(op), "TRIED", {}).get(kernel)
     faults: list[str] = []
     skipped, count, lasting = [], 0, True
     with backend.on_device(device) if hasattr(backend, "on_device") else nullcontext():
-        for trial in trials(backend, op, device):
+        for number, trial in enumerate(trials(backend, op, device)):
             if faults and not to_the_end:
                 break
+            if chosen is not None and number not in chosen:
+                continue
             if is_plain and trial.reference is None:
                 continue
             given, cotangents = _drawn(backend, trial, device)

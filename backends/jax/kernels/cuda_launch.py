@@ -23,11 +23,18 @@ def takes_cubin() -> bool:
 
 
 def launch(
-    image: bytes, name: str, blocks: int, threads: int, shared: int, parameters: Sequence, updated: int | None = None
+    image: bytes,
+    name: str,
+    blocks: int | tuple[int, int, int],
+    threads: int,
+    shared: int,
+    parameters: Sequence,
+    updated: int | None = None,
 ) -> list[jax.Array]:
     """The arrays that a kernel writes.
 
     image: a cubin if `takes_cubin`, else PTX.
+    blocks: along one axis or three.
     shared: bytes of dynamic shared memory.
     parameters: in the kernel's order an array, which it reads; a `jax.ShapeDtypeStruct`, which it writes, after all
         arrays; an np.int32 or np.int64; None for a pointer that it does not follow.
@@ -60,7 +67,8 @@ def _message(image, name, blocks, threads, shared, parameters) -> bytes:
     kernel += _field(6, capability())
     if compiled:
         kernel += _field(11, _field(1, image) + _field(2, name.encode()) + _field(3, shared))
-    grid = _field(2, blocks) + _field(3, 1) + _field(4, 1)
+    x, y, z = (blocks, 1, 1) if isinstance(blocks, int) else blocks
+    grid = _field(2, x) + _field(3, y) + _field(4, z)
     call = _field(1, kernel) + grid + b"".join(_field(5, _parameter(value)) for value in parameters)
     return _field(1, call) + _field(4, name.encode())
 

@@ -1,6 +1,7 @@
 """The recurrence of Mamba-2 in JAX (Dao and Gu 2024, section 6): its plain form, and the choice of a kernel.
 
-The chunked form is in `kernels/chunked_ssd.py`, that in C++ in `kernels/native_ssd.py`.
+The chunked form is in `kernels/chunked_ssd.py`, that in C++ in `kernels/native_ssd.py`, that on the matrix units of a GPU
+in `kernels/cuda_ssd.py`.
 """
 
 import functools
@@ -9,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mamba_core.backends.jax.kernels import chunked_ssd, native_ssd
+from mamba_core.backends.jax.kernels import chunked_ssd, cuda_ssd, native_ssd
+from mamba_core.backends.jax.kernels.operator import HOMES
 from mamba_core.backends.jax.kernels.operator import reason as why_not_native
 from mamba_core.backends.jax.positions import call_of, where_counting
 from mamba_core.kernels import choose
@@ -71,7 +73,7 @@ def recur(
     check_ssd(x, dt, A, B, C, D, z, dt_bias, dt_limit, initial_state, call.mask, call.segment_ids)
     arrays = (x, dt, A, B, C, D, z, dt_bias, initial_state, call.mask, call.restart)
     if kernel != "auto":
-        kernel = choose(kernel, kernels("cpu", x.dtype), "ssd")
+        kernel = choose(kernel, kernels(HOMES.get(kernel, "cpu"), x.dtype, x.shape[3], B.shape[3]), "ssd")
     return _ssd(*arrays, dt_softplus=bool(dt_softplus), dt_limit=tuple(dt_limit), kernel=kernel)
 
 
@@ -84,9 +86,12 @@ def ssd_step(x, dt, A, B, C, D=None, *, z=None, dt_bias=None, dt_softplus=False,
     return _output(linear, x, D, z).astype(dtype), h
 
 
-def kernels(device: str, dtype=None) -> dict[str, str | None]:
-    """Fastest first. Those but "native" are JAX's own operations and run on every device."""
-    return dict.fromkeys(KERNELS) | {"native": why_not_native(device, dtype)}
+def kernels(
+    device: str, dtype=None, channels: int | None = None, states: int | None = None
+) -> dict[str, str | None]:
+    """Fastest first, for heads of so many channels and states. "chunked" and "sequential" are JAX's own operations and run on every device."""
+    reasons = {"native": why_not_native(device, dtype), "cuda": cuda_ssd.reason(device, dtype, channels, states)}
+    return dict.fromkeys(KERNELS) | reasons
 
 
 def _prepared(recurrence):
@@ -124,9 +129,18 @@ def sequential(x, step, A, B, C, h0, restart):
 
 chunked = _prepared(chunked_ssd.chunked)
 # Fastest first.
-KERNELS = {"native": native_ssd.beside(chunked), "chunked": chunked, "sequential": sequential}
+KERNELS = {
+    "native": native_ssd.beside(chunked),
+    "cuda": cuda_ssd.beside(chunked),
+    "chunked": chunked,
+    "sequential": sequential,
+}
 # JAX's own operations, which take XLA longer to compile than a trial should.
 UNTRIED = ("chunked",)
+# The trials of a kernel that takes seconds to compile for each: those of whole heads, in both precisions.
+TRIED = {"cuda": (3, 4)}
+# JAX's platforms -> our devices.
+PLATFORMS = {"cpu": "cpu", "cuda": "gpu"}
 
 
 @functools.partial(jax.jit, static_argnames=("dt_softplus", "dt_limit", "kernel"))
@@ -139,11 +153,13 @@ def _ssd(*arrays, dt_softplus, dt_limit, kernel):
 
 def _auto(*arrays, **options):
     """The fastest on the platform that the computation is lowered for, which is known only then."""
-    otherwise = functools.partial(chunked, **options)
-    if kernels("cpu", arrays[0].dtype)["native"] is not None:
-        return otherwise(*arrays)
-    native = functools.partial(KERNELS["native"], **options, portable=True)
-    return lax.platform_dependent(*arrays, cpu=native, default=otherwise)
+    x, B = arrays[0], arrays[3]
+    branches = {}
+    for platform, device in PLATFORMS.items():
+        name = choose("auto", kernels(device, x.dtype, x.shape[3], B.shape[3]), "ssd", "jax", device)
+        if name in HOMES:
+            branches[platform] = functools.partial(KERNELS[name], **options, portable=True)
+    return lax.platform_dependent(*arrays, **branches, default=functools.partial(chunked, **options))
 
 
 def _in_compute_dtype(dtype, *values):
