@@ -25,6 +25,8 @@ import mamba_core as mc
 ROWS = ((8, 2048, 1536, 16), (1, 2048, 1536, 16), (1, 16384, 1536, 16), (1, 65536, 1536, 16), (8, 2048, 5120, 16))
 ROWS += ((8, 2048, 1536, 64),)
 NAMES = ("x", "delta", "A", "B", "C", "D", "z", "delta_bias")
+# In bfloat16; all else is float32.
+HALF = ("x", "delta", "dt", "B", "C", "z", "dy")
 ROUNDS, CALLS = 9, 10
 BYTES_A_SECOND, EXPONENTIALS_A_SECOND = 4.28e12, 4.14e12
 
@@ -39,16 +41,16 @@ def main(argv: list[str] | None = None) -> None:
     for row in [ROWS[number] for number in arguments.row or range(len(ROWS))]:
         values = inputs(*row)
         for backend in arguments.backend:
-            found.append({"backend": backend, "shape": row} | measure(backend, values) | floors(*row))
+            found.append({"backend": backend, "shape": row} | measure(BACKENDS[backend], values) | floors(*row))
             print(found[-1], flush=True)
     if arguments.out:
         arguments.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def measure(backend: str, values: dict[str, np.ndarray]) -> dict:
-    """Milliseconds; what went wrong, instead, if something did."""
+def measure(backend: Callable, values: dict[str, np.ndarray]) -> dict:
+    """Milliseconds; what went wrong, instead, if something did. values: the arrays by name, dy last."""
     try:
-        forward, both = BACKENDS[backend](dict(values))
+        forward, both = backend(dict(values))
         times = {"forward": forward(), "forward and backward": both()}
     except Exception as fault:
         traceback.print_exc()
@@ -94,13 +96,16 @@ def median_of_rounds(start: Callable[[], object], wait: Callable[[object], objec
     return statistics.median(taken)
 
 
-def torch_(values, scan=None, transposed=()):
+def scan(given: dict):
+    return mc.selective_scan(**given, delta_softplus=True)
+
+
+def torch_(values, op=scan, transposed=()):
+    """(forward, forward and gradient): functions that give the seconds of op(arrays by name)."""
     import torch
 
-    scan = scan or (lambda given: mc.selective_scan(**given, delta_softplus=True))
-    half = ("x", "delta", "B", "C", "z", "dy")
     given = {
-        name: torch.tensor(value, device="cuda", dtype=torch.bfloat16 if name in half else torch.float32)
+        name: torch.tensor(value, device="cuda", dtype=torch.bfloat16 if name in HALF else torch.float32)
         for name, value in values.items()
     }
     given |= {name: given[name].transpose(1, 2).contiguous() for name in transposed}
@@ -119,11 +124,11 @@ def torch_(values, scan=None, transposed=()):
 
     def forward():
         with torch.no_grad():
-            return replayed(lambda: scan(given))
+            return replayed(lambda: op(given))
 
     def both():
         leaves = {name: value.detach().requires_grad_() for name, value in given.items()}
-        return replayed(lambda: torch.autograd.grad(scan(leaves), list(leaves.values()), dy))
+        return replayed(lambda: torch.autograd.grad(op(leaves), list(leaves.values()), dy))
 
     return forward, both
 
@@ -131,39 +136,37 @@ def torch_(values, scan=None, transposed=()):
 def mamba_ssm(values):
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
-    def scan(given):
+    def theirs(given):
         return selective_scan_fn(given["x"], *(given[name] for name in NAMES[1:]), delta_softplus=True)
 
-    return torch_(values, scan, transposed=("x", "delta", "B", "C", "z", "dy"))
+    return torch_(values, theirs, transposed=("x", "delta", "B", "C", "z", "dy"))
 
 
-def jax_(values):
+def jax_(values, op=scan):
     import jax
     import jax.numpy as jnp
 
-    half = ("x", "delta", "B", "C", "z", "dy")
-    given = [jnp.asarray(values[name], jnp.bfloat16 if name in half else jnp.float32) for name in (*NAMES, "dy")]
+    given = [jnp.asarray(value, jnp.bfloat16 if name in HALF else jnp.float32) for name, value in values.items()]
 
-    def scan(*arguments):
-        return mc.selective_scan(**dict(zip(NAMES, arguments, strict=True)), delta_softplus=True)
+    def call(*arguments):
+        return op(dict(zip(values, arguments, strict=False)))
 
-    forward = jax.jit(scan)
-    both = jax.jit(lambda *arguments: jax.vjp(scan, *arguments[:-1])[1](arguments[-1]))
+    forward = jax.jit(call)
+    both = jax.jit(lambda *arguments: jax.vjp(call, *arguments[:-1])[1](arguments[-1]))
     return (
         lambda: median_of_rounds(lambda: forward(*given[:-1]), jax.block_until_ready),
         lambda: median_of_rounds(lambda: both(*given), jax.block_until_ready),
     )
 
 
-def mlx(values):
+def mlx(values, op=scan):
     import mlx.core as mx
 
-    half = ("x", "delta", "B", "C", "z", "dy")
-    given = [mx.array(values[name]).astype(mx.bfloat16 if name in half else mx.float32) for name in (*NAMES, "dy")]
+    given = [mx.array(value).astype(mx.bfloat16 if name in HALF else mx.float32) for name, value in values.items()]
     mx.eval(given)
 
-    def scan(*arguments):
-        return mc.selective_scan(**dict(zip(NAMES, arguments, strict=True)), delta_softplus=True)
+    def call(*arguments):
+        return op(dict(zip(values, arguments, strict=False)))
 
     def queued(call):
         def start():
@@ -174,8 +177,8 @@ def mlx(values):
         return lambda: median_of_rounds(start, mx.eval)
 
     return (
-        queued(lambda: scan(*given[:-1])),
-        queued(lambda: mx.vjp(scan, given[:-1], given[-1:])[1]),
+        queued(lambda: call(*given[:-1])),
+        queued(lambda: mx.vjp(call, given[:-1], given[-1:])[1]),
     )
 
 

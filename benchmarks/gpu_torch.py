@@ -54,7 +54,7 @@ PROMPT, TOKENS = 16, 96
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", action="append", choices=PARTS, help="repeatable; all but tune by default")
-    parser.add_argument("--preset", action="append", help="of decoding; mamba-130m and mamba-2.8b by default")
+    parser.add_argument("--preset", action="append", help="of training, a mixer and decoding; some by default")
     parser.add_argument("--batch", action="append", type=int, help="of decoding; 1 and 64 by default")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--no-overlap", action="store_true", help="no programmatic dependent launch in decoding")
@@ -157,10 +157,15 @@ def random_model(config, dtype=torch.float32, kernels="auto"):
 
 
 def training(arguments):
+    for name in arguments.preset or ("mamba-130m", "mamba2-130m"):
+        yield from training_of(name, arguments)
+
+
+def training_of(name: str, arguments):
     tokens = np.random.default_rng(0).integers(0, 50277, (BATCH, LENGTH + 1)).astype(np.int32)
 
     def ours():
-        model = random_model(preset("mamba-130m"))
+        model = random_model(preset(name))
         trainer = torch_training.Trainer(model, TrainSettings(steps=1000, warmup_steps=10))
 
         def step():
@@ -170,7 +175,7 @@ def training(arguments):
         return timed_training(step, arguments)
 
     def theirs():
-        model = peer_model(preset("mamba-130m"))
+        model = peer_model(preset(name))
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, fused=True)
         ids = torch.from_numpy(tokens).long().to(DEVICE)
 
@@ -186,9 +191,9 @@ def training(arguments):
 
         return timed_training(step, arguments)
 
-    yield attempt("training step 130m b8 l2048", ours)
+    yield attempt(f"training step {name} b8 l2048", ours)
     if not arguments.no_peers:
-        yield attempt("training step 130m b8 l2048, mamba_ssm", theirs)
+        yield attempt(f"training step {name} b8 l2048, mamba_ssm", theirs)
 
 
 def timed_training(step, arguments) -> dict:
@@ -230,7 +235,12 @@ def profile(call, times: int) -> None:
 
 
 def block(arguments):
-    config = dataclasses.replace(preset("mamba-130m"), n_layer=1, task="layers")
+    for name in arguments.preset or ("mamba-130m", "mamba2-130m"):
+        yield from mixer_of(name, arguments)
+
+
+def mixer_of(name: str, arguments):
+    config = dataclasses.replace(preset(name), n_layer=1, task="layers")
     x = torch.randn(BATCH, LENGTH, config.d_model, device=DEVICE, requires_grad=True)
     dy = torch.randn(BATCH, LENGTH, config.d_model, device=DEVICE, dtype=BF16)
 
@@ -250,16 +260,17 @@ def block(arguments):
         return run(lambda x: mixer(x, state, Call())[0], list(mixer.parameters()), backward)
 
     def theirs(backward):
-        from mamba_ssm import Mamba
+        import mamba_ssm
 
-        mixer = Mamba(config.d_model, device=DEVICE)
+        kind = mamba_ssm.Mamba if name == "mamba-130m" else mamba_ssm.Mamba2
+        mixer = kind(config.d_model, device=DEVICE)
         return run(mixer, list(mixer.parameters()), backward)
 
     for backward in (False, True):
         what = "forward and backward" if backward else "forward"
-        yield attempt(f"mixer d768 b8 l2048, {what}", partial(ours, backward))
+        yield attempt(f"mixer of {name} b8 l2048, {what}", partial(ours, backward))
         if not arguments.no_peers:
-            yield attempt(f"mixer d768 b8 l2048, {what}, mamba_ssm", partial(theirs, backward))
+            yield attempt(f"mixer of {name} b8 l2048, {what}, mamba_ssm", partial(theirs, backward))
 
 
 # --- decoding ------------------------------------------------------------------------------------
@@ -343,7 +354,8 @@ def peer_model(config, dtype=torch.float32):
     from mamba_ssm.models.config_mamba import MambaConfig
     from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
 
-    theirs = MambaConfig(d_model=config.d_model, n_layer=config.n_layer, vocab_size=config.vocab_size)
+    sizes = {"d_model": config.d_model, "n_layer": config.n_layer, "vocab_size": config.vocab_size}
+    theirs = MambaConfig(**sizes, ssm_cfg={"layer": "Mamba2"} if hasattr(config, "headdim") else {})
     return MambaLMHeadModel(theirs, device=DEVICE, dtype=dtype)
 
 

@@ -5,7 +5,6 @@ The interpreter must be asked for before Triton is imported, so that the tests r
 
 import importlib
 import importlib.util
-import itertools
 import os
 import subprocess
 import sys
@@ -126,7 +125,9 @@ def test_values_and_gradients(interpreted, case):
 
     exact = {name: np.asarray(value).astype(np.float64) for name, value in stored.items()}
     wanted = spec.ssd(**exact, **positions, **drawn.options, return_final_state=True)
-    cotangents = [jnp.asarray(rng.normal(size=value.shape), kind) for value, kind in zip(wanted, (dtype, "float32"))]
+    cotangents = [
+        jnp.asarray(rng.normal(size=value.shape), kind) for value, kind in zip(wanted, (dtype, "float32"), strict=True)
+    ]
     gradients = spec.ssd_vjp(
         *(np.asarray(value).astype(np.float64) for value in cotangents), **exact, **positions, **drawn.options
     )

@@ -86,9 +86,7 @@ def ssd_step(x, dt, A, B, C, D=None, *, z=None, dt_bias=None, dt_softplus=False,
     return _output(linear, x, D, z).astype(dtype), h
 
 
-def kernels(
-    device: str, dtype=None, channels: int | None = None, states: int | None = None
-) -> dict[str, str | None]:
+def kernels(device: str, dtype=None, channels: int | None = None, states: int | None = None) -> dict[str, str | None]:
     """Fastest first, for heads of so many channels and states. "chunked" and "sequential" are JAX's own operations and run on every device."""
     reasons = {"native": why_not_native(device, dtype), "cuda": cuda_ssd.reason(device, dtype, channels, states)}
     return dict.fromkeys(KERNELS) | reasons
