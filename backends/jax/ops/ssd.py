@@ -1,7 +1,7 @@
 """The recurrence of Mamba-2 in JAX (Dao and Gu 2024, section 6): its plain form, and the choice of a kernel.
 
-The chunked form is in `kernels/chunked_ssd.py`, that in C++ in `kernels/native_ssd.py`, that on the matrix units of a GPU
-in `kernels/cuda_ssd.py`.
+The chunked form is in `kernels/chunked_ssd.py`, that in C++ in `kernels/native_ssd.py`, that on the matrix units of a
+GPU in `kernels/cuda_ssd.py`.
 """
 
 import functools
@@ -87,7 +87,10 @@ def ssd_step(x, dt, A, B, C, D=None, *, z=None, dt_bias=None, dt_softplus=False,
 
 
 def kernels(device: str, dtype=None, channels: int | None = None, states: int | None = None) -> dict[str, str | None]:
-    """Fastest first, for heads of so many channels and states. "chunked" and "sequential" are JAX's own operations and run on every device."""
+    """Fastest first, for heads of so many channels and states.
+
+    "chunked" and "sequential" are JAX's own operations and run on every device.
+    """
     reasons = {"native": why_not_native(device, dtype), "cuda": cuda_ssd.reason(device, dtype, channels, states)}
     return dict.fromkeys(KERNELS) | reasons
 
