@@ -29,7 +29,7 @@ OPTIONS = {
     "adds": {"num_warps": 4, "num_stages": 3},
     "states": {"num_warps": 4, "num_stages": 3},
     "forward": {"num_warps": 4, "num_stages": 2},
-    "of_queries": {"num_warps": 8, "num_stages": 3},
+    "of_queries": {"num_warps": 4, "num_stages": 2},
     "of_keys": {"num_warps": 8, "num_stages": 3},
 }
 # Triton 3.6 writes beyond its memory where eight warps share a smaller product.
@@ -130,6 +130,9 @@ class Ssd(NamedTuple):
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the arrays that kernels write."""
+        return _shapes(self)
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
         b, h, chunks = self.batch, self.heads, self.chunks
         sequence, outer = (b, self.length, h, self.channels), (b, h, self.channels, self.states)
         found = dict.fromkeys(("y", "linear", "dx", "dz", "dlinear"), sequence) | {"ddt": sequence[:3]}
@@ -151,15 +154,21 @@ class Ssd(NamedTuple):
         half = half or (name in BETWEEN and self.dtype == "bfloat16")
         return self.dtype if half else "float32"
 
-    def forward(self) -> Iterator[Launch]:
+    def forward(self) -> tuple[Launch, ...]:
         """Writes y, final and, for the gradient, added and logs."""
+        return _launches(self, Ssd._forwards)
+
+    def backward(self) -> tuple[Launch, ...]:
+        """Reads dy, added and logs; writes the gradients, and with parts > 1 those of B and C in parts."""
+        return _launches(self, Ssd._backwards)
+
+    def _forwards(self) -> Iterator[Launch]:
         yield self._steps()
         if self.segments > 1:
             yield self._adds("x", "B", ("added", "logs"))
         yield self._forward("z", ("y", "final"))
 
-    def backward(self) -> Iterator[Launch]:
-        """Reads dy, added and logs; writes the gradients, and with parts > 1 those of B and C in parts."""
+    def _backwards(self) -> Iterator[Launch]:
         dy = "dlinear" if "z" in self.given else "dy"
         yield self._steps()
         if "z" in self.given:
@@ -271,6 +280,17 @@ class Ssd(NamedTuple):
             "PRECISION": "widened" if self.interpreted else PRECISIONS[self.dtype],
         }
         return {name: known[name] for name in names}
+
+
+@functools.lru_cache(maxsize=1024)
+def _shapes(call: Ssd) -> dict[str, tuple[int, ...]]:
+    return call._shapes()
+
+
+@functools.lru_cache(maxsize=1024)
+def _launches(call: Ssd, direction) -> tuple[Launch, ...]:
+    """The host's time counts where a step is not captured: what a call launches is found once."""
+    return tuple(direction(call))
 
 
 SIZES = ("HEADS", "OF_GROUP", "P", "N", "PP", "NN")
