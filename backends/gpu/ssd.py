@@ -226,8 +226,8 @@ class Ssd(NamedTuple):
 
     def _of_steps(self) -> Iterator[Launch]:
         by_position = ("started", "passed", "inner", "leaving", "spanning")
-        reads = ("dt", "A", "bias", "mask", "restart", "sizes", *by_position)
-        constants = self._constants(*STEPS)
+        reads = ("dt", "A", "bias", "mask", "sizes", *by_position)
+        constants = self._constants(*(name for name in STEPS if name != "HAS_RESTART"))
         yield Launch(
             *("of_steps", self._grid_of_steps(), reads, ("ddt", "shares"), (self.length, "dt")),
             *(constants, self._unfused),

@@ -791,7 +791,6 @@ def of_steps(
     A,
     bias,
     mask,
-    restart,
     sizes,
     started,
     passed,
@@ -809,7 +808,6 @@ def of_steps(
     SOFTPLUS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
-    HAS_RESTART: tl.constexpr,
     EXACT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -835,10 +833,7 @@ def of_steps(
     dlog += tl.cumsum(ended, 0) - ended
     dlog += tl.load(passed + (batch * HEADS + head) * chunks + chunk, mask=head < HEADS, other=0.0)[None, :]
     rate = tl.maximum(tl.load(A + head, mask=head < HEADS, other=0.0), LEAST_RATE)[None, :]
-    gone = size * rate <= ZERO_LOG
-    if HAS_RESTART:
-        gone = gone | (tl.load(restart + batch * length + at, mask=at < length, other=0) != 0)[:, None]
-    dlog = tl.where(gone, 0.0, dlog)
+    dlog = tl.where(size * rate <= ZERO_LOG, 0.0, dlog)
     own = dt + batch * dt_batch + chunk.to(tl.int64) * Q * dt_row + (q * dt_row)[:, None] + head[None, :]
     raw = tl.load(own, mask=(at < length)[:, None] & there, other=0.0).to(tl.float32)
     if HAS_BIAS:

@@ -71,12 +71,27 @@ class _Caught:
         self.found.append((self.kernel.fn.__name__, built))
 
 
+def built_for(call, launch):
+    """The image of a launch of `mamba_core.backends.gpu.ssd`, for sm_90."""
+    from mamba_core.backends.gpu import triton_image
+
+    def kind(name):
+        if name in call.shapes:
+            return call.dtype_of(name)
+        return call.dtype if name in ("x", "dt", "B", "C", "z", "dy") else "float32"
+
+    kinds = [kind(name) for name in (*launch.reads, *launch.writes)]
+    numbers = [size for value in launch.numbers for size in ((1024, 512) if isinstance(value, str) else (value,))]
+    module = "mamba_core.backends.gpu.ssd_kernels"
+    return triton_image.compiled(module, launch.kernel, (*kinds, *numbers), launch.constants, launch.options, 90)
+
+
 def resources(built) -> dict[str, int]:
-    """Registers, bytes of stack and of shared memory, as the assembler reports them."""
+    """Registers, bytes of stack and of shared memory of a kernel or its machine code, as the assembler reports them."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(built.asm["cubin"])
+        Path(file.name).write_bytes(built if isinstance(built, bytes) else built.asm["cubin"])
         text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     return {name: int(re.search(rf"\b{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "SHARED")}
