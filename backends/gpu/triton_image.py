@@ -12,6 +12,8 @@ from typing import NamedTuple
 TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "bool": "i1"}
 # An address or a number of which Triton may know that it is a multiple of it.
 MULTIPLE = 16
+# Numbers below are 32 bits wide.
+WIDE = 2**31
 # Pointers that Triton adds to a kernel's arguments, for memory that these kernels do not ask for.
 HIDDEN = 2
 
@@ -40,7 +42,7 @@ def compiled(
 
     module: of the kernels, by its whole name.
     """
-    kinds = tuple(value if isinstance(value, str) else value % MULTIPLE == 0 for value in arguments)
+    kinds = tuple(value if isinstance(value, str) else (value % MULTIPLE == 0, value >= WIDE) for value in arguments)
     return _compiled(module, kernel, kinds, tuple(constants.items()), tuple(options.items()), capability)
 
 
@@ -57,8 +59,10 @@ def _compiled(module, kernel, kinds, constants, options, capability) -> Image:
             signature[parameter.name] = "constexpr"
             continue
         kind = next(rest)
-        signature[parameter.name] = f"*{TYPES[kind]}" if isinstance(kind, str) else "i32"
-        if kind:
+        pointer = isinstance(kind, str)
+        multiple, wide = (True, False) if pointer else kind
+        signature[parameter.name] = f"*{TYPES[kind]}" if pointer else "i64" if wide else "i32"
+        if multiple:
             attributes[(index,)] = [["tt.divisibility", MULTIPLE]]
     source = compiler.ASTSource(function, signature, fixed, attributes)
     built = triton.compile(source, target=target, options=dict(options))

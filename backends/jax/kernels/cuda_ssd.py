@@ -119,7 +119,8 @@ def _launch(call: gpu.Ssd, launches, arrays: dict[str, jax.Array]) -> dict[str, 
             MODULE, each.kernel, (*kinds, *numbers), each.constants, each.options, capability()
         )
         code = image.cubin if takes_cubin() else image.ptx
-        parameters += [*map(np.int32, numbers), *[None] * triton_image.HIDDEN]
+        parameters += [np.int64(size) if size >= triton_image.WIDE else np.int32(size) for size in numbers]
+        parameters += [None] * triton_image.HIDDEN
         values = launch(code, image.name, each.grid, image.threads, image.shared, parameters)
         found |= dict(zip(written, values, strict=True))
     return found

@@ -136,8 +136,10 @@ def _call(inputs, dt_softplus: bool, least: float, most: float, last: Tensor | N
     x, B, D = named["x"], named["B"], named.get("D")
     count = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else MULTIPROCESSORS
     of_D = 0 if D is None else D[0].numel()
-    sizes = (*x.shape, *B.shape[2:], str(x.dtype).removeprefix("torch."))
-    call = gpu.Ssd(*sizes, frozenset(named), of_D, dt_softplus, (least, most), count, triton.INTERPRETED)
+    # How a call is cut depends on its sizes: a compiler that leaves one open must settle it.
+    sizes = map(int, (*x.shape, *B.shape[2:]))
+    dtype = str(x.dtype).removeprefix("torch.")
+    call = gpu.Ssd(*sizes, dtype, frozenset(named), of_D, dt_softplus, (least, most), count, triton.INTERPRETED)
     return call, {name: _dense(value) if name in SEQUENCES else value.contiguous() for name, value in named.items()}
 
 
