@@ -1,10 +1,11 @@
 """Self-tests of kernels: does a kernel compute its op on this device as the op's plain kernel does?
 
 "auto" asks `passes` where it chooses a kernel on an accelerator. The first time on a kind of device, the kernel is
-tried with a few calls: every option, gradients, odd sizes, the compute dtypes. The verdict is kept in the user's cache,
-until the device, a version or a source changes. A kernel that fails is passed over with one warning. A kernel that the
-user names is not tried, and neither is one on a CPU, where this project's tests have run. `mamba-core doctor` tries
-every kernel.
+tried with a few calls: every option, gradients, odd sizes, the compute dtypes. Where each takes seconds to compile, the
+backend's file of the op says which are enough (`TRIED`). The verdict is kept in the user's cache, until the device, a
+version or a source changes. A kernel that fails is passed over with one warning. A kernel that the user names is not
+tried, and neither is one on a CPU, where this project's tests have run. `mamba-core doctor` tries every kernel with all
+calls.
 
 A trial runs in a thread of its own, where neither a trace of torch.compile, jax.jit or mx.compile nor a setting of the
 caller's thread reaches it. What a kernel does to its process, such as ending it, it does to the caller's too. A file in
@@ -297,7 +298,7 @@ def examine(backend, op: str, kernel: str, device: str, to_the_end: bool = True)
     allows, and then it does so in both kernels. The plain kernel has the reference alone.
     """
     is_plain = kernel == list(backend.available_kernels(device)[op])[-1]
-    chosen = getattr(backend.op(op), "TRIED", {}).get(kernel)
+    chosen = None if to_the_end else getattr(backend.op(op), "TRIED", {}).get(kernel)
     faults: list[str] = []
     skipped, count, lasting = [], 0, True
     with backend.on_device(device) if hasattr(backend, "on_device") else nullcontext():

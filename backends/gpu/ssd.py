@@ -9,8 +9,10 @@ from typing import NamedTuple
 # Positions of a chunk, as `ssd_kernels.Q`.
 CHUNK = 64
 DTYPES = ("float32", "bfloat16", "float16")
-# Of channels of a head and of states, padded to powers of 2; and of both together, by the bytes of a factor.
-LARGEST_CHANNELS, LARGEST_STATES, LARGEST = 128, 256, {2: 2**14, 4: 2**13}
+# Of channels of a head and of states, padded to powers of 2.
+LARGEST_CHANNELS, LARGEST_STATES = 128, 256
+# The bytes of a factor -> channels times states -> bytes of shared memory that a program then has at most.
+SHARED = {2: {2**13: 112 * 1024, 2**14: 184 * 1024}, 4: {2**13: 227 * 1024}}
 LEAST_PADDED = 16
 # Heads of a program that computes step sizes.
 HEADS = 16
@@ -40,19 +42,29 @@ BETWEEN = ("before", "after")
 DECAYS = ("sizes", "sums", "rest")
 
 
-def reason(dtype: str | None, channels: int | None = None, states: int | None = None) -> str | None:
-    """Why the kernels do not compute heads of so many channels and states; None if they do."""
+def reason(dtype: str | None, channels: int | None, states: int | None, shared: int) -> str | None:
+    """Why the kernels do not compute heads of so many channels and states; None if they do.
+
+    shared: bytes of shared memory that a program can have.
+    """
     if dtype is not None and dtype not in DTYPES:
         return f"x is {dtype}, and it computes {', '.join(DTYPES)}"
+    needed = SHARED[2 if dtype in (None, "bfloat16") else 4]
     if channels is None or states is None:
-        return None
-    largest = LARGEST[2 if dtype == "bfloat16" else 4]
-    if channels > LARGEST_CHANNELS or states > LARGEST_STATES or padded(channels) * padded(states) > largest:
+        return _too_little(min(needed.values()), shared)
+    together = padded(channels) * padded(states)
+    if channels > LARGEST_CHANNELS or states > LARGEST_STATES or together > max(needed):
         return (
             f"a head has {channels} channels and {states} states, and it holds at most {LARGEST_CHANNELS} and "
-            f"{LARGEST_STATES}, and {largest} of both, each padded to a power of 2"
+            f"{LARGEST_STATES}, and {max(needed)} of both, each padded to a power of 2"
         )
-    return None
+    return _too_little(min(size for most, size in needed.items() if together <= most), shared)
+
+
+def _too_little(needed: int, shared: int) -> str | None:
+    if needed <= shared:
+        return None
+    return f"a program needs {needed // 1024} KiB of shared memory, and has {shared // 1024} here"
 
 
 def padded(size: int) -> int:
@@ -62,12 +74,13 @@ def padded(size: int) -> int:
 class Launch(NamedTuple):
     """Of a kernel.
 
+    grid: its first axis has the batch too, because the others are short.
     reads, writes: its arrays by name, in its order; one that was not given has no value.
     numbers: its other arguments, where a sequence's name stands for the strides of its first two axes.
     """
 
     kernel: str
-    grid: tuple[int, int, int]
+    grid: tuple[int, int]
     reads: tuple[str, ...]
     writes: tuple[str, ...]
     numbers: tuple[int | str, ...]
@@ -175,7 +188,7 @@ class Ssd(NamedTuple):
             yield self._forward(None, ("linear", "unread"))
             constants = self._constants("HEADS", "P", "PP", "EVEN", "HAS_MASK", "EXACT", "PRECISION")
             reads, numbers = ("linear", "z", "dy", "mask"), (self.length, "z", "dy")
-            grid = (self.chunks, self.heads, self.batch)
+            grid = (self.chunks * self.batch, self.heads)
             yield Launch("gates", grid, reads, ("dz", "dlinear"), numbers, constants, {})
         if self.segments > 1:
             yield self._adds(dy, "C", ("dadded", "dlogs"), backward=True)
@@ -207,12 +220,12 @@ class Ssd(NamedTuple):
         constants |= {"HAS_Z": z is not None and z in self.given}
         reads = ("x", "B", "C", "D", z or "none", "mask", *DECAYS, "begin", "added", "logs")
         numbers = (self.length, self.chunks, self.of_segment, "x", "B", "C", z or "none")
-        grid = (self.heads, self.segments, self.batch)
+        grid = (self.heads * self.batch, self.segments)
         return Launch("forward", grid, reads, writes, numbers, constants, OPTIONS["forward"])
 
     def _of_chunks(self, dy: str) -> Iterator[Launch]:
         constants = self._constants(*SIZES, "TOGETHER", "EVEN", "HAS_MASK", "EXACT", "PRECISION")
-        grid = (self.chunks, self.heads // self.together, self.batch)
+        grid = (self.chunks * self.batch, self.heads // self.together)
         reads, writes = ("C", "mask", *DECAYS[1:], *BETWEEN, dy), ("dC_started", "started", "passed")
         numbers = (self.length, self.chunks, "C", dy)
         yield Launch("of_queries", grid, reads, writes, numbers, constants, OPTIONS["of_queries"])
@@ -232,16 +245,16 @@ class Ssd(NamedTuple):
             *("of_steps", self._grid_of_steps(), reads, ("ddt", "shares"), (self.length, "dt")),
             *(constants, self._unfused),
         )
-        grid = (3 if self.of_D else 2, -(-self.heads * max(1, self.of_D) // HEADS), 1)
+        grid = (3 if self.of_D else 2, -(-self.heads * max(1, self.of_D) // HEADS))
         constants = {"HEADS": self.heads, "D_OF": self.of_D, "BLOCK": HEADS}
         writes = ("dA", "dbias", "dD")
         yield Launch("totals", grid, ("shares", "skipped"), writes, (self.batch * self.chunks,), constants, {})
 
-    def _grid_of_steps(self) -> tuple[int, int, int]:
-        return self.chunks, -(-self.heads // HEADS), self.batch
+    def _grid_of_steps(self) -> tuple[int, int]:
+        return self.chunks * self.batch, -(-self.heads // HEADS)
 
-    def _grid_of_states(self, directions: int) -> tuple[int, int, int]:
-        return self.heads * self._blocks, self.segments, directions * self.batch
+    def _grid_of_states(self, directions: int) -> tuple[int, int]:
+        return self.heads * self._blocks * directions * self.batch, self.segments
 
     @property
     def _blocks(self) -> int:
@@ -250,7 +263,7 @@ class Ssd(NamedTuple):
 
     @property
     def _unfused(self) -> dict[str, bool]:
-        """A product that is rounded in one place and not in another would not cancel."""
+        """Fused, the same product would be rounded in one sum and not in another, and the two would not cancel."""
         return {"enable_fp_fusion": not self.exact}
 
     def _constants(self, *names: str) -> dict:

@@ -95,7 +95,7 @@ def _softplus(value):
 def _step_of(raw, LEAST: tl.constexpr, MOST: tl.constexpr, SOFTPLUS: tl.constexpr):
     """(the step size, whether it is within the limits)."""
     step = _softplus(raw) if SOFTPLUS else raw
-    return tl.minimum(tl.maximum(step, LEAST), MOST), (step >= LEAST) & (step <= MOST)
+    return tl.clamp(step, LEAST, MOST, tl.PropagateNan.ALL), ~((step < LEAST) | (step > MOST))
 
 
 @jit
@@ -122,7 +122,8 @@ def steps(
     BLOCK: tl.constexpr,
 ):
     """(b, h, chunks * Q): the step sizes, the sums of logarithms from each chunk's beginning, and their rest."""
-    chunk, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    chunks = tl.cdiv(length, Q)
+    chunk, batch = _places(chunks)
     at = chunk * Q + tl.arange(0, Q)
     head = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside, there = at < length, head < HEADS
@@ -136,12 +137,12 @@ def steps(
     if HAS_MASK:
         counts = counts & (tl.load(mask + batch * length + at, mask=inside, other=0) != 0)
     step = tl.where(counts[:, None] & there[None, :], step, 0.0)
-    rate = tl.maximum(tl.load(A + head, mask=there, other=0.0), LEAST_RATE)
-    log = tl.maximum(step * rate[None, :], LEAST_LOG)
+    rate = tl.maximum(tl.load(A + head, mask=there, other=0.0), LEAST_RATE, tl.PropagateNan.ALL)
+    log = tl.maximum(step * rate[None, :], LEAST_LOG, tl.PropagateNan.ALL)
     if HAS_RESTART:
         anew = tl.load(restart + batch * length + at, mask=inside, other=0) != 0
         log = tl.where(anew[:, None], LEAST_LOG, log)
-    place = (batch * HEADS + head)[None, :] * (tl.num_programs(0) * Q) + at[:, None]
+    place = (batch * HEADS + head)[None, :] * (chunks * Q) + at[:, None]
     if EXACT:
         rounded = ((log * GRID + ROUNDING) - ROUNDING) / GRID
         sum_, rest_ = tl.cumsum(rounded, axis=0), tl.cumsum(log - rounded, axis=0)
@@ -163,6 +164,13 @@ def _tile(base, chunk, inside, row, WIDTH: tl.constexpr, PADDED: tl.constexpr, E
     else:
         value = tl.load(place, mask=inside[:, None] & (of_width < WIDTH)[None, :], other=0.0)
     return value.to(tl.float32) if value.dtype == tl.float16 else value
+
+
+@jit
+def _places(count):
+    """(place, batch), of which axis 0 of the grid has count for each row of the batch."""
+    program = tl.program_id(0)
+    return program % count, (program // count).to(tl.int64)
 
 
 @jit
@@ -222,6 +230,7 @@ def _begun(
 
 @jit
 def _carry(
+    program,
     batch,
     x,
     B,
@@ -263,8 +272,7 @@ def _carry(
     Otherwise writes the state at the beginning of each chunk, or its gradient at the end, to `written` (b, chunks, h,
     NN, PP), and BACKWARD the gradient of the initial state to `last` (b, h, p, n).
     """
-    head, segment = tl.program_id(0) // BLOCKS, tl.program_id(1)
-    block = tl.program_id(0) % BLOCKS
+    head, block, segment = program // BLOCKS, program % BLOCKS, tl.program_id(1)
     WIDTH: tl.constexpr = PP // BLOCKS
     row = batch * HEADS + head
     q, n, p = tl.arange(0, Q), tl.arange(0, NN)[:, None], block * WIDTH + tl.arange(0, WIDTH)[None, :]
@@ -346,8 +354,9 @@ def adds(
     PRECISION: tl.constexpr,
 ):
     """What each segment adds to a state, (b, h, segments, NN, PP), and the logarithm of its decay; of `_carry`."""
+    program, batch = _places(HEADS * BLOCKS)
     _carry(
-        tl.program_id(2).to(tl.int64),
+        *(program, batch),
         *(x, B, mask, sizes, sums, rest, x, added, logs, added, added),
         *(length, chunks, of_segment, x_batch, x_row, B_batch, B_row),
         *(HEADS, OF_GROUP, P, N, PP, NN, BLOCKS, SEGMENTS, BACKWARD, True, False, EVEN, HAS_MASK, EXACT, PRECISION),
@@ -400,16 +409,17 @@ def states(
     PRECISION: tl.constexpr,
 ):
     """The state before each chunk and the gradient of that after it, both at once; of `_carry`."""
-    batch = (tl.program_id(2) // 2).to(tl.int64)
-    if tl.program_id(2) % 2 == 0:
+    program, row = _places(HEADS * BLOCKS)
+    batch = row // 2
+    if row % 2 == 0:
         _carry(
-            *(batch, dy, C, mask, sizes, sums, rest, dlast, dadded, dlogs, after, dbegin),
+            *(program, batch, dy, C, mask, sizes, sums, rest, dlast, dadded, dlogs, after, dbegin),
             *(length, chunks, of_segment, dy_batch, dy_row, C_batch, C_row),
             *(HEADS, OF_GROUP, P, N, PP, NN, BLOCKS, SEGMENTS, True, False, HAS_LAST, EVEN, HAS_MASK, EXACT, PRECISION),
         )
     else:
         _carry(
-            *(batch, x, B, mask, sizes, sums, rest, begin, added, logs, before, dbegin),
+            *(program, batch, x, B, mask, sizes, sums, rest, begin, added, logs, before, dbegin),
             *(length, chunks, of_segment, x_batch, x_row, B_batch, B_row),
             *(HEADS, OF_GROUP, P, N, PP, NN, BLOCKS, SEGMENTS, False, False, HAS_BEGIN),
             *(EVEN, HAS_MASK, EXACT, PRECISION),
@@ -462,7 +472,8 @@ def forward(
 
     D_OF: how many values D has a head: 0, 1 or P.
     """
-    head, segment, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    segment = tl.program_id(1)
+    head, batch = _places(HEADS)
     row = batch * HEADS + head
     q, n, p = tl.arange(0, Q), tl.arange(0, NN)[:, None], tl.arange(0, PP)
     cells, outer, exists = n * PP + p[None, :], p[None, :] * N + n, (n < N) & (p < P)[None, :]
@@ -540,7 +551,8 @@ def gates(
     PRECISION: tl.constexpr,
 ):
     """The gradients of the gate z and of what it multiplies, all (b, l, h, p)."""
-    chunk, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head = tl.program_id(1)
+    chunk, batch = _places(tl.cdiv(length, Q))
     q, p = tl.arange(0, Q), tl.arange(0, PP)
     inside = _counting(mask, batch, chunk * Q + q, length, HAS_MASK)
     first = batch * length * HEADS * P + head * P
@@ -599,7 +611,8 @@ def of_queries(
     started: (b, h, chunks * Q), the gradient of the decay from the chunk's beginning to each position; passed: (b, h,
         chunks), that of the decay through the chunk.
     """
-    chunk, part, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    part = tl.program_id(1)
+    chunk, batch = _places(chunks)
     group = part // (OF_GROUP // TOGETHER)
     at = chunk * Q + tl.arange(0, Q)
     inside = _counting(mask, batch, at, length, HAS_MASK)
@@ -625,7 +638,7 @@ def of_queries(
         passing = tl.sum(tl.sum(tl.where(p[:, None] == p[None, :], square, 0.0), 1), 0)
         passing = tl.where(through == 0.0, 0.0, passing * through)
         tl.store(passed + (batch * HEADS + head) * chunks + chunk, passing)
-    cells, exists = _shares(part, batch, chunk, length, HEADS, OF_GROUP, TOGETHER, N, NN)
+    cells, exists = _shares(part, batch, chunk, chunks, length, HEADS, OF_GROUP, TOGETHER, N, NN)
     tl.store(dC + cells, total, mask=exists)
 
 
@@ -641,6 +654,7 @@ def _shares(
     part,
     batch,
     chunk,
+    chunks,
     length,
     HEADS: tl.constexpr,
     OF_GROUP: tl.constexpr,
@@ -652,7 +666,7 @@ def _shares(
     PARTS: tl.constexpr = OF_GROUP // TOGETHER
     GROUPS: tl.constexpr = HEADS // OF_GROUP
     q, n = tl.arange(0, Q), tl.arange(0, NN)
-    first = ((part % PARTS) * tl.num_programs(2) + batch) * length + chunk * Q
+    first = ((part % PARTS) * (tl.num_programs(0) // chunks) + batch) * length + chunk * Q
     cells = (first * GROUPS + part // PARTS) * N + (q * GROUPS * N)[:, None] + n[None, :]
     return cells, (chunk * Q + q < length)[:, None] & (n < N)[None, :]
 
@@ -712,7 +726,8 @@ def of_keys(
         what long steps make small.
     skipped: (b, chunks, h, D_OF), the gradient of D.
     """
-    chunk, part, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    part = tl.program_id(1)
+    chunk, batch = _places(chunks)
     group = part // (OF_GROUP // TOGETHER)
     q, p = tl.arange(0, Q), tl.arange(0, PP)
     at = chunk * Q + q
@@ -765,7 +780,8 @@ def of_keys(
         else:
             tl.store(spanning + place, tl.sum(of_pairs, 0))
 
-        # What goes to the state after. A sum would make one product of both, laid out worse: hence the fma.
+        # What goes to the state after. Triton would make one product of a sum of two and lay it out worse, but not of
+        # an fma.
         dgiven = _product(weights, arriving, tl.zeros((Q, PP), tl.float32), PRECISION)
         value = _product(keys, dstate, tl.zeros((Q, PP), tl.float32), PRECISION)
         value = tl.where(to_end == 0.0, 0.0, value * to_end)
@@ -776,7 +792,7 @@ def of_keys(
         if D_OF:
             value += _skip(D, head, p, P, D_OF)[None, :] * arriving_wide
         tl.store(dx + head * P + places, value.to(dx.dtype.element_ty), mask=here)
-    cells, exists = _shares(part, batch, chunk, length, HEADS, OF_GROUP, TOGETHER, N, NN)
+    cells, exists = _shares(part, batch, chunk, chunks, length, HEADS, OF_GROUP, TOGETHER, N, NN)
     dscores = dscores.to(keys.dtype)
     dkeys = _product(dscores, queries, dkeys, PRECISION)
     tl.store(dB + cells, dkeys.to(dB.dtype.element_ty), mask=exists)
@@ -812,7 +828,8 @@ def of_steps(
     BLOCK: tl.constexpr,
 ):
     """The gradient of dt, and what each chunk adds to those of A and the bias: shares (b, chunks, 2, h)."""
-    chunk, chunks, batch = tl.program_id(0), tl.num_programs(0), tl.program_id(2).to(tl.int64)
+    chunks = tl.cdiv(length, Q)
+    chunk, batch = _places(chunks)
     q = tl.arange(0, Q)
     at = chunk * Q + q
     head = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -832,7 +849,8 @@ def of_steps(
     ended = leaves * size
     dlog += tl.cumsum(ended, 0) - ended
     dlog += tl.load(passed + (batch * HEADS + head) * chunks + chunk, mask=head < HEADS, other=0.0)[None, :]
-    rate = tl.maximum(tl.load(A + head, mask=head < HEADS, other=0.0), LEAST_RATE)[None, :]
+    rate = tl.load(A + head, mask=head < HEADS, other=0.0)
+    rate = tl.maximum(rate, LEAST_RATE, tl.PropagateNan.ALL)[None, :]
     dlog = tl.where(size * rate <= ZERO_LOG, 0.0, dlog)
     own = dt + batch * dt_batch + chunk.to(tl.int64) * Q * dt_row + (q * dt_row)[:, None] + head[None, :]
     raw = tl.load(own, mask=(at < length)[:, None] & there, other=0.0).to(tl.float32)

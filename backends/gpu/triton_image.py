@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -33,6 +34,14 @@ def missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is missing; install it with pip install triton"
     return None
+
+
+def version() -> str | None:
+    """Triton's, without importing it; None where it is missing."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def compiled(

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 
+from mamba_core.backends.gpu import triton_image
+
 # The platforms that JAX lowers for -> their devices as `devices` names them.
 PLATFORMS = {"cpu": "cpu", "cuda": "gpu", "tpu": "tpu"}
 
@@ -72,6 +74,8 @@ def device_facts(device: str) -> dict[str, str]:
     first = jax.local_devices(backend=device)[0]
     name = first.device_kind if device != "cpu" else platform.processor() or platform.machine()
     versions = {"jax": jax.__version__, "jaxlib": jaxlib.version.__version__}
+    if (triton := triton_image.version()) is not None:
+        versions["triton"] = triton
     return {"device": name, **versions, "driver": " ".join(first.client.platform_version.split())}
 
 

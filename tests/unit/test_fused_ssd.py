@@ -37,6 +37,11 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 CLOSE = {F32: 2e-6, BF16: 8e-3, F16: 1e-3}
 
 
+@pytest.mark.skipif(not triton.INTERPRETED, reason="not in the interpreter")
+def test_the_interpreter_is_there():
+    assert RUNS
+
+
 @pytest.mark.skipif(triton.INTERPRETED, reason="runs in the interpreter already")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_all_of_them_in_the_interpreter():
@@ -100,6 +105,21 @@ def test_gated_norm_of_columns_and_under_autocast():
         found = gated_norm.gated_norm(y, z, weight, 2, 1e-5, False, "triton")
     assert found.dtype == BF16
     assert_alike([found], [gated_norm.plain(y, z, weight, 2, 1e-5, False).to(BF16)], CLOSE[BF16])
+
+
+@here
+@pytest.mark.gpu
+def test_a_gated_norm_whose_weight_lies_apart_and_groups_that_do_not_divide_it():
+    y, z, weight = random(3, 24), random(3, 24, seed=1), random(48)[::2]
+    dy = random(3, 24, seed=2)
+    found, wanted = (
+        torch.autograd.grad(gated_norm.gated_norm(y, z, leaf, 2, 0.1, False, kernel), leaf, dy)
+        for kernel in ("auto", "plain")
+        for leaf in (weight.detach().requires_grad_(),)
+    )
+    assert_alike(found, wanted, CLOSE[F32])
+    with pytest.raises(RuntimeError, match="unflatten"):
+        gated_norm.gated_norm(y, z, weight, 5, 0.1, False)
 
 
 @here

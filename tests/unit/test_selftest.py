@@ -321,7 +321,7 @@ def test_two_processes_may_try_at_once(one_trial, runs, tmp_path):
 def test_a_trial_that_does_not_end_has_failed(monkeypatch):
     backend, ended, over = _any(), threading.Event(), threading.Event()
     monkeypatch.setattr(selftest, "LONGEST", 0.1)
-    monkeypatch.setattr(selftest, "examine", lambda *_, **__: ended.wait(60) and not over.set())
+    monkeypatch.setattr(selftest, "examine", lambda *_, **__: (ended.wait(60), over.set()))
     with pytest.warns(UserWarning, match="did not end"):
         assert not selftest.passes(backend.name, "selective_scan", "native", "cpu")
     # Who had waited for it would have seen it end, whatever the clock says.

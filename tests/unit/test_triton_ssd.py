@@ -4,6 +4,7 @@ The interpreter must be asked for before Triton is imported, so that these tests
 The laws of the conformance suite hold for the kernel too, where there is a GPU.
 """
 
+import importlib
 import importlib.util
 import os
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 
 from mamba_core.backends.gpu import ssd as gpu
 from mamba_core.spec.ops import ssd as spec
-from mamba_core.spec.ops.base import draw_positions
+from mamba_core.spec.ops.base import draw_positions, samples_of
 from mamba_core.spec.tolerances import relative_l2, tolerance
 
 torch = pytest.importorskip("torch")
@@ -41,6 +42,11 @@ CASES = {
     "bfloat16": ("bfloat16", 1, 130, 2, 64, 1, 128, True, NO_LIMIT, False, spec.OPTIONAL, ("segment_ids",), 132),
     "float16": ("float16", 1, 70, 6, 8, 2, 16, True, NO_LIMIT, True, spec.OPTIONAL, ("mask",), 132),
 }
+
+
+@pytest.mark.skipif(not triton.INTERPRETED, reason="not in the interpreter")
+def test_the_interpreter_is_there():
+    assert RUNS
 
 
 @pytest.mark.skipif(triton.INTERPRETED, reason="runs in the interpreter already")
@@ -149,11 +155,32 @@ def test_no_positions():
 
 
 def test_heads_that_are_too_large_are_left_to_other_kernels():
-    assert gpu.reason("bfloat16", 128, 128) is None
-    assert "128 channels and 128 states" in gpu.reason("float32", 128, 128)
-    assert "float64" in gpu.reason("float64")
+    h100, a100, small = 227 * 1024, 163 * 1024, 99 * 1024
+    assert gpu.reason("bfloat16", 128, 128, h100) is None
+    assert "128 channels and 128 states" in gpu.reason("float32", 128, 128, h100)
+    assert "float64" in gpu.reason("float64", None, None, h100)
+    assert gpu.reason("bfloat16", 64, 128, a100) is None
+    for dtype, channels, states, shared in (
+        ("bfloat16", 128, 128, a100),
+        ("float32", 64, 128, a100),
+        ("bfloat16", 64, 128, small),
+        (None, None, None, small),
+    ):
+        assert f"has {shared // 1024} here" in gpu.reason(dtype, channels, states, shared)
     why = ssd.kernels(torch.device("cpu"), torch.float32)["cuda"]
     assert triton.INTERPRETED or "CUDA device" in why
+
+
+def test_the_trials_of_the_kernel_have_each_dtype_and_both_positions():
+    chosen = [sample for number, sample in enumerate(samples_of(spec.OP)) if number in ssd.TRIED["cuda"]]
+    assert len(chosen) == len(ssd.TRIED["cuda"])
+    assert {sample.dtype for sample in chosen} == set(gpu.DTYPES)
+    assert {name for sample in chosen for name in sample.positions} == set(spec.BOTH)
+
+
+def test_a_batch_is_on_the_long_axis_of_a_grid():
+    call = gpu.Ssd(70000, 1, 2, 64, 1, 64, "bfloat16", frozenset(("z",)), 0, True, NO_LIMIT, 132)
+    assert all(launch.grid[1] < 65536 for launch in (*call.forward(), *call.backward()))
 
 
 @pytest.mark.parametrize("rows", [1, 24, 192, 640])
@@ -170,10 +197,13 @@ def test_compiled_for_an_h100(dtype, stack):
     """On the matrix units, and what is kept in memory for lack of registers is no more than was measured."""
     given = frozenset(("D", "bias", "z", "begin", "last"))
     call = gpu.Ssd(8, 2048, 24, 64, 1, 128, dtype, given, 1, True, NO_LIMIT, 132)
+    assert importlib.import_module("mamba_core.backends.gpu.ssd_kernels").Q.value == gpu.CHUNK
     for launch in {each.kernel: each for each in (*call.forward(), *call.backward())}.values():
         image = built_for(call, launch)
         used = resources(image.cubin)
         assert used["STACK"] <= stack, (launch.kernel, used)
         assert image.shared <= 227 * 1024
+        # What max makes of a NaN is the other number, unless it is told.
+        assert (b"max.NaN.f32" in image.ptx) == (launch.kernel in ("steps", "of_steps"))
         products = launch.kernel in ("adds", "states", "forward", "of_queries", "of_keys")
         assert (b"wgmma" in image.ptx) == products, launch.kernel

@@ -25,7 +25,7 @@ def takes_cubin() -> bool:
 def launch(
     image: bytes,
     name: str,
-    blocks: int | tuple[int, int, int],
+    blocks: int | tuple[int, int],
     threads: int,
     shared: int,
     parameters: Sequence,
@@ -34,7 +34,7 @@ def launch(
     """The arrays that a kernel writes.
 
     image: a cubin if `takes_cubin`, else PTX.
-    blocks: along one axis or three.
+    blocks: along one axis or two.
     shared: bytes of dynamic shared memory.
     parameters: in the kernel's order an array, which it reads; a `jax.ShapeDtypeStruct`, which it writes, after all
         arrays; an np.int32 or np.int64; None for a pointer that it does not follow.
@@ -67,8 +67,8 @@ def _message(image, name, blocks, threads, shared, parameters) -> bytes:
     kernel += _field(6, capability())
     if compiled:
         kernel += _field(11, _field(1, image) + _field(2, name.encode()) + _field(3, shared))
-    x, y, z = (blocks, 1, 1) if isinstance(blocks, int) else blocks
-    grid = _field(2, x) + _field(3, y) + _field(4, z)
+    x, y = (blocks, 1) if isinstance(blocks, int) else blocks
+    grid = _field(2, x) + _field(3, y) + _field(4, 1)
     call = _field(1, kernel) + grid + b"".join(_field(5, _parameter(value)) for value in parameters)
     return _field(1, call) + _field(4, name.encode())
 
@@ -100,6 +100,11 @@ def _varint(value: int) -> bytes:
 def capability() -> int:
     """The compute capability, such as 90."""
     return int(device().compute_capability.replace(".", ""))
+
+
+def shared_memory() -> int:
+    """Bytes that a program can have; what every GPU since Turing has, should this jaxlib not know."""
+    return getattr(device(), "shared_memory_per_block_optin", 64 * 1024)
 
 
 def device() -> jax.Device:

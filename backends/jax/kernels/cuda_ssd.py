@@ -12,7 +12,7 @@ import numpy as np
 
 from mamba_core.backends.gpu import ssd as gpu
 from mamba_core.backends.gpu import triton_image
-from mamba_core.backends.jax.kernels.cuda_launch import capability, device, launch, takes_cubin
+from mamba_core.backends.jax.kernels.cuda_launch import capability, device, launch, shared_memory, takes_cubin
 from mamba_core.backends.jax.kernels.operator import Kernel, differentiable, present
 
 CUDA = Kernel("cuda", "cuda", "an NVIDIA GPU")
@@ -26,13 +26,11 @@ def reason(platform: str, dtype=None, channels: int | None = None, states: int |
     """Why the kernels cannot run there, for heads of so many channels and states; None if they can."""
     if platform != "gpu":
         return "it runs on an NVIDIA GPU only"
-    if (why := gpu.reason(None if dtype is None else str(dtype), channels, states)) is not None:
-        return why
     try:
-        device()
+        shared = shared_memory()
     except RuntimeError as fault:
         return str(fault)
-    return triton_image.missing()
+    return gpu.reason(None if dtype is None else str(dtype), channels, states, shared) or triton_image.missing()
 
 
 def beside(plain: Callable) -> Callable:

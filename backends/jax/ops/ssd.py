@@ -73,7 +73,7 @@ def recur(
     check_ssd(x, dt, A, B, C, D, z, dt_bias, dt_limit, initial_state, call.mask, call.segment_ids)
     arrays = (x, dt, A, B, C, D, z, dt_bias, initial_state, call.mask, call.restart)
     if kernel != "auto":
-        kernel = choose(kernel, kernels(HOMES.get(kernel, "cpu"), x.dtype, x.shape[3], B.shape[3]), "ssd")
+        kernel = choose(kernel, kernels(HOMES.get(kernel, "cpu"), *_sizes(*arrays)), "ssd")
     return _ssd(*arrays, dt_softplus=bool(dt_softplus), dt_limit=tuple(dt_limit), kernel=kernel)
 
 
@@ -138,8 +138,8 @@ KERNELS = {
 }
 # JAX's own operations, which take XLA longer to compile than a trial should.
 UNTRIED = ("chunked",)
-# The trials of a kernel that takes seconds to compile for each: those of whole heads, in both precisions.
-TRIED = {"cuda": (3, 4)}
+# The trials of a kernel that takes seconds to compile for each: those of whole heads, and of each dtype.
+TRIED = {"cuda": (3, 4, 5)}
 # JAX's platforms -> our devices.
 PLATFORMS = {"cpu": "cpu", "cuda": "gpu"}
 
@@ -154,13 +154,18 @@ def _ssd(*arrays, dt_softplus, dt_limit, kernel):
 
 def _auto(*arrays, **options):
     """The fastest on the platform that the computation is lowered for, which is known only then."""
-    x, B = arrays[0], arrays[3]
     branches = {}
     for platform, device in PLATFORMS.items():
-        name = choose("auto", kernels(device, x.dtype, x.shape[3], B.shape[3]), "ssd", "jax", device)
+        name = choose("auto", kernels(device, *_sizes(*arrays)), "ssd", "jax", device)
         if name in HOMES:
             branches[platform] = functools.partial(KERNELS[name], **options, portable=True)
     return lax.platform_dependent(*arrays, **branches, default=functools.partial(chunked, **options))
+
+
+def _sizes(x, dt, A, B, C, D, z, *_):
+    """(the dtype in which kernels compute that take no mixture, channels of a head, states)."""
+    same = all(value is None or value.dtype == x.dtype for value in (dt, B, C, z))
+    return x.dtype if same else jnp.promote_types(x.dtype, jnp.float32), x.shape[3], B.shape[3]
 
 
 def _in_compute_dtype(dtype, *values):

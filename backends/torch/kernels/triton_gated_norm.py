@@ -54,7 +54,7 @@ def gate_and_norm(y, z, weight, groups, eps, norm_before_gate, normed, factors=N
 
     The rows of y and of z, and those of `normed` where it has two axes, may lie apart.
     """
-    y, z = _rows(y), _rows(z)
+    y, z, weight = _rows(y), _rows(z), weight.contiguous()
     rows, e = y.shape
     block = power_of_2(e // groups)
     if rows:
@@ -93,7 +93,7 @@ def _backward(
 ) -> list[Tensor]:
     """Of y, z and weight."""
     dy, dz = y.new_empty(y.shape), z.new_empty(z.shape)
-    dnormed, y, z = _rows(dnormed), _rows(y), _rows(z)
+    dnormed, y, z, weight = _rows(dnormed), _rows(y), _rows(z), weight.contiguous()
     rows, e = y.shape
     each = power_of_2(blocks_of(rows * groups, PROGRAMS))
     parts = factors.new_empty(blocks_of(rows, each), e)

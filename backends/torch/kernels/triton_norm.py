@@ -55,7 +55,7 @@ def _forward(
 
 def sum_and_norm(residual, hidden, weight, eps, dtype, overlap=False) -> tuple[Tensor, Tensor, Tensor]:
     """`_forward` outside of the dispatcher; overlap: see `triton.overlapping`."""
-    residual = residual.contiguous()
+    residual, weight = residual.contiguous(), weight.contiguous()
     normed, total, scale = _empty_results(residual, dtype)
     d = residual.shape[-1]
     if rows := residual.numel() // d:
@@ -91,6 +91,7 @@ def _backward(
     dtype: torch.dtype,
 ) -> list[Tensor]:
     """Of residual, hidden where given, and weight."""
+    weight = weight.contiguous()
     dresidual = torch.empty_like(total)
     dhidden = dresidual if hidden is None else hidden.new_empty(hidden.shape)
     d = total.shape[-1]

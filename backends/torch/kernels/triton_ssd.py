@@ -19,6 +19,7 @@ from mamba_core.backends.torch.kernels.operator import differentiable, is_float,
 MULTIPROCESSORS = 132
 # The kernels' names of arguments that have others here.
 NAMES = ("x", "dt", "A", "B", "C", "D", "z", "bias", "begin", "mask", "restart")
+WIDEST = 2**31 // gpu.CHUNK
 SEQUENCES = ("x", "dt", "B", "C", "z")
 
 
@@ -26,9 +27,8 @@ def reason(
     device: torch.device, dtype: torch.dtype | None, channels: int | None = None, states: int | None = None
 ) -> str | None:
     """Why these kernels cannot run on that device, for heads of so many channels and states; None if they can."""
-    return triton.reason(device) or gpu.reason(
-        None if dtype is None else str(dtype).removeprefix("torch."), channels, states
-    )
+    name = None if dtype is None else str(dtype).removeprefix("torch.")
+    return triton.reason(device) or gpu.reason(name, channels, states, triton.shared_memory())
 
 
 def cuda(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, h0, mask, restart):
@@ -166,7 +166,8 @@ def _dense(value: Tensor) -> Tensor:
     for size, stride in zip(reversed(value.shape[2:]), reversed(value.stride()[2:]), strict=True):
         there.append(size == 1 or stride == expected)
         expected *= size
-    return value if all(there) else value.contiguous()
+    # The kernels multiply a row's stride by the positions of a chunk in 32 bits.
+    return value if all(there) and value.stride(1) < WIDEST else value.contiguous()
 
 
 def _strides(value) -> tuple[int, int]:

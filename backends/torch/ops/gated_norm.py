@@ -37,6 +37,8 @@ def is_fused(asked: str, y: Tensor, z: Tensor, weight: Tensor, groups: int) -> b
     # What a replaced layer gives may have another shape, or a dtype that no kernel reads.
     if not (y.shape == z.shape and y.shape[-1:] == weight.shape and y.device == z.device == weight.device):
         return False
+    if len(weight) % groups:
+        return False
     dtypes = (y.dtype, z.dtype, weight.dtype)
     if triton_gated_norm.reason(y.device, len(weight) // groups, *dtypes) is not None:
         return False

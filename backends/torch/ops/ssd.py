@@ -71,7 +71,11 @@ def recur(
     check_ssd(x, dt, A, B, C, D, z, dt_bias, dt_limit, initial_state, call.mask, call.segment_ids)
     others = {"dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias, "initial_state": initial_state}
     check_devices(x, **others, mask=call.mask, segment_ids=call.segment_ids)
-    available = kernels(x.device, x.dtype, x.shape[3], B.shape[3])
+    # Where dtypes differ, kernels that take no mixture compute in float32.
+    same = all(value is None or value.dtype == x.dtype for value in (dt, B, C, z))
+    available = kernels(
+        x.device, x.dtype if same else torch.promote_types(x.dtype, torch.float32), x.shape[3], B.shape[3]
+    )
     run = KERNELS[choose(kernel, available, "ssd", "torch", x.device)]
     step_options = (dt_bias, dt_softplus, tuple(dt_limit))
     return run(x, dt, A, B, C, D, z, *step_options, initial_state, call.mask, call.restart)
@@ -137,8 +141,8 @@ KERNELS = {
     "chunked": _prepared(chunked_ssd.chunked),
     "sequential": sequential,
 }
-# The trials of a kernel that takes seconds to compile for each: those of whole heads, in both precisions.
-TRIED = {"cuda": (3, 4)}
+# The trials of a kernel that takes seconds to compile for each: those of whole heads, and of each dtype.
+TRIED = {"cuda": (3, 4, 5)}
 
 
 def _step_size(dt, dt_bias, dt_softplus, dt_limit):
