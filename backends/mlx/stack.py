@@ -8,6 +8,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mamba_core import discovery
+from mamba_core.backends.mlx import ops
 from mamba_core.backends.mlx.arrays import kind_of, random_key, set_random_key
 from mamba_core.backends.mlx.blocks import Block, RMSNorm
 from mamba_core.backends.mlx.kernels.native_tensors import detached_copies
@@ -22,8 +24,6 @@ from mamba_core.kernels import Kernels
 # Bytes of a mixer's widest array that are computed at once on a CPU: a much larger array leaves the cache, and the
 # system hands out its memory anew each time. And the fewest positions of a piece.
 PIECE_BYTES, FEWEST = 2**23, 256
-# Ops that a mixer may call its recurrence.
-RECURRENCES = {"selective_scan": selective_scan, "ssd": ssd}
 # What draws random numbers in training, of MLX's own layers.
 DROPOUTS = (nn.Dropout, nn.Dropout2d, nn.Dropout3d)
 # Parts into which MLX splits an array by an operation of its own.
@@ -118,8 +118,10 @@ def _piece(block, residual, call) -> int | None:
     if length <= piece:
         return None
     op = own(block.mixer, "recurrence") or "selective_scan"
-    kernel = RECURRENCES[op].chosen(block.mixer.kernels.of(op), dtype, (residual,))
-    return piece if kernel == "native" else None
+    chosen = getattr(discovery.find(ops.FOLDER, op), "chosen", None)
+    if chosen is None:
+        return None
+    return piece if chosen(block.mixer.kernels.of(op), dtype, (residual,)) == "native" else None
 
 
 def _width(block) -> int | None:

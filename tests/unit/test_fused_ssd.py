@@ -110,14 +110,14 @@ def test_gated_norm_of_columns_and_under_autocast():
 @here
 @pytest.mark.gpu
 def test_a_gated_norm_whose_weight_lies_apart_and_groups_that_do_not_divide_it():
-    y, z, weight = random(3, 24), random(3, 24, seed=1), random(48)[::2]
-    dy = random(3, 24, seed=2)
-    found, wanted = (
-        torch.autograd.grad(gated_norm.gated_norm(y, z, leaf, 2, 0.1, False, kernel), leaf, dy)
-        for kernel in ("auto", "plain")
-        for leaf in (weight.detach().requires_grad_(),)
-    )
-    assert_alike(found, wanted, CLOSE[F32])
+    y, z, weight, dy = random(3, 24), random(3, 24, seed=1), random(48)[::2], random(3, 24, seed=2)
+
+    def both(kernel):
+        leaves = [value.detach().requires_grad_() for value in (y, z, weight)]
+        normed = gated_norm.gated_norm(*leaves, 2, 0.1, False, kernel)
+        return [normed, *torch.autograd.grad(normed, leaves, dy)]
+
+    assert_alike(both("auto"), both("plain"), CLOSE[F32])
     with pytest.raises(RuntimeError, match="unflatten"):
         gated_norm.gated_norm(y, z, weight, 5, 0.1, False)
 
