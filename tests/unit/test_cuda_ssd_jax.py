@@ -6,8 +6,6 @@ The interpreter must be asked for before Triton is imported, so that the tests r
 import importlib
 import importlib.util
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -25,6 +23,7 @@ from mamba_core.backends.jax.kernels import cuda_ssd  # noqa: E402
 from mamba_core.backends.jax.kernels.operator import Kernel  # noqa: E402
 from mamba_core.backends.jax.ops import ssd as jax_ssd  # noqa: E402
 from mamba_core.backends.jax.positions import call_of  # noqa: E402
+from tests.unit.triton_compile import run_in_the_interpreter  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 here = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter, in a process of its own")
@@ -41,10 +40,7 @@ CASES = {
 @pytest.mark.skipif(INTERPRETED, reason="runs in the interpreter already")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_all_of_them_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-x", "-o", "addopts=--import-mode=importlib", __file__]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout.splitlines()[-1]
+    run_in_the_interpreter(__file__)
 
 
 class Device:

@@ -4,9 +4,6 @@ The interpreter must be asked for before Triton is imported, so that these tests
 """
 
 import importlib.util
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -32,6 +29,7 @@ from mamba_core.backends.torch.quantization import GROUP, pack, unpack
 from mamba_core.backends.torch.ways import cuda_step
 from mamba_core.call import Call
 from mamba_core.spec.tolerances import relative_l2
+from tests.unit.triton_compile import run_in_the_interpreter
 
 DEVICE = "cpu" if triton.INTERPRETED else "cuda"
 RUNS = triton.reason(torch.device(DEVICE)) is None and (triton.INTERPRETED or torch.cuda.is_available())
@@ -46,11 +44,7 @@ CONFIG = mc.MambaConfig(d_model=40, n_layer=2, vocab_size=61, d_state=8)
 @pytest.mark.skipif(triton.INTERPRETED, reason="runs in the interpreter already")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_all_of_them_in_the_interpreter():
-    # Without the project's -q, the last line says how many have passed.
-    command = [sys.executable, "-m", "pytest", "-x", "-o", "addopts=--import-mode=importlib", __file__]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout.splitlines()[-1]
+    run_in_the_interpreter(__file__)
 
 
 def random(*shape, dtype=F32, seed=0):

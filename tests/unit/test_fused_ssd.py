@@ -6,9 +6,6 @@ The interpreter must be asked for before Triton is imported, so that these tests
 import dataclasses
 import importlib.util
 import itertools
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -27,6 +24,7 @@ from mamba_core.backends.torch.ops import gated_norm  # noqa: E402
 from mamba_core.backends.torch.quantization import GROUP, pack, unpack  # noqa: E402
 from mamba_core.backends.torch.ways import cuda_step  # noqa: E402
 from mamba_core.sampling import Sampling  # noqa: E402
+from tests.unit.triton_compile import run_in_the_interpreter  # noqa: E402
 
 DEVICE = "cpu" if triton.INTERPRETED else "cuda"
 RUNS = triton.reason(torch.device(DEVICE)) is None and (triton.INTERPRETED or torch.cuda.is_available())
@@ -45,11 +43,7 @@ def test_the_interpreter_is_there():
 @pytest.mark.skipif(triton.INTERPRETED, reason="runs in the interpreter already")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_all_of_them_in_the_interpreter():
-    # Without the project's -q, the last line says how many have passed.
-    command = [sys.executable, "-m", "pytest", "-x", "-o", "addopts=--import-mode=importlib", __file__]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout.splitlines()[-1]
+    run_in_the_interpreter(__file__)
 
 
 def random(*shape, dtype=F32, seed=0):

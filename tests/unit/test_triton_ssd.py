@@ -6,9 +6,6 @@ The laws of the conformance suite hold for the kernel too, where there is a GPU.
 
 import importlib
 import importlib.util
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -23,7 +20,7 @@ torch = pytest.importorskip("torch")
 from mamba_core.backends.torch.kernels import triton, triton_ssd  # noqa: E402 (after the package that it needs)
 from mamba_core.backends.torch.ops import ssd  # noqa: E402
 from mamba_core.backends.torch.positions import call_of  # noqa: E402
-from tests.unit.triton_compile import built_for, resources  # noqa: E402
+from tests.unit.triton_compile import built_for, resources, run_in_the_interpreter  # noqa: E402
 
 DEVICE = "cpu" if triton.INTERPRETED else "cuda"
 RUNS = triton.reason(torch.device(DEVICE)) is None and (triton.INTERPRETED or torch.cuda.is_available())
@@ -52,10 +49,7 @@ def test_the_interpreter_is_there():
 @pytest.mark.skipif(triton.INTERPRETED, reason="runs in the interpreter already")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_all_of_them_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-x", "-o", "addopts=--import-mode=importlib", __file__]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout.splitlines()[-1]
+    run_in_the_interpreter(__file__)
 
 
 def drawn(b, l, h, p, g, n, dtype="float32", given=(), where=(), softplus=True, limit=NO_LIMIT, per_channel=False):

@@ -1,8 +1,13 @@
-"""Triton's kernels compiled for a GPU that is not there: what an operator would launch, caught and built for sm_90."""
+"""Triton's kernels where there is no GPU: interpreted in a process of their own, or compiled for sm_90.
+
+What an operator would launch is caught and compiled.
+"""
 
 import inspect
+import os
 import re
 import subprocess
+import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +25,15 @@ NAMES = {
     torch.bool: "i1",
 }
 OPTIONS = ("enable_fp_fusion", "num_warps", "num_stages", "launch_pdl", "maxnreg")
+
+
+def run_in_the_interpreter(file: str) -> None:
+    """Runs a test file again in a process where Triton interprets: that must be asked for before Triton is imported."""
+    # Without the project's -q, the last line says how many have passed.
+    command = [sys.executable, "-m", "pytest", "-x", "-o", "addopts=--import-mode=importlib", file]
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout.splitlines()[-1]
 
 
 @contextmanager
