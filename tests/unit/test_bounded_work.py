@@ -145,6 +145,27 @@ def refusal(folder) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("case", ["lists", "a list in JSON"])
+def test_no_garbage_is_looked_for_while_a_file_is_read(tmp_path, case, enabled):
+    """Each search visits all that the file has made so far, and calls whom other packages have bound to it."""
+    many = 50_000
+    write = {"lists": pickled(b"]" * many), "a list in JSON": safetensors(b'{"a":[' + b"{}," * many + b"{}]}")}
+    write[case](tmp_path)
+    searches = []
+    gc.callbacks.append(lambda phase, _: searches.append(phase))
+    was = gc.isenabled()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        refusal(tmp_path)
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if was else gc.disable)()
+        gc.callbacks.pop()
+    # A search a 700 objects otherwise; what stands around the reading may have some.
+    assert searches.count("start") < many / 700 / 5
+
+
 def test_tensors_cannot_repeat_a_file_without_end(tmp_path):
     """Each tensor may share the bytes of others, as tied weights do, and all of them do not claim a hundred files."""
     torch = pytest.importorskip("torch")

@@ -5,11 +5,13 @@ is large is read by place: a file that is cut short or changed meanwhile is then
 the process with a signal.
 """
 
+import gc
 import json
 import os
 import stat
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -144,7 +146,8 @@ def read_json(path) -> dict:
 def parse_json(data: bytes) -> dict:
     """A JSON object in UTF-8. Raises ValueError, also for a key that appears twice."""
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys)
+        with uncollected():
+            value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys)
     except (json.JSONDecodeError, UnicodeDecodeError) as fault:
         raise ValueError(f"not valid JSON: {fault}") from None
     except RecursionError:
@@ -152,6 +155,21 @@ def parse_json(data: bytes) -> dict:
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
     return value
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Python looks for garbage only after the block, where a file asks for a million objects that all stay.
+
+    Each search would visit them all and call what other packages have bound to it, as JAX has: most of the time.
+    """
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict:

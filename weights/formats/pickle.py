@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from mamba_core.weights.formats.base import DTYPES, TensorSource, count_bytes
 from mamba_core.weights.formats.errors import list_names
+from mamba_core.weights.formats.files import uncollected
 
 
 class Global(NamedTuple):
@@ -96,7 +97,8 @@ def load_pickle(data: bytes):
     """
     machine = _Machine(data)
     try:
-        return machine.run()
+        with uncollected():
+            return machine.run()
     except (IndexError, struct.error):
         raise ValueError("the pickle is malformed: it ends early, or uses a value that it never made") from None
     except UnicodeDecodeError as fault:
