@@ -19,10 +19,20 @@ from mamba_core.explanation import Explanation, explain
 from mamba_core.factory import build, load, load_state, save, save_state
 from mamba_core.generation import Result, Stream, generate, stream
 from mamba_core.kernels import Kernels
-from mamba_core.ops import causal_conv, causal_conv_step, selective_scan, selective_step, ssd, ssd_step
+from mamba_core.ops import (
+    attention,
+    causal_conv,
+    causal_conv_step,
+    mixture_of_experts,
+    selective_scan,
+    selective_step,
+    ssd,
+    ssd_step,
+)
 from mamba_core.registry import BackendInfo
 from mamba_core.registry import backends as available_backends
 from mamba_core.sampling import Sampling
+from mamba_core.spec.ops.attention import KeyValueCache, Rotary
 from mamba_core.training import TrainSettings, train
 from mamba_core.version import VERSION
 from mamba_core.weights.convert import Conversion, Inspection, convert, inspect
@@ -36,15 +46,18 @@ __all__ = [
     "Hidden",
     "Inspection",
     "Kernels",
+    "KeyValueCache",
     "LayerState",
     "MambaConfig",
     "Output",
     "Parity",
     "Result",
+    "Rotary",
     "Sampling",
     "State",
     "Stream",
     "TrainSettings",
+    "attention",
     "available_backends",
     "backends",
     "build",
@@ -56,6 +69,7 @@ __all__ = [
     "inspect",
     "load",
     "load_state",
+    "mixture_of_experts",
     "parity",
     "save",
     "save_state",

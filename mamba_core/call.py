@@ -19,6 +19,9 @@ class Call(NamedTuple):
     last: only the last position of the model's output is asked for.
     observe: reports the value of a node and returns it; `unobserved` where nobody listens.
     in_place: the states may be overwritten, because nobody else holds them.
+    fresh: the states are those before any position, zeros.
+    routers: where mixtures of experts leave their logits, (b, l, experts) each, in the order of the layers; None where
+        nobody asks for them.
     """
 
     mask: Array | None = None
@@ -30,6 +33,8 @@ class Call(NamedTuple):
     last: bool = False
     observe: Report = unobserved
     in_place: bool = False
+    fresh: bool = False
+    routers: list[Array] | None = None
 
     @property
     def observed(self) -> bool:

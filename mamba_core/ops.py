@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mamba_core import discovery, registry
+from mamba_core.spec.ops.attention import KeyValueCache, Rotary
 
 Array = Any
 
@@ -224,6 +225,81 @@ def causal_conv_step(
         TypeError, ValueError: as `selective_scan`.
     """
     return _module("causal_conv", x).causal_conv_step(x, weight, bias, activation=activation, state=state)
+
+
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    scale: float | None = None,
+    rotary: Rotary = Rotary(),  # noqa: B008 (a tuple)
+    cache: KeyValueCache | None = None,
+    return_cache: bool = False,
+    mask: Array | None = None,
+    segment_ids: Array | None = None,
+    kernel: str = "auto",
+) -> Any:
+    """Causal attention: y_t = sum_s softmax_s(scale * q_t k_s) v_s (Vaswani et al. 2017, equation 1).
+
+    The sum is over the positions s <= t that count and are of the same sequence. Scores and softmax are float32, or
+    float64 for a float64 q where the framework has it.
+
+    Args:
+        q: (b, l, h, p). k, v: (b, l, g, p), g a divisor of h; head j reads keys and values j // (h / g).
+        scale: None for 1 / sqrt(p).
+        rotary: how q and k turn with their place in the sequence; not at all by default. Keys are cached turned.
+        cache: keys and values from before the first position, which goes on from them; None for none. Its capacity must
+            hold the new positions too: NumPy arrays raise where it does not, and those of a framework, which may be
+            compiled, give NaN at the positions that find no room.
+        return_cache: return the cache with the new positions as well. Without one given, it has a capacity of l.
+        mask: (b, l) bool. A False position is seen by no other, enters no cache and yields zero, wherever it stands.
+        segment_ids: (b, l) int. A sequence begins anew at a position that counts whose id differs from that of the last
+            position that counted. The first position goes on from the cache; the last sequence alone is cached.
+        kernel: as in `selective_scan`.
+
+    Returns:
+        y (b, l, h, p) in q's dtype, and if return_cache also a `KeyValueCache`. Differentiable in q, k, v and the
+        cache's keys and values, through y and the final cache.
+
+    Raises:
+        TypeError, ValueError: as `selective_scan`; also for groups that do not divide the heads.
+    """
+    options = {"scale": scale, "rotary": rotary, "cache": cache, "return_cache": return_cache}
+    return _function("attention", q, kernel)(q, k, v, **options, mask=mask, segment_ids=segment_ids)
+
+
+def mixture_of_experts(
+    x: Array,
+    logits: Array,
+    gate_up: Array,
+    down: Array,
+    *,
+    top_k: int,
+    mask: Array | None = None,
+    kernel: str = "auto",
+) -> Array:
+    """Each position by its top_k likeliest experts, SwiGLUs, weighted by their probabilities among all experts.
+
+        y = sum over them of p_e * down_e (silu(gate_e x) * up_e x),     p = softmax(logits) in float32
+
+    No position is dropped, and the result of a position does not depend on others.
+
+    Args:
+        x: (b, l, d).
+        logits: (b, l, experts), of a router. Of equal ones the expert with the lower number is chosen first.
+        gate_up: (experts, 2 i, d), the gate's rows before the others. down: (experts, d, i).
+        top_k: how many experts compute a position.
+        mask: (b, l) bool. A False position is computed by none and yields zero.
+        kernel: as in `selective_scan`.
+
+    Returns:
+        y (b, l, d) in x's dtype. Differentiable in every array but the mask; the choice itself has no gradient.
+
+    Raises:
+        TypeError, ValueError: as `selective_scan`; also for a top_k that is not from 1 to the number of experts.
+    """
+    return _function("mixture_of_experts", x, kernel)(x, logits, gate_up, down, top_k=top_k, mask=mask)
 
 
 def _function(op: str, x: Array, kernel: str):

@@ -54,6 +54,16 @@ class Traits(NamedTuple):
     packs: bool = True
 
 
+class Balance(NamedTuple):
+    """The loss in training that draws routers towards equal use of experts: `spec.ops.mixture_of_experts.balance_loss`.
+
+    coefficient: its weight beside the task's loss. top_k: how many experts compute a position.
+    """
+
+    coefficient: float
+    top_k: int
+
+
 class Facts(NamedTuple):
     """What an architecture's file says of one config.
 
@@ -162,6 +172,11 @@ class BaseConfig(_Kept):
         if self.eos_token_id is None:
             return ()
         return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+
+    @property
+    def balance(self) -> Balance | None:
+        """The loss of routers in training; None where there is none."""
+        return None
 
     def identity(self) -> dict[str, Any]:
         """What decides a decode state's shapes and meaning: not initial values, and not the task."""

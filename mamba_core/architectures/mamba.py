@@ -166,8 +166,10 @@ def scan(layer: int, config: MambaConfig) -> Iterator[Node]:
 Scan = Callable[[int, Any], Iterator[Node]]
 
 
-def layer_graph(layer: int, residual: str, config: MambaConfig, scan: Scan = scan) -> Iterator[Node]:
-    """The nodes of one block."""
+def layer_graph(
+    layer: int, residual: str, config: MambaConfig, scan: Scan = scan, after: str = "residual"
+) -> Iterator[Node]:
+    """The nodes from the norm to the sum with the residual stream, which is named `after`."""
     e, n, r = config.d_inner, config.d_state, config.dt_rank_size
     here, weights = f"layers.{layer}.", f"backbone.layers.{layer}."
     mixer = weights + "mixer."
@@ -187,7 +189,7 @@ def layer_graph(layer: int, residual: str, config: MambaConfig, scan: Scan = sca
     yield columns("B", "x_proj", r, r + n)
     yield columns("C", "x_proj", r + n, r + 2 * n)
     yield from scan(layer, config)
-    yield Node(here + "residual", "add", (residual, here + "out_proj"))
+    yield Node(here + after, "add", (residual, here + "out_proj"))
 
 
 def graph(config: MambaConfig, residual: str, scan: Scan = scan) -> Iterator[Node]:

@@ -5,7 +5,7 @@
     d  d_model                   r  dt_rank (rank of the step-size projection)
     v  vocabulary (padded)       k  d_conv (width of the short convolution)
 
-Reserved for architectures with heads: h heads, p head dimension, g groups.
+Of architectures with heads: h heads, p head dimension, g groups. Of mixtures: x experts.
 Arrays are laid out (batch, length, channels) everywhere.
 """
 
@@ -21,4 +21,5 @@ LETTERS = {
     "h": "heads",
     "p": "head_dim",
     "g": "groups",
+    "x": "experts",
 }

@@ -1,6 +1,7 @@
 """The NumPy model: interprets the block graph in float64, forwards and backwards. The oracle of every backend."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -68,8 +69,9 @@ class ReferenceModel:
         mask=None,
         segment_ids=None,
         dstate: State | None = None,
+        dnodes: Mapping[str, np.ndarray] = MappingProxyType({}),
     ):
-        """Gradients of sum(doutput * output), plus that of the final state if given.
+        """Gradients of sum(doutput * output), plus that of the final state if given, and of nodes by name.
 
         Returns:
             (canonical name -> gradient, gradients of the layers of the given state). The first holds also that of
@@ -79,7 +81,8 @@ class ReferenceModel:
         inputs, kind = self.task.given(inputs, inputs_embeds)
         values, _ = self._run(inputs, kind, state, positions)
         before, same = self._entering(inputs, state, positions)
-        dvalues = {self.graph[-1].name: np.asarray(doutput, np.float64)}
+        dvalues = {name: np.asarray(value, np.float64) for name, value in dnodes.items()}
+        dvalues[self.graph[-1].name] = np.asarray(doutput, np.float64) + dvalues.get(self.graph[-1].name, 0.0)
         dparameters = {name: np.zeros_like(value) for name, value in self.parameters.items()}
         dlayers = [{name: np.zeros(np.shape(value)) for name, value in _named(layer)} for layer in before]
         for node in reversed(self._nodes(kind)):

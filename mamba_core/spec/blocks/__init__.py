@@ -1,0 +1,1 @@
+"""Kinds of layers that several architectures have, a file each: sizes, parameters, state and nodes."""
