@@ -1,5 +1,7 @@
 """SwiGLU, and mixtures of such experts (Shazeer 2020, arXiv:2002.05202; Fedus et al. 2021, arXiv:2101.03961)."""
 
+from typing import Any
+
 import numpy as np
 
 from mamba_core.spec.ops.base import (
@@ -52,7 +54,7 @@ def mixture_of_experts_vjp(dy, x, logits, gate_up, down, *, top_k: int, mask=Non
         projected = x[at] @ gate_up[expert].T
         active = swiglu(projected)
         weighted = dy[at] * probability[at][:, expert, None]
-        dprobability[*np.nonzero(at), expert] = (dy[at] * (active @ down[expert].T)).sum(-1)
+        dprobability[..., expert][at] = (dy[at] * (active @ down[expert].T)).sum(-1)
         dprojected = swiglu_vjp(weighted @ down[expert], projected)
         found["x"][at] += dprojected @ gate_up[expert]
         found["gate_up"][expert] = dprojected.T @ x[at]
@@ -115,10 +117,10 @@ def check_experts(x, logits, gate_up, down, top_k) -> None:
     expect_floats({"x": x, "logits": logits, "gate_up": gate_up, "down": down})
 
 
-def _counting(takes: np.ndarray, mask) -> np.ndarray:
+def _counting(takes: np.ndarray, mask) -> Any:
     """(b, l): the positions that count and have chosen an expert, of (b, l, top_k)."""
-    at = takes.any(-1)
-    return at if mask is None else at & np.asarray(mask)
+    at = np.any(takes, axis=-1)
+    return at if mask is None else np.logical_and(at, mask)
 
 
 # --- in the block graph ------------------------------------------------------------------------------------
