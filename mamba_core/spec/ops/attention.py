@@ -258,23 +258,27 @@ def check_attention(q, k, v, scale, rotary, cache, mask, segment_ids) -> None:
 
 def _arguments(inputs, settings, carried, positions):
     """The node's inputs with their heads apart, and the other arguments."""
-    q, k, v = inputs
     heads, groups = settings["heads"], settings["kv_heads"]
-    apart = (q.reshape(*q.shape[:2], heads, -1), *(x.reshape(*x.shape[:2], groups, -1) for x in (k, v)))
+    counts = (heads, groups, groups)
+    apart = [_apart(value, count) for value, count in zip(inputs, counts, strict=True)]
     how = {"scale": settings["scale"], "rotary": settings["rotary"], "cache": KeyValueCache(*carried)}
     return apart, how | positions._asdict()
+
+
+def _apart(value: np.ndarray, heads: int) -> np.ndarray:
+    """(b, l, h p) as (b, l, h, p); l may be 0."""
+    return value.reshape(*value.shape[:2], heads, value.shape[2] // heads)
 
 
 def _forward(inputs, parameters, settings, carried, positions):
     apart, how = _arguments(inputs, settings, carried, positions)
     y, cache = attention(*apart, return_cache=True, **how)
-    return y.reshape(*y.shape[:2], -1), tuple(cache)
+    return y.reshape(*y.shape[:2], y.shape[2] * y.shape[3]), tuple(cache)
 
 
 def _vjp(dy, dcarried, inputs, parameters, settings, carried, positions):
     apart, how = _arguments(inputs, settings, carried, positions)
-    dy = dy.reshape(*dy.shape[:2], settings["heads"], -1)
-    found = attention_vjp(dy, dcarried[:2], *apart, **how)
+    found = attention_vjp(_apart(dy, settings["heads"]), dcarried[:2], *apart, **how)
     together = [found[name].reshape(value.shape) for name, value in zip("qkv", inputs, strict=True)]
     return together, {}, (found["keys"], found["values"], None)
 
