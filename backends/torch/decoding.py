@@ -17,10 +17,13 @@ from mamba_core.backends.torch.positions import call_of
 from mamba_core.backends.torch.private import tree_map
 from mamba_core.backends.torch.ways import cuda_step
 from mamba_core.sampling import Sampling
+from mamba_core.spec.state import capacity as capacity_of
 from mamba_core.wrappers import checked_output
 
 # How many steps' random numbers are copied to the device at once.
 BLOCK = 64
+# Positions that a state that grows is given room for, at least, where so many may follow.
+ROOM = 256
 # What was captured for a model and is not in use.
 _captured = CapturedCache()
 
@@ -117,15 +120,26 @@ def _captures(model, sampling: Sampling) -> bool:
 
 
 def _replayed(model, carry, sampling, draw, limit) -> Iterator[Choice]:
+    """Of a state that grows a capture has one capacity: it is captured again where that is full."""
     context = None if carry.context is None else carry.context.bias is None
     weights = tuple(value.data_ptr() for value in (*model.parameters(), *model.buffers()))
-    key = (len(carry.choice.tokens), sampling, draw is None, context, weights)
-    step = partial(_advance_in_place, model, sampling=sampling)
-    decoding = _captured.take(model, key, lambda: CapturedDecoding(step, carry, draw is not None))
-    try:
-        yield from decoding.run(carry, draw, limit)
-    finally:
-        _captured.give_back(model, key, decoding)
+    done = 1
+    while limit is None or done < limit:
+        rest = None if limit is None else limit - done
+        carry = carry._replace(state=states.with_room(model.config, carry.state, min(rest or ROOM, ROOM)))
+        left = states.room(model.config, carry.state)
+        most = min((count for count in (left, rest) if count is not None), default=None)
+        capacity = capacity_of(model.config, carry.state)
+        key = (len(carry.choice.tokens), sampling, draw is None, context, weights, capacity)
+        step = partial(_advance_in_place, model, sampling=sampling)
+        make = partial(CapturedDecoding, step, carry, draw is not None)
+        decoding = _captured.take(model, key, make)
+        try:
+            yield from decoding.run(carry, draw, done, most)
+            carry = decoding.carry
+        finally:
+            _captured.give_back(model, key, decoding)
+        done += most  # without an end, `run` does not return
 
 
 def choose(logits: Tensor, context: Context | None, uniform: Tensor | None, sampling: Sampling) -> Choice:

@@ -36,14 +36,22 @@ class CapturedDecoding:
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._step(advance)
 
-    def run(self, carry: Carry, draw, limit: int | None) -> Iterator[Choice]:
-        """The choices after that of the carry, of NumPy arrays, so that there are `limit` with that one."""
+    @property
+    def carry(self) -> Carry:
+        """After the last step: the arrays that the next `run` overwrites."""
+        return self._carry
+
+    def run(self, carry: Carry, draw, first: int, most: int | None) -> Iterator[Choice]:
+        """The choices after that of the carry, of NumPy arrays; at most so many.
+
+        first: the number of the first step, as `draw` counts them.
+        """
         _copy(carry, self._carry)
-        done, count, running = 1, 1, None
+        done, count, running = 0, 1, None
         while True:
-            count = min(2 * count, AT_ONCE, AT_ONCE if limit is None else limit - done)
+            count = min(2 * count, AT_ONCE, AT_ONCE if most is None else most - done)
             # The device goes on while the host reads the tokens before.
-            started = self._start(done, count, draw) if count > 0 else None
+            started = self._start(first + done, count, draw) if count > 0 else None
             if running is not None:
                 yield from _each(*running)
             if (running := started) is None:

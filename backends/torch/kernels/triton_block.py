@@ -44,6 +44,23 @@ def enter(layer, residual: Tensor, hidden: Tensor | None, conv_state, conv_after
     return x, beside, total
 
 
+def project(layer, residual: Tensor, hidden: Tensor | None, counters) -> tuple[Tensor, Tensor]:
+    """(in_proj of the norm of residual + hidden, that sum): `enter` without a convolution."""
+    dtype = layer.norm.dtype
+    if not (is_few := takes_few(residual)) and not takes_some(layer, residual):
+        normed, total, _ = triton_norm._forward(residual, hidden, layer.norm, layer.eps, dtype)
+        return F.linear(normed, dense(layer.in_proj, dtype), layer.in_bias), total
+    projected = layer.norm.new_empty(len(residual), size_of(layer.in_proj)[0])
+    if is_few:
+        assert hidden is None, "with few rows `leave` gives none"
+        weights = layer.in_proj, layer.in_bias, projected
+        triton_linear.multiply(residual, *weights, norm=layer.norm, eps=layer.eps)
+        return projected, residual
+    normed, total, _ = triton_norm.sum_and_norm(residual, hidden, layer.norm, layer.eps, dtype, overlap=True)
+    triton_product.multiply(normed, layer.in_proj, layer.in_bias, projected, counters)
+    return projected, total
+
+
 def leave(layer, y: Tensor, total: Tensor, counters: Tensor, norm: Tensor | None = None, eps: float = 0.0):
     """The residual stream, and what is still to be added to it or None, after out_proj of y (b, e).
 
@@ -67,6 +84,14 @@ def takes_few(rows: Tensor) -> bool:
 def takes_some(layer, rows: Tensor) -> bool:
     packed = isinstance(layer.in_proj, Packed) or isinstance(layer.out_proj, Packed)
     return not packed and triton_product.reason(len(rows), layer.norm.dtype) is None
+
+
+def size_of(weight: Tensor | Packed) -> tuple[int, int]:
+    """(outputs, inputs)."""
+    if not isinstance(weight, Packed):
+        return tuple(weight.shape)
+    outputs, words = weight.words.shape
+    return outputs, words * 32 // weight.bits
 
 
 def dense(weight: Tensor | Packed, dtype: torch.dtype) -> Tensor:

@@ -52,9 +52,10 @@ def linear(x: Tensor, weight: Tensor | Packed, bias: Tensor | None) -> Tensor:
     return y
 
 
-def multiply(x, weight, bias, y, *, norm=None, eps=0.0, residual=None, convolution=None):
+def multiply(x, weight, bias, y, *, norm=None, eps=0.0, residual=None, convolution=None, swiglu=False):
     """y = weight (n, k), dense or packed, times x (b, k), or times the norm of x; plus the residual.
 
+    swiglu: y (b, n / 2) is silu of the first half of the outputs times the second half.
     convolution: (weight (c, taps), bias, state (b, taps - 1, c), state after it, beside, first). The c outputs from
     `first` on go through it to y (b, c), the others, in their order, to `beside` (b, n - c).
     """
@@ -65,7 +66,7 @@ def multiply(x, weight, bias, y, *, norm=None, eps=0.0, residual=None, convoluti
     vector = VECTOR // stored.element_size()
     threads = min(32 * warps, power_of_2(blocks_of(length, vector)))
     count = blocks_of(length, threads * vector)
-    outputs = _outputs_of_program(n, rows)
+    outputs = max(2 if swiglu else 1, _outputs_of_program(n, rows))
     most = (PACKED_LINES if packed.bits else LINES) // outputs
     at_once = max(each for each in range(1, max(1, most) + 1) if count % each == 0)
     conv_weight, conv_bias, conv_state, conv_after, beside, first = convolution or (stored, None, x, x, x, 0)
@@ -98,6 +99,7 @@ def multiply(x, weight, bias, y, *, norm=None, eps=0.0, residual=None, convoluti
         TAPS=conv_state.shape[1] + 1,
         FIRST=first,
         CHANNELS=len(conv_weight),
+        HALF=n // 2 if swiglu else 0,
         OUTPUTS=outputs,
         THREADS=threads,
         VECTOR=vector,
@@ -124,6 +126,12 @@ def _unpacked(words, STRIP: tl.constexpr, BITS: tl.constexpr):
 
 
 @jit
+def _row_of(first, output: tl.constexpr, HALF: tl.constexpr):
+    """The weight's row of a program's output. With HALF, a row of the first half is followed by that of the second."""
+    return first // 2 + output // 2 + output % 2 * HALF if HALF else first + output
+
+
+@jit
 def _lines(
     weight,
     start,
@@ -131,6 +139,7 @@ def _lines(
     lane,
     N: tl.constexpr,
     LENGTH: tl.constexpr,
+    HALF: tl.constexpr,
     OUTPUTS: tl.constexpr,
     SIZE: tl.constexpr,
     AT_ONCE: tl.constexpr,
@@ -140,7 +149,7 @@ def _lines(
     for line in tl.static_range(AT_ONCE):
         place = start + line * SIZE + lane
         for output in tl.static_range(OUTPUTS):
-            own = weight + (first + output).to(tl.int64) * LENGTH + place
+            own = weight + _row_of(first, output, HALF).to(tl.int64) * LENGTH + place
             found = found + (tl.load(own, mask=(place < LENGTH) & (first + output < N), other=0),)
     return found
 
@@ -175,6 +184,7 @@ def _linear_kernel(
     TAPS: tl.constexpr,
     FIRST: tl.constexpr,
     CHANNELS: tl.constexpr,
+    HALF: tl.constexpr,
     OUTPUTS: tl.constexpr,
     THREADS: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -194,10 +204,10 @@ def _linear_kernel(
         sums = sums + (tl.zeros((THREADS, VECTOR if BITS == 0 else 1), tl.float32),)
     for _ in tl.static_range(ROWS):
         squares = squares + (tl.zeros((THREADS, VECTOR), tl.float32),)
-    weights = _lines(weight, 0, first, lane, N, LENGTH, OUTPUTS, SIZE, AT_ONCE)
+    weights = _lines(weight, 0, first, lane, N, LENGTH, HALF, OUTPUTS, SIZE, AT_ONCE)
     after_the_last(OVERLAP)
     for block in range(COUNT // AT_ONCE):
-        following = _lines(weight, (block + 1) * AT_ONCE * SIZE, first, lane, N, LENGTH, OUTPUTS, SIZE, AT_ONCE)
+        following = _lines(weight, (block + 1) * AT_ONCE * SIZE, first, lane, N, LENGTH, HALF, OUTPUTS, SIZE, AT_ONCE)
         for line in tl.static_range(AT_ONCE):
             start = (block * AT_ONCE + line) * SIZE
             inside = start + lane < LENGTH
@@ -223,7 +233,7 @@ def _linear_kernel(
                     else:
                         # What a thread reads at once is of one group, and scaled when it is added up.
                         group = (strip * LENGTH + start + thread * VECTOR) // GROUP
-                        place = scales + (first + output).to(tl.int64) * (WIDTH // GROUP) + group
+                        place = scales + _row_of(first, output, HALF).to(tl.int64) * (WIDTH // GROUP) + group
                         counts = (start + thread * VECTOR < LENGTH) & (first + output < N)
                         factor = tl.load(place, mask=counts, other=0.0).to(tl.float32)
                         numbers = _unpacked(own, strip, BITS)
@@ -236,7 +246,17 @@ def _linear_kernel(
         scaling = 1.0
         if NORM:
             scaling = tl.rsqrt(tl.sum(tl.sum(squares[row], 1), 0) / WIDTH + eps)
-        for output in tl.static_range(OUTPUTS):
+        if HALF:
+            for pair in tl.static_range(OUTPUTS // 2):
+                n = first // 2 + pair
+                gate = tl.sum(tl.sum(sums[2 * pair * ROWS + row], 1), 0) * scaling
+                value = tl.sum(tl.sum(sums[(2 * pair + 1) * ROWS + row], 1), 0) * scaling
+                if BIAS:
+                    gate += tl.load(bias + n, mask=n < HALF, other=0.0).to(tl.float32)
+                    value += tl.load(bias + HALF + n, mask=n < HALF, other=0.0).to(tl.float32)
+                value *= gate * tl.sigmoid(gate)
+                tl.store(y + row * HALF + n, value.to(y.dtype.element_ty), mask=n < HALF)
+        for output in tl.static_range(0 if HALF else OUTPUTS):
             n = first + output
             value = tl.sum(tl.sum(sums[output * ROWS + row], 1), 0) * scaling
             if BIAS:

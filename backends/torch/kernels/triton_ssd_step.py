@@ -74,7 +74,7 @@ class Layer(NamedTuple):
     @property
     def inner(self) -> int:
         """Those and the channels beside them, which pass a gate instead."""
-        return _size(self.out_proj)[1]
+        return triton_block.size_of(self.out_proj)[1]
 
     @property
     def states(self) -> int:
@@ -100,19 +100,11 @@ class Layer(NamedTuple):
         vectors = {"dt_bias": h, "in_bias": rows, "conv_bias": filters, "gated_norm": e, "out_bias": d}
         given = {name: getattr(self, name) for name in vectors}
         fits = all(value is None or value.shape == (vectors[name],) for name, value in given.items())
-        products = _size(self.in_proj), _size(self.out_proj)
+        products = triton_block.size_of(self.in_proj), triton_block.size_of(self.out_proj)
         return fits and self.D.shape in ((h,), (e,)) and products == ((rows, d), (d, self.inner))
 
     def step(self, *arguments):
         return block(self, *arguments)
-
-
-def _size(weight: Tensor | Packed) -> tuple[int, int]:
-    """(outputs, inputs)."""
-    if not isinstance(weight, Packed):
-        return tuple(weight.shape)
-    outputs, words = weight.words.shape
-    return outputs, words * 32 // weight.bits
 
 
 def block(layer: Layer, residual: Tensor, hidden: Tensor | None, conv_state, ssm_state, after, counters: Tensor):

@@ -32,6 +32,7 @@ class Layer(NamedTuple):
     """The weights of a residual block; in_bias, conv_bias and out_bias may be None.
 
     selection_eps: above 0, each of dt, B and C is divided by its root mean square, with this added to the mean square.
+    selection_norms: weights (r), (n), (n) by which they are then multiplied; None for none.
     """
 
     norm: Tensor
@@ -48,6 +49,7 @@ class Layer(NamedTuple):
     out_proj: Tensor | Packed
     out_bias: Tensor | None
     selection_eps: float = 0.0
+    selection_norms: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
     def matrices(self) -> tuple[Tensor | Packed, ...]:
@@ -124,6 +126,7 @@ def _recurrence(layer, x, z, dtbc, ssm_state, ssm_after, y):
         ssm_state,
         ssm_after,
         y,
+        *(layer.selection_norms or (layer.D,) * 3),
         z.stride(0),
         b,
         E=e,
@@ -134,6 +137,7 @@ def _recurrence(layer, x, z, dtbc, ssm_state, ssm_after, y):
         BLOCK_STATES=power_of_2(n),
         BLOCK_RANK=max(16, power_of_2(r)),
         SELECTION_EPS=layer.selection_eps,
+        WEIGHTED=layer.selection_norms is not None,
         # The interpreter multiplies matrices of bfloat16 as if they were whole numbers.
         WIDENS=INTERPRETED,
         num_warps=warps,
@@ -163,6 +167,9 @@ def _recurrence_kernel(
     state,
     after,
     y,
+    dt_norm,
+    B_norm,
+    C_norm,
     z_stride,
     batch,
     E: tl.constexpr,
@@ -173,6 +180,7 @@ def _recurrence_kernel(
     BLOCK_STATES: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     SELECTION_EPS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     OVERLAP: tl.constexpr,
     WIDENS: tl.constexpr,
 ):
@@ -207,6 +215,10 @@ def _recurrence_kernel(
             dt = triton_norm.unit_normed(dt, SELECTION_EPS, RANK)
             B = triton_norm.unit_normed(B, SELECTION_EPS, STATES)
             C = triton_norm.unit_normed(C, SELECTION_EPS, STATES)
+        if WEIGHTED:
+            dt *= tl.load(dt_norm + r, mask=r < RANK, other=0.0).to(tl.float32)
+            B *= tl.load(B_norm + n, mask=n < STATES, other=0.0).to(tl.float32)
+            C *= tl.load(C_norm + n, mask=n < STATES, other=0.0).to(tl.float32)
         u = tl.load(x + b * E + c, mask=here, other=0.0).to(tl.float32)
         gate = tl.load(z + b * z_stride + c, mask=here, other=0.0).to(tl.float32)
         step = softplus(tl.sum(own * dt[None, :], 1) + bias)
@@ -228,6 +240,9 @@ def _recurrences_kernel(
     state,
     after,
     y,
+    dt_norm,
+    B_norm,
+    C_norm,
     z_stride,
     batch,
     E: tl.constexpr,
@@ -238,6 +253,7 @@ def _recurrences_kernel(
     BLOCK_STATES: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     SELECTION_EPS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     OVERLAP: tl.constexpr,
     WIDENS: tl.constexpr,
 ):
@@ -268,6 +284,10 @@ def _recurrences_kernel(
         dt = triton_norm.unit_normed(dt.to(tl.float32), SELECTION_EPS, RANK).to(dt.dtype)
         B = triton_norm.unit_normed(B, SELECTION_EPS, STATES)
         C = triton_norm.unit_normed(C, SELECTION_EPS, STATES)
+    if WEIGHTED:
+        dt = (dt.to(tl.float32) * tl.load(dt_norm + r, mask=r < RANK, other=0.0).to(tl.float32)[None, :]).to(dt.dtype)
+        B *= tl.load(B_norm + n, mask=n < STATES, other=0.0).to(tl.float32)[None, :]
+        C *= tl.load(C_norm + n, mask=n < STATES, other=0.0).to(tl.float32)[None, :]
     u = tl.load(x + (b * E)[:, None] + c[None, :], mask=here, other=0.0).to(tl.float32)
     gate = tl.load(z + (b * z_stride)[:, None] + c[None, :], mask=here, other=0.0).to(tl.float32)
     if WIDENS:

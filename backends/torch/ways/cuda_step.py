@@ -1,8 +1,11 @@
 """One position of consecutive blocks, or of a language model, in Triton and in the memory of the states.
 
 A mixer for which there are such kernels has in its own class a function `cuda_step(mixer, norm)`. It returns the layer
-of the block, such as `kernels.triton_step.Layer`, or why the kernels cannot compute this mixer.
+of the block, such as `kernels.triton_step.Layer`, or why the kernels cannot compute this mixer. A feed-forward has one
+too, which returns such as `kernels.triton_feed_forward_step.FeedForward`.
 """
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +69,8 @@ def reason(model) -> str | None:
     weight = backbone.embeddings.weight
     if type(model.lm_head) is nn.Linear and model.lm_head.weight.dtype != weight.dtype:
         return "its parameters have several dtypes"
-    if any(block.norm.weight.dtype != weight.dtype for block in backbone.layers):
+    norms = [norm for block in backbone.layers for norm in (block.norm, block.norm2) if norm is not None]
+    if any(norm.weight.dtype != weight.dtype for norm in norms):
         return "its parameters have several dtypes"
     # The kernels read them as they lie in memory.
     if not all(type(value) in KINDS and value.is_contiguous() for value in model.parameters()):
@@ -90,15 +94,34 @@ def logits(model, tokens: Tensor, state: State) -> Tensor:
     return triton_step.normed_linear(residual[:, 0], pending, norm.weight, norm.eps, head)
 
 
+class _Both(NamedTuple):
+    """A layer and the feed-forward after it."""
+
+    layer: Any
+    feed_forward: Any
+
+    def step(self, residual, pending, *states_and_counters):
+        residual, pending = self.layer.step(residual, pending, *states_and_counters)
+        return self.feed_forward.step(residual, pending, states_and_counters[-1])
+
+
 def _layer(block):
     """The layer whose `step` computes the block, or why none does."""
-    if not untouched(Block, block) or block.feed_forward is not None:
-        return "the block was changed, or has a feed-forward"
-    mixer, norm = block.mixer, block.norm
+    if not untouched(Block, block):
+        return "the block was changed"
+    layer = _part(block.mixer, block.norm)
+    if type(layer) is str or block.feed_forward is None:
+        return layer
+    feed_forward = _part(block.feed_forward, block.norm2)
+    return feed_forward if type(feed_forward) is str else _Both(layer, feed_forward)
+
+
+def _part(mixer, norm):
+    """What computes a mixer or a feed-forward with the norm before it, or why nothing does."""
     if (read := own(mixer, "cuda_step")) is None:
         return f"{type(mixer).__name__} was not written for it"
     if not (untouched(type(mixer), mixer) and untouched(RMSNorm, norm)):
-        return "the norm or the mixer was changed"
+        return "a norm, a mixer or a feed-forward was changed"
     asked = mixer.kernels.of("block_step")
     if asked not in ("auto", "cuda"):
         return f"kernels has {asked!r} for block_step"
