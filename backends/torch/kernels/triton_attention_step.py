@@ -7,6 +7,7 @@ its capacity.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -94,10 +95,10 @@ def _attend(layer: Layer, projected: Tensor, keys: Tensor, values: Tensor, fille
         logs,
         capacity,
         layer.scale,
-        rotary.base,
         **sizes,
         SHARING=max(16, power_of_2(h // g)),
         TURNED=rotary.size,
+        LOG_BASE=math.log2(rotary.base),
         INTERLEAVED=rotary.interleaved,
         BLOCK=BLOCK,
         # The interpreter multiplies matrices of bfloat16 as if they were whole numbers.
@@ -112,7 +113,7 @@ def _attend(layer: Layer, projected: Tensor, keys: Tensor, values: Tensor, fille
 
 
 @jit
-def _turned(place, at, p, TURNED: tl.constexpr, INTERLEAVED: tl.constexpr, base, inside):
+def _turned(place, at, p, TURNED: tl.constexpr, LOG_BASE: tl.constexpr, INTERLEAVED: tl.constexpr, inside):
     """What lies at a place, component p of a head, turned as the position `at` asks."""
     value = tl.load(place, mask=inside, other=0.0).to(tl.float32)
     if TURNED:
@@ -123,7 +124,9 @@ def _turned(place, at, p, TURNED: tl.constexpr, INTERLEAVED: tl.constexpr, base,
             first = p < TURNED // 2
         turns = p < TURNED
         partner = tl.load(place + tl.where(turns, other - p, 0), mask=inside, other=0.0).to(tl.float32)
-        angle = at * tl.exp2(index.to(tl.float32) * (-2.0 / TURNED) * tl.log2(base))
+        # In float32 the angle of a late position would be wrong by hundredths.
+        turns_of = at.to(tl.float64) * tl.exp2(index.to(tl.float64) * (-2.0 / TURNED * LOG_BASE)) / 6.283185307179586
+        angle = ((turns_of - tl.floor(turns_of)) * 6.283185307179586).to(tl.float32)
         value = tl.where(turns, value * tl.cos(angle) + tl.where(first, -partner, partner) * tl.sin(angle), value)
     return value
 
@@ -138,7 +141,6 @@ def _attend_kernel(
     logs,
     capacity,
     scale,
-    base,
     HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
     P: tl.constexpr,
@@ -146,6 +148,7 @@ def _attend_kernel(
     PARTS: tl.constexpr,
     SHARING: tl.constexpr,
     TURNED: tl.constexpr,
+    LOG_BASE: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDENS: tl.constexpr,
@@ -162,9 +165,9 @@ def _attend_kernel(
     own = projected + row * (HEADS + 2 * GROUPS) * P
     queries = own + (group * OF_GROUP + h)[:, None] * P + p[None, :]
     both = exists[:, None] & inside[None, :]
-    query = _turned(queries, last, p[None, :], TURNED, INTERLEAVED, base, both)
+    query = _turned(queries, last, p[None, :], TURNED, LOG_BASE, INTERLEAVED, both)
     query = query.to(keys.dtype.element_ty)
-    new_key = _turned(own + (HEADS + group) * P + p, last, p, TURNED, INTERLEAVED, base, inside)
+    new_key = _turned(own + (HEADS + group) * P + p, last, p, TURNED, LOG_BASE, INTERLEAVED, inside)
     new_key = new_key.to(keys.dtype.element_ty)
     new_value = tl.load(own + (HEADS + GROUPS + group) * P + p, mask=inside, other=0.0).to(values.dtype.element_ty)
     # Parts are of whole blocks, as equal as may be.
