@@ -145,7 +145,7 @@ def random_model(config, dtype=torch.float32, kernels="auto"):
                 value.copy_(torch.arange(1, value.shape[-1] + 1, device=DEVICE).log().expand_as(value))
             elif name.endswith(("dt_proj.bias", "dt_bias")):
                 value.uniform_(-6.9, -2.3)
-            elif name.endswith((".D", "norm.weight", "norm_f.weight")):
+            elif name.endswith((".D", "norm.weight", "norm2.weight", "norm_f.weight")):
                 value.fill_(1.0)
             else:
                 value.uniform_(-1.0, 1.0).mul_(entry.shape[-1] ** -0.5)
