@@ -3,10 +3,9 @@
 Its Mamba layers norm dt, B and C, with weights. Its attention has no positions. Each block has a feed-forward.
 """
 
-import dataclasses
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from mamba_core.architectures import mamba
@@ -19,10 +18,6 @@ from mamba_core.spec.graph import Node
 from mamba_core.spec.init import ones
 from mamba_core.spec.params import Parameter
 from mamba_core.spec.state import Field
-
-
-def _is_below(most: int, value: Any) -> bool:
-    return is_int(value) and 0 <= value < most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +65,7 @@ class JambaConfig(MambaConfig):
         for kind in ("attn", "expert"):
             period = getattr(self, f"{kind}_layer_period")
             expected = f"an integer from 0 to {period - 1}, less than {kind}_layer_period"
-            self.expect(expected, functools.partial(_is_below, period), f"{kind}_layer_offset")
+            self.expect(expected, partial(_is_below, period), f"{kind}_layer_offset")
         self.expect("a number >= 0", lambda v: is_number(v) and v >= 0, "router_aux_loss_coef")
         if self.d_model % self.num_heads:
             raise ValueError(f"num_heads is {self.num_heads}; expected a divisor of d_model, {self.d_model}")
@@ -103,17 +98,18 @@ class JambaConfig(MambaConfig):
         return FeedForward(self.d_intermediate)
 
 
+def _is_below(period: int, value: Any) -> bool:
+    return is_int(value) and 0 <= value < period
+
+
 Config = JambaConfig
 TRAITS = Traits()
-_V01 = JambaConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+_MINI: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 PRESETS = {
-    "jamba-v0.1": _V01,
-    "jamba-1.5-mini": _V01,
-    "jamba-1.5-large": dataclasses.replace(
-        _V01, d_model=8192, n_layer=72, d_intermediate=24576, num_heads=64, dt_rank=512
-    ),
-    "jamba-reasoning-3b": dataclasses.replace(
-        _V01,
+    "jamba-v0.1": JambaConfig(**_MINI),
+    "jamba-1.5-mini": JambaConfig(**_MINI),
+    "jamba-1.5-large": JambaConfig(d_model=8192, n_layer=72, d_intermediate=24576, num_heads=64, dt_rank=512, **_MINI),
+    "jamba-reasoning-3b": JambaConfig(
         d_model=2560,
         n_layer=28,
         d_intermediate=8192,
@@ -125,7 +121,9 @@ PRESETS = {
         num_experts_per_tok=1,
         dt_rank=160,
         tie_embeddings=True,
+        bos_token_id=1,
         eos_token_id=(2, 519),
+        pad_token_id=0,
     ),
 }
 

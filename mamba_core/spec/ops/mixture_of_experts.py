@@ -1,7 +1,5 @@
 """SwiGLU, and mixtures of such experts (Shazeer 2020, arXiv:2002.05202; Fedus et al. 2021, arXiv:2101.03961)."""
 
-from typing import Any
-
 import numpy as np
 
 from mamba_core.spec.ops.base import (
@@ -117,10 +115,10 @@ def check_experts(x, logits, gate_up, down, top_k) -> None:
     expect_floats({"x": x, "logits": logits, "gate_up": gate_up, "down": down})
 
 
-def _counting(takes: np.ndarray, mask) -> Any:
+def _counting(takes: np.ndarray, mask) -> np.ndarray:
     """(b, l): the positions that count and have chosen an expert, of (b, l, top_k)."""
-    at = np.any(takes, axis=-1)
-    return at if mask is None else np.logical_and(at, mask)
+    at = np.asarray(takes.any(-1))
+    return at if mask is None else at & np.asarray(mask)
 
 
 # --- in the block graph ------------------------------------------------------------------------------------
