@@ -5,6 +5,7 @@ Its Mamba layers norm dt, B and C, with weights. Its attention has no positions.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from mamba_core.architectures import mamba
@@ -64,7 +65,7 @@ class JambaConfig(MambaConfig):
         for kind in ("attn", "expert"):
             period = getattr(self, f"{kind}_layer_period")
             expected = f"an integer from 0 to {period - 1}, less than {kind}_layer_period"
-            self.expect(expected, lambda v, period=period: is_int(v) and 0 <= v < period, f"{kind}_layer_offset")
+            self.expect(expected, partial(_is_below, period), f"{kind}_layer_offset")
         self.expect("a number >= 0", lambda v: is_number(v) and v >= 0, "router_aux_loss_coef")
         if self.d_model % self.num_heads:
             raise ValueError(f"num_heads is {self.num_heads}; expected a divisor of d_model, {self.d_model}")
@@ -97,9 +98,13 @@ class JambaConfig(MambaConfig):
         return FeedForward(self.d_intermediate)
 
 
+def _is_below(period: int, value: Any) -> bool:
+    return is_int(value) and 0 <= value < period
+
+
 Config = JambaConfig
 TRAITS = Traits()
-_MINI = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_MINI: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 PRESETS = {
     "jamba-v0.1": JambaConfig(**_MINI),
     "jamba-1.5-mini": JambaConfig(**_MINI),

@@ -54,7 +54,7 @@ def mixture_of_experts_vjp(dy, x, logits, gate_up, down, *, top_k: int, mask=Non
         projected = x[at] @ gate_up[expert].T
         active = swiglu(projected)
         weighted = dy[at] * probability[at][:, expert, None]
-        dprobability[*np.nonzero(at), expert] = (dy[at] * (active @ down[expert].T)).sum(-1)
+        dprobability[..., expert][at] = (dy[at] * (active @ down[expert].T)).sum(-1)
         dprojected = swiglu_vjp(weighted @ down[expert], projected)
         found["x"][at] += dprojected @ gate_up[expert]
         found["gate_up"][expert] = dprojected.T @ x[at]
@@ -121,7 +121,7 @@ def check_experts(x, logits, gate_up, down, top_k, mask=None) -> None:
 
 def _counting(takes: np.ndarray, mask) -> np.ndarray:
     """(b, l): the positions that count and have chosen an expert, of (b, l, top_k)."""
-    at = takes.any(-1)
+    at = np.asarray(takes.any(-1))
     return at if mask is None else at & np.asarray(mask)
 
 
