@@ -3,8 +3,10 @@
 from torch import Tensor, nn
 
 from mamba_core.backends.torch import layers
+from mamba_core.backends.torch.kernels import triton_attention_step
 from mamba_core.backends.torch.mixers import s6
 from mamba_core.backends.torch.ops import attention
+from mamba_core.backends.torch.quantization import stored_weight
 from mamba_core.backends.torch.untouched import untouched
 from mamba_core.call import Call
 from mamba_core.spec.ops.attention import KeyValueCache
@@ -39,6 +41,25 @@ class AttentionMixer(nn.Module):
         y, cache = attention.attend(call, *heads, cache, **how)
         y = call.observe("attention", y.flatten(-2))
         return call.observe("out_proj", s6.project(self, "out_proj", y)), state._replace(**cache._asdict())
+
+    def cuda_step(self, norm: nn.Module) -> triton_attention_step.Layer | str:
+        """For the way cuda_step, with the norm before the mixer, or why it cannot compute this mixer."""
+        if self.conv1d is not None:
+            return "its queries, keys and values pass a convolution"
+        if not (s6.is_ours(self.in_proj) and s6.is_ours(self.out_proj)):
+            return "a layer of the mixer was changed"
+        sizes = self.sizes
+        layer = triton_attention_step.Layer(
+            *(norm.weight, norm.eps, stored_weight(self.in_proj), self.in_proj.bias),
+            *(stored_weight(self.out_proj), self.out_proj.bias, sizes.heads, sizes.kv_heads, sizes.head_dim),
+            sizes.head_dim**-0.5 if sizes.scale is None else sizes.scale,
+            sizes.rotary,
+        )
+        return layer.reason() or layer
+
+    def captures(self) -> bool:
+        """As `s6.captures`."""
+        return True
 
     def width(self) -> int | None:
         """As `s6.width`."""

@@ -12,6 +12,7 @@ from mamba_core.call import Call
 
 class JambaMixer(nn.Module):
     can_compute_last_only = s6.can_compute_last_only
+    captures = s6.captures
 
     def __init__(self, config, layer: int, options):
         super().__init__()
@@ -40,6 +41,14 @@ class JambaMixer(nn.Module):
         delta, bias = s6.step_sizes(self, dt, call)
         y, ssm = s6.recur(self, x, delta, B, C, z, bias, state.ssm, call)
         return y, LayerState(conv, ssm)
+
+    def cuda_step(self, norm):
+        norms = self.dt_norm, self.B_norm, self.C_norm
+        if not untouched(RMSNorm, *norms):
+            return "a norm of dt, B or C was changed"
+        if len({each.eps for each in norms}) > 1:
+            return "the norms of dt, B and C have several eps"
+        return s6.cuda_operands(self, norm, norms[0].eps, tuple(each.weight for each in norms))
 
     def width(self) -> int | None:
         """As `s6.width`."""

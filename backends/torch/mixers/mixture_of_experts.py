@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from mamba_core.backends.torch.kernels import triton_experts_step
 from mamba_core.backends.torch.mixers import s6
 from mamba_core.backends.torch.ops.mixture_of_experts import mixture_of_experts
 from mamba_core.backends.torch.untouched import untouched
@@ -40,6 +41,13 @@ class Mixture(nn.Module):
         if call.routers is not None:
             call.routers.append(logits)
         return call.observe("experts", self.experts(hidden, logits, call.mask))
+
+    def cuda_step(self, norm: nn.Module) -> triton_experts_step.Experts | str:
+        """For the way cuda_step, with the norm before it, or why it cannot compute it."""
+        if not (untouched(nn.Linear, self.router) and self.router.bias is None and untouched(Experts, self.experts)):
+            return "the router or the experts were changed"
+        weights = self.router.weight, self.experts.gate_up_proj, self.experts.down_proj
+        return triton_experts_step.Experts(norm.weight, norm.eps, *weights, self.experts.top_k)
 
     def width(self) -> int | None:
         """As `s6.width`."""

@@ -187,13 +187,18 @@ def native_operands(mixer, selection_eps: float = 0.0) -> native_mamba_step.Oper
     )
 
 
-def cuda_operands(mixer, norm: nn.Module, selection_eps: float = 0.0) -> triton_step.Layer | str:
-    """For the way cuda_step, with the norm before the mixer, or why it cannot compute this mixer."""
+def cuda_operands(
+    mixer, norm: nn.Module, selection_eps: float = 0.0, selection_norms: tuple[Tensor, Tensor, Tensor] | None = None
+) -> triton_step.Layer | str:
+    """For the way cuda_step, with the norm before the mixer, or why it cannot compute this mixer.
+
+    selection_norms: the weights of the norms of dt, B and C, where these have some.
+    """
     in_proj, x_proj, dt_proj, out_proj = mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj
     if not (_is_built_inside(mixer) and is_ours(in_proj) and is_ours(out_proj)):
         return "a layer of the mixer was changed"
     return triton_step.Layer(
         *(norm.weight, norm.eps, stored_weight(in_proj), in_proj.bias, mixer.conv1d.weight[:, 0], mixer.conv1d.bias),
         *(x_proj.weight, dt_proj.weight, dt_proj.bias, mixer.A_log, mixer.D),
-        *(stored_weight(out_proj), out_proj.bias, selection_eps),
+        *(stored_weight(out_proj), out_proj.bias, selection_eps, selection_norms),
     )

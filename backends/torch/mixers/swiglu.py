@@ -2,8 +2,10 @@
 
 from torch import Tensor, nn
 
+from mamba_core.backends.torch.kernels.triton_feed_forward_step import FeedForward
 from mamba_core.backends.torch.mixers import s6
 from mamba_core.backends.torch.ops.mixture_of_experts import swiglu
+from mamba_core.backends.torch.quantization import stored_weight
 from mamba_core.call import Call
 
 
@@ -21,6 +23,18 @@ class SwiGLU(nn.Module):
         projected = call.observe("gate_up_proj", s6.project(self, "gate_up_proj", hidden))
         active = call.observe("active", swiglu(projected))
         return call.observe("down_proj", s6.project(self, "down_proj", active))
+
+    def cuda_step(self, norm: nn.Module) -> FeedForward | str:
+        """For the way cuda_step, with the norm before it, or why it cannot compute it."""
+        if not (s6.is_ours(self.gate_up_proj) and s6.is_ours(self.down_proj)):
+            return "a layer of the feed-forward was changed"
+        if self.gate_up_proj.bias is not None or self.down_proj.bias is not None:
+            return "a layer of the feed-forward was given a bias"
+        return FeedForward(norm.weight, norm.eps, stored_weight(self.gate_up_proj), stored_weight(self.down_proj))
+
+    def captures(self) -> bool:
+        """As `s6.captures`."""
+        return True
 
     def width(self) -> int | None:
         """As `s6.width`."""
