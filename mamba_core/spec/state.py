@@ -6,9 +6,12 @@ where the room runs out, so that shapes change seldom.
 """
 
 import functools
+import math
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from mamba_core.backend import LayerState, State
 
@@ -116,18 +119,39 @@ def named(state: State) -> dict[str, Any]:
     return found
 
 
+def capacities(config, state: State) -> dict[int, int]:
+    """Layer -> positions that its growing fields have memory for, the least of them; only of layers that have some."""
+    found: dict[int, int] = {}
+    for layer, field, axis in _growing(config):
+        found[layer] = min(found.get(layer, math.inf), getattr(state.layers[layer], field.name).shape[axis])
+    return found
+
+
 def capacity(config, state: State) -> int:
     """Positions that the growing fields have memory for, the least of them; 0 where nothing grows."""
-    found = (getattr(state.layers[layer], field.name).shape[axis] for layer, field, axis in _growing(config))
-    return min(found, default=0)
+    return min(capacities(config, state).values(), default=0)
+
+
+def filled(config, state: State, to_numpy: Callable[[Any], Any]) -> dict[int, Any]:
+    """Layer -> positions of each row that are there, (b,) NumPy; only of layers where something grows."""
+    return {layer: to_numpy(getattr(state.layers[layer], FILLED)) for layer in capacities(config, state)}
 
 
 def room(config, state: State, to_numpy: Callable[[Any], Any]) -> int | None:
-    """Positions that can be added before the capacity must grow; None where nothing grows."""
+    """Positions that can be added before the capacity must grow; None where nothing grows.
+
+    Raises:
+        ValueError: more are there than had room: a compiled program has made the state, and dropped the others.
+    """
     if not grows(config):
         return None
-    filled = (to_numpy(getattr(state.layers[layer], FILLED)).max() for layer, *_ in _growing(config))
-    return capacity(config, state) - int(max(filled))
+    left = capacity(config, state) - int(max(count.max() for count in filled(config, state, to_numpy).values()))
+    if left < 0:
+        raise ValueError(
+            f"the state has {capacity(config, state) - left} positions and room for {capacity(config, state)}: a call "
+            "in a compiled program dropped those that found none; give it a state with more room, of mamba_core.grown"
+        )
+    return left
 
 
 def with_room(config, state: State, positions: int, to_numpy: Callable[[Any], Any], pad: Callable) -> State:
@@ -149,6 +173,41 @@ def grown(config, state: State, capacity: int, pad: Callable[[Any, int, int], An
         value = getattr(layers[layer], field.name)
         if (missing := capacity - value.shape[axis]) > 0:
             layers[layer] = layers[layer]._replace(**{field.name: pad(value, axis, missing)})
+    return state._replace(layers=tuple(layers))
+
+
+def kept(config, state: State, counts: Any, to_numpy: Callable[[Any], Any]) -> dict[int, Any]:
+    """Layer -> the positions of each row that stay without so many of the last, (b,) int32 NumPy.
+
+    Raises:
+        ValueError: a row has fewer, or those that stay had no room.
+    """
+    found = {}
+    for layer, own in filled(config, state, to_numpy).items():
+        rest, most = own.astype(np.int64) - counts, capacities(config, state)[layer]
+        for row in np.flatnonzero((rest < 0) | (rest > most)).tolist():
+            raise ValueError(
+                f"row {row} has {own[row]} positions in layer {layer}, and {counts[row]} were to be taken back"
+                + (f"; expected {own[row]} at most: what was before its last sequence is gone" if rest[row] < 0 else "")
+                + (f"; expected {own[row] - most} at least, which found no room" if rest[row] > most else "")
+            )
+        found[layer] = rest.astype(np.int32)
+    return found
+
+
+def cut(config, state: State, kept: dict[int, Any], like: Callable[[Any, Any], Any], zero: Callable) -> State:
+    """The state with so many positions of each row alone.
+
+    Args:
+        kept: of the function of that name.
+        like: (NumPy array, array of the backend) -> the first as an array where the second is.
+        zero: (array, axis, counts (b,) as the backend's) -> the array with zeros behind so many along the axis.
+    """
+    layers = list(state.layers)
+    counts = {layer: like(rows, getattr(layers[layer], FILLED)) for layer, rows in kept.items()}
+    for layer, field, axis in _growing(config):
+        value = zero(getattr(layers[layer], field.name), axis, counts[layer])
+        layers[layer] = layers[layer]._replace(**{field.name: value, FILLED: counts[layer]})
     return state._replace(layers=tuple(layers))
 
 
