@@ -26,9 +26,10 @@ def prefill(model, tokens, mask, state: State | None = None) -> Output:
     """Not compiled: native kernels do not work inside mx.compile."""
     rows, length = tokens.shape[:2]
     with model.on_device():
-        state = model.init_state(rows, length) if state is None else states.with_room(model.config, state, length)
+        fresh = state is None
+        state = model.init_state(rows, length) if fresh else states.with_room(model.config, state, length)
         needed_mask = None if mask.all() else from_numpy(mask)
-        prefilled = _after(model, from_numpy(tokens), state, needed_mask, last=True)
+        prefilled = _after(model, from_numpy(tokens), state, needed_mask, last=True, fresh=fresh)
         # Computed now: the graph of all tokens, and what it holds, would live until somebody looks at the state.
         mx.eval(prefilled)
     return prefilled
@@ -79,14 +80,15 @@ def advance(model, carry: Carry, uniform: mx.array | None, sampling: Sampling) -
     return begin(after, carry.context, uniform, sampling)
 
 
-def _after(model, inputs: mx.array, state: State, mask: mx.array | None = None, last: bool = False) -> Output:
+def _after(model, inputs: mx.array, state: State, mask: mx.array | None = None, *, last=False, fresh=False) -> Output:
     """Logits (b, v) after the last position, and the state. By the model's own call where somebody changed that.
 
-    last: the backbone need not give the other positions.
+    last: the backbone need not give the other positions. fresh: the state is that before any position.
     """
     if untouched(model_class(model.config.task), model):
         last = last and untouched(Backbone, model.backbone)
-        hidden, state = model.backbone(inputs, state, call_of(mask, None, length=inputs.shape[1], last=last))
+        call = call_of(mask, None, length=inputs.shape[1], last=last, fresh=fresh)
+        hidden, state = model.backbone(inputs, state, call)
         return Output(model.head(hidden[:, -1])[:, : model.config.vocab_size], state)
     # No argument that another call need not have.
     given = {} if mask is None else {"mask": mask}

@@ -55,19 +55,20 @@ def _is_step_projection(layer: Any) -> bool:
 
 
 def convolution(
-    layer: Any, x: mx.array, state: mx.array, call: Call, kernel: str, name: str
+    layer: Any, x: mx.array, state: mx.array, call: Call, kernel: str, name: str, activation: str | None = "silu"
 ) -> tuple[mx.array, mx.array]:
-    """The causal convolution with its SiLU, (b, l, e), and its state: the last k-1 inputs, (b, k-1, e).
+    """The causal convolution with its activation, (b, l, e), and its state: the last k-1 inputs, (b, k-1, e).
 
-    name: of the layer, for errors.
+    name: of the layer, for errors. activation: "silu" or None.
     """
     if not is_convolution(layer, state.shape[1] + 1):
-        return causal_conv.by_module(layer, x, state, call, "silu", name)
+        return causal_conv.by_module(layer, x, state, call, activation, name)
     weight, bias = layer.weight[..., 0], layer.get("bias")
     if call.one:
-        y, state = causal_conv.causal_conv_step(x[:, 0], weight, bias, activation="silu", state=state)
+        y, state = causal_conv.causal_conv_step(x[:, 0], weight, bias, activation=activation, state=state)
         return y[:, None], state
-    return causal_conv.conv(call, x, weight, bias, activation="silu", initial_state=state, kernel=kernel)
+    how = {"activation": activation, "initial_state": state, "kernel": kernel}
+    return causal_conv.conv(call, x, weight, bias, **how)
 
 
 def is_convolution(layer: Any, taps: int | None = None) -> bool:

@@ -174,7 +174,8 @@ class Model(nn.Module):
             check_array(name, value)
         self.task.check(self.config, inputs, mask, segment_ids, kind)
         batch, length = inputs.shape[:2]
-        if state is None:
+        fresh = state is None
+        if fresh:
             state = self.init_state(batch, length)
         else:
             check_state(self.config, batch, state)
@@ -184,7 +185,7 @@ class Model(nn.Module):
             likes = self.init_state(batch).layers
             layers = tree_map(lambda value, like: value.astype(like.dtype), state.layers, likes)
             return mx.zeros((batch, 0, self.config.d_model), self.compute_dtype), State(layers, state.segment)
-        return self.backbone(inputs, state, call_of(mask, segment_ids, length=length, observe=observe))
+        return self.backbone(inputs, state, call_of(mask, segment_ids, length=length, observe=observe, fresh=fresh))
 
     def _hidden(self, inputs, inputs_embeds, state, mask, segment_ids, observe) -> Hidden:
         """The output of a model without a head."""

@@ -14,12 +14,14 @@ def call_of(
     observe: Report = unobserved,
     last: bool = False,
     in_place: bool = False,
+    fresh: bool = False,
+    routers: list[mx.array] | None = None,
 ) -> Call:
     """The facts of a call of `length` positions, computed once for all layers."""
     restart = _restarts(mask, segment_ids)
     order, inverse = (None, None) if mask is None else compaction(mask)
     one = length == 1 and mask is None
-    return Call(mask, segment_ids, restart, order, inverse, one, last, observe, in_place)
+    return Call(mask, segment_ids, restart, order, inverse, one, last, observe, in_place, fresh, routers)
 
 
 def compaction(mask: mx.array) -> tuple[mx.array, mx.array]:

@@ -82,24 +82,28 @@ def _take(blocks, residual, states, call, remat) -> Taken:
     piece = _piece(blocks[0], residual, call)
     if not remat and piece is None:
         return _ask(blocks, residual, states, call)[1]
-    # Of every piece, and of what a gradient computes again, all positions are wanted.
-    run_block = partial(_called, blocks[0], call._replace(last=False))
+    # Of every piece, and of what a gradient computes again, all positions are wanted. A piece goes on from another.
+    run_block = partial(_called, blocks[0], call._replace(last=False, fresh=call.fresh and piece is None))
     if remat:
         run_block = partial(_recomputed, blocks[0], run_block)
     if piece is not None:
         run_block = partial(_piecewise, run_block, piece)
 
     def run(residual, pending, states):
-        residual, state = run_block(residual if pending is None else residual + pending, states[0])
+        residual, state, routers = run_block(residual if pending is None else residual + pending, states[0])
+        if call.routers is not None:
+            call.routers += routers
         return residual, None, (state,)
 
     return Taken(1, run)
 
 
 def _called(block, call, residual, state):
+    """The residual stream after the block, its state, and what it added to `call.routers`, which is left alone."""
+    call = call._replace(routers=None if call.routers is None else [])
     _, taken, _ = _ask([block], residual, [state], call)
     residual, pending, (state,) = taken.run(residual, None, [state])
-    return residual if pending is None else residual + pending, state
+    return residual if pending is None else residual + pending, state, call.routers or []
 
 
 # --- in pieces -----------------------------------------------------------------------------------
@@ -140,12 +144,14 @@ def _width(block) -> int | None:
 
 def _piecewise(run_block, piece, residual, state):
     """A block, piece by piece of the residual stream: each goes on from the state that the one before has left."""
-    pieces = []
+    pieces, routers = [], []
     for part in _split(residual, piece):
-        part, state = run_block(part, state)
-        mx.eval(part)
+        part, state, logits = run_block(part, state)
+        mx.eval(part, logits)
         pieces.append(part)
-    return mx.concatenate(pieces, axis=1), state
+        routers.append(logits)
+    together = [mx.concatenate(logits, axis=1) for logits in zip(*routers, strict=True)]
+    return mx.concatenate(pieces, axis=1), state, together
 
 
 def _split(values, piece: int) -> list[mx.array]:
@@ -223,15 +229,15 @@ def _check_repeats(module) -> None:
 def _recomputed(block, run_block, residual, state):
     # The positions come by closure: MLX would differentiate in a mask that is an argument.
     def run(residual, *values):
-        residual, after = run_block(residual, _like(state, values))
-        return residual, *after
+        residual, after, routers = run_block(residual, _like(state, values))
+        return residual, *after, *routers
 
     # A wrapper of a block or of a mixer need not know about kernels.
     values, kernels = (residual, *state), getattr(getattr(block, "mixer", None), "kernels", None)
     kernels = kernels if isinstance(kernels, Kernels) else Kernels()
     dtype = _compute_dtype(block, residual)
     residual, *after = recomputed_module(block, run, kernels, dtype, *values, copied=len(values))
-    return residual, _like(state, after)
+    return residual, _like(state, after[: len(state)]), after[len(state) :]
 
 
 def _like(state, values):

@@ -123,11 +123,20 @@ def capacity(config, state: State) -> int:
 
 
 def room(config, state: State, to_numpy: Callable[[Any], Any]) -> int | None:
-    """Positions that can be added before the capacity must grow; None where nothing grows."""
+    """Positions that can be added before the capacity must grow; None where nothing grows.
+
+    Raises:
+        ValueError: positions were computed that the state had no room for.
+    """
     if not grows(config):
         return None
-    filled = (to_numpy(getattr(state.layers[layer], FILLED)).max() for layer, *_ in _growing(config))
-    return capacity(config, state) - int(max(filled))
+    filled = max(int(to_numpy(getattr(state.layers[layer], FILLED)).max()) for layer, *_ in _growing(config))
+    if (left := capacity(config, state) - filled) < 0:
+        raise ValueError(
+            f"the state has lost {-left} positions, for which a compiled call had no room; start from "
+            "`model.init_state(batch, room)` with room for more, or call the model uncompiled, where it makes room"
+        )
+    return left
 
 
 def with_room(config, state: State, positions: int, to_numpy: Callable[[Any], Any], pad: Callable) -> State:

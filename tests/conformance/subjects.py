@@ -203,6 +203,8 @@ def _model_call(backend, case, step, given, state, positions):
     model = built(backend, case.options["config"], case.dtype)
     inputs = given["inputs"]
     inputs = backend.from_numpy(inputs, device=model.device) if isinstance(inputs, np.ndarray) else inputs
+    if state is None and states.grows(model.config) and states.capacity_for(inputs.shape[1]) < _most(case):
+        state = model.init_state(len(inputs), _most(case))  # of a part of the whole, whose state is compared
     y, state = model(inputs, state, **positions)
     return (y, *_outputs(case, state)), state
 
@@ -226,14 +228,18 @@ def _model_reference(backend, case, arrays, dtype):
 
 def _outputs(case, state) -> list:
     """The state's arrays that have gradients; of what grows as many positions as may be filled, however it was run."""
-    config, found = case.options["config"], []
-    most = int(case.options.get("filled", np.zeros(1, int)).max(initial=0)) + case.shape[1]
+    config, found, most = case.options["config"], [], _most(case)
     for layer, field in states.table(config):
         if field.dtype == "int32":
             continue
         value = getattr(state.layers[layer], field.name)
         found.append(value if field.grows is None else value[(slice(None),) * field.grows + (slice(most),)])
     return found
+
+
+def _most(case) -> int:
+    """Positions that may be filled after the whole case."""
+    return int(case.options.get("filled", np.zeros(1, int)).max(initial=0)) + case.shape[1]
 
 
 def _cotangents(case, after, cotangents) -> State:

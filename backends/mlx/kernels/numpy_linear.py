@@ -45,9 +45,7 @@ def linear(x: mx.array, weight: mx.array) -> mx.array:
 
 @mx.custom_function
 def _linear(x, weight):
-    rows = x.reshape(-1, x.shape[-1])
-    few = x.dtype == mx.bfloat16 and len(rows) <= FEW_ROWS and library.missing() is None
-    y = _few(rows, weight) if few else _product(rows, weight.T)
+    y = product(x.reshape(-1, x.shape[-1]), weight)
     return y.astype(x.dtype).reshape(*x.shape[:-1], len(weight))
 
 
@@ -61,6 +59,12 @@ def _linear_vjp(inputs, dy, output):
 
 
 reverse_only(_linear)
+
+
+def product(rows: mx.array, weight: mx.array) -> mx.array:
+    """rows (b, in) times the transpose of weight (out, in), of one dtype, in float32 and without a derivative."""
+    few = rows.dtype == mx.bfloat16 and len(rows) <= FEW_ROWS and library.missing() is None
+    return _few(rows, weight) if few else _product(rows, weight.T)
 
 
 def _product(a, b):

@@ -56,10 +56,12 @@ def project_rows(mixer: nn.Module, hidden: mx.array, rows: slice) -> mx.array:
     return y + mixer.in_proj.bias[rows] if "bias" in mixer.in_proj else y
 
 
-def convolve(mixer: nn.Module, x: mx.array, state: mx.array, call: Call) -> tuple[mx.array, mx.array]:
-    """The causal convolution and its SiLU; x (b, l, e) -> (b, l, e) and the convolution's state."""
+def convolve(
+    mixer: nn.Module, x: mx.array, state: mx.array, call: Call, activation: str | None = "silu"
+) -> tuple[mx.array, mx.array]:
+    """The causal convolution and its activation; x (b, l, e) -> (b, l, e) and the convolution's state."""
     kernel = mixer.kernels.of("causal_conv")
-    y, state = layers.convolution(mixer.conv1d, x, state, call, kernel, name(mixer, "conv1d"))
+    y, state = layers.convolution(mixer.conv1d, x, state, call, kernel, name(mixer, "conv1d"), activation)
     return call.observe("conv", y), state
 
 

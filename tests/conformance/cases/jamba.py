@@ -6,7 +6,8 @@ test_experts.py has those that choose.
 
 from mamba_core.architectures.jamba import JambaConfig
 
-SMALL = {"d_state": 4, "initializer_range": 0.3, "num_heads": 4, "num_kv_heads": 2, "d_intermediate": 12}
+# An RMS norm of a single value is its sign, which rounding turns: dt, B and C have more.
+SMALL = {"d_state": 4, "dt_rank": 3, "initializer_range": 0.3, "num_heads": 4, "num_kv_heads": 2, "d_intermediate": 12}
 CONFIGS = {
     "base": JambaConfig(
         d_model=16, n_layer=3, vocab_size=29, attn_layer_period=3, attn_layer_offset=1, num_experts=3,
@@ -23,7 +24,7 @@ SIZES = {
     "d_model": (8, 16),
     "n_layer": (1, 2, 3),
     "vocab_size": (17, 32),
-    "d_state": (1, 3, 16),
+    "d_state": (3, 16),
     "d_conv": (2, 4),
     "num_kv_heads": (1, 2, 4),
     "d_intermediate": (3, 16),
