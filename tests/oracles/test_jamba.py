@@ -350,3 +350,35 @@ def test_a_quantised_file_of_mlx_lm_is_read_as_its_values(utils, ids, tmp_path):
     assert opened.checkpoint.tensors["model.layers.1.feed_forward.switch_mlp.up_proj.weight"].dtype == "uint32"
     assert relative_l2(reference(tmp_path / "theirs")(ids).logits, logits) <= 1e-5
     assert relative_l2(ReferenceModel(config, values)(ids).logits, logits) > 1e-4
+
+
+# --- backends --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sparse", "tied"])
+def test_backends_equal_transformers(backend, transformers, name, ids, tmp_path):
+    """From the checkpoint that transformers loads; whole, padded on the left, and of what each backend saves again."""
+    config = dataclasses.replace(BASE, **VARIANTS[name])
+    folder = written(tmp_path / "ours", config, values_of(config), "hf")
+    mask = np.ones(ids.shape, bool)
+    mask[1, :9] = False
+    model = mc.load(folder, backend=backend.name)
+    mc.save(model, tmp_path / "saved")
+    theirs = their_model(transformers, tmp_path / "saved")
+    inputs, given = (backend.from_numpy(value, device=model.device) for value in (ids, mask))
+    for counted, kept in ((None, np.ones_like(mask)), (mask, mask)):
+        out = model(inputs, mask=None if counted is None else given).logits
+        with torch.no_grad():
+            logits = their_logits(theirs, ids, counted).numpy()
+        assert relative_l2(backend.to_numpy(out)[kept], logits[kept]) <= tolerance("float32")
+
+
+def test_generation_equals_transformers(backend, transformers, tmp_path):
+    """Greedy tokens of a prompt and its continuation: their cache takes one token after the other."""
+    folder = written(tmp_path / "ours", BASE, values_of(BASE), "hf")
+    prompt = [5, 17, 3, 60, 21]
+    model = their_model(transformers, folder)
+    with torch.no_grad(), float64_alone():
+        tokens = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None)
+    result = mc.generate(mc.load(folder, backend=backend.name), [prompt], max_new_tokens=12, stop=[])
+    assert list(result.tokens[0]) == tokens[0, len(prompt) :].tolist()
