@@ -74,6 +74,8 @@ def write_config(layout: str, config: BaseConfig) -> dict[str, Any]:
     shape, table = layouts.find(layout), tables.find(config.architecture, layout)
     scheme = scheme_to_write(config, layout)
     _require(layout, config, {**table.required, **table.required_of.get(config.task, {})})
+    if (reason := table.differs(config)) is not None:
+        raise ValueError(f"the model cannot be written as {layout}: {reason}")
     rows = table.rows()
     written = {row.theirs: _written(row, getattr(config, ours)) for ours, row in rows.items()}
     if shape.counts_rows and "vocab_size" in rows:

@@ -164,8 +164,13 @@ def _closest(schemes: Mapping[str, Scheme], found: Collection[str]) -> list[str]
 
 
 def _scheme_of(table: Table, found: Collection[str]) -> Scheme | None:
-    """The scheme of a table that fits names of these templates. A head tells one with a head from one without."""
+    """The scheme of a table that fits names of these templates, and names the most of them.
+
+    A head tells one with a head from one without.
+    """
     fitting = [scheme for scheme in table.schemes if scheme.fits(found)]
+    named = [len(scheme.templates.intersection(found)) for scheme in fitting]
+    fitting = [scheme for scheme, count in zip(fitting, named, strict=True) if count == max(named)]
     return next((scheme for scheme in fitting if scheme.has_head(found)), fitting[-1] if fitting else None)
 
 

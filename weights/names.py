@@ -6,11 +6,12 @@ in a file whether it belongs there.
 
 import functools
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+from mamba_core import architectures
 from mamba_core.spec.params import Parameter, parameter_table
 from mamba_core.tasks.base import EMBEDDING, FINAL_NORM
 from mamba_core.tasks.lm import HEAD
@@ -32,6 +33,8 @@ class Row(NamedTuple):
         or equal.
     transform: the change of each stored tensor's axes.
     mark: whether a file of the scheme is told by this name.
+    mixer: of the blocks for whose tensors the row is; None for all. Tensors of one canonical name may have other names
+        in the file, or be several there, in blocks of another mixer.
     """
 
     canonical: str
@@ -39,6 +42,7 @@ class Row(NamedTuple):
     transform: Transform = SAME
     axis: int = 0
     mark: bool = False
+    mixer: str | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -109,13 +113,15 @@ class Scheme:
         row, wildcards = found
         return row.names[0].format(**wildcards)
 
-    def stored(self, parameter: Parameter) -> Stored:
+    def stored(self, parameter: Parameter, mixers: Sequence[str] = ()) -> Stored:
         """Where a parameter is stored.
+
+        mixers: of the layers; () where no row asks for them.
 
         Raises:
             ValueError: no row names it, or its shape does not fit the row.
         """
-        if (found := self._row(parameter.name)) is None:
+        if (found := self._row(parameter.name, mixers)) is None:
             if not self.as_is:
                 raise ValueError(f"the table of names has no row for the parameter {parameter.name!r}")
             return Stored((Piece(parameter.name, parameter.shape, SAME),))
@@ -171,10 +177,12 @@ class Scheme:
         whole = (row for row in self.rows if len(row.names) == 1 and row.stacks is None)
         return _grouped((template(row.names[0]), row) for row in whole)
 
-    def _row(self, canonical: str) -> tuple[Row, dict[str, str]] | None:
+    def _row(self, canonical: str, mixers: Sequence[str] = ()) -> tuple[Row, dict[str, str]] | None:
         for row in self._by_canonical.get(template(canonical), ()):
             if match := _pattern(row.canonical).fullmatch(canonical):
-                return row, match.groupdict()
+                wildcards = match.groupdict()
+                if row.mixer is None or row.mixer == mixers[int(wildcards["layer"])]:
+                    return row, wildcards
         return None
 
 
@@ -197,11 +205,12 @@ def stored_tensors(config, scheme: Scheme, most: int | None = None) -> dict[str,
         ValueError: a parameter is joined of more tensors than that, or no row names it.
     """
     stored = {}
+    mixers = tuple(block.mixer for block in architectures.of(config).blocks(config))
     for name, parameter in parameter_table(config).items():
-        row = scheme._row(name)
+        row = scheme._row(name, mixers)
         if most is not None and row is not None and row[0].stacks and parameter.shape[0] > most:
             raise ValueError(f"{name} is joined of {parameter.shape[0]} tensors, but the file has {most} tensors")
-        stored[name] = scheme.stored(parameter)
+        stored[name] = scheme.stored(parameter, mixers)
     return stored
 
 

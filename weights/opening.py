@@ -15,12 +15,13 @@ from mamba_core import architectures, tasks
 from mamba_core.spec.params import Parameter, parameter_table
 from mamba_core.weights import adapters, configs, layouts, tokens
 from mamba_core.weights.detect import Detected, described, detect
-from mamba_core.weights.formats import DTYPES, FLOATS, CheckpointError, TensorSource, boundary
+from mamba_core.weights.formats import DTYPES, FLOATS, CheckpointError, TensorSource, boundary, fill
 from mamba_core.weights.io import Checkpoint, open_checkpoint
 from mamba_core.weights.layouts import HIDDEN
 from mamba_core.weights.names import EMBEDDING, HEAD, Piece, Scheme, Stored, stored_tensors
 from mamba_core.weights.quantised import dequantised
 from mamba_core.weights.source import config_path, locate, read_config
+from mamba_core.weights.transforms import SAME
 
 _MOST_FAULTS = 20  # in one message
 _MOST_SHOWN = 8  # of what is not read
@@ -75,9 +76,14 @@ class OpenedModel:
         pieces = self.stored[parameter.name].pieces
         if len(pieces) == 1 and not pieces[0].where:
             return self._read_piece(pieces[0])
+        for piece in pieces:
+            self.checkpoint.tensors[piece.name].file.scratch.clear()  # for it may be as large as what is made here
         joined = np.empty(parameter.shape, DTYPES[self._dtype_of(parameter.name)].numpy)
         for piece in pieces:
-            joined[piece.where] = self._read_piece(piece)
+            if piece.transform is SAME and piece.shape:
+                fill(joined[piece.where], self._stream(piece))
+            else:
+                joined[piece.where] = self._read_piece(piece)
         return joined
 
     def _read_piece(self, piece: Piece) -> np.ndarray:
@@ -240,6 +246,8 @@ def _checked(path: Path, folder: Path, config, checkpoint: Checkpoint, detected:
     for name, only in detected.table.required.items():
         if (value := getattr(config, name)) != only:
             evidence += f"; {name} is the config's {value}, though {detected.layout} computes with {only}"
+    if (reason := detected.table.differs(config)) is not None:
+        evidence += f"; read as it was trained, though {reason}"
     return OpenedModel(detected.layout, config, folder, checkpoint, stored, left_out, evidence)
 
 

@@ -12,7 +12,7 @@ from mamba_core.spec.params import Parameter, parameter_table
 from mamba_core.weights import configs, layouts, tables, tokens
 from mamba_core.weights.companions import copy_companion
 from mamba_core.weights.formats import WRITERS, Progress, TensorSource
-from mamba_core.weights.names import EMBEDDING, HEAD, Piece, Stored
+from mamba_core.weights.names import EMBEDDING, HEAD, Piece, Stored, stored_tensors
 from mamba_core.weights.source import TOKENIZER_FILES
 
 
@@ -72,7 +72,8 @@ def stored_sources(config, sources: list[TensorSource], layout: str) -> list[Ten
         ValueError: the layout cannot hold a model of this config.
     """
     scheme, table = configs.scheme_to_write(config, layout), parameter_table(config)
-    written = [part for source in sources for part in _parts(source, scheme.stored(table[source.name]))]
+    stored = stored_tensors(config, scheme)
+    written = [part for source in sources for part in _parts(source, stored[source.name])]
     if tasks.of(config).generates and config.tie_embeddings and layouts.find(layout).writes_tied_head:
         embedding = next(source for source in sources if source.name == EMBEDDING)
         head = Parameter(HEAD, "vd", embedding.shape, table[EMBEDDING].init)

@@ -22,15 +22,17 @@ from mamba_core.wrappers import checked_output
 
 # Tokens between two looks of the host, which cost a fraction of a millisecond each.
 BLOCK = 16
+# Tokens that a growing state is given room for at once: a program is compiled for each capacity.
+AHEAD = 1024
 
 
 def prefill(model, tokens, mask, state: State | None = None) -> Output:
-    rows, length = mask.shape
+    length = mask.shape[1]
     padding = ((0, 0), (_bucket(length) - length, 0), (0, 0))
     tokens, mask = (
         from_numpy(np.pad(value, padding[: np.ndim(value)]), device=model.device) for value in (tokens, mask)
     )
-    state = model.init_state(rows, length) if state is None else states.with_room(model.config, state, length)
+    state = None if state is None else states.with_room(model.config, state, length)
     graph, *variables = divided(model)
     output, others = _prefill(graph, methods_in(graph), *variables, tokens, mask, state)
     put_back(model, others)
@@ -58,7 +60,8 @@ def decode(
         count = min(made, BLOCK, BLOCK if limit is None else limit - made)
         if left is not None:
             if left < count:
-                carry = carry._replace(state=states.with_room(model.config, carry.state, count))
+                more = AHEAD if limit is None else min(AHEAD, limit - made)
+                carry = carry._replace(state=states.with_room(model.config, carry.state, more))
                 left = states.room(model.config, carry.state)
             left -= count
         drawn = None if draw is None else draw(made, BLOCK)
@@ -166,7 +169,9 @@ def _called(model, inputs, state, mask=None) -> Output:
     A model that was changed is called, with no more than what a call of its own might take.
     """
     if model.is_built:
-        call = call_of(mask, None, length=inputs.shape[1], last=inputs.shape[1] > 1)
+        rows, length = inputs.shape[:2]
+        call = call_of(mask, None, length=length, last=length > 1, fresh=state is None)
+        state = model.init_state(rows, length) if state is None else state
         hidden, state = model.backbone_of(inputs, state, call)
         logits = model.head(hidden[:, -1])
     else:

@@ -39,19 +39,19 @@ def bias(layer, dt: jax.Array) -> jax.Array:
 
 
 def convolution(
-    layer, x: jax.Array, state: jax.Array, call: Call, kernel: str, name: str
+    layer, x: jax.Array, state: jax.Array, call: Call, kernel: str, name: str, activation: str | None = "silu"
 ) -> tuple[jax.Array, jax.Array]:
-    """The causal convolution with its SiLU, (b, l, e), and its state: the last k-1 inputs, (b, k-1, e).
+    """The causal convolution with its activation, (b, l, e), and its state: the last k-1 inputs, (b, k-1, e).
 
     name: of the layer, for errors.
     """
     if not is_convolution(layer):
-        return causal_conv.by_module(layer, x, state, call, "silu", name)
+        return causal_conv.by_module(layer, x, state, call, activation, name)
     weight, bias = layer.kernel[...][:, 0].T, None if layer.bias is None else layer.bias[...]
     if call.one:
-        y, state = causal_conv.causal_conv_step(x[:, 0], weight, bias, activation="silu", state=state)
+        y, state = causal_conv.causal_conv_step(x[:, 0], weight, bias, activation=activation, state=state)
         return y[:, None], state
-    return causal_conv.conv(call, x, weight, bias, activation="silu", initial_state=state, kernel=kernel)
+    return causal_conv.conv(call, x, weight, bias, activation=activation, initial_state=state, kernel=kernel)
 
 
 def is_convolution(layer) -> bool:

@@ -130,12 +130,13 @@ class Model(nnx.Module):
         segment_ids = as_array("segment_ids", segment_ids)
         self.task.check(self.config, inputs, mask, segment_ids, kind)
         batch, length = inputs.shape[:2]
-        if state is None:
+        fresh = state is None
+        if fresh:
             state = self.init_state(batch, length)
         else:
             check_state(self.config, batch, state)
             state = states.with_room(self.config, state, length)
-        call = call_of(mask, segment_ids, length=length, observe=reporting(observe))
+        call = call_of(mask, segment_ids, length=length, observe=reporting(observe), fresh=fresh)
         return *self.backbone_of(inputs, state, call), call
 
     def _check_dtypes(self):

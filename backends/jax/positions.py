@@ -9,7 +9,14 @@ from mamba_core.observe import Report, unobserved
 
 
 def call_of(
-    mask, segment_ids, *, length, observe: Report = unobserved, last: bool = False, in_place: bool = False
+    mask,
+    segment_ids,
+    *,
+    length,
+    observe: Report = unobserved,
+    last: bool = False,
+    in_place: bool = False,
+    fresh: bool = False,
 ) -> Call:
     """The facts of one call. `length` may be a symbol, where a program is exported for any length."""
     order, inverse = (None, None) if mask is None else compaction(mask)
@@ -23,6 +30,7 @@ def call_of(
         last=last,
         observe=observe,
         in_place=in_place,
+        fresh=fresh,
     )
 
 

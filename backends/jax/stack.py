@@ -80,7 +80,9 @@ def _asked(blocks, residual, states, call, device=None) -> tuple[Taken | None, s
 def _prepared(block, residual, call, remat, is_last):
     """The block, or a function in its place that calls it in pieces, again for a gradient, or for the last position."""
     run = _recomputed if remat and not call.observed else _called
-    if call.plain and not call.observed and (piece := _piece(block, residual)):
+    # What a scan over the pieces appends to a list, nobody outside of it may read.
+    in_pieces = call.plain and not call.observed and call.routers is None
+    if in_pieces and (piece := _piece(block, residual)):
         run = functools.partial(_piecewise, run, piece=piece)
     elif is_last and call.last and not call.observed and run is _called:
         run = _last_only
@@ -160,13 +162,15 @@ def _piecewise(run, block, residual, state, call, *, piece):
 def _recomputed(block, residual, state, call):
     """The block, called again in the backward pass from its inputs, which are all that is kept of it.
 
-    It then draws the same random numbers, because what it held is an input too.
+    It then draws the same random numbers, because what it held is an input too. What it gives to `call.routers` is a
+    result of it, so that the gradients of that run through it too.
     """
     definition, parameters, others = divided(block)
 
     def run(parameters, others, residual, state):
-        called = whole(definition, parameters, others)
-        return called(residual, state, call), after_call(called, definition, parameters)
+        called, routers = whole(definition, parameters, others), None if call.routers is None else []
+        found = called(residual, state, call._replace(routers=routers))
+        return found, after_call(called, definition, parameters), routers
 
     def backward(inputs, cotangents):
         parameters, others, residual, state = inputs
@@ -178,6 +182,8 @@ def _recomputed(block, residual, state, call):
 
     recomputed = jax.custom_vjp(run)
     recomputed.defvjp(lambda *inputs: (run(*inputs), inputs), backward)
-    found, others = recomputed(parameters, others, residual, state)
+    found, others, routers = recomputed(parameters, others, residual, state)
     put_back(block, others)
+    if routers is not None:
+        call.routers.extend(routers)
     return found

@@ -29,12 +29,13 @@ _captured = CapturedCache()
 def prefill(model, tokens, mask, state: State | None = None) -> Output:
     """Not in inference mode, because autograd would refuse the state."""
     rows, length = tokens.shape[:2]
-    state = model.init_state(rows, length) if state is None else states.with_room(model.config, state, length)
+    fresh = state is None
+    state = model.init_state(rows, length) if fresh else states.with_room(model.config, state, length)
     needed_mask = None if mask.all() else from_numpy(mask, device=model.device)
     inputs = from_numpy(tokens, device=model.device)
     if not model.is_untouched():
         return _called(model, inputs, state, needed_mask)
-    call = call_of(needed_mask, None, length=length, last=True)
+    call = call_of(needed_mask, None, length=length, last=True, fresh=fresh)
     hidden, state = model.backbone(inputs, state, call)
     return Output(model.head(hidden[:, -1])[:, : model.config.vocab_size], state)
 

@@ -53,15 +53,17 @@ def bias(layer: nn.Module, dt: Tensor) -> Tensor:
     return given if given.dtype == torch.float64 else given.float()
 
 
-def convolution(layer: nn.Module, x: Tensor, state: Tensor, call: Call, kernel: str) -> tuple[Tensor, Tensor]:
-    """The causal convolution with its SiLU, (b, l, e), and its state: the last k-1 inputs, (b, k-1, e)."""
+def convolution(
+    layer: nn.Module, x: Tensor, state: Tensor, call: Call, kernel: str, activation: str | None = "silu"
+) -> tuple[Tensor, Tensor]:
+    """The causal convolution with its activation, (b, l, e), and its state: the last k-1 inputs, (b, k-1, e)."""
     if not is_convolution(layer) or layer.kernel_size[0] != state.shape[1] + 1:
-        return causal_conv.by_module(layer, x, state, call, "silu")
+        return causal_conv.by_module(layer, x, state, call, activation)
     weight = layer.weight[:, 0]
     if call.one:
-        y, state = causal_conv.causal_conv_step(x[:, 0], weight, layer.bias, activation="silu", state=state)
+        y, state = causal_conv.causal_conv_step(x[:, 0], weight, layer.bias, activation=activation, state=state)
         return y[:, None], state
-    return causal_conv.conv(call, x, weight, layer.bias, activation="silu", initial_state=state, kernel=kernel)
+    return causal_conv.conv(call, x, weight, layer.bias, activation=activation, initial_state=state, kernel=kernel)
 
 
 def is_convolution(layer: nn.Module) -> bool:

@@ -168,13 +168,14 @@ class Model(nn.Module):
         _check_tensors({kind: inputs, "mask": mask, "segment_ids": segment_ids})
         self.task.check(self.config, inputs, mask, segment_ids, kind)
         batch, length = inputs.shape[:2]
-        if state is None:
+        fresh = state is None
+        if fresh:
             state = self.init_state(batch, length)
         else:
             check_state(self.config, batch, state)
             _check_tensors({"segment of the state": state.segment})
             state = states.with_room(self.config, state, length)
-        return self.backbone(inputs, state, call_of(mask, segment_ids, length=length, observe=observe))
+        return self.backbone(inputs, state, call_of(mask, segment_ids, length=length, observe=observe, fresh=fresh))
 
     def _masked(self, values, mask):
         if mask is not None:

@@ -15,12 +15,14 @@ def call_of(
     observe: Report = unobserved,
     last: bool = False,
     in_place: bool = False,
+    fresh: bool = False,
+    routers: list[Tensor] | None = None,
 ) -> Call:
     """The facts that all layers of a call share, computed once. length: of the call's inputs."""
     order, inverse = (None, None) if mask is None else compaction(mask)
     restart = _restarts(mask, segment_ids, order, inverse)
     one = length == 1 and mask is None
-    return Call(mask, segment_ids, restart, order, inverse, one, last, observe, in_place)
+    return Call(mask, segment_ids, restart, order, inverse, one, last, observe, in_place, fresh, routers)
 
 
 def compaction(mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from mamba_core.backends.torch.positions import call_of
 from mamba_core.backends.torch.untouched import untouched
 from mamba_core.backends.torch.ways import cuda_step, fused
 from mamba_core.call import Call
+from mamba_core.spec.state import FILLED
 
 # Bytes of a mixer's widest array that are computed at once on a CPU: a longer one leaves the cache, and malloc asks the
 # system for its memory each time. And the fewest positions that are computed at once.
@@ -37,9 +38,16 @@ def run(blocks: Sequence, residual: Tensor, states: Sequence, call: Call, remat=
         here = call.within(f"layers.{first}.")
         if call.last and first + len(rest) < len(blocks):
             here = here._replace(last=False)
+        if recomputes and call.routers is not None:
+            function = functools.partial(_with_routers, rest, here)
+            residual, pending, new, logits = _recomputed(function, residual, pending, states[first : first + 1])
+            call.routers.extend(logits)
+            after += new
+            continue
         taken = _taken(rest, residual, states[first : first + len(rest)], here)
         compute = _recomputed if recomputes else _called
-        if piece is not None:
+        # Each piece would keep the whole of a state that grows.
+        if piece is not None and not hasattr(states[first], FILLED):
             compute = functools.partial(_piecewise, compute, piece=piece)
         residual, pending, new = compute(taken.run, residual, pending, states[first : first + taken.count])
         after += new
@@ -62,12 +70,13 @@ def in_pieces(backbone, inputs: Tensor, state, call: Call) -> tuple:
     Where nothing is kept for a gradient, that is called for one piece of a long sequence after the other. Where blocks
     are recomputed in a gradient, it is called once, with the length of the pieces.
     """
-    piece = None if call.observed else _piece(backbone, inputs)
+    piece = None if call.observed or call.routers is not None else _piece(backbone, inputs)
     if piece is None or torch.is_grad_enabled():
         return backbone.forward_piece(inputs, state, call, piece if call.plain else None)
     outputs, cut = [], (_split(value, piece, inputs) for value in (inputs, call.mask, call.segment_ids))
     for part, *positions in zip(*cut, strict=True):
-        here = call_of(*positions, length=part.shape[1], last=call.last)
+        fresh = call.fresh and not outputs
+        here = call_of(*positions, length=part.shape[1], last=call.last, fresh=fresh)
         output, state = backbone.forward_piece(part, state, here, None)
         outputs.append(output)
     return torch.cat(outputs, dim=1), state
@@ -91,6 +100,13 @@ def explain(model, batch: int = 1, length: int = 1) -> list[tuple[int, int, str,
                 runs.append((first, first + taken.count - 1, name, refusals))
             first += taken.count
     return runs
+
+
+def _with_routers(blocks, call: Call, residual, pending, states):
+    """The first block, and what its routers gave: a result, so that it is computed again with the block."""
+    own = []
+    taken = _taken(blocks, residual, states, call._replace(routers=own))
+    return *taken.run(residual, pending, states), tuple(own)
 
 
 def _taken(blocks, residual, states, call) -> ways.Taken:

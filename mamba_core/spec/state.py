@@ -141,15 +141,15 @@ def room(config, state: State, to_numpy: Callable[[Any], Any]) -> int | None:
     """Positions that can be added before the capacity must grow; None where nothing grows.
 
     Raises:
-        ValueError: more are there than had room: a compiled program has made the state, and dropped the others.
+        ValueError: positions were computed that the state had no room for.
     """
     if not grows(config):
         return None
-    left = capacity(config, state) - int(max(count.max() for count in filled(config, state, to_numpy).values()))
-    if left < 0:
+    most = max(int(count.max()) for count in filled(config, state, to_numpy).values())
+    if (left := capacity(config, state) - most) < 0:
         raise ValueError(
-            f"the state has {capacity(config, state) - left} positions and room for {capacity(config, state)}: a call "
-            "in a compiled program dropped those that found none; give it a state with more room, of mamba_core.grown"
+            f"the state has lost {-left} positions, for which a compiled call had no room; start from a state with room "
+            "for more, of `model.init_state(batch, room)` or `mamba_core.grown`, or call the model uncompiled"
         )
     return left
 

@@ -390,7 +390,7 @@ def test_groups_that_nothing_tells(tmp_path):
         ({"n_groups": 1, "learnable_init_states": True}, "learnable_init_states=True"),
         ({"n_groups": 1, "rms_norm_eps": 1e-6}, "rms_norm_eps=1e-06; mambapy's gated norm has 1e-05"),
         ({"n_groups": 2, "use_mem_eff_path": False}, "use_mem_eff_path=False and n_groups=2; .* is not read"),
-        ({"n_groups": 1, "dt_rank": 3}, "dt_rank=3, which is of architecture 'mamba"),
+        ({"n_groups": 1, "dt_rank": 3}, "dt_rank=3, which is of architecture 'jamba'"),
     ],
 )
 def test_faults_of_mambapys_config(tmp_path, changes, words):

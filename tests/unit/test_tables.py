@@ -19,7 +19,7 @@ from mamba_core.spec.params import Parameter, parameter_table
 from mamba_core.weights import configs, layouts, tables, verify
 from mamba_core.weights.formats import DTYPES, CheckpointError, TensorSource
 from mamba_core.weights.io import open_checkpoint
-from mamba_core.weights.names import Row, Scheme
+from mamba_core.weights.names import Row, Scheme, stored_tensors
 from mamba_core.weights.opening import open_model
 from mamba_core.weights.transforms import CHANNELS_LAST
 from mamba_core.weights.writing import stored_sources, write_layout, write_model
@@ -85,8 +85,9 @@ def test_a_table_names_every_tensor_once_and_back(name, layout):
         ]
         for on in (False, True):
             config = kind(n_layer=12, task=scheme.task, **dict.fromkeys(switches, on))
+            everything = stored_tensors(config, scheme)
             for parameter in parameter_table(config).values():
-                stored = scheme.stored(parameter)
+                stored = everything[parameter.name]
                 seen |= set(stored.names)
                 if len(stored.pieces) == 1:
                     back, transform = scheme.canonical(stored.names[0])
@@ -94,7 +95,7 @@ def test_a_table_names_every_tensor_once_and_back(name, layout):
                         parameter.name,
                         parameter.shape,
                     )
-            names = [piece for p in parameter_table(config).values() for piece in scheme.stored(p).names]
+            names = [piece for stored in everything.values() for piece in stored.names]
             assert len(set(names)) == len(names)
         assert scheme.canonical("backbone.layers.0.mixer.unknown.weight") is None
 

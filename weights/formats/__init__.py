@@ -27,6 +27,7 @@ from mamba_core.weights.formats.base import (
     blocks,
     count_bytes,
     count_nonfinite,
+    fill,
     sources_of,
 )
 from mamba_core.weights.formats.errors import CheckpointError, boundary, explained, list_names
@@ -57,6 +58,7 @@ __all__ = [
     "count_nonfinite",
     "early_sync",
     "explained",
+    "fill",
     "list_names",
     "parse_json",
     "probe_file",

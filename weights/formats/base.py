@@ -183,9 +183,13 @@ class Progress:
 
     def checksum(self, name: str) -> int:
         """CRC-32 of what has been written of a tensor."""
+        self.settle()
+        return self._checksums[name]
+
+    def settle(self) -> None:
+        """Wait until no block waits. A block may hold the memory of a whole tensor."""
         while self._pending:
             self._pending.popleft().result()
-        return self._checksums[name]
 
     def _record(self, name: str, block: np.ndarray) -> None:
         self._checksums[name] = zlib.crc32(block.view(np.uint8).data, self._checksums[name])
@@ -237,11 +241,40 @@ def _read(source: TensorSource) -> np.ndarray:
 
 
 def blocks(array: np.ndarray) -> Iterator[np.ndarray]:
-    """The array's elements, row-major, as flat pieces of at most BLOCK_BYTES."""
+    """The array's elements, row-major, as flat pieces of at most BLOCK_BYTES.
+
+    Of an array whose elements do not follow one another some entries of the first axis are copied at a time.
+    """
+    if not array.flags.c_contiguous and array.ndim > 1 and array.size:
+        entries = max(1, BLOCK_BYTES // array[0].nbytes)
+        for begin in range(0, len(array), entries):
+            yield from blocks(np.ascontiguousarray(array[begin : begin + entries]))
+        return
     flat = np.ascontiguousarray(array).reshape(-1)
     step = BLOCK_BYTES // flat.itemsize
     for begin in range(0, flat.size, step):
         yield flat[begin : begin + step]
+
+
+def fill(target: np.ndarray, pieces: Iterable[np.ndarray]) -> None:
+    """Write an array's elements, row-major, from flat pieces such as `blocks` gives, as many as it has."""
+    runs = _runs(target)
+    run = target[:0].reshape(-1)
+    for piece in pieces:
+        while piece.size:
+            run = run if run.size else next(runs)
+            count = min(run.size, piece.size)
+            run[:count] = piece[:count]
+            run, piece = run[count:], piece[count:]
+
+
+def _runs(target: np.ndarray) -> Iterator[np.ndarray]:
+    """The parts of an array that are flat without a copy, row-major."""
+    if target.flags.c_contiguous or target.ndim == 1:
+        yield target.reshape(-1)
+    else:
+        for entry in target:
+            yield from _runs(entry)
 
 
 def count_nonfinite(array: np.ndarray) -> int:

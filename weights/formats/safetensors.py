@@ -200,6 +200,8 @@ def _write_file(
         file.write(len(text).to_bytes(8, "little") + text)
         for source in laid_out:
             write_tensor(file, source, progress)
+            if progress is not None and source.stream is None:
+                progress.settle()
 
 
 def _write_index(path: Path, names: list[str], shards: list[list[TensorSource]]) -> None:

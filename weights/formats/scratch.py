@@ -29,3 +29,8 @@ class Scratch:
                     return self._kept[index][:count]
             self._kept = [*self._kept[1 - self._most :], np.empty(count, np.uint8)]
             return self._kept[-1][:]
+
+    def clear(self) -> None:
+        """Keep nothing. What somebody holds stays as it is."""
+        with self._lock:
+            self._kept = []

@@ -124,7 +124,8 @@ def claim_of_another(layout: str, architecture: str, fields: Mapping[str, Any]) 
             if mine.classes is None and _classes_of(shape, fields) & set(table.classes()):
                 claims.append(str(shape.classes))
             for field, values in table.fixed.items():
-                if fields.get(field) in values and fields[field] not in fixed.get(field, ()):
+                value = fields.get(field)
+                if value is not None and value in values and value not in fixed.get(field, ()):
                     claims.append(field)
             if found := next((field for field in claims if fields.get(field) is not None), None):
                 return found, name

@@ -53,6 +53,8 @@ class Table:
         ignored: their fields that say nothing about this architecture, though they may about another. They are kept.
         required: our field -> the one value that the library can run.
         required_of: task -> the same for models of that task.
+        differs: our config -> why the library would compute another function than the model's, None where it would
+            not. Such a model is not written. A file of one is read, for the library did not train it.
         unread: the end of a tensor's name -> why a file that has one is not read.
         consent: why a plain conversion would change the function. The user must then name the architecture
             (`compat`).
@@ -76,6 +78,7 @@ class Table:
     ignored: tuple[str, ...] = ()
     required: Mapping[str, Any] = field(default_factory=dict)
     required_of: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    differs: Callable[[Any], str | None] = lambda config: None
     unread: Mapping[str, str] = field(default_factory=dict)
     consent: str | None = None
     hides: tuple[str, ...] = ()

@@ -78,8 +78,17 @@ HF_FIELDS = {
     "eos_token_id": Field("eos_token_id", 0),
     "pad_token_id": Field("pad_token_id", 0),
 }
-# Fields of mamba_ssm, which published configs have beside those of transformers.
-HF_IGNORED = ("d_inner", "d_model", "fused_add_norm", "n_layer", "pad_vocab_size_multiple", "rms_norm", "ssm_cfg")
+# The first follows from the width, or counts instead of it. Published configs have the fields of mamba_ssm too.
+HF_IGNORED = (
+    "intermediate_size",
+    "d_inner",
+    "d_model",
+    "fused_add_norm",
+    "n_layer",
+    "pad_vocab_size_multiple",
+    "rms_norm",
+    "ssm_cfg",
+)
 ACTIVATION = {"hidden_act": ("silu", "swish")}
 
 
@@ -91,7 +100,7 @@ def hf_completed(values: dict[str, Any], rest: dict[str, Any], sizes: Mapping[st
             raise ValueError(f"config has intermediate_size {inner!r}; expected an integer from 1 to {MAX_SIZE}")
         if is_size(d) and not (is_number(values["expand"]) and inner <= values["expand"] * d < inner + 1):
             values["expand"] = ratio(inner, d)
-    return _automatic_rank(values)
+    return automatic_rank(values)
 
 
 def hf_derived(config: Any) -> dict[str, Any]:
@@ -205,7 +214,7 @@ def common_sizes(shapes: Mapping[str, Shape]) -> dict[str, Any]:
 def library_completed(values: dict[str, Any], rest: dict[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
     if values.get("dt_rank") == "auto":  # of which each library has an idea of its own
         values["dt_rank"] = sizes.get("dt_rank", "auto")
-    return _automatic_rank(values, sizes.get("d_model", values["d_model"]))
+    return automatic_rank(values, sizes.get("d_model", values["d_model"]))
 
 
 def _mambapy_derived(config: Any) -> dict[str, Any]:
@@ -258,7 +267,7 @@ TABLES = {
 }
 
 
-def _automatic_rank(values: dict[str, Any], d: Any = None) -> dict[str, Any]:
+def automatic_rank(values: dict[str, Any], d: Any = None) -> dict[str, Any]:
     """The rank as "auto" where it is what that stands for, so that equal models have equal configs."""
     d = values["d_model"] if d is None else d
     if is_size(d) and values["dt_rank"] == math.ceil(d / 16):

@@ -126,8 +126,7 @@ def _empty(residual, tensors, per_block):
     return [value.new_empty(value.shape) for value in (residual, *states)]
 
 
-@torch.library.custom_op("mamba_core::linear_step", mutates_args=(), device_types="cpu")
-def head(hidden: Tensor, weight: Tensor) -> Tensor:
+def few_rows(hidden: Tensor, weight: Tensor) -> Tensor:
     """hidden (b, ..., d) times the transpose of weight (v, d), in float32; where `head_reason` is None."""
     native_tensors.share_threads()
     hidden = hidden.contiguous()
@@ -142,6 +141,9 @@ def head(hidden: Tensor, weight: Tensor) -> Tensor:
         )
     )
     return logits
+
+
+head = torch.library.custom_op("mamba_core::linear_step", few_rows, mutates_args=(), device_types="cpu")
 
 
 @head.register_fake

@@ -4,7 +4,9 @@ import numpy as np
 
 from mamba_core.spec.ops.base import (
     NodeOp,
+    check_positions,
     expect_floats,
+    expect_rows,
     expect_shape,
     float64,
     shape_of,
@@ -31,7 +33,7 @@ def mixture_of_experts(x, logits, gate_up, down, *, top_k: int, mask=None):
 
     The contract is `mamba_core.mixture_of_experts`; computed and returned in float64.
     """
-    check_experts(x, logits, gate_up, down, top_k)
+    check_experts(x, logits, gate_up, down, top_k, mask)
     x, logits, gate_up, down = map(float64, (x, logits, gate_up, down))
     y, probability, chosen = np.zeros_like(x), softmax(logits), choice(logits, top_k)
     for expert in range(len(gate_up)):
@@ -96,14 +98,15 @@ def balance_loss(logits, top_k: int, mask=None) -> tuple[float, np.ndarray]:
     return float(experts * (used * mean).sum()), gradient
 
 
-def check_experts(x, logits, gate_up, down, top_k) -> None:
+def check_experts(x, logits, gate_up, down, top_k, mask=None) -> None:
     """Check the arguments of `mixture_of_experts`.
 
     Raises:
-        TypeError: an argument is not an array of real floating-point numbers.
-        ValueError: a shape does not fit, or there are fewer experts than are to be chosen.
+        TypeError: an argument is not an array, or of another kind of dtype.
+        ValueError: a shape does not fit, the batch is empty, or there are fewer experts than are to be chosen.
     """
     batch, length, width = shape_of("x", x, ("b", "l", "d"))
+    expect_rows("x", batch)
     experts, rows, _ = shape_of("gate_up", gate_up, ("experts", "2 i", "d"))
     if rows % 2:
         raise ValueError(f"gate_up has {rows} rows; expected an even number, the gate's before the others'")
@@ -113,6 +116,7 @@ def check_experts(x, logits, gate_up, down, top_k) -> None:
     if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= experts:
         raise ValueError(f"top_k is {top_k!r}; expected an integer from 1 to {experts}, the number of experts")
     expect_floats({"x": x, "logits": logits, "gate_up": gate_up, "down": down})
+    check_positions(batch, length, mask, None)
 
 
 def _counting(takes: np.ndarray, mask) -> np.ndarray:

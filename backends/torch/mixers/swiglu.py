@@ -1,0 +1,30 @@
+"""A feed-forward with a gate: down(silu(gate) * up)."""
+
+from torch import Tensor, nn
+
+from mamba_core.backends.torch.mixers import s6
+from mamba_core.backends.torch.ops.mixture_of_experts import swiglu
+from mamba_core.call import Call
+
+
+class SwiGLU(nn.Module):
+    """Its width is that of `config.feed_forward(layer)`."""
+
+    def __init__(self, config, layer: int, options):
+        super().__init__()
+        d, i = config.d_model, config.feed_forward(layer).width
+        self.kernels = options.kernels
+        self.gate_up_proj = nn.Linear(d, 2 * i, bias=False)
+        self.down_proj = nn.Linear(i, d, bias=False)
+
+    def forward(self, hidden: Tensor, call: Call) -> Tensor:
+        projected = call.observe("gate_up_proj", s6.project(self, "gate_up_proj", hidden))
+        active = call.observe("active", swiglu(projected))
+        return call.observe("down_proj", s6.project(self, "down_proj", active))
+
+    def width(self) -> int | None:
+        """As `s6.width`."""
+        return self.gate_up_proj.out_features if s6.is_ours(self.gate_up_proj) and s6.is_ours(self.down_proj) else None
+
+
+Mixer = SwiGLU
