@@ -17,15 +17,17 @@ from tests.conformance.cases.jamba import SMALL
 
 torch = pytest.importorskip("torch")
 
-from mamba_core.backends.torch import decoding, private, quantize  # noqa: E402
+from mamba_core.backends.torch import decoding, explain, private, quantize, training  # noqa: E402
 from mamba_core.backends.torch.kernels import (  # noqa: E402
     triton,
     triton_attention_step,
     triton_experts_step,
     triton_feed_forward_step,
     triton_linear,
+    triton_norm,
     triton_product,
 )
+from mamba_core.backends.torch.ops import swiglu  # noqa: E402
 from mamba_core.backends.torch.ops.rms_norm import rms_norm  # noqa: E402
 from mamba_core.backends.torch.ways import cuda_step  # noqa: E402
 from mamba_core.sampling import Sampling  # noqa: E402
@@ -192,6 +194,54 @@ def test_of_equal_experts_the_first_are_chosen():
     assert relative_l2(numpy(summed(layer, residual)), numpy(residual) + y[:, 0]) <= CLOSE[F32]
 
 
+# --- with gradients --------------------------------------------------------------------------------
+
+
+@here
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "shape"), [(F32, (2, 3, 10)), (F32, (0, 4)), (BF16, (3, 2100))])
+def test_swiglu_with_its_gradient(dtype, shape):
+    x, dy = random(*shape, dtype=dtype), random(*shape[:-1], shape[-1] // 2, dtype=dtype)
+    results = []
+    for kernel, value in (("plain", x.double()), ("triton", x)):
+        value = value.requires_grad_()
+        y = swiglu.swiglu(value, kernel)
+        results.append([y, *torch.autograd.grad(y, value, dy.to(y.dtype))])
+    for wanted, found in zip(*results, strict=True):
+        assert (found.shape, found.dtype) == (wanted.shape, dtype)
+        assert not found.numel() or relative_l2(numpy(found), numpy(wanted)) <= CLOSE[dtype]
+
+
+@here
+@pytest.mark.gpu
+@pytest.mark.parametrize("states", [4, 5])
+def test_weights_of_the_norms_of_dt_b_and_c(states):
+    dtbc, dnormed, weights = random(7, 3 + 2 * states), random(7, 3 + 2 * states, seed=1), random(3 + 2 * states)
+    parts = (3, states, states)
+    given = [value.double().requires_grad_() for value in (dtbc, weights)]
+    pairs = zip(*(value.split(parts, -1) for value in given), strict=True)
+    wanted = torch.cat([rms_norm(value, weight, EPS) for value, weight in pairs], -1)
+    dx, dweights = torch.autograd.grad(wanted, given, dnormed.double())
+    found = triton_norm.unit_norms(dtbc, states, EPS, weights)
+    assert relative_l2(numpy(found), numpy(wanted)) <= CLOSE[F32]
+    gradient = triton_norm.unit_norms_backward_(dnormed, dtbc, states, EPS, weights)
+    assert relative_l2(numpy(gradient), numpy(dweights)) <= CLOSE[F32]
+    assert relative_l2(numpy(dnormed), numpy(dx)) <= CLOSE[F32]
+
+
+@here
+@pytest.mark.gpu
+def test_a_model_and_its_gradient_in_fused_operators():
+    """The norms with the sums before them, the mixer with its norms, and SwiGLU."""
+    models = pair(dataclasses.replace(DENSE, n_layer=2))
+    tokens = np.arange(24).reshape(2, 12) % 29
+    (loss, found), (other, wanted) = (training.loss_and_gradients(each, tokens) for each in models)
+    assert abs(loss - other) <= 1e-5 * abs(other)
+    for name, gradient in wanted.items():
+        assert relative_l2(found[name], gradient) <= 2e-5, name
+    assert {name for _, _, name, _ in explain(models[0], 2, 12)} == {"fused"}
+
+
 # --- models --------------------------------------------------------------------------------------
 
 PERIODS = {"attn_layer_period": 3, "attn_layer_offset": 1}
@@ -231,7 +281,7 @@ def test_a_position_of_a_model(name, dtype, batch):
 @on_gpu
 @pytest.mark.parametrize("batch", [1, 4, 5, 70, 150])
 def test_a_position_of_a_model_on_a_gpu(batch):
-    assert_same(pair(DENSE, "bfloat16"), batch, 3e-2)
+    assert_same(pair(DENSE, "bfloat16"), batch, 6e-2)  # the plain form rounds at other places
     assert_same(pair(SPARSE), batch, 1e-5)
 
 
@@ -240,7 +290,7 @@ def test_a_position_of_a_model_on_a_gpu(batch):
 @pytest.mark.parametrize(("bits", "batch"), [(8, 1), (4, 3), (8, 5)])
 def test_a_position_of_quantised_weights(bits, batch):
     config = dataclasses.replace(DENSE, d_model=256, d_intermediate=384)
-    assert_same([quantize(model, bits) for model in pair(config, "bfloat16")], batch, 3e-2)
+    assert_same([quantize(model, bits) for model in pair(config, "bfloat16")], batch, 6e-2)
 
 
 @pytest.mark.gpu
@@ -268,4 +318,4 @@ def test_what_is_not_computed_is_refused():
     handle.remove()
     assert cuda_step.reason(model) is None
     model.backbone.layers[0].mixer.dt_norm.eps *= 2
-    assert "eps" in cuda_step.reason(model)
+    assert "several eps" in cuda_step.reason(model)

@@ -16,7 +16,19 @@ from mamba_core.backends.torch.kernels.triton import product
 
 
 def inner(
-    xz, conv_weight, conv_bias, x_proj, dt_proj, delta_bias, A, D, conv_state, ssm_state, restart, selection_eps=0.0
+    xz,
+    conv_weight,
+    conv_bias,
+    x_proj,
+    dt_proj,
+    delta_bias,
+    A,
+    D,
+    conv_state,
+    ssm_state,
+    restart,
+    selection_eps=0.0,
+    selection=None,
 ):
     """(y (b, l, e) before out_proj, conv state, ssm state) from what in_proj gives, (b, l, 2e).
 
@@ -27,9 +39,10 @@ def inner(
         x, conv_state = causal_conv(x, conv_weight, conv_bias, activation="silu", initial_state=conv_state)
         dt, B, C = linear(x, x_proj).split((r, n, n), -1)
         dt, B, C = (rms_norm(value, None, selection_eps) for value in (dt, B, C))  # where selection_eps > 0
+        dt, B, C = (value * weight for value, weight in ...)                       # where selection is (r + 2n)
         y, ssm_state = selective_scan(x, linear(dt, dt_proj), A, B, C, D, z=z, delta_bias, softplus, ssm_state)
     """
-    tensors = (xz, conv_weight, conv_bias, x_proj, dt_proj, delta_bias, A, D, conv_state, ssm_state, restart)
+    tensors = (xz, conv_weight, conv_bias, x_proj, dt_proj, delta_bias, A, D, selection, conv_state, ssm_state, restart)
     keep = torch.is_grad_enabled() and any(is_float(value) and value.requires_grad for value in tensors)
     return _inner(*tensors, selection_eps, keep)
 
@@ -44,6 +57,7 @@ def _forward(
     delta_bias: Tensor,
     A: Tensor,
     D: Tensor,
+    selection: Tensor | None,
     conv_state: Tensor,
     ssm_state: Tensor,
     restart: Tensor | None,
@@ -51,12 +65,12 @@ def _forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(y, conv state, ssm state, x_proj's output, the scan's kept states)."""
-    refuse_tangents(xz, conv_weight, conv_bias, x_proj, dt_proj, delta_bias, A, D, conv_state, ssm_state)
+    refuse_tangents(xz, conv_weight, conv_bias, x_proj, dt_proj, delta_bias, A, D, selection, conv_state, ssm_state)
     with torch.autocast(xz.device.type, enabled=False):
         x, z = xz.chunk(2, dim=-1)
         conv, conv_state = _conv(x, conv_weight, conv_bias, conv_state, restart)
         dtbc = F.linear(conv, x_proj.to(xz.dtype))
-        dt, B, C = _select(dtbc, A, selection_eps)
+        dt, B, C = _select(dtbc, A, selection_eps, selection)
         delta = F.linear(dt, dt_proj.to(xz.dtype))
         scan = _scans(xz)._scan
         y, ssm_state, kept = scan(conv, delta, A, B, C, D, z, delta_bias, ssm_state, None, restart, True, keep)
@@ -78,6 +92,7 @@ def _backward(
     delta_bias: Tensor,
     A: Tensor,
     D: Tensor,
+    selection: Tensor | None,
     conv_state: Tensor,
     ssm_state: Tensor,
     restart: Tensor | None,
@@ -87,7 +102,7 @@ def _backward(
     with torch.autocast(xz.device.type, enabled=False):
         x, z = xz.chunk(2, dim=-1)
         e = x.shape[-1]
-        dt, B, C = _select(dtbc, A, selection_eps)
+        dt, B, C = _select(dtbc, A, selection_eps, selection)
         conv, _ = _conv(x, conv_weight, conv_bias, conv_state, restart)
         delta = F.linear(dt, dt_proj.to(xz.dtype))
         given = (conv, delta, A, B, C, D, z, delta_bias, ssm_state, None, restart, True, keep)
@@ -96,8 +111,9 @@ def _backward(
         ddelta, dt = ddelta.flatten(0, 1), dt.flatten(0, 1)
         ddt = ddelta @ dt_proj.to(xz.dtype)
         ddtbc = torch.cat([ddt, dB.flatten(0, 1), dC.flatten(0, 1)], dim=1)
+        dselection = None
         if selection_eps > 0:
-            triton_norm.unit_norms_backward_(ddtbc, dtbc, A.shape[1], selection_eps)
+            dselection = triton_norm.unit_norms_backward_(ddtbc, dtbc, A.shape[1], selection_eps, selection)
         ddt_proj = product(ddelta.mT, dt)
         del delta, ddelta
         dconv.flatten(0, 1).addmm_(ddtbc, x_proj.to(xz.dtype))
@@ -110,12 +126,27 @@ def _backward(
         )
         dconv_bias = others[:-1]
         weights = [dx_proj.to(x_proj.dtype), ddt_proj.to(dt_proj.dtype), ddelta_bias, dA, dD]
+        if selection is not None:
+            weights.append(dselection.to(selection.dtype))
         return [dxz, dconv_weight, *dconv_bias, *weights, others[-1], dssm_state]
 
 
 @_forward.register_fake
 def _(
-    xz, conv_weight, conv_bias, x_proj, dt_proj, delta_bias, A, D, conv_state, ssm_state, restart, selection_eps, keep
+    xz,
+    conv_weight,
+    conv_bias,
+    x_proj,
+    dt_proj,
+    delta_bias,
+    A,
+    D,
+    selection,
+    conv_state,
+    ssm_state,
+    restart,
+    selection_eps,
+    keep,
 ):
     b, l, _ = xz.shape
     x, z = xz.chunk(2, dim=-1)
@@ -141,9 +172,9 @@ def _conv(x, weight, bias, state, restart):
     return triton_conv.conv(x, weight, bias, state, triton_conv.runs_of(restart), True)
 
 
-def _select(dtbc, A, selection_eps):
+def _select(dtbc, A, selection_eps, selection):
     """dt, B and C, normed where selection_eps is above 0."""
     n = A.shape[1]
     if selection_eps > 0:
-        dtbc = triton_norm.unit_norms(dtbc, n, selection_eps)
+        dtbc = triton_norm.unit_norms(dtbc, n, selection_eps, selection)
     return dtbc.split((dtbc.shape[-1] - 2 * n, n, n), dim=-1)

@@ -136,32 +136,51 @@ def _(dnormed, dtotal, total, scale, residual, hidden, weight, eps, dtype):
 _add_norm = differentiable(_forward, _backward, kept=(1, 2), unread=(0, 1))
 
 
-def unit_norms(dtbc: Tensor, states: int, eps: float) -> Tensor:
-    """dt, B and C, which lie side by side in dtbc (..., r + 2n), each times rsqrt(mean(itself^2) + eps)."""
+def unit_norms(dtbc: Tensor, states: int, eps: float, weights: Tensor | None = None) -> Tensor:
+    """dt, B and C, which lie side by side in dtbc (..., r + 2n), each times rsqrt(mean(itself^2) + eps).
+
+    weights: (r + 2n), by which they are then multiplied, in float32; None for none.
+    """
     normed = torch.empty_like(dtbc)
-    _on_parts(_unit_norms_kernel, (dtbc, normed), states, eps)
+    _on_parts(_unit_norms_kernel, (dtbc, normed), weights, None, states, eps)
     return normed
 
 
-def unit_norms_backward_(dnormed: Tensor, dtbc: Tensor, states: int, eps: float) -> None:
-    """Makes the gradient of `unit_norms` of its result's gradient, in its memory."""
-    _on_parts(_unit_norms_backward_kernel, (dtbc, dnormed), states, eps)
+def unit_norms_backward_(
+    dnormed: Tensor, dtbc: Tensor, states: int, eps: float, weights: Tensor | None = None
+) -> Tensor | None:
+    """Makes the gradient of `unit_norms` of its result's gradient, in its memory; returns that of the weights."""
+    width = dtbc.shape[-1]
+    parts = None if weights is None else dtbc.new_empty(*_programs_of_parts(dtbc, states), width, dtype=torch.float32)
+    _on_parts(_unit_norms_backward_kernel, (dtbc, dnormed), weights, parts, states, eps)
+    return None if parts is None else parts.sum(0)
 
 
-def _on_parts(kernel, arrays, states, eps):
+def _programs_of_parts(dtbc: Tensor, states: int) -> tuple[int]:
+    width = dtbc.shape[-1]
+    return (blocks_of(dtbc.numel() // width, _rows_of_parts(width, states)),)
+
+
+def _rows_of_parts(width: int, states: int) -> int:
+    """Rows of a program."""
+    return max(1, ENTRIES // power_of_2(max(width - 2 * states, states)))
+
+
+def _on_parts(kernel, arrays, weights, parts, states, eps):
     """Launches a kernel on the rows of contiguous arrays."""
     width = arrays[0].shape[-1]
     rank, rows = width - 2 * states, arrays[0].numel() // width
-    each = max(1, ENTRIES // power_of_2(max(rank, states)))
     if rows:
         with launching(arrays[0]):
-            kernel[(blocks_of(rows, each),)](
+            kernel[_programs_of_parts(arrays[0], states)](
                 *arrays,
+                *(arrays[0] if value is None else value for value in (weights, parts)),
                 rows,
                 eps,
                 RANK=rank,
                 STATES=states,
-                ROWS=each,
+                WEIGHTED=weights is not None,
+                ROWS=_rows_of_parts(width, states),
                 BLOCK_RANK=power_of_2(rank),
                 BLOCK_STATES=power_of_2(states),
             )
@@ -259,55 +278,94 @@ def unit_normed(x, eps, COUNT: tl.constexpr):
 def _unit_norms_kernel(
     dtbc,
     normed,
+    weights,
+    parts,
     rows,
     eps,
     RANK: tl.constexpr,
     STATES: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     BLOCK_STATES: tl.constexpr,
 ):
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    place = row * (RANK + 2 * STATES)
-    _norm_part(dtbc, normed, place, row < rows, eps, RANK, BLOCK_RANK)
-    _norm_part(dtbc, normed, place + RANK, row < rows, eps, STATES, BLOCK_STATES)
-    _norm_part(dtbc, normed, place + RANK + STATES, row < rows, eps, STATES, BLOCK_STATES)
+    place, known = row * (RANK + 2 * STATES), row < rows
+    _norm_part(dtbc, normed, weights, 0, place, known, eps, RANK, BLOCK_RANK, WEIGHTED)
+    _norm_part(dtbc, normed, weights, RANK, place, known, eps, STATES, BLOCK_STATES, WEIGHTED)
+    _norm_part(dtbc, normed, weights, RANK + STATES, place, known, eps, STATES, BLOCK_STATES, WEIGHTED)
 
 
 @jit
-def _norm_part(values, normed, place, known, eps, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    k = tl.arange(0, BLOCK)[None, :]
-    inside = known & (k < COUNT)
+def _norm_part(
+    values,
+    normed,
+    weights,
+    first,
+    place,
+    known,
+    eps,
+    COUNT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+):
+    k = first + tl.arange(0, BLOCK)[None, :]
+    inside = known & (k < first + COUNT)
     x = tl.load(values + place + k, mask=inside, other=0.0).to(tl.float32)
-    tl.store(normed + place + k, unit_normed(x, eps, COUNT).to(normed.dtype.element_ty), mask=inside)
+    x = unit_normed(x, eps, COUNT)
+    if WEIGHTED:
+        x *= tl.load(weights + k, mask=k < first + COUNT, other=0.0).to(tl.float32)
+    tl.store(normed + place + k, x.to(normed.dtype.element_ty), mask=inside)
 
 
 @jit
 def _unit_norms_backward_kernel(
     dtbc,
     gradient,
+    weights,
+    parts,
     rows,
     eps,
     RANK: tl.constexpr,
     STATES: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     BLOCK_STATES: tl.constexpr,
 ):
+    """parts: (programs, r + 2n) float32, each program's share of the weights' gradient."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    place = row * (RANK + 2 * STATES)
-    _norm_part_backward(dtbc, gradient, place, row < rows, eps, RANK, BLOCK_RANK)
-    _norm_part_backward(dtbc, gradient, place + RANK, row < rows, eps, STATES, BLOCK_STATES)
-    _norm_part_backward(dtbc, gradient, place + RANK + STATES, row < rows, eps, STATES, BLOCK_STATES)
+    place, known = row * (RANK + 2 * STATES), row < rows
+    parts += tl.program_id(0) * (RANK + 2 * STATES)
+    _norm_part_backward(dtbc, gradient, weights, parts, 0, place, known, eps, RANK, BLOCK_RANK, WEIGHTED)
+    _norm_part_backward(dtbc, gradient, weights, parts, RANK, place, known, eps, STATES, BLOCK_STATES, WEIGHTED)
+    _norm_part_backward(
+        dtbc, gradient, weights, parts, RANK + STATES, place, known, eps, STATES, BLOCK_STATES, WEIGHTED
+    )
 
 
 @jit
-def _norm_part_backward(values, gradient, place, known, eps, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    k = tl.arange(0, BLOCK)[None, :]
-    inside = known & (k < COUNT)
+def _norm_part_backward(
+    values,
+    gradient,
+    weights,
+    parts,
+    first,
+    place,
+    known,
+    eps,
+    COUNT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+):
+    k = first + tl.arange(0, BLOCK)[None, :]
+    inside = known & (k < first + COUNT)
     x = tl.load(values + place + k, mask=inside, other=0.0).to(tl.float32)
     dy = tl.load(gradient + place + k, mask=inside, other=0.0).to(tl.float32)
     factor = tl.rsqrt(tl.sum(x * x, -1, keep_dims=True) / COUNT + eps)
     x = x * factor
+    if WEIGHTED:
+        tl.store(parts + k, tl.sum(dy * x, 0, keep_dims=True), mask=k < first + COUNT)
+        dy *= tl.load(weights + k, mask=k < first + COUNT, other=0.0).to(tl.float32)
     dx = factor * (dy - x * (tl.sum(dy * x, -1, keep_dims=True) / COUNT))
     tl.store(gradient + place + k, dx.to(gradient.dtype.element_ty), mask=inside)

@@ -1,5 +1,6 @@
 """The mixer of Jamba's Mamba layers: that of Mamba-1 with an RMS norm, which has weights, on each of dt, B and C."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -20,7 +21,12 @@ class JambaMixer(nn.Module):
         self.dt_norm, self.B_norm, self.C_norm = (RMSNorm(size, config.norm_eps) for size in self.sizes)
 
     def forward(self, hidden: Tensor, state: LayerState, call: Call) -> tuple[Tensor, LayerState]:
-        x, z = call.observe("in_proj", s6.project(self, "in_proj", hidden)).chunk(2, dim=-1)
+        xz = call.observe("in_proj", s6.project(self, "in_proj", hidden))
+        if self._norms_as_built() and s6.is_fused(self, xz, call):
+            norms = self.dt_norm, self.B_norm, self.C_norm
+            y, state = s6.fused(self, xz, state, call, norms[0].eps, torch.cat([norm.weight for norm in norms]))
+            return self.out_proj(y), state
+        x, z = xz.chunk(2, dim=-1)
         y, state = self._mix(call.observe("x", x), call.observe("z", z), state, call)
         return call.observe("out_proj", s6.project(self, "out_proj", y)), state
 
@@ -43,12 +49,14 @@ class JambaMixer(nn.Module):
         return y, LayerState(conv, ssm)
 
     def cuda_step(self, norm):
+        if not self._norms_as_built():
+            return "a norm of dt, B or C was changed, or they have several eps"
         norms = self.dt_norm, self.B_norm, self.C_norm
-        if not untouched(RMSNorm, *norms):
-            return "a norm of dt, B or C was changed"
-        if len({each.eps for each in norms}) > 1:
-            return "the norms of dt, B and C have several eps"
         return s6.cuda_operands(self, norm, norms[0].eps, tuple(each.weight for each in norms))
+
+    def _norms_as_built(self) -> bool:
+        norms = self.dt_norm, self.B_norm, self.C_norm
+        return untouched(RMSNorm, *norms) and len({norm.eps for norm in norms}) == 1
 
     def width(self) -> int | None:
         """As `s6.width`."""

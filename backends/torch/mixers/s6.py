@@ -88,8 +88,10 @@ def is_fused(mixer, xz: Tensor, call: Call) -> bool:
     return fused_mixer.is_fused(mixer.kernels, xz, mixer.conv1d.weight.shape[-1], mixer.A_log.shape[1])
 
 
-def fused(mixer, xz: Tensor, state: LayerState, call: Call, selection_eps: float = 0.0) -> tuple[Tensor, LayerState]:
-    """y (b, l, e), and the state."""
+def fused(
+    mixer, xz: Tensor, state: LayerState, call: Call, selection_eps: float = 0.0, selection: Tensor | None = None
+) -> tuple[Tensor, LayerState]:
+    """y (b, l, e), and the state. selection: the weights of the norms of dt, B and C together, (r + 2n)."""
     y, conv, ssm = fused_mixer.KERNELS["triton"](
         xz,
         mixer.conv1d.weight[:, 0],
@@ -103,6 +105,7 @@ def fused(mixer, xz: Tensor, state: LayerState, call: Call, selection_eps: float
         state.ssm,
         call.restart,
         selection_eps,
+        selection,
     )
     return y, LayerState(conv, ssm)
 

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from mamba_core.backends.torch.kernels.triton_feed_forward_step import FeedForward
 from mamba_core.backends.torch.mixers import s6
-from mamba_core.backends.torch.ops.mixture_of_experts import swiglu
+from mamba_core.backends.torch.ops import swiglu
 from mamba_core.backends.torch.quantization import stored_weight
 from mamba_core.call import Call
 
@@ -21,7 +21,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, hidden: Tensor, call: Call) -> Tensor:
         projected = call.observe("gate_up_proj", s6.project(self, "gate_up_proj", hidden))
-        active = call.observe("active", swiglu(projected))
+        active = call.observe("active", swiglu.swiglu(projected, self.kernels.of("swiglu")))
         return call.observe("down_proj", s6.project(self, "down_proj", active))
 
     def cuda_step(self, norm: nn.Module) -> FeedForward | str:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mamba_core.backends.torch import private
 from mamba_core.backends.torch.arrays import check_devices, in_compute_dtype
@@ -109,15 +110,22 @@ def fused(q, k, v, scale: float, allowed: Tensor | None) -> Tensor:
     groups, repeats = k.shape[1], q.shape[2] // k.shape[1]
     mask = None if allowed is None else allowed[:, None]
     if q.shape[1] == 1:
-        y = F.scaled_dot_product_attention(q[:, 0].unflatten(1, (groups, repeats)), k, v, mask, scale=scale)
-        return y.flatten(1, 2)[:, None]
+        return _dot_product(q[:, 0].unflatten(1, (groups, repeats)), k, v, mask, scale=scale).flatten(1, 2)[:, None]
     q = q.transpose(1, 2)
     if mask is None:
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=repeats > 1)
+        y = _dot_product(q, k, v, is_causal=True, scale=scale, enable_gqa=repeats > 1)
     else:  # no kernel takes both a mask and groups
         k, v = (value.repeat_interleave(repeats, 1) if repeats > 1 else value for value in (k, v))
-        y = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+        y = _dot_product(q, k, v, mask, scale=scale)
     return y.transpose(1, 2)
+
+
+def _dot_product(q, *arguments, **options):
+    """Without cuDNN's kernel: PyTorch 2.11 chooses it for strides and lengths at which it fails."""
+    if not q.is_cuda:
+        return F.scaled_dot_product_attention(q, *arguments, **options)
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        return F.scaled_dot_product_attention(q, *arguments, **options)
 
 
 def plain(q, k, v, scale: float, allowed: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""A block whose norm is one kernel with the sum of the block before it."""
+"""A block whose norms are one kernel each with the sum before them."""
 
 from mamba_core.backends.torch.blocks import Block, RMSNorm
 from mamba_core.backends.torch.ops import rms_norm
@@ -22,8 +22,12 @@ def take(blocks, residual, states, call) -> Taken | str:
         mixer = block.mixer
         if only_last and (compute := own(mixer, "last_position")) and mixer.can_compute_last_only(normed):
             pending, state = compute(mixer, normed, states[0], call)
-            return residual[:, -1:], pending, (state,)
-        pending, state = mixer(normed, states[0], call)
+            residual = residual[:, -1:]
+        else:
+            pending, state = mixer(normed, states[0], call)
+        if block.feed_forward is not None:
+            normed, residual = _add_norm(block.norm2, residual, pending, kernel)
+            pending = block.feed_forward(normed, call)
         return residual, pending, (state,)
 
     # One block, because a faster way may take the next.
@@ -38,11 +42,15 @@ def norm(module, residual, pending, policy: Kernels):
 
 
 def _kernel(block, residual) -> str | None:
-    if not untouched(Block, block) or block.feed_forward is not None or not untouched(RMSNorm, block.norm):
+    norms = [block.norm] if block.feed_forward is None else [block.norm, block.norm2]
+    if not untouched(Block, block) or not untouched(RMSNorm, *norms):
         return None
     # Any mixer will do, because it is called; a wrapper of one need not know about kernels.
     policy = getattr(block.mixer, "kernels", None)
-    return rms_norm.fused_kernel(policy, residual, block.norm.weight) if isinstance(policy, Kernels) else None
+    if not isinstance(policy, Kernels):
+        return None
+    kernels = {rms_norm.fused_kernel(policy, residual, norm.weight) for norm in norms}
+    return kernels.pop() if len(kernels) == 1 else None
 
 
 def _add_norm(module, residual, pending, kernel):
