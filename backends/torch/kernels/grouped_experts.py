@@ -7,14 +7,20 @@ from torch import Tensor
 from mamba_core.backends.torch.arrays import at_least_float32
 
 
-def reason(device: torch.device, dtype: torch.dtype | None) -> str | None:
-    """Why there is no such product on that device, for that dtype; None if there is one."""
+# Rows of weights begin at multiples of so many entries.
+ALIGNED = 8
+
+
+def reason(device: torch.device, dtype: torch.dtype | None, *sizes: int) -> str | None:
+    """Why there is no such product on that device, for that dtype and rows of those sizes; None if there is one."""
     if device.type != "cuda":
         return "it runs on CUDA only"
     if not hasattr(F, "grouped_mm"):
         return f"torch {torch.__version__} has no grouped_mm"
     if dtype not in (None, torch.bfloat16):
         return f"x is {str(dtype).removeprefix('torch.')}, and it computes bfloat16"
+    if odd := [size for size in sizes if size % ALIGNED]:
+        return f"rows have {odd[0]} entries, and it takes multiples of {ALIGNED}"
     return None
 
 
