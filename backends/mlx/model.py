@@ -5,7 +5,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from mamba_core import architectures, tasks
-from mamba_core.backend import Hidden, State
+from mamba_core.backend import State
 from mamba_core.backends.mlx import ops, stack
 from mamba_core.backends.mlx import state as states
 from mamba_core.backends.mlx.arrays import check_array, dtype_name, keep_float32, kind_of
@@ -15,7 +15,6 @@ from mamba_core.backends.mlx.positions import call_of
 from mamba_core.backends.mlx.untouched import untouched
 from mamba_core.call import Call
 from mamba_core.kernels import Kernels, choose
-from mamba_core.observe import reporting
 from mamba_core.spec.checks import check_state
 from mamba_core.spec.params import parameter_table
 from mamba_core.tasks.base import EMBEDDING, FINAL_NORM
@@ -185,13 +184,6 @@ class Model(nn.Module):
             layers = tree_map(lambda value, like: value.astype(like.dtype), state.layers, likes)
             return mx.zeros((batch, 0, self.config.d_model), self.compute_dtype), State(layers, state.segment)
         return self.backbone(inputs, state, call_of(mask, segment_ids, length=length, observe=observe))
-
-    def _hidden(self, inputs, inputs_embeds, state, mask, segment_ids, observe) -> Hidden:
-        """The output of a model without a head."""
-        observe = reporting(observe)
-        with self.on_device():
-            hidden, state = self._run(inputs, inputs_embeds, state, mask, segment_ids, observe)
-            return Hidden(observe("hidden", self._masked(hidden, mask)), state)
 
     def _masked(self, values, mask):
         if mask is not None and values.size:

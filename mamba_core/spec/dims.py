@@ -4,6 +4,7 @@
     l  length (time)             n  d_state (states per channel)
     d  d_model                   r  dt_rank (rank of the step-size projection)
     v  vocabulary (padded)       k  d_conv (width of the short convolution)
+    o  outputs of a head         i  inputs of a projection
 
 Reserved for architectures with heads: h heads, p head dimension, g groups.
 Arrays are laid out (batch, length, channels) everywhere.
@@ -21,4 +22,6 @@ LETTERS = {
     "h": "heads",
     "p": "head_dim",
     "g": "groups",
+    "o": "outputs of a head",
+    "i": "inputs of a projection",
 }
