@@ -13,8 +13,8 @@ from mamba_core.spec.losses import IGNORED
 from mamba_core.spec.ops.base import expect_shape
 from mamba_core.spec.params import Parameter
 from mamba_core.tasks import base
+from mamba_core.tasks.base import SCORE, SCORE_BIAS
 
-SCORE, SCORE_BIAS = "score.weight", "score.bias"
 _FEWEST = 2  # labels, unless the options say otherwise
 _PLAIN = "LABEL_{}"  # what transformers calls a label that has no name
 

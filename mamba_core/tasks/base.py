@@ -20,6 +20,7 @@ from mamba_core.spec.params import Parameter
 
 EMBEDDING = "backbone.embeddings.weight"
 FINAL_NORM = "backbone.norm_f.weight"
+SCORE, SCORE_BIAS = "score.weight", "score.bias"
 IDS, EMBEDS = "input_ids", "inputs_embeds"
 # The node that embeddings given as such stand for.
 EMBEDDED = "embedding"
@@ -39,6 +40,7 @@ class Task:
         float32: whether the output is float32 whatever the compute dtype.
         output: the NamedTuple that a call returns; its first field is the last node of the graph.
         suffix: how transformers' classes of this task end, None where it has none.
+        marks: tensors in the place of the embedding, which tell a checkpoint of this task.
     """
 
     inputs: ClassVar[str] = IDS
@@ -49,6 +51,7 @@ class Task:
     float32: ClassVar[bool] = False
     output: ClassVar[type] = Hidden
     suffix: ClassVar[str | None] = None
+    marks: ClassVar[tuple[str, ...]] = ()
 
     @property
     def of_rows(self) -> tuple[str, ...]:
