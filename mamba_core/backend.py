@@ -52,6 +52,19 @@ class Hidden(NamedTuple):
     state: State
 
 
+class Forecast(NamedTuple):
+    """What follows a series.
+
+    forecast: (b, h, c) float32, or (b, h, c, q) of q quantiles: h positions of c channels. state: after the last
+    position. location, scale: (b, c) float32, by which the series was normalised; None where it was not.
+    """
+
+    forecast: Array
+    state: State
+    location: Array | None
+    scale: Array | None
+
+
 class Context(NamedTuple):
     """What a choice depends on beside the logits; logits processors are given it. Arrays of fixed shapes.
 

@@ -175,7 +175,7 @@ def parity(
     reference = _reference(opened, inputs, grad)
     whole, steps = inputs.shape[1], min(steps, inputs.shape[1])
     splits, chunks = {"forward": [0, whole]}, []
-    if architectures.traits(opened.config).steps:
+    if architectures.traits(opened.config).steps and tasks.of(opened.config).resumes:
         # One call in the middle, and a last one shorter than the window of a convolution.
         splits["chunked"] = sorted({0, whole // 2, max(whole - 2, 0), whole})
         splits["stepped"] = list(range(steps + 1))

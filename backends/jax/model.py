@@ -126,16 +126,26 @@ class Model(nnx.Module):
     def _run(self, inputs, inputs_embeds, state, mask, segment_ids, observe) -> tuple[jax.Array, State, Call]:
         """What comes before the head, the state after it, and the facts of the call."""
         inputs, kind = self.task.given(inputs, inputs_embeds)
+        inputs, mask, segment_ids, _ = self._checked(inputs, mask, segment_ids, kind)
+        return self._run_from(inputs, state, mask, segment_ids, reporting(observe))
+
+    def _checked(self, inputs, mask, segment_ids, kind: str, **extras):
+        """The arguments as arrays, and the extras by name."""
         inputs, mask = as_array(kind, inputs), as_array("mask", mask)
         segment_ids = as_array("segment_ids", segment_ids)
-        self.task.check(self.config, inputs, mask, segment_ids, kind)
+        extras = {name: as_array(name, value) for name, value in extras.items()}
+        self.task.check(self.config, inputs, mask, segment_ids, kind, extras)
+        return inputs, mask, segment_ids, extras
+
+    def _run_from(self, inputs, state, mask, segment_ids, observe) -> tuple[jax.Array, State, Call]:
+        """The same from what the backbone takes, checked: ids (b, l), or floats (b, l, d)."""
         batch, length = inputs.shape[:2]
         if state is None:
             state = self.init_state(batch, length)
         else:
             check_state(self.config, batch, state)
             state = states.with_room(self.config, state, length)
-        call = call_of(mask, segment_ids, length=length, observe=reporting(observe))
+        call = call_of(mask, segment_ids, length=length, observe=observe)
         return *self.backbone_of(inputs, state, call), call
 
     def _check_dtypes(self):

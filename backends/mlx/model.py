@@ -169,9 +169,16 @@ class Model(nn.Module):
     def _run(self, inputs, inputs_embeds, state, mask, segment_ids, observe) -> tuple[mx.array, State]:
         """The backbone's output and the state after it."""
         inputs, kind = self.task.given(inputs, inputs_embeds)
-        for name, value in {kind: inputs, "mask": mask, "segment_ids": segment_ids}.items():
+        self._check(inputs, mask, segment_ids, kind)
+        return self._run_from(inputs, state, mask, segment_ids, observe)
+
+    def _check(self, inputs, mask, segment_ids, kind: str, **extras) -> None:
+        for name, value in {kind: inputs, "mask": mask, "segment_ids": segment_ids, **extras}.items():
             check_array(name, value)
-        self.task.check(self.config, inputs, mask, segment_ids, kind)
+        self.task.check(self.config, inputs, mask, segment_ids, kind, extras)
+
+    def _run_from(self, inputs, state, mask, segment_ids, observe) -> tuple[mx.array, State]:
+        """The same from what the backbone takes, checked: ids (b, l), or floats (b, l, d)."""
         batch, length = inputs.shape[:2]
         if state is None:
             state = self.init_state(batch, length)

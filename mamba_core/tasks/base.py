@@ -34,6 +34,7 @@ class Task:
         inputs: the name of what the model is called with, `IDS`, `EMBEDS` or one of the task's own.
         extras: the names of arrays that a call may have beside them.
         generates: whether the output is logits of the next token.
+        forecasts: whether the output is the values that follow a series.
         trains: whether there is a loss.
         labelled: whether the loss is of targets that are given beside the inputs, in a batch (`checked_batch`). Else
             the targets are the inputs one position later.
@@ -46,6 +47,7 @@ class Task:
     inputs: ClassVar[str] = IDS
     extras: ClassVar[tuple[str, ...]] = ()
     generates: ClassVar[bool] = False
+    forecasts: ClassVar[bool] = False
     trains: ClassVar[bool] = False
     labelled: ClassVar[bool] = False
     float32: ClassVar[bool] = False
@@ -62,6 +64,11 @@ class Task:
     def pools(self) -> bool:
         """Whether the output is such a node."""
         return bool(self.of_rows)
+
+    @property
+    def resumes(self) -> bool:
+        """Whether a call that is given a state alone goes on where the one before it left off."""
+        return True
 
     def before(self, config: Any) -> Iterator[Parameter]:
         """The parameters before the blocks."""
@@ -211,7 +218,7 @@ class Task:
         }
         inputs, extras = arrays["inputs"], {name: arrays[name] for name in self.extras if name in arrays}
         self.check(config, inputs, arrays.get("mask"), arrays.get("segment_ids"), extras=extras)
-        self.beginning(config, inputs, self.inputs)
+        self.beginnings(config, inputs, self.inputs, arrays.get("mask"), extras)
         arrays["targets"] = self.checked_targets(config, inputs.shape[:2], arrays["targets"])
         if not self.weight(config, arrays["targets"], arrays.get("mask")) > 0:
             raise ValueError("no target of the batch counts, so that it has no loss")

@@ -22,6 +22,11 @@ KINDS = {
         {"num_labels": 3, "problem_type": "multi_label", "pooling": "mean", "bias": True, "class_weights": [2, 1, 0.5]},
     ),
     "a number": ("sequence_classification", {"num_labels": 1, "pooling": "max"}),
+    "a forecast": ("forecasting", {"channels": 2, "horizon": 3, "covariates": 1}),
+    "quantiles": (
+        "forecasting",
+        {"channels": 2, "horizon": 2, "quantiles": [0.1, 0.5, 0.8], "instance_norm": True, "indicator": True},
+    ),
     "tokens": ("token_classification", {"num_labels": 4, "class_weights": [1.0, 0.5, 2.0, 1.0]}),
 }
 LABELLED = [name for name, (task, _) in KINDS.items() if tasks.find(task).Task.labelled]
