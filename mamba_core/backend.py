@@ -315,6 +315,14 @@ class Backend(Protocol):
             state: what the tokens go on from. A row that is all padding leaves it as it was; its logits mean nothing.
         """
 
+    def infer(self, model: Model, inputs, state: State | None = None, **arrays) -> Any:
+        """What the model's call gives, without gradients, in the backend's arrays; compiled where that pays.
+
+        Args:
+            inputs: what the task's model is called with, NumPy or of the backend; not changed, nor is the state.
+            arrays: what else the call takes by name, such as mask; None for one that is not given.
+        """
+
     def fork(self, values: Any, rows) -> Any:
         """Rows of a tree of arrays, such as a `State` or an `Output`: row rows[i] (NumPy ints) becomes row i."""
 

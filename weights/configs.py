@@ -91,7 +91,7 @@ def write_config(layout: str, config: BaseConfig) -> dict[str, Any]:
             str(shape.classes): [name for name, task in _classes(shape, table).items() if task == config.task][:1]
         }
     elif shape.hides == "never":
-        _refuse_options(layout, config, table.options)
+        _refuse_options(layout, config, table.options.get(config.task, ()))
     written |= table.derived(config)
     hidden = written.pop(HIDDEN, {})
     if shape.nested is not None:

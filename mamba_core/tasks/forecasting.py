@@ -214,7 +214,7 @@ class Task(base.Task):
     @staticmethod
     def _counting(targets: np.ndarray, mask: Any) -> np.ndarray:
         known = ~np.isnan(targets)
-        return known if mask is None else known & np.asarray(mask).any(1)[:, None, None]
+        return known if mask is None else known & np.asarray(np.asarray(mask).any(1))[:, None, None]
 
 
 def _linear(name: str) -> dict[str, str]:

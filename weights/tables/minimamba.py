@@ -42,7 +42,8 @@ def _completed(values: dict[str, Any], rest: dict[str, Any], sizes: Mapping[str,
 
 
 def _derived(config) -> dict:
-    task, fields = tasks.of(config), {"dt_rank": config.dt_rank_size}
+    task: Any = tasks.of(config)
+    fields = {"dt_rank": config.dt_rank_size}
     if SCORE not in (parameter.name for parameter in task.after(config)):
         return fields
     if not task.bias:
@@ -79,7 +80,7 @@ TABLES = {
         fixed={"rms_norm": (True,)},
         unused=("d_inner", "padded_vocab_size", "use_fast_path", "device", "dtype", "gradient_checkpointing"),
         ignored=("dropout",),
-        options=("num_labels", "bias", "pooling"),
+        options={"sequence_classification": ("num_labels", "bias", "pooling")},
         required_of={"lm": {"bias": False}},  # or its head has one too
         consent="MiniMamba computes another function than Mamba: it adds the dt bias twice and its gate has no SiLU, "
         "so a plain conversion would change the outputs",
