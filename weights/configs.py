@@ -83,13 +83,11 @@ def write_config(layout: str, config: BaseConfig) -> dict[str, Any]:
         written[rows["vocab_size"].theirs] = config.padded_vocab_size
     written |= table.constants
     written |= dict.fromkeys(shape.kind_name if table.kinds else (), *table.kinds[:1])
-    if shape.classes is not None and scheme.classes:
-        written[shape.classes] = [scheme.classes[0]]
+    known = scheme.classes or [name for name, task in _classes(shape, table).items() if task == config.task]
+    if shape.classes is not None and known:
+        written[shape.classes] = [known[0]]
     if shape.holds_every_task:
         written |= tasks.of(config).fields()
-        written |= {
-            str(shape.classes): [name for name, task in _classes(shape, table).items() if task == config.task][:1]
-        }
     elif shape.hides == "never":
         _refuse_options(layout, config, table.options.get(config.task, ()))
     written |= table.derived(config)
