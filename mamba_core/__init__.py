@@ -12,12 +12,13 @@ if _util.find_spec("mamba_core.backends") is None:
     raise ImportError("mamba_core is imported from a checkout that is not installed; run pip install -e . in it")
 
 from mamba_core import architectures, backends
-from mamba_core.backend import Hidden, LayerState, Output, State
+from mamba_core.backend import Forecast, Hidden, LayerState, Output, State
 from mamba_core.carried import LayerInfo, StateInfo, grown, rewind, room, state_info
 from mamba_core.comparison import Parity, parity
 from mamba_core.config import MambaConfig
 from mamba_core.explanation import Explanation, explain
 from mamba_core.factory import build, load, load_state, save, save_state
+from mamba_core.forecasting import forecast
 from mamba_core.generation import Result, Stream, generate, stream
 from mamba_core.kernels import Kernels
 from mamba_core.ops import (
@@ -44,6 +45,7 @@ __all__ = [
     "CheckpointError",
     "Conversion",
     "Explanation",
+    "Forecast",
     "Hidden",
     "Inspection",
     "Kernels",
@@ -68,6 +70,7 @@ __all__ = [
     "causal_conv_step",
     "convert",
     "explain",
+    "forecast",
     "generate",
     "grown",
     "inspect",

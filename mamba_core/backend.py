@@ -38,17 +38,31 @@ class State(NamedTuple):
 
 
 class Output(NamedTuple):
-    """logits: (b, l, v) float32, v the padded vocabulary. state: after the last position."""
+    """logits: (b, l, v) float32, v the padded vocabulary, or as the task says. state: after the last position."""
 
     logits: Array
     state: State
 
 
 class Hidden(NamedTuple):
-    """hidden: (b, l, d) in the compute dtype, what comes before a head. state: after the last position."""
+    """hidden: in the compute dtype, what comes before a head, (b, l, d), or (b, d) pooled. state: after the last
+    position."""
 
     hidden: Array
     state: State
+
+
+class Forecast(NamedTuple):
+    """What follows a series.
+
+    forecast: (b, h, c) float32, or (b, h, c, q) of q quantiles: h positions of c channels. state: after the last
+    position. location, scale: (b, c) float32, by which the series was normalised; None where it was not.
+    """
+
+    forecast: Array
+    state: State
+    location: Array | None
+    scale: Array | None
 
 
 class Context(NamedTuple):
@@ -251,9 +265,10 @@ class Backend(Protocol):
         `model.remat`, False at first, may be set to True: a gradient then keeps no more of a block than its inputs, and
         computes the block again.
 
-        The inputs and the output are the task's (`mamba_core.tasks`). A model without a head is called the same way,
-        model(inputs, state=None, ...) -> Hidden, with hidden zero at masked positions: inputs are input_ids for task
-        "features", and for task "layers" inputs_embeds.
+        The inputs and the output are the task's (`mamba_core.tasks`), and so are further arguments. A model without a
+        head is called the same way, model(inputs, state=None, ...) -> Hidden, with hidden zero at masked positions:
+        inputs are input_ids for task "features", and for task "layers" inputs_embeds. A task whose output has one entry
+        a row takes no segment_ids; its output is of the positions of the call, and its state goes on as always.
 
         A module that is not as it was built (replaced, wrapped, subclassed, patched or hooked) is called, on every
         path, or refused with a TypeError that names it; that of the model itself too. `mamba_core.wrappers` names what
@@ -280,11 +295,13 @@ class Backend(Protocol):
     def layer(self, model: Model, path: str, inputs: Any) -> Any:
         """The output of the layer at a canonical path, NumPy to NumPy, as `mamba_core.merging.merged` calls it."""
 
-    def loss_and_gradients(self, model: Model, tokens, mask=None) -> tuple[float, dict[str, Any]]:
-        """Mean cross-entropy of tokens[:, 1:] given tokens[:, :-1], and its gradient by canonical name, as NumPy.
+    def loss_and_gradients(self, model: Model, batch, mask=None) -> tuple[float, dict[str, Any]]:
+        """The loss of the model's task, and its gradient by canonical name, as NumPy.
 
-        tokens (b, l+1) and mask (b, l+1) are NumPy; the mean is over the targets that count. Raises ValueError for a
-        model of another task than "lm", and where the table cannot hold all of the model.
+        batch: of a labelled task what `Task.checked_batch` takes, without the mask argument. Else tokens (b, l+1) NumPy
+        with mask (b, l+1): the mean cross-entropy of tokens[:, 1:] given tokens[:, :-1] over the targets that count.
+
+        Raises ValueError for a model of a task without a loss, and where the table cannot hold all of the model.
         """
 
     # --- decoding and training ---------------------------------------------------------------------
@@ -296,6 +313,14 @@ class Backend(Protocol):
             tokens: (b, l) NumPy ints, or (b, l, d) float32 in the place of their embeddings; l at least 1, left-padded.
             mask: (b, l) bool, False at the padding.
             state: what the tokens go on from. A row that is all padding leaves it as it was; its logits mean nothing.
+        """
+
+    def infer(self, model: Model, inputs, state: State | None = None, **arrays) -> Any:
+        """What the model's call gives, without gradients, in the backend's arrays; compiled where that pays.
+
+        Args:
+            inputs: what the task's model is called with, NumPy or of the backend; not changed, nor is the state.
+            arrays: what else the call takes by name, such as mask; None for one that is not given.
         """
 
     def fork(self, values: Any, rows) -> Any:
@@ -340,7 +365,7 @@ class Backend(Protocol):
     def trainer(self, model: Model, settings) -> "Trainer":
         """An AdamW trainer of the model, with `mamba_core.training.TrainSettings`.
 
-        Raises ValueError for a model of another task than "lm", and for one of which nothing is trainable.
+        Raises ValueError for a model of a task without a loss, and for one of which nothing is trainable.
         """
 
 
@@ -351,11 +376,11 @@ class Trainer(Protocol):
     the table says, the others if they have two axes or more.
     """
 
-    def step(self, tokens) -> tuple[float, float]:
-        """One update from tokens (b, l+1) NumPy ints; returns (loss, gradient norm before clipping)."""
+    def step(self, batch) -> tuple[float, float]:
+        """One update; returns (loss, gradient norm before clipping). batch: as of `loss_and_gradients`."""
 
-    def evaluate(self, tokens, counts) -> float:
-        """The sum of the cross-entropies of tokens[:, 1:] given tokens[:, :-1] over the targets that count.
+    def evaluate(self, batch, counts=None) -> float:
+        """The loss of a labelled task's batch; else the sum of the cross-entropies of those targets that count.
 
         tokens (b, l+1) NumPy ints; counts (b, l) NumPy bool, of which the model knows nothing. It is computed as `step`
         computes its loss, but without gradients and in evaluation form: dropout and its like do not act. The model, its

@@ -175,7 +175,7 @@ def parity(
     reference = _reference(opened, inputs, grad)
     whole, steps = inputs.shape[1], min(steps, inputs.shape[1])
     splits, chunks = {"forward": [0, whole]}, []
-    if architectures.traits(opened.config).steps:
+    if architectures.traits(opened.config).steps and tasks.of(opened.config).resumes:
         # One call in the middle, and a last one shorter than the window of a convolution.
         splits["chunked"] = sorted({0, whole // 2, max(whole - 2, 0), whole})
         splits["stepped"] = list(range(steps + 1))
@@ -235,13 +235,17 @@ def _reference(opened, inputs, grad: bool) -> _Reference:
     """The model in float64; its own copy of the parameters is gone when this returns."""
     nodes: dict[str, np.ndarray] = {}
     model = ReferenceModel(opened.config, dict(opened.tensors()))
-    output, _ = model(inputs, observe=nodes.__setitem__)
+    output = model(inputs, observe=nodes.__setitem__)[0]
     if not np.isfinite(output).all():
         raise ValueError(f"{opened.folder}: the reference's output is not finite, so there is nothing to compare with")
     if not grad:
         return _Reference(nodes, None, {})
-    loss, dlogits = model.task.loss(opened.config, output[:, :-1], inputs[:, 1:])
-    gradients, _ = model.vjp(dlogits, inputs[:, :-1])
+    if tasks.of(opened.config).labelled:
+        loss, doutput = model.task.loss(opened.config, output, _targets(opened.config, inputs))
+        gradients, _ = model.vjp(doutput, inputs)
+    else:
+        loss, doutput = model.task.loss(opened.config, output[:, :-1], inputs[:, 1:])
+        gradients, _ = model.vjp(doutput, inputs[:, :-1])
     # A gradient is complete at the first use of its parameter, which the way back reaches last.
     used = dict.fromkeys(name for node in block_graph(opened.config) for name in node.parameters.values())
     return _Reference(nodes, loss, {name: gradients[name] for name in reversed(used)})
@@ -272,13 +276,27 @@ def _forward(backend, model, inputs, bounds: list[int], nodes: dict) -> Comparis
         out = model(given, state, observe=lambda node, value: pieces[node].append(backend.to_numpy(value)))
         state = out.state
     seconds = time.perf_counter() - started
-    errors = {node: _error(pieces.pop(node, []), value[:, : bounds[-1]]) for node, value in nodes.items()}
+    of_rows, whole = tasks.of(model.config).of_rows, len(bounds) == 2
+    # Values of rows are those of all positions in the call that has all of them, and in no other.
+    compared = {
+        node: value if node in of_rows else value[:, : bounds[-1]]
+        for node, value in nodes.items()
+        if whole or node not in of_rows
+    }
+    errors = {node: _error(pieces.pop(node, []), value, node in of_rows) for node, value in compared.items()}
     *_, result = nodes  # the last node has the tolerance of a result
     limits = {node: _node_limit(node, result, model) for node in errors}
     return Comparison(errors, limits, seconds)
 
 
-def _error(pieces: list[np.ndarray], expected: np.ndarray) -> float:
+def _targets(config, inputs: np.ndarray) -> np.ndarray:
+    """The same random targets each time."""
+    return tasks.of(config).draw_targets(config, random_stream(0, "parity.targets"), *inputs.shape[:2])
+
+
+def _error(pieces: list[np.ndarray], expected: np.ndarray, of_rows: bool) -> float:
+    if of_rows:
+        return relative_l2(pieces[0], expected) if [piece.shape for piece in pieces] == [expected.shape] else math.inf
     shapes = {piece.shape[2:] for piece in pieces}
     if shapes != {expected.shape[2:]} or sum(piece.shape[1] for piece in pieces) != expected.shape[1]:
         return math.inf
@@ -292,7 +310,9 @@ def _node_limit(node: str, result: str, model) -> float:
 
 def _backward(backend, model, ids, reference: _Reference) -> Comparison:
     started = time.perf_counter()
-    loss, gradients = backend.loss_and_gradients(model, ids)
+    labelled = tasks.of(model.config).labelled
+    batch = {"inputs": ids, "targets": _targets(model.config, ids)} if labelled else ids
+    loss, gradients = backend.loss_and_gradients(model, batch)
     seconds = time.perf_counter() - started
     errors = {"loss": relative_l2(loss, reference.loss)}
     for name, expected in reference.gradients.items():

@@ -1,12 +1,12 @@
-"""The loss on held-out data: its windows, when it is computed, and its mean.
+"""The loss on held-out data: its batches, when it is computed, and its mean.
 
-A window is as long as those of training: token k of it is predicted from the k tokens before it. The windows stand side
-by side. The last one ends with the data and reaches back into the one before it, where it counts nothing twice, so that
-every token but the first is predicted once, and all windows have the same shape.
+Of tokens the batches are of windows, as long as those of training: token k of it is predicted from the k tokens before
+it. The windows stand side by side. The last one ends with the data and reaches back into the one before it, where it
+counts nothing twice, so that every token but the first is predicted once, and all windows have the same shape.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,20 +38,31 @@ class HeldOut:
     def loss(
         self, trainer: Any, stop: Callable[[], bool], progress: Callable[[int, int], None] | None = None
     ) -> float | None:
-        """The mean cross-entropy over all tokens but the first, summed in float64; None where `stop` says so.
+        """The mean loss over all that counts, summed in float64; None where `stop` says so.
+
+        Of tokens it is the cross-entropy of all but the first.
 
         stop: asked before every batch. progress: called with the number of batches done and of all.
         """
         total, batches = 0.0, -(-self._windows // self.batch_size)
-        for done, (tokens, counts) in enumerate(self.batches()):
+        for done, (batch, factor) in enumerate(self._parts()):
             if progress:
                 progress(done, batches)
             if stop():
                 return None
-            total += trainer.evaluate(tokens, counts)
+            total += factor * trainer.evaluate(*batch) if factor else 0.0
         if progress:
             progress(batches, batches)
-        return total / (len(self.data) - 1)
+        return total / self._whole
+
+    def _parts(self) -> Iterator[tuple[tuple, float]]:
+        """(what the trainer evaluates, what its result is multiplied by) of each batch."""
+        return ((batch, 1.0) for batch in self.batches())
+
+    @property
+    def _whole(self) -> float:
+        """What the sum is divided by."""
+        return len(self.data) - 1
 
     def batches(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(batch_size, length + 1) int32 tokens and (batch_size, length) bool: which of tokens[:, 1:] count.
@@ -70,6 +81,32 @@ class HeldOut:
     @property
     def _windows(self) -> int:
         return -(-(len(self.data) - 1) // self.length)
+
+
+@dataclass(frozen=True)
+class HeldOutExamples(HeldOut):
+    """Examples of a labelled task; the last batch is smaller.
+
+    Attributes:
+        data: arrays by name, as `mamba_core.tasks.base.Task.checked_batch` gives them; length is not used.
+        weight: arrays -> what their loss is a mean over.
+    """
+
+    data: Any
+    weight: Callable[[Mapping[str, np.ndarray]], float]
+
+    def _parts(self) -> Iterator[tuple[tuple, float]]:
+        for first in range(0, self._windows, self.batch_size):
+            rows = {name: array[first : first + self.batch_size] for name, array in self.data.items()}
+            yield (rows,), self.weight(rows)
+
+    @property
+    def _whole(self) -> float:
+        return self.weight(self.data)
+
+    @property
+    def _windows(self) -> int:
+        return len(self.data["inputs"])
 
 
 def tenth(steps: int) -> int:

@@ -130,7 +130,7 @@ def check_same(path: Path, progress: Mapping[str, Any], run: Mapping[str, Any]) 
         raise ValueError(f"{path} was trained on other data")
     if progress["held_out_tokens"] != run["held_out_tokens"]:
         raise ValueError(
-            f"{path} held out the last {progress['held_out_tokens']} tokens of its data, not {run['held_out_tokens']}; "
+            f"{path} held out the last {progress['held_out_tokens']} of its data, not {run['held_out_tokens']}; "
             "a run resumes as is"
         )
     if progress["config"] != run["config"]:

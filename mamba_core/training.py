@@ -15,12 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from mamba_core import evaluation, factory, registry, runs
+from mamba_core import batches, evaluation, factory, registry, runs
+from mamba_core.batches import Examples, Tokens, batch
 from mamba_core.evaluation import HeldOut
 from mamba_core.runs import save_checkpoint
-from mamba_core.spec.init import random_stream
 from mamba_core.weights.formats import CheckpointError, read_input
 from mamba_core.wrappers import unwrap
+
+__all__ = ["TrainSettings", "batch", "load_settings", "save_checkpoint", "train"]
 
 
 @dataclass(frozen=True)
@@ -75,16 +77,9 @@ class TrainSettings:
         return self.learning_rate * (self.final_fraction + (1 - self.final_fraction) * cosine)
 
 
-def batch(data: np.ndarray, settings: TrainSettings, step: int) -> np.ndarray:
-    """(batch_size, length + 1) int32: windows of the data at places drawn for this step."""
-    windows = len(data) - settings.length
-    starts = random_stream(settings.seed, f"batch.{step}").integers(0, windows, settings.batch_size)
-    return np.stack([data[start : start + settings.length + 1] for start in starts]).astype(np.int32)
-
-
 def train(
     model: Any,
-    data: np.ndarray,
+    data: Any,
     settings: TrainSettings,
     *,
     log: Callable[[dict], None] | None = None,
@@ -103,10 +98,13 @@ def train(
     float32 unless memory forbids it.
 
     Args:
-        data: (tokens,) ints; windows of it are the batches.
+        data: (tokens,) ints; windows of it are the batches. Of a labelled task, the examples: a mapping with "inputs"
+            and "targets" and where they are needed "mask" and the task's extras, or a tuple of the first two or three.
+            Their first axis is of examples, of which every one is in a batch before one comes again; `length` is not
+            used.
         log: called after every update with {"step", "loss", "gradient_norm", "learning_rate"}, and where there was an
             evaluation "held_out_loss": the mean cross-entropy in nats of every held-out token but the first, each
-            predicted once, in windows of `length` (`mamba_core.evaluation`).
+            predicted once, in windows of `length` (`mamba_core.evaluation`), or the mean loss of the held-out examples.
         resume: a folder that `save_checkpoint` wrote, whose model `model` is.
         checkpoint: a folder to write, after every `checkpoint_every` updates (0 for the end only) and at the end. It
             must be new, or the one that is resumed.
@@ -114,8 +112,8 @@ def train(
         stop: asked before the first update, after every one, and before every batch of an evaluation. Where it says so,
             the run ends early, with a checkpoint if it has made an update. An evaluation that it cuts short is made
             when the run is resumed.
-        held_out: data that is never trained on: (tokens,) ints, or the fraction of `data` that is kept apart. That is
-            the end of the data, in one piece, so that no window of a batch reaches into it. A checkpoint remembers how
+        held_out: data that is never trained on: as `data`, or the fraction of `data` that is kept apart. That is the
+            end of the data, in one piece, so that no window of a batch reaches into it. A checkpoint remembers how
             much it is, and a resumed run holds out the same.
         evaluate_every: updates from one evaluation to the next, 0 for the end of the run only; by default a tenth of
             the run. An evaluation changes no bit of a later update, so a resumed run may choose another.
@@ -142,9 +140,9 @@ def train(
     kept = None if tokenizer is None else read_input(tokenizer)
     path = None if resume is None else Path(resume)
     progress = {} if path is None else runs.read_progress(path)
-    data = _checked("the data", data, model.config)
+    data = batches.read("the data", data, model.config)
     apart = _apart(held_out, len(data), progress.get("held_out_tokens", 0))
-    run = {"settings": dataclasses.asdict(settings), "data": runs.digest(data), "config": model.config.fingerprint}
+    run = {"settings": dataclasses.asdict(settings), "data": data.digest(), "config": model.config.fingerprint}
     run["held_out_tokens"] = apart
     if path is not None:
         runs.check_same(path, progress, run)
@@ -171,7 +169,7 @@ class _Loop:
     """The updates of a run, with what stands between them; it adds to the history."""
 
     trainer: Any
-    data: np.ndarray
+    data: Tokens | Examples
     settings: TrainSettings
     held: HeldOut | None
     history: list[dict]
@@ -203,7 +201,7 @@ class _Loop:
                 self.save()
 
     def _update(self, step: int) -> dict:
-        loss, norm = self.trainer.step(batch(self.data, self.settings, step))
+        loss, norm = self.trainer.step(self.data.batch(self.settings, step))
         _check_finite("the loss", loss, step)
         _check_finite("the gradient's norm", norm, step)
         return {"step": step, "loss": loss, "gradient_norm": norm, "learning_rate": self.settings.rate(step)}
@@ -240,10 +238,10 @@ def _apart(held_out: Any, tokens: int, before: int) -> int:
     return evaluation.tokens_apart(held_out, tokens) if isinstance(held_out, (float, int)) else before
 
 
-def _divided(data, apart, held_out, config, settings, every) -> tuple[np.ndarray, HeldOut | None]:
+def _divided(data, apart, held_out, config, settings, every) -> tuple[Any, HeldOut | None]:
     """What is trained on and what is held out, checked."""
     trained, end = data[: len(data) - apart], data[len(data) - apart :]
-    _check_length("the data" if not apart else "the data that is not held out", trained, settings)
+    trained.check_size("the data" if not apart else "the data that is not held out", settings)
     if every is not None:
         _check_count("evaluate_every", every)
     if held_out is None and not apart:
@@ -251,15 +249,10 @@ def _divided(data, apart, held_out, config, settings, every) -> tuple[np.ndarray
             raise ValueError(f"evaluate_every is {every}, but no data is held out; give held_out")
         return trained, None
     if not (held_out is None or isinstance(held_out, (float, int))):
-        end = _checked("the held-out data", held_out, config)
-    _check_length("the held-out data", end, settings)
+        end = batches.read("the held-out data", held_out, config)
+    end.check_size("the held-out data", settings)
     every = evaluation.tenth(settings.steps) if every is None else every
-    return trained, HeldOut(end, settings.length, settings.batch_size, settings.steps, every)
-
-
-def _check_length(name: str, data: np.ndarray, settings: TrainSettings) -> None:
-    if len(data) <= settings.length:
-        raise ValueError(f"{name} has {len(data)} tokens; expected more than length={settings.length}")
+    return trained, end.held_out(settings, every)
 
 
 def _check_count(name: str, value: Any) -> None:
@@ -270,12 +263,3 @@ def _check_count(name: str, value: Any) -> None:
 def _check_finite(name: str, value: float, step: int) -> None:
     if not math.isfinite(value):
         raise FloatingPointError(f"{name} is {value} at step {step}; lower the learning rate")
-
-
-def _checked(name: str, data, config) -> np.ndarray:
-    data = np.asanyarray(data)
-    if data.ndim != 1 or data.dtype.kind not in "iu":
-        raise ValueError(f"{name} is {data.dtype} of shape {data.shape}; expected one axis of integers")
-    if data.size and not (int(data.min()) >= 0 and int(data.max()) < config.vocab_size):
-        raise ValueError(f"{name} holds tokens {data.min()} to {data.max()}; vocab_size is {config.vocab_size}")
-    return data

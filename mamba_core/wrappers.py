@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from mamba_core import tasks
 from mamba_core.weights import layouts
 
 # Wrappers of torch that compute what the module inside computes -> where they keep it.
@@ -35,10 +36,12 @@ def checked_output(model: Any, output: Any) -> Any:
     """What a model's own call gave.
 
     Raises:
-        TypeError: it has no logits, or no state.
+        TypeError: it lacks the first field of what the task gives, such as logits, or the state.
     """
-    if not (hasattr(output, "logits") and hasattr(output, "state")):
-        raise TypeError(f"a call of {type(model).__name__} gives {type(output).__name__}; expected logits and state")
+    expected: Any = tasks.of(model.config).output
+    name = expected._fields[0]
+    if not (hasattr(output, name) and hasattr(output, "state")):
+        raise TypeError(f"a call of {type(model).__name__} gives {type(output).__name__}; expected {name} and state")
     return output
 
 

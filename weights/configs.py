@@ -10,7 +10,7 @@ from mamba_core.tasks.lm import HEAD
 from mamba_core.weights import layouts, tables
 from mamba_core.weights.formats import list_names
 from mamba_core.weights.layouts import HIDDEN, Layout
-from mamba_core.weights.names import Scheme
+from mamba_core.weights.names import EMBEDDING, Row, Scheme
 from mamba_core.weights.tables.base import ABSENT, Table
 from mamba_core.weights.transforms import Shape
 
@@ -43,10 +43,13 @@ def read_config(
     _pop_fixed(rest, table)  # before a tensor is missing because of it
     _refuse_foreign(layout, name, rest)
     sizes = table.sizes(shapes) if shape.sized_by_tensors and shapes is not None else {}
-    values = {"task": _pop_task(layout, name, rest)}
+    values: dict[str, Any] = {"task": _pop_task(layout, name, rest)}
     for field in (*shape.kind_name, *shape.dtype, *table.unused):
         rest.pop(field, None)
     hidden, shadowed = _pop_hidden(shape, table, kind, rest)
+    if shape.holds_every_task:
+        options = tasks.find(hidden.get("task", values["task"])).Task.read_fields(rest)
+        values["task_options"] = {} if "task" in hidden else options  # ours say it all
     values |= _defaults(shape, table, kind) | sizes | dict(told or {})
     present = {ours: rest.pop(row.theirs) for ours, row in table.rows().items() if row.theirs in rest}
     stored, named = sizes.get("vocab_size"), present.get("vocab_size")
@@ -82,8 +85,13 @@ def write_config(layout: str, config: BaseConfig) -> dict[str, Any]:
         written[rows["vocab_size"].theirs] = config.padded_vocab_size
     written |= table.constants
     written |= dict.fromkeys(shape.kind_name if table.kinds else (), *table.kinds[:1])
-    if shape.classes is not None and scheme.classes:
-        written[shape.classes] = [scheme.classes[0]]
+    known = scheme.classes or [name for name, task in _classes(shape, table).items() if task == config.task]
+    if shape.classes is not None and known:
+        written[shape.classes] = [known[0]]
+    if shape.holds_every_task:
+        written |= tasks.of(config).fields()
+    elif shape.hides == "never":
+        _refuse_options(layout, config, table.options.get(config.task, ()))
     written |= table.derived(config)
     hidden = written.pop(HIDDEN, {})
     if shape.nested is not None:
@@ -106,8 +114,16 @@ def scheme_for(config: BaseConfig, layout: str) -> Scheme | None:
         if scheme.task == config.task and not scheme.as_is:
             return scheme
     if shape.holds_every_task and _has_outer_tensors(config, table.schemes[0]):
-        return dataclasses.replace(table.schemes[0], task=config.task, classes=(), as_is=True)
+        return scheme_of_task(table, config.task)
     return None
+
+
+def scheme_of_task(table: Table, task: str) -> Scheme:
+    """The names of a model of a task that the table has no scheme for. Its own tensors have their canonical names."""
+    scheme, marks = table.schemes[0], tasks.find(task).Task.marks
+    rows = tuple(row for row in scheme.rows if not (marks and row.canonical == EMBEDDING))
+    rows += tuple(Row(name, name, mark=True) for name in marks)
+    return dataclasses.replace(scheme, task=task, rows=rows, classes=(), as_is=True)
 
 
 def scheme_to_write(config: BaseConfig, layout: str) -> Scheme:
@@ -145,7 +161,7 @@ def _pop_task(layout: str, architecture: str, rest: dict[str, Any]) -> str:
         ValueError: the class is not one of this architecture.
     """
     shape, table = layouts.find(layout), tables.find(architecture, layout)
-    classes = table.classes()
+    classes = _classes(shape, table)
     names = rest.pop(shape.classes, None) if shape.classes and classes else None
     if names is None or names == []:
         return table.schemes[0].task
@@ -159,6 +175,18 @@ def _pop_task(layout: str, architecture: str, rest: dict[str, Any]) -> str:
             f"{', '.join(classes)}"
         )
     return classes[names[0]]
+
+
+def _classes(shape: Layout, table: Table) -> dict[str, str]:
+    """Class -> the task of its models, where the layout holds every task those too that no scheme is for."""
+    classes = table.classes()
+    if not shape.holds_every_task:
+        return classes
+    suffixes = {name: suffix for name in tasks.names() if (suffix := tasks.find(name).Task.suffix) is not None}
+    for name, task in table.classes().items():
+        stem = name.removesuffix(suffixes.get(task, ""))
+        classes |= {stem + suffix: other for other, suffix in suffixes.items() if stem + suffix not in classes}
+    return classes
 
 
 def _pop_hidden(
@@ -202,6 +230,12 @@ def _require(layout: str, config: BaseConfig, required: Mapping[str, Any]) -> No
     for name, only in required.items():
         if (value := getattr(config, name)) != only:
             raise ValueError(f"{name}={value!r} cannot be written as {layout}, which has {only!r} only")
+
+
+def _refuse_options(layout: str, config: BaseConfig, known: tuple[str, ...]) -> None:
+    for name, value in config.task_options.items():
+        if name not in known:
+            raise ValueError(f"task option {name}={value!r} cannot be written as {layout}, which has no such choice")
 
 
 def _written(row, value: Any) -> Any:
@@ -257,7 +291,13 @@ def _meaningful(layout: str, architecture: str) -> set[str]:
 
 
 def _has_outer_tensors(config: BaseConfig, scheme: Scheme) -> bool:
-    """Whether the model has the tensors outside its layers that the scheme names; the head may be missing."""
+    """Whether the model has the tensors outside its layers that the scheme names, or others in the embedding's place.
+
+    The head may be missing.
+    """
     task = tasks.of(config)
     own = {parameter.name for parameter in (*task.before(config), *task.after(config))}
-    return {row.canonical for row in scheme.rows if "{" not in row.canonical} - {HEAD} <= own
+    return {row.canonical for row in scheme.rows if "{" not in row.canonical} - {
+        HEAD,
+        *([EMBEDDING] if task.marks else []),
+    } <= own

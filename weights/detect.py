@@ -9,8 +9,8 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from mamba_core import architectures
-from mamba_core.weights import layouts, tables
+from mamba_core import architectures, tasks
+from mamba_core.weights import configs, layouts, tables
 from mamba_core.weights.formats import CheckpointError, list_names
 from mamba_core.weights.io import Checkpoint
 from mamba_core.weights.names import EMBEDDING, HEAD, Scheme, templates
@@ -144,7 +144,7 @@ def _fitting(
         found = templates(reading.own)
         fitting = {}
         for each in layouts.names():
-            schemes = {name: _scheme_of(table, found) for name, table in tables.holding(each).items()}
+            schemes = {name: _scheme_of(each, table, found) for name, table in tables.holding(each).items()}
             fitting[each] = {name: scheme for name, scheme in schemes.items() if scheme is not None}
         fitting = {each: schemes for each, schemes in fitting.items() if schemes}
         if any(name in fitting for name in (by_config if layout is None else [layout])):
@@ -163,12 +163,16 @@ def _closest(schemes: Mapping[str, Scheme], found: Collection[str]) -> list[str]
     return [name for name, count in known.items() if count == max(known.values())]
 
 
-def _scheme_of(table: Table, found: Collection[str]) -> Scheme | None:
+def _scheme_of(layout: str, table: Table, found: Collection[str]) -> Scheme | None:
     """The scheme of a table that fits names of these templates, and names the most of them.
 
-    A head tells one with a head from one without.
+    A head tells one with a head from one without. Where none fits, it may be that of a task which has something else in
+    the place of the embedding.
     """
     fitting = [scheme for scheme in table.schemes if scheme.fits(found)]
+    if not fitting and layouts.find(layout).holds_every_task and table.schemes[0].rows:
+        others = [name for name in tasks.names() if tasks.find(name).Task.marks]
+        fitting = [scheme for name in others if (scheme := configs.scheme_of_task(table, name)).fits(found)]
     named = [len(scheme.templates.intersection(found)) for scheme in fitting]
     fitting = [scheme for scheme, count in zip(fitting, named, strict=True) if count == max(named)]
     return next((scheme for scheme in fitting if scheme.has_head(found)), fitting[-1] if fitting else None)

@@ -13,11 +13,23 @@ from typing import NamedTuple
 
 from mamba_core import architectures
 from mamba_core.spec.params import Parameter, parameter_table
-from mamba_core.tasks.base import EMBEDDING, FINAL_NORM
+from mamba_core.tasks.base import EMBEDDING, FINAL_NORM, SCORE, SCORE_BIAS
 from mamba_core.tasks.lm import HEAD
 from mamba_core.weights.transforms import SAME, Shape, Transform
 
-__all__ = ["EMBEDDING", "FINAL_NORM", "HEAD", "Piece", "Row", "Scheme", "Stored", "stored_tensors", "templates"]
+__all__ = [
+    "EMBEDDING",
+    "FINAL_NORM",
+    "HEAD",
+    "SCORE",
+    "SCORE_BIAS",
+    "Piece",
+    "Row",
+    "Scheme",
+    "Stored",
+    "stored_tensors",
+    "templates",
+]
 
 _WILDCARD = re.compile(r"\{(\w+)\}")
 _INDEX = "#"
@@ -96,14 +108,12 @@ class Scheme:
 
     task: that of the config. rows: a row a tensor.
     classes: the names of the library's classes that save such files.
-    left_out: tensors that such a file may hold too, which are not read.
     as_is: whether parameters without a row are stored under their canonical names.
     """
 
     task: str
     rows: tuple[Row, ...]
     classes: tuple[str, ...] = ()
-    left_out: tuple[str, ...] = ()
     as_is: bool = False
 
     def name(self, canonical: str) -> str | None:

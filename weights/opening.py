@@ -239,7 +239,7 @@ def _checked(path: Path, folder: Path, config, checkpoint: Checkpoint, detected:
         return piece._replace(name=files.get(piece.name, detected.prefix + piece.name))
 
     stored = {name: Stored(tuple(map(in_file, tensor.pieces))) for name, tensor in own.items()}
-    left_out = (*(files[name] for name in scheme.left_out if name in files), *detected.of_wrappers)
+    left_out = detected.of_wrappers
     _check_tensors(path, checkpoint, stored, left_out, tied_head, detected.layout)
     left_out += checkpoint.skipped
     evidence = detected.evidence + (f"; not read: {_some(left_out)}" if left_out else "")

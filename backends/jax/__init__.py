@@ -3,7 +3,7 @@
 from mamba_core import discovery
 from mamba_core.backends.jax import ops
 from mamba_core.backends.jax.arrays import device_facts, devices, from_numpy, on_device, peak_memory, to_numpy, vjp
-from mamba_core.backends.jax.decoding import choose, decode, distribution, fork, prefill
+from mamba_core.backends.jax.decoding import choose, decode, distribution, fork, infer, prefill
 from mamba_core.backends.jax.ops import available_kernels
 from mamba_core.backends.jax.stack import explain
 from mamba_core.backends.jax.state import cut, with_room
@@ -24,6 +24,7 @@ __all__ = [
     "foreign",
     "fork",
     "from_numpy",
+    "infer",
     "layer",
     "loss_and_gradients",
     "name",

@@ -39,6 +39,19 @@ def prefill(model, tokens, mask, state: State | None = None) -> Output:
     return output
 
 
+def infer(model, inputs, state: State | None = None, **arrays):
+    given = {name: _own(model, value) for name, value in arrays.items() if value is not None}
+    state = None if state is None else states.with_room(model.config, state, inputs.shape[1])
+    graph, *variables = divided(model)
+    output, others = _infer(graph, methods_in(graph), *variables, _own(model, inputs), state, given)
+    put_back(model, others)
+    return output
+
+
+def _own(model, value) -> jax.Array:
+    return value if isinstance(value, jax.Array) else from_numpy(value, device=model.device)
+
+
 def fork(values, rows):
     return jax.tree.map(lambda value: value[jnp.asarray(rows)], values)
 
@@ -161,6 +174,12 @@ def _updated(context: Context | None, tokens: jax.Array) -> Context | None:
 def _prefill(graph, methods, parameters, others, tokens, mask, state) -> tuple[Output, nnx.State]:
     model = whole(graph, parameters, others)
     return _called(model, tokens, state, mask), after_call(model, graph, parameters)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "methods"))
+def _infer(graph, methods, parameters, others, inputs, state, given):
+    model = whole(graph, parameters, others)
+    return checked_output(model, model(inputs, state, **given)), after_call(model, graph, parameters)
 
 
 def _called(model, inputs, state, mask=None) -> Output:

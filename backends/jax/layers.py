@@ -7,11 +7,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mamba_core.backends.jax.mixers import Options
 from mamba_core.backends.jax.ops import causal_conv
+from mamba_core.backends.jax.ops.linear import precision
 from mamba_core.backends.jax.untouched import untouched
 from mamba_core.call import Call
 
 ATTEND = nnx.Embed.attend
+
+
+def projection(inputs: int, outputs: int, bias: bool, options: Options) -> nnx.Linear:
+    """The linear layer of a head."""
+    of_layer = {"dtype": options.dtype, "param_dtype": options.dtype, "precision": precision(options.dtype)}
+    return nnx.Linear(inputs, outputs, use_bias=bias, **of_layer, rngs=options.rngs)
 
 
 def linear(layer, x: jax.Array) -> jax.Array:

@@ -126,9 +126,19 @@ class Model(nnx.Module):
     def _run(self, inputs, inputs_embeds, state, mask, segment_ids, observe) -> tuple[jax.Array, State, Call]:
         """What comes before the head, the state after it, and the facts of the call."""
         inputs, kind = self.task.given(inputs, inputs_embeds)
+        inputs, mask, segment_ids, _ = self._checked(inputs, mask, segment_ids, kind)
+        return self._run_from(inputs, state, mask, segment_ids, reporting(observe))
+
+    def _checked(self, inputs, mask, segment_ids, kind: str, **extras):
+        """The arguments as arrays, and the extras by name."""
         inputs, mask = as_array(kind, inputs), as_array("mask", mask)
         segment_ids = as_array("segment_ids", segment_ids)
-        self.task.check(self.config, inputs, mask, segment_ids, kind)
+        extras = {name: as_array(name, value) for name, value in extras.items()}
+        self.task.check(self.config, inputs, mask, segment_ids, kind, extras)
+        return inputs, mask, segment_ids, extras
+
+    def _run_from(self, inputs, state, mask, segment_ids, observe) -> tuple[jax.Array, State, Call]:
+        """The same from what the backbone takes, checked: ids (b, l), or floats (b, l, d)."""
         batch, length = inputs.shape[:2]
         fresh = state is None
         if fresh:
@@ -136,7 +146,7 @@ class Model(nnx.Module):
         else:
             check_state(self.config, batch, state)
             state = states.with_room(self.config, state, length)
-        call = call_of(mask, segment_ids, length=length, observe=reporting(observe), fresh=fresh)
+        call = call_of(mask, segment_ids, length=length, observe=observe, fresh=fresh)
         return *self.backbone_of(inputs, state, call), call
 
     def _check_dtypes(self):

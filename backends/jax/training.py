@@ -11,54 +11,39 @@ import optax
 from flax import nnx
 
 from mamba_core.backends.jax.arrays import from_numpy, to_numpy
-from mamba_core.backends.jax.ops.cross_entropy import linear_cross_entropy
+from mamba_core.backends.jax.heads import find
 from mamba_core.backends.jax.programs import after_call, divided, methods, methods_in, put_back, whole
 from mamba_core.backends.jax.weights import Path, at, canonical, entering, foreign, named, table_paths
 from mamba_core.merging import check_held
-from mamba_core.spec.checks import check_targets
 from mamba_core.spec.params import parameter_table
 from mamba_core.tasks import check_trains
 from mamba_core.wrappers import checked_output
 
 
-def loss(model, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """Mean cross-entropy of tokens[:, 1:] given tokens[:, :-1] over the targets that count; tokens (b, l+1)."""
-    check_targets(tokens)
-    tokens, targets = tokens[:, :-1], tokens[:, 1:]
-    counts = jnp.ones(targets.shape, bool)
-    if mask is not None:
-        mask, counts = mask[:, :-1], mask[:, 1:]
-    return _cross_entropy(model, tokens, targets, counts, mask) / counts.sum()
+def loss(model, batch, mask: jax.Array | None = None) -> jax.Array:
+    """The loss of the model's task.
+
+    batch: of a labelled task a dict of arrays, else inputs (b, l + 1); mask (b, l + 1) is of these.
+    """
+    head = find(model.config.task)
+    if not model.task.labelled:
+        return head.loss_of_inputs(model, batch, mask)
+    given = {name: value for name, value in batch.items() if name not in ("inputs", "targets")}
+    output = checked_output(model, model(batch["inputs"], **given))
+    return head.loss(model.task, output, batch["targets"], batch.get("mask"))
 
 
-def summed_loss(model, tokens: jax.Array, counts: jax.Array) -> jax.Array:
-    """The sum of those cross-entropies over the targets that count; tokens (b, l+1), counts (b, l)."""
-    check_targets(tokens)
-    return _cross_entropy(model, tokens[:, :-1], tokens[:, 1:], counts, None)
-
-
-def _cross_entropy(model, tokens, targets, counts, mask):
-    """The sum over the targets that count."""
-    if not model.is_built or (weight := model.head_weight()) is None:
-        output = model(tokens, **({} if mask is None else {"mask": mask}))
-        logits = checked_output(model, output).logits.astype(jnp.float32)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, targets).sum(where=counts)
-    hidden = model.hidden(tokens, mask)
-    hidden = hidden.reshape(-1, hidden.shape[-1])
-    return linear_cross_entropy(hidden, weight, targets.ravel(), counts.ravel())
-
-
-def loss_and_gradients(model, tokens, mask=None) -> tuple[float, dict[str, np.ndarray]]:
+def loss_and_gradients(model, batch, mask=None) -> tuple[float, dict[str, np.ndarray]]:
     check_trains(model.config, "its loss")
     check_held(model.config, foreign(model))
-    tokens, mask = (None if given is None else from_numpy(given, device=model.device) for given in (tokens, mask))
-    value, gradients = _loss_and_gradients(model, tokens, mask, methods=methods_in(nnx.graphdef(model)))
+    batch, mask = _entering(model, batch), None if mask is None else from_numpy(mask, device=model.device)
+    value, gradients = _loss_and_gradients(model, batch, mask, methods=methods_in(nnx.graphdef(model)))
     return float(value), {name: canonical(model, name, gradient) for name, gradient in named(model, gradients).items()}
 
 
 @functools.partial(nnx.jit, static_argnames="methods")
-def _loss_and_gradients(model, tokens, mask, methods):
-    return nnx.value_and_grad(loss)(model, tokens, mask)
+def _loss_and_gradients(model, batch, mask, methods):
+    return nnx.value_and_grad(loss)(model, batch, mask)
 
 
 class _Trained(NamedTuple):
@@ -83,12 +68,12 @@ class Trainer:
         self.moments = _optimizer(self.trained, settings).init(_float32(self._values()))
         self._begin(0)
 
-    def step(self, tokens) -> tuple[float, float]:
+    def step(self, batch) -> tuple[float, float]:
         """The model must keep its modules: looking for others would take the host as long as a step takes a GPU."""
         if self._seen() != self.seen:
             self._compile()
-        tokens, rate = from_numpy(tokens, device=self.model.device), self.settings.rate(self.count)
-        found, values, left, self.moments = self.update(self._values(), self._rest(), self.moments, tokens, rate)
+        batch, rate = _entering(self.model, batch), self.settings.rate(self.count)
+        found, values, left, self.moments = self.update(self._values(), self._rest(), self.moments, batch, rate)
         for name, place in self.places.items():
             _variable(place).set_raw_value(values[name])
         put_back(self.model, left)
@@ -96,12 +81,13 @@ class Trainer:
         value, norm = np.asarray(found).tolist()
         return value, norm
 
-    def evaluate(self, tokens, counts) -> float:
+    def evaluate(self, batch, counts=None) -> float:
         """Of a copy, whose modes, variables and random numbers are not those of the model."""
         if self._seen() != self.seen:
             self._compile()
-        tokens, counts = (from_numpy(value, device=self.model.device) for value in (tokens, counts))
-        return float(self.evaluation(self._values(), self._rest(), tokens, counts))
+        batch = _entering(self.model, batch)
+        counts = None if counts is None else from_numpy(counts, device=self.model.device)
+        return float(self.evaluation(self._values(), self._rest(), batch, counts))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         table = parameter_table(self.model.config)
@@ -185,6 +171,14 @@ def _is_trainable(variable) -> bool:
     return isinstance(variable, nnx.Param) and dtype is not None and jnp.issubdtype(dtype, jnp.floating)
 
 
+def _entering(model, batch) -> jax.Array | dict[str, jax.Array]:
+    """A batch as arrays on the model's device, checked where the task is labelled."""
+    if not model.task.labelled:
+        return from_numpy(batch, device=model.device)
+    checked = model.task.checked_batch(model.config, batch)
+    return {name: from_numpy(value, device=model.device) for name, value in checked.items()}
+
+
 def _variable(place) -> nnx.Variable:
     """What stands there now; another variable may have been put there."""
     owner, key = place
@@ -206,13 +200,13 @@ def _compiled(graph, methods, trained, settings):
     trained = dict(trained)
 
     @functools.partial(jax.jit, donate_argnames=("values", "moments"))
-    def update(values, others, moments, tokens, rate):
+    def update(values, others, moments, batch, rate):
         """(loss and norm of the gradient, values, what a call changed, moments); values by name."""
 
         def error(values):
             _, before, rest = divided(_assembled(graph, trained, values, others))
             model = whole(graph, before, rest)
-            value = loss(model, tokens)
+            value = loss(model, batch)
             return value, after_call(model, graph, before)
 
         (value, left), gradients = jax.value_and_grad(error, has_aux=True)(values)
@@ -226,14 +220,16 @@ def _compiled(graph, methods, trained, settings):
 
 @functools.lru_cache(maxsize=8)
 def _compiled_evaluation(graph, methods, trained):
-    """The summed loss in evaluation form; arguments as of `_compiled`."""
+    """The loss in evaluation form, summed where the task is not labelled; arguments as of `_compiled`."""
     trained = dict(trained)
 
     @jax.jit
-    def evaluation(values, others, tokens, counts):
+    def evaluation(values, others, batch, counts):
         model = _assembled(graph, trained, values, others)
         model.eval()
-        return summed_loss(model, tokens, counts)
+        if model.task.labelled:
+            return loss(model, batch)
+        return find(model.config.task).summed_loss_of_inputs(model, batch, counts)
 
     return evaluation
 

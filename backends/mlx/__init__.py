@@ -17,7 +17,7 @@ from mamba_core.backends.mlx.arrays import (
     to_numpy,
     vjp,
 )
-from mamba_core.backends.mlx.decoding import choose, decode, distribution, fork, prefill
+from mamba_core.backends.mlx.decoding import choose, decode, distribution, fork, infer, prefill
 from mamba_core.backends.mlx.ops import available_kernels
 from mamba_core.backends.mlx.stack import explain
 from mamba_core.backends.mlx.state import cut, with_room

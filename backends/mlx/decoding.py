@@ -35,6 +35,20 @@ def prefill(model, tokens, mask, state: State | None = None) -> Output:
     return prefilled
 
 
+def infer(model, inputs, state: State | None = None, **arrays):
+    """Not compiled, as `prefill`."""
+    with model.on_device():
+        given = {name: _own(value) for name, value in arrays.items() if value is not None}
+        state = None if state is None else states.with_room(model.config, state, inputs.shape[1])
+        output = checked_output(model, model(_own(inputs), state, **given))
+        mx.eval(output)
+    return output
+
+
+def _own(value) -> mx.array:
+    return value if isinstance(value, mx.array) else from_numpy(value)
+
+
 def fork(values, rows):
     return tree_map(lambda value: value[from_numpy(rows)], values)
 

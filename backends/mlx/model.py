@@ -5,7 +5,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from mamba_core import architectures, tasks
-from mamba_core.backend import Hidden, State
+from mamba_core.backend import State
 from mamba_core.backends.mlx import ops, stack
 from mamba_core.backends.mlx import state as states
 from mamba_core.backends.mlx.arrays import check_array, dtype_name, keep_float32, kind_of
@@ -15,7 +15,6 @@ from mamba_core.backends.mlx.positions import call_of
 from mamba_core.backends.mlx.untouched import untouched
 from mamba_core.call import Call
 from mamba_core.kernels import Kernels, choose
-from mamba_core.observe import reporting
 from mamba_core.spec.checks import check_state
 from mamba_core.spec.params import parameter_table
 from mamba_core.tasks.base import EMBEDDING, FINAL_NORM
@@ -170,9 +169,16 @@ class Model(nn.Module):
     def _run(self, inputs, inputs_embeds, state, mask, segment_ids, observe) -> tuple[mx.array, State]:
         """The backbone's output and the state after it."""
         inputs, kind = self.task.given(inputs, inputs_embeds)
-        for name, value in {kind: inputs, "mask": mask, "segment_ids": segment_ids}.items():
+        self._check(inputs, mask, segment_ids, kind)
+        return self._run_from(inputs, state, mask, segment_ids, observe)
+
+    def _check(self, inputs, mask, segment_ids, kind: str, **extras) -> None:
+        for name, value in {kind: inputs, "mask": mask, "segment_ids": segment_ids, **extras}.items():
             check_array(name, value)
-        self.task.check(self.config, inputs, mask, segment_ids, kind)
+        self.task.check(self.config, inputs, mask, segment_ids, kind, extras)
+
+    def _run_from(self, inputs, state, mask, segment_ids, observe) -> tuple[mx.array, State]:
+        """The same from what the backbone takes, checked: ids (b, l), or floats (b, l, d)."""
         batch, length = inputs.shape[:2]
         fresh = state is None
         if fresh:
@@ -186,13 +192,6 @@ class Model(nn.Module):
             layers = tree_map(lambda value, like: value.astype(like.dtype), state.layers, likes)
             return mx.zeros((batch, 0, self.config.d_model), self.compute_dtype), State(layers, state.segment)
         return self.backbone(inputs, state, call_of(mask, segment_ids, length=length, observe=observe, fresh=fresh))
-
-    def _hidden(self, inputs, inputs_embeds, state, mask, segment_ids, observe) -> Hidden:
-        """The output of a model without a head."""
-        observe = reporting(observe)
-        with self.on_device():
-            hidden, state = self._run(inputs, inputs_embeds, state, mask, segment_ids, observe)
-            return Hidden(observe("hidden", self._masked(hidden, mask)), state)
 
     def _masked(self, values, mask):
         if mask is not None and values.size:

@@ -10,55 +10,33 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from mamba_core.backends.mlx.arrays import from_numpy, random_key, set_random_key, to_numpy
-from mamba_core.backends.mlx.ops.cross_entropy import cross_entropy
-from mamba_core.backends.mlx.stack import recomputed
+from mamba_core.backends.mlx.heads import find
 from mamba_core.backends.mlx.weights import canonical, convolution_weights, foreign, swap_axes
 from mamba_core.merging import check_held
-from mamba_core.spec.checks import check_targets
 from mamba_core.spec.params import parameter_table
 from mamba_core.tasks import check_trains
 from mamba_core.wrappers import checked_output
 
 
-def loss(model, tokens, mask=None) -> mx.array:
-    """Mean cross-entropy of tokens[:, 1:] given tokens[:, :-1] over the targets that count; tokens (b, l+1)."""
-    losses = _losses(model, tokens, mask)
-    if mask is None:
-        return losses.mean()
-    counts = mask[:, 1:]
-    return mx.where(counts, losses, 0.0).sum() / counts.sum()
+def loss(model, batch, mask=None) -> mx.array:
+    """The loss of the model's task.
+
+    batch: of a labelled task a dict of arrays, else inputs (b, l + 1); mask (b, l + 1) is of these.
+    """
+    head = find(model.config.task)
+    if not model.task.labelled:
+        return head.loss_of_inputs(model, batch, mask)
+    given = {name: value for name, value in batch.items() if name not in ("inputs", "targets")}
+    output = checked_output(model, model(batch["inputs"], **given))
+    return head.loss(model.task, output, batch["targets"], batch.get("mask"))
 
 
-def summed_loss(model, tokens, counts) -> mx.array:
-    """The sum of those cross-entropies over the targets that count; tokens (b, l+1), counts (b, l)."""
-    return mx.where(counts, _losses(model, tokens), 0.0).sum()
-
-
-def _losses(model, tokens, mask=None):
-    """(b, l), of tokens[:, 1:]."""
-    check_targets(tokens)
-    given = {} if mask is None else {"mask": mask[:, :-1]}
-    logits = checked_output(model, model(tokens[:, :-1], **given)).logits
-    return _cross_entropy(model, logits, tokens[:, 1:])
-
-
-def _cross_entropy(model, logits, targets):
-    """(b, l). Its gradient takes several arrays as large as the logits, unless the model computes again."""
-
-    def run(logits):
-        return (cross_entropy(logits, targets, kernel=model.policy.of("cross_entropy")),)
-
-    if not model.remat:
-        return run(logits)[0]
-    return recomputed(run, model.policy, model.compute_dtype, (logits,))[0]
-
-
-def loss_and_gradients(model, tokens, mask=None) -> tuple[float, dict[str, np.ndarray]]:
+def loss_and_gradients(model, batch, mask=None) -> tuple[float, dict[str, np.ndarray]]:
     check_trains(model.config, "its loss")
     check_held(model.config, foreign(model))
-    tokens, mask = _checked(model, tokens), None if mask is None else from_numpy(mask)
+    batch, mask = _entering(model, batch), None if mask is None else from_numpy(mask)
     with model.on_device(), _unfrozen(model):
-        value, gradients = nn.value_and_grad(model, loss)(model, tokens, mask)
+        value, gradients = nn.value_and_grad(model, loss)(model, batch, mask)
     return value.item(), dict(canonical(model, tree_flatten(gradients, destination={})))
 
 
@@ -96,18 +74,21 @@ class Trainer:
             state = [model.state, self.optimizer.state, mx.random.state]
             self._update = mx.compile(self._update, inputs=state, outputs=state)
 
-    def step(self, tokens) -> tuple[float, float]:
+    def step(self, batch) -> tuple[float, float]:
         self.optimizer.learning_rate = self.settings.rate(self.count)
         with self.model.on_device():
-            value, norm = self._update(_checked(self.model, tokens))
+            value, norm = self._update(_entering(self.model, batch))
             mx.eval(value, norm, self.model.state, self.optimizer.state)
         self.count += 1
         return value.item(), norm.item()
 
-    def evaluate(self, tokens, counts) -> float:
+    def evaluate(self, batch, counts=None) -> float:
         """Not compiled: there is no gradient whose operations a compiler could fuse."""
-        with self.model.on_device(), _evaluation_form(self.model):
-            return summed_loss(self.model, _checked(self.model, tokens), from_numpy(counts)).item()
+        model, batch = self.model, _entering(self.model, batch)
+        with model.on_device(), _evaluation_form(model):
+            if model.task.labelled:
+                return loss(model, batch).item()
+            return find(model.config.task).summed_loss_of_inputs(model, batch, from_numpy(counts)).item()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         convolutions, shapes = convolution_weights(self.model), {}
@@ -140,8 +121,8 @@ class Trainer:
             # In place: the compiled step holds on to these dictionaries.
             optimizer.state.update(tree_map_with_path(stored, optimizer.state))
 
-    def _update(self, tokens) -> tuple[mx.array, mx.array]:
-        value, gradients = nn.value_and_grad(self.model, loss)(self.model, tokens)
+    def _update(self, batch) -> tuple[mx.array, mx.array]:
+        value, gradients = nn.value_and_grad(self.model, loss)(self.model, batch)
         gradients = tree_map(lambda gradient: gradient.astype(mx.float32), gradients)
         gradients, norm = optim.clip_grad_norm(gradients, self.settings.clip_norm)
         updated = self.optimizer.apply_gradients(gradients, self.model)
@@ -182,9 +163,12 @@ def _evaluation_form(model) -> Iterator[None]:
         set_random_key(key)
 
 
-def _checked(model, tokens) -> mx.array:
-    """The tokens as MLX's, in range: MLX does not check the index of a target and reads whatever memory is there."""
+def _entering(model, batch) -> mx.array | dict[str, mx.array]:
+    """A batch as MLX's arrays, ids in range: MLX does not check an index, and reads whatever memory is there."""
+    if model.task.labelled:
+        checked = model.task.checked_batch(model.config, batch)
+        return {name: from_numpy(value) for name, value in checked.items()}
     rows = model.config.padded_vocab_size
-    if tokens.size and (tokens.min() < 0 or tokens.max() >= rows):
-        raise ValueError(f"tokens are from {tokens.min()} to {tokens.max()}; expected 0 to {rows - 1}")
-    return from_numpy(tokens)
+    if batch.size and (batch.min() < 0 or batch.max() >= rows):
+        raise ValueError(f"tokens are from {batch.min()} to {batch.max()}; expected 0 to {rows - 1}")
+    return from_numpy(batch)

@@ -16,7 +16,7 @@ from mamba_core.backends.torch.arrays import (
     to_numpy,
     vjp,
 )
-from mamba_core.backends.torch.decoding import choose, decode, distribution, fork, prefill
+from mamba_core.backends.torch.decoding import choose, decode, distribution, fork, infer, prefill
 from mamba_core.backends.torch.ops import available_kernels
 from mamba_core.backends.torch.quantization import quantize
 from mamba_core.backends.torch.stack import explain
@@ -39,6 +39,7 @@ __all__ = [
     "fork",
     "from_numpy",
     "in_force",
+    "infer",
     "is_capturing",
     "layer",
     "loss_and_gradients",

@@ -55,6 +55,17 @@ def _called(model, inputs: Tensor, state: State, mask: Tensor | None = None) -> 
 
 
 @torch.no_grad()
+def infer(model, inputs, state: State | None = None, **arrays):
+    given = {name: _own(model, value) for name, value in arrays.items() if value is not None}
+    state = None if state is None else states.with_room(model.config, state, inputs.shape[1])
+    return checked_output(model, model(_own(model, inputs), state, **given))
+
+
+def _own(model, value) -> Tensor:
+    return value if isinstance(value, Tensor) else from_numpy(value, device=model.device)
+
+
+@torch.no_grad()
 def fork(values, rows):
     def selected(value):
         return value[torch.as_tensor(rows, dtype=torch.long, device=value.device)]

@@ -19,7 +19,7 @@ from mamba_core.spec.params import parameter_table
 from mamba_core.tasks.base import EMBEDDING, FINAL_NORM
 
 # Of a model: what its call is made of.
-METHODS = ("forward", "head", "head_weight", "hidden", "_run", "_masked")
+METHODS = ("forward", "head", "head_weight", "hidden", "_run", "_check", "_run_from", "_masked")
 
 
 class Backbone(nn.Module):
@@ -165,8 +165,15 @@ class Model(nn.Module):
     def _run(self, inputs, inputs_embeds, state, mask, segment_ids, observe) -> tuple[Tensor, State]:
         """The backbone's output, and the state after it."""
         inputs, kind = self.task.given(inputs, inputs_embeds)
-        _check_tensors({kind: inputs, "mask": mask, "segment_ids": segment_ids})
-        self.task.check(self.config, inputs, mask, segment_ids, kind)
+        self._check(inputs, mask, segment_ids, kind)
+        return self._run_from(inputs, state, mask, segment_ids, observe)
+
+    def _check(self, inputs, mask, segment_ids, kind: str, **extras) -> None:
+        _check_tensors({kind: inputs, "mask": mask, "segment_ids": segment_ids, **extras})
+        self.task.check(self.config, inputs, mask, segment_ids, kind, extras)
+
+    def _run_from(self, inputs, state, mask, segment_ids, observe) -> tuple[Tensor, State]:
+        """The same from what the backbone takes, checked: ids (b, l), or floats (b, l, d)."""
         batch, length = inputs.shape[:2]
         fresh = state is None
         if fresh:

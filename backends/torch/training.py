@@ -7,52 +7,39 @@ import numpy as np
 import torch
 
 from mamba_core.backends.torch.arrays import dtype_name, from_numpy, to_numpy
+from mamba_core.backends.torch.heads import find
 from mamba_core.backends.torch.kernels.cuda_graph import CapturedStep
-from mamba_core.backends.torch.kernels.triton_loss import IGNORED
-from mamba_core.backends.torch.ops.cross_entropy import cross_entropy, fuses_head, linear_cross_entropy
 from mamba_core.backends.torch.ways import own
 from mamba_core.backends.torch.weights import check_stored, foreign
 from mamba_core.merging import check_held
-from mamba_core.spec.checks import check_targets
 from mamba_core.spec.params import parameter_table
 from mamba_core.tasks import check_trains
 from mamba_core.wrappers import checked_output
 
 
-def loss(model, tokens, mask=None) -> torch.Tensor:
-    """Mean cross-entropy of tokens[:, 1:] given tokens[:, :-1] over the targets that count; tokens (b, l+1)."""
-    check_targets(tokens)
-    tokens, targets = tokens[:, :-1], tokens[:, 1:].long()
-    if mask is not None:
-        mask, targets = mask[:, :-1], targets.masked_fill(~mask[:, 1:], IGNORED)
-    return _cross_entropy(model, tokens, targets, mask, "mean")
+def loss(model, batch, mask=None) -> torch.Tensor:
+    """The loss of the model's task.
+
+    batch: of a labelled task a dict of tensors, else inputs (b, l + 1); mask (b, l + 1) is of these.
+    """
+    head = find(model.config.task)
+    if not model.task.labelled:
+        return head.loss_of_inputs(model, batch, mask)
+    given = {name: value for name, value in batch.items() if name not in ("inputs", "targets")}
+    output = checked_output(model, model(batch["inputs"], **given))
+    return head.loss(model.task, output, batch["targets"], batch.get("mask"))
 
 
-def summed_loss(model, tokens, counts) -> torch.Tensor:
-    """The sum of those cross-entropies over the targets that count; tokens (b, l+1), counts (b, l)."""
-    check_targets(tokens)
-    targets = tokens[:, 1:].long().masked_fill(~counts, IGNORED)
-    return _cross_entropy(model, tokens[:, :-1], targets, None, "sum")
-
-
-def _cross_entropy(model, tokens, targets, mask, reduction):
-    weight = model.head_weight() if model.is_untouched() else None
-    if weight is not None and fuses_head(model.policy.of("cross_entropy"), weight):
-        return linear_cross_entropy(model.hidden(tokens, mask), weight, targets, reduction)
-    given = {} if mask is None else {"mask": mask}
-    return cross_entropy(checked_output(model, model(tokens, **given)).logits, targets, reduction)
-
-
-def loss_and_gradients(model, tokens, mask=None) -> tuple[float, dict[str, np.ndarray]]:
+def loss_and_gradients(model, batch, mask=None) -> tuple[float, dict[str, np.ndarray]]:
     check_trains(model.config, "its loss")
     check_held(model.config, foreign(model))
-    tokens = from_numpy(tokens, device=model.device)
+    batch = _entering(model, batch)
     parameters = {name: model.get_parameter(name) for name in parameter_table(model.config)}
     frozen = [parameter for parameter in parameters.values() if not parameter.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(True)
     try:
-        value = loss(model, tokens, None if mask is None else from_numpy(mask, device=model.device))
+        value = loss(model, batch, None if mask is None else from_numpy(mask, device=model.device))
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
@@ -77,39 +64,47 @@ class Trainer:
         self.optimizer = self._optimizer()
         self.captured = CapturedStep(self._update)
 
-    def step(self, tokens) -> tuple[float, float]:
+    def step(self, batch) -> tuple[float, float]:
         """On a GPU, after some steps with a batch's shape, a replay of a CUDA graph: the model must stay as it is."""
-        tokens, rate = from_numpy(tokens, device=self.model.device), self.settings.rate(self.count)
+        batch, rate = _entering(self.model, batch), self.settings.rate(self.count)
         if self.on_gpu:
             self.rate.fill_(rate)
         else:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-        found = self.captured(tokens, self._settings()) if self.captures() else self._update(tokens)
+        found = self.captured(batch, self._settings()) if self.captures() else self._update(batch)
         self.count += 1
         # The only place where the host waits for the device.
         value, norm = found.tolist()
         return value, norm
 
-    def evaluate(self, tokens, counts) -> float:
-        tokens, counts = (from_numpy(value, device=self.model.device) for value in (tokens, counts))
+    def evaluate(self, batch, counts=None) -> float:
+        batch = _entering(self.model, batch)
         with _evaluation_form(self.model), torch.no_grad():
-            return summed_loss(self.model, tokens, counts).item()
+            if self.model.task.labelled:
+                return loss(self.model, batch).item()
+            counts, head = from_numpy(counts, device=self.model.device), find(self.model.config.task)
+            return head.summed_loss_of_inputs(self.model, batch, counts).item()
 
     def captures(self) -> bool:
-        """Whether steps are captured: on a GPU, of a model as built, whose mixers have been tried in captured steps."""
+        """Whether steps are captured: on a GPU, of a model as built, whose mixers have been tried in captured steps.
+
+        Those of a labelled task are not: its batches are of several arrays.
+        """
+        if self.model.task.labelled:
+            return False
         if not (self.on_gpu and self.model.is_untouched() and self.model.backbone.is_untouched()):
             return False
         parts = [part for block in self.model.backbone.layers for part in (block.mixer, block.feed_forward)]
         asked = [(own(part, "captures"), part) for part in parts if part is not None]
         return all(tried is not None and tried(part) for tried, part in asked)
 
-    def _update(self, tokens) -> torch.Tensor:
+    def _update(self, batch) -> torch.Tensor:
         """One update; the loss and the gradient's norm, (2,)."""
         # Autocast caches casts of parameters, which have changed since.
         torch.clear_autocast_cache()
         self.model.zero_grad()
-        value = loss(self.model, tokens)
+        value = loss(self.model, batch)
         value.backward()
         halves = [name for name, parameter in self.parameters.items() if self.updated[name] is not parameter]
         for name in halves:
@@ -194,6 +189,14 @@ def _trained(model) -> dict[str, torch.nn.Parameter]:
     if not found:
         raise ValueError("no parameter of the model requires a gradient; call requires_grad_() on those to be trained")
     return {name: found[name] for name in parameter_table(model.config) if name in found} | found
+
+
+def _entering(model, batch) -> torch.Tensor | dict[str, torch.Tensor]:
+    """A batch as the model's tensors, checked where the task is labelled."""
+    if not model.task.labelled:
+        return from_numpy(batch, device=model.device)
+    checked = model.task.checked_batch(model.config, batch)
+    return {name: from_numpy(value, device=model.device) for name, value in checked.items()}
 
 
 def _in_float32(parameter):

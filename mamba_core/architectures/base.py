@@ -98,8 +98,9 @@ class BaseConfig(_Kept):
         initializer_range: standard deviation of the initial embedding.
         bos_token_id, eos_token_id, pad_token_id: of the tokenizer, where the checkpoint says; eos may be several.
         task: what the model is for, a file in `mamba_core/tasks`: "lm" for a language model; "features" for one without
-            its head; "layers" for the blocks alone, without embedding and final norm, from embeddings (b, l, d).
-        task_options: the fields of the task, if it has some.
+            its head; "layers" for the blocks alone, without embedding and final norm, from embeddings (b, l, d); and
+            others.
+        task_options: the fields of the task's class in that file.
         extra: fields of a checkpoint's config that mean nothing to the model; kept, and written back.
     """
 
@@ -140,6 +141,7 @@ class BaseConfig(_Kept):
         )
         self.expect("an integer, several or nothing", lambda _: all(map(is_id, self.eos_token_ids)), "eos_token_id")
         self.expect("a mapping", lambda value: isinstance(value, Mapping), "task_options")
+        object.__setattr__(self, "task_options", {name: _fixed(value) for name, value in self.task_options.items()})
         tasks.of(self)
 
     def expect(self, expected: str, holds: Callable[[Any], bool], *names: str) -> None:
@@ -224,6 +226,11 @@ class BaseConfig(_Kept):
         from mamba_core.weights import tables
 
         return tables.write_config(layout, self)
+
+
+def _fixed(value: Any) -> Any:
+    """JSON's lists as tuples, so that a task that was read is that which was written."""
+    return tuple(map(_fixed, value)) if isinstance(value, (list, tuple)) else value
 
 
 def is_bool(value: Any) -> bool:

@@ -4,6 +4,7 @@
     l  length (time)             n  d_state (states per channel)
     d  d_model                   r  dt_rank (rank of the step-size projection)
     v  vocabulary (padded)       k  d_conv (width of the short convolution)
+    o  outputs of a head         i  inputs of a projection
 
 Of architectures with heads: h heads, p head dimension, g groups. Of mixtures: x experts.
 Arrays are laid out (batch, length, channels) everywhere.
@@ -22,4 +23,6 @@ LETTERS = {
     "p": "head_dim",
     "g": "groups",
     "x": "experts",
+    "o": "outputs of a head",
+    "i": "inputs of a projection",
 }

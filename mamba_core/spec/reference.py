@@ -13,9 +13,7 @@ from mamba_core.spec import state as states
 from mamba_core.spec.graph import Node, block_graph
 from mamba_core.spec.ops.base import Positions, counting
 from mamba_core.spec.params import parameter_table
-
-# The node that embeddings given as such stand for.
-EMBEDDED = "embedding"
+from mamba_core.tasks.base import EMBEDDED
 
 
 class ReferenceModel:
@@ -52,12 +50,16 @@ class ReferenceModel:
         mask=None,
         segment_ids=None,
         observe: Observe | None = None,
+        **extras,
     ):
-        values, after = self._run(*self.task.given(inputs, inputs_embeds), state, Positions(mask, segment_ids))
+        """extras: those of the task."""
+        positions = Positions(mask, segment_ids)
+        _, values, after = self._run(*self.task.given(inputs, inputs_embeds), state, positions, extras)
+        nodes = {node.name: values[node.name] for node in self.graph}
         if observe is not None:
-            for node in self.graph:
-                observe(node.name, values[node.name])
-        return self.task.output(values[self.graph[-1].name], after)
+            for name, value in nodes.items():
+                observe(name, value)
+        return self.task.result(nodes, after)
 
     def vjp(
         self,
@@ -70,22 +72,23 @@ class ReferenceModel:
         segment_ids=None,
         dstate: State | None = None,
         dnodes: Mapping[str, np.ndarray] = MappingProxyType({}),
+        **extras,
     ):
         """Gradients of sum(doutput * output), plus that of the final state if given, and of nodes by name.
 
         Returns:
-            (canonical name -> gradient, gradients of the layers of the given state). The first holds also that of
-            "inputs_embeds" where these are given. The second has zeros for a count, which has no gradient.
+            (canonical name -> gradient, gradients of the layers of the given state). The first holds also those
+            of what is given, such as "inputs_embeds". The second has zeros for a count, which has no gradient.
         """
         positions = Positions(mask, segment_ids)
         inputs, kind = self.task.given(inputs, inputs_embeds)
-        values, _ = self._run(inputs, kind, state, positions)
+        computed, values, _ = self._run(inputs, kind, state, positions, extras)
         before, same = self._entering(inputs, state, positions)
         dvalues = {name: np.asarray(value, np.float64) for name, value in dnodes.items()}
         dvalues[self.graph[-1].name] = np.asarray(doutput, np.float64) + dvalues.get(self.graph[-1].name, 0.0)
         dparameters = {name: np.zeros_like(value) for name, value in self.parameters.items()}
         dlayers = [{name: np.zeros(np.shape(value)) for name, value in _named(layer)} for layer in before]
-        for node in reversed(self._nodes(kind)):
+        for node in reversed(computed):
             arguments, named = self._arguments(node, values)
             carried = _carried(node, before)
             dcarried = (None,) * len(carried) if dstate is None else _carried(node, dstate.layers)
@@ -107,16 +110,15 @@ class ReferenceModel:
         dvalues = {kind if name == EMBEDDED else name: value for name, value in dvalues.items()}
         return dparameters | dvalues, tuple(type(own)(**layer) for own, layer in zip(before, dlayers, strict=True))
 
-    def _nodes(self, kind: str) -> tuple[Node, ...]:
-        """The nodes that are computed: not the embedding where embeddings are given in its place."""
-        return self.graph if kind == self.task.inputs else self.graph[1:]
-
-    def _run(self, inputs, kind: str, state, positions: Positions) -> tuple[dict[str, np.ndarray], State]:
-        self.task.check(self.config, np.asarray(inputs), *positions, kind)
-        values = {kind if kind == self.task.inputs else EMBEDDED: self.task.beginning(self.config, inputs, kind)}
+    def _run(self, inputs, kind: str, state, positions: Positions, extras: Mapping[str, Any]):
+        """The nodes that are computed, the values of all by name, and the state after the last position."""
+        self.task.check(self.config, np.asarray(inputs), *positions, kind, extras)
+        values = self.task.beginnings(self.config, inputs, kind, positions.mask, extras)
+        # Not the embedding where embeddings are given in its place, for one.
+        computed = [node for node in self.graph if node.name not in values]
         before, _ = self._entering(inputs, state, positions)
         layers = [dict(_named(layer)) for layer in before]
-        for node in self._nodes(kind):
+        for node in computed:
             arguments, named = self._arguments(node, values)
             carried = _carried(node, before)
             values[node.name], after = ops.nodes()[node.op].forward(arguments, named, node.settings, carried, positions)
@@ -124,7 +126,7 @@ class ReferenceModel:
                 layer, fields = node.state
                 layers[layer] |= zip(fields, after, strict=True)
         after = tuple(type(own)(**layer) for own, layer in zip(before, layers, strict=True))
-        return values, State(after, self._last_segment(inputs, state, positions))
+        return computed, values, State(after, self._last_segment(inputs, state, positions))
 
     def _arguments(self, node: Node, values):
         """The node's inputs, and its parameters by argument."""

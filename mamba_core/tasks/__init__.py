@@ -58,6 +58,16 @@ def check_trains(config: Any, use: str) -> None:
         raise ValueError(f"the model is of task {config.task!r}, without a loss; {use} needs {_those('trains')}")
 
 
+def check_forecasts(config: Any, use: str) -> None:
+    """Check that a model forecasts a series, for a use that needs it.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if not of(config).forecasts:
+        raise ValueError(f"the model is of task {config.task!r}, without a forecast; {use} needs {_those('forecasts')}")
+
+
 def _those(trait: str) -> str:
     return "one of task " + " or ".join(repr(name) for name in names() if getattr(find(name).Task, trait))
 

@@ -9,11 +9,13 @@ import numpy as np
 from mamba_core.backend import Output
 from mamba_core.spec.graph import Node
 from mamba_core.spec.init import uniform
+from mamba_core.spec.losses import cross_entropy
 from mamba_core.spec.params import Parameter
 from mamba_core.tasks import base
 from mamba_core.tasks.base import EMBEDDING
 
 HEAD = "lm_head.weight"
+__all__ = ["HEAD", "Task", "cross_entropy"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,9 @@ class Task(base.Task):
 
     generates: ClassVar[bool] = True
     trains: ClassVar[bool] = True
+    float32: ClassVar[bool] = True
     output: ClassVar[type] = Output
+    suffix: ClassVar[str | None] = "ForCausalLM"
 
     def after(self, config: Any) -> Iterator[Parameter]:
         yield from super().after(config)
@@ -38,15 +42,3 @@ class Task(base.Task):
     def loss(self, config: Any, output: np.ndarray, targets: Any, mask: Any = None) -> tuple[float, np.ndarray]:
         """Mean cross-entropy of logits (b, l, v) against targets (b, l) over the targets that count."""
         return cross_entropy(output, targets, mask)
-
-
-def cross_entropy(logits: Any, targets: Any, mask: Any = None) -> tuple[float, np.ndarray]:
-    """Mean of -log softmax(logits)[target] over the positions that count, and its gradient in the logits."""
-    logits, targets = np.asarray(logits, np.float64), np.asarray(targets)
-    counts = np.ones(targets.shape, bool) if mask is None else np.asarray(mask)
-    shifted = logits - logits.max(-1, keepdims=True)
-    log_probabilities = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    chosen = np.take_along_axis(log_probabilities, targets[..., None], -1)[..., 0]
-    gradient = np.exp(log_probabilities)
-    np.put_along_axis(gradient, targets[..., None], np.take_along_axis(gradient, targets[..., None], -1) - 1.0, -1)
-    return -chosen[counts].mean(), gradient * counts[..., None] / counts.sum()

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from hypothesis import strategies as st
 
-from mamba_core import architectures
+from mamba_core import architectures, tasks
 from mamba_core.backend import State
 from mamba_core.spec import ops
 from mamba_core.spec import state as states
@@ -171,7 +171,7 @@ def _model_dtypes(case, dtype):
     config = case.options["config"]
     fields = _float_fields(config)
     stored = {name: dtype if field.dtype == "compute" else field.dtype for name, field in fields.items()}
-    outputs = ["float32" if config.task == "lm" else dtype, *stored.values()]
+    outputs = ["float32" if tasks.of(config).float32 else dtype, *stored.values()]
     return {name: stored.get(name, dtype) for name in case.arrays}, outputs
 
 

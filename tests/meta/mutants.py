@@ -148,7 +148,7 @@ CAUGHT_BY = {
         "decay of every parameter": Mutant("training.py", "if decays[name] == decay]", "if decay]"),
         "no clipping": Mutant("training.py", "self.settings.clip_norm)", "1e9)"),
         "rate of the next step": Mutant("training.py", "self.settings.rate(self.count)", "self.settings.rate(self.count + 1)"),
-        "targets not shifted": Mutant("training.py", "tokens[:, :-1], tokens[:, 1:].long()", "tokens[:, :-1], tokens[:, :-1].long()"),
+        "targets not shifted": Mutant("heads/lm.py", "tokens[:, :-1], tokens[:, 1:].long()", "tokens[:, :-1], tokens[:, :-1].long()"),
     },
     "test_the_optimizer_moves_between_backends": {
         "step count not restored": Mutant("training.py", 'self.count = int(state["step"])', "self.count = 0"),

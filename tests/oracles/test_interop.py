@@ -425,17 +425,28 @@ def test_minimambas_first_class(ids, tmp_path):
     assert_same(run(model, torch.from_numpy(ids).long()), ours(tmp_path / "theirs.pt", ids, compat="minimamba"))
 
 
-def test_the_backbone_of_minimambas_classifier(ids, tmp_path):
+@pytest.mark.parametrize("pooling", ["last", "mean", "max"])
+def test_minimambas_classifier(ids, tmp_path, pooling):
+    """With padding on the right, where its "last" is the last token that counts; and written for it again."""
     minimamba = pytest.importorskip("minimamba")
     torch.manual_seed(0)
-    config = minimamba.MambaClassificationConfig(d_model=24, n_layer=2, num_labels=3)
+    config = minimamba.MambaClassificationConfig(d_model=24, n_layer=2, num_labels=3, pooling_strategy=pooling)
     model = minimamba.MambaForSequenceClassification(config).eval()
-    torch.save(model.state_dict(), tmp_path / "model.pt")
-    config.save_to_json(tmp_path / "config.json")
-    hidden = run(model.backbone, model.embedding(torch.from_numpy(ids).long()))
-    opened = open_model(tmp_path, compat="minimamba")
-    assert opened.left_out == ("classifier.classifier.weight", "classifier.classifier.bias")
-    assert_same(hidden, ours(tmp_path, ids, compat="minimamba"))
+    torch.nn.init.normal_(model.classifier.classifier.bias)
+    (tmp_path / "theirs").mkdir()
+    torch.save(model.state_dict(), tmp_path / "theirs" / "model.pt")
+    config.save_to_json(tmp_path / "theirs" / "config.json")
+    mask = np.arange(ids.shape[1]) < np.array([[ids.shape[1]], [5]])
+    found = mc.load(tmp_path / "theirs", backend="torch", compat="minimamba")
+    with torch.no_grad():
+        expected = model(torch.from_numpy(ids).long(), torch.from_numpy(mask).long())
+        assert_same(expected.numpy(), found(torch.from_numpy(ids), mask=torch.from_numpy(mask)).logits.numpy())
+    mc.save(found, tmp_path / "ours", layout="minimamba")
+    state = torch.load(tmp_path / "ours" / "model.pt", weights_only=True)
+    model.load_state_dict(state, strict=True)
+    with torch.no_grad():
+        assert torch.equal(model(torch.from_numpy(ids).long(), torch.from_numpy(mask).long()), expected)
+    assert mc.load(tmp_path / "ours", backend="torch", compat="minimamba").config == found.config
 
 
 # --- mamba_ssm -------------------------------------------------------------------------------------

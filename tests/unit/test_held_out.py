@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import mamba_core as mc
-from mamba_core import registry, training
+from mamba_core import batches, registry
 from mamba_core.evaluation import HeldOut
 from mamba_core.registry import installed
 from mamba_core.weights.formats import CheckpointError
@@ -193,8 +193,8 @@ def test_a_model_s_own_call_is_called(name):
 
 
 def test_a_fraction_is_the_end_of_the_data_and_is_never_trained_on(model, monkeypatch):
-    data, seen, real = np.concatenate([DATA % 8, HELD]), [], training.batch
-    monkeypatch.setattr(training, "batch", lambda *given: seen.append(real(*given)) or seen[-1])
+    data, seen, real = np.concatenate([DATA % 8, HELD]), [], batches.batch
+    monkeypatch.setattr(batches, "batch", lambda *given: seen.append(real(*given)) or seen[-1])
     monkeypatch.setattr(HeldOut, "loss", lambda held, *_: seen.append(held.data) or 1.0)
     mc.train(model, data, SETTINGS, held_out=len(HELD) / len(data), evaluate_every=0)
     np.testing.assert_array_equal(seen.pop(), HELD)
@@ -217,13 +217,13 @@ def test_a_resumed_run_holds_out_the_same_and_may_be_evaluated_otherwise(tmp_pat
     assert resumed(held_out=0.25) == whole
     assert [entry["loss"] for entry in resumed(held_out=HELD)] == [entry["loss"] for entry in whole]
     assert list(losses(resumed(evaluate_every=3))) == [0, 1, 2, 3]
-    with pytest.raises(ValueError, match="held out the last 30 tokens of its data, not 60"):
+    with pytest.raises(ValueError, match="held out the last 30 of its data, not 60"):
         resumed(held_out=0.5)
 
 
 def test_a_run_that_held_out_nothing_is_not_resumed_as_if_it_had(model, tmp_path):
     mc.train(model, DATA, SETTINGS, checkpoint=tmp_path / "run")
-    with pytest.raises(ValueError, match="held out the last 0 tokens of its data, not 30"):
+    with pytest.raises(ValueError, match="held out the last 0 of its data, not 30"):
         mc.train(model, DATA, SETTINGS, resume=tmp_path / "run", held_out=0.25)
     # An evaluation that is new is made at once.
     found = mc.train(model, DATA, SETTINGS, resume=tmp_path / "run", checkpoint=tmp_path / "run", held_out=HELD)
@@ -280,7 +280,7 @@ def test_an_evaluation_is_cut_short_and_made_when_the_run_is_resumed(at, tmp_pat
     ],
 )
 def test_what_cannot_be_held_out_is_refused_before_a_step(model, settings, message, monkeypatch):
-    monkeypatch.setattr(training, "batch", lambda *_: pytest.fail("a step was made"))
+    monkeypatch.setattr(batches, "batch", lambda *_: pytest.fail("a step was made"))
     with pytest.raises(ValueError, match=message):
         mc.train(model, DATA, SETTINGS, **settings)
 

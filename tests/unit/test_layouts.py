@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mamba_core.config import MambaConfig
-from mamba_core.spec.params import parameter_table
 from mamba_core.weights import layouts, tables
 from mamba_core.weights.formats import WRITERS, CheckpointError
 from mamba_core.weights.io import open_checkpoint
@@ -235,15 +234,37 @@ def test_a_mamba_is_not_written_for_it(tmp_path):
         write(tmp_path / "out", CONFIG, "minimamba")
 
 
-def test_a_classifiers_backbone_is_read_and_the_rest_reported(tmp_path):
-    config = dataclasses.replace(COMPAT, task="features")
-    arrays = arrays_of(write(tmp_path / "a", config, "minimamba"))
-    head = {"classifier.classifier.weight": np.zeros((2, 6)), "classifier.classifier.bias": np.zeros(2)}
-    opened = open_model(state_dict(tmp_path / "b", arrays | head), compat="minimamba")
-    assert opened.config.task == "features"
-    assert opened.left_out == tuple(head)
-    assert "not read: classifier.classifier.weight, classifier.classifier.bias" in opened.evidence
-    assert dict(opened.tensors()).keys() == parameter_table(config).keys()
+CLASSIFIER = {"num_labels": 3, "bias": True, "pooling": "mean"}
+
+
+def test_a_classifier_is_told_by_its_tensors(tmp_path):
+    config = dataclasses.replace(COMPAT, task="sequence_classification", task_options=CLASSIFIER)
+    folder = write(tmp_path / "a", config, "minimamba")
+    arrays = arrays_of(folder)
+    assert {"classifier.classifier.weight", "classifier.classifier.bias"} < arrays.keys()
+    opened = open_model(folder, compat="minimamba")
+    assert opened.config.task_options == CLASSIFIER
+    assert opened.left_out == ()
+    alone = open_model(state_dict(tmp_path / "b", arrays), compat="minimamba").config  # without a config.json
+    assert (alone.task, alone.task_options) == (config.task, {"num_labels": 3, "bias": True})
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | {"num_labels": 4}))
+    with pytest.raises(CheckpointError, match="num_labels 4, but the classifier has 3 outputs"):
+        open_model(folder, compat="minimamba")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bias": False}, "bias=False cannot be written as minimamba"),
+        ({"pooling": "first"}, "pooling='first' cannot be written as minimamba, which has last, mean, max"),
+        ({"class_weights": [1, 2, 3]}, "task option class_weights=.* cannot be written as minimamba"),
+    ],
+)
+def test_a_classifier_that_it_cannot_run_is_not_written(tmp_path, options, message):
+    config = dataclasses.replace(COMPAT, task="sequence_classification", task_options=CLASSIFIER | options)
+    with pytest.raises(ValueError, match=message):
+        write(tmp_path / "a", config, "minimamba")
 
 
 @pytest.mark.parametrize("tied", [True, False])

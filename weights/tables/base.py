@@ -58,6 +58,8 @@ class Table:
         unread: the end of a tensor's name -> why a file that has one is not read.
         consent: why a plain conversion would change the function. The user must then name the architecture
             (`compat`).
+        options: task -> its options that `derived` writes, for a layout that keeps no fields of ours. Others are
+            refused.
         hides: our fields that `derived` may hide, beside those without a row.
         sizes: shapes by canonical name -> the fields of our config that they tell, and what `completed` makes fields
             of; for layouts that need it. Raises ValueError where they tell none.
@@ -81,6 +83,7 @@ class Table:
     differs: Callable[[Any], str | None] = lambda config: None
     unread: Mapping[str, str] = field(default_factory=dict)
     consent: str | None = None
+    options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     hides: tuple[str, ...] = ()
     sizes: Callable[[Mapping[str, Shape]], dict[str, Any]] = nothing
     completed: Callable[[dict[str, Any], dict[str, Any], Mapping[str, Any]], dict[str, Any]] = unchanged

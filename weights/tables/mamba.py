@@ -32,7 +32,6 @@ def scheme(
     conv: Transform = SAME,
     conv_name: str = "mixer.conv1d.",
     classes: tuple[str, ...] = (),
-    left_out: tuple[str, ...] = (),
 ) -> Scheme:
     """The names of a model's tensors.
 
@@ -44,7 +43,7 @@ def scheme(
     for name in layer:
         theirs = f"{layers}.{{layer}}.{name.replace('mixer.conv1d.', conv_name)}"
         rows.append(Row(f"{LAYERS}.{{layer}}.{name}", theirs, conv if name == CONV else SAME, mark=name in marks))
-    return Scheme(task, tuple(rows), classes, left_out)
+    return Scheme(task, tuple(rows), classes)
 
 
 def same(*names: str) -> dict[str, str]:

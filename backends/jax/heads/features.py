@@ -4,6 +4,7 @@ import jax
 
 from mamba_core.backend import Hidden, State
 from mamba_core.backends.jax import model
+from mamba_core.backends.jax.pooling import pooled
 
 
 class FeatureModel(model.Model):
@@ -20,6 +21,8 @@ class FeatureModel(model.Model):
         observe=None,
     ) -> Hidden:
         hidden, state, call = self._run(inputs, inputs_embeds, state, mask, segment_ids, observe)
+        if self.task.pools:
+            return Hidden(call.observe("hidden", pooled(hidden, self.task.pooling, mask)), state)
         return Hidden(call.observe("hidden", self._masked(hidden, mask)), state)
 
 

@@ -2,14 +2,18 @@
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 
 from mamba_core.backend import Output, State
 from mamba_core.backends.jax import model
 from mamba_core.backends.jax.layers import attends, in_dtype
 from mamba_core.backends.jax.mixers import Options
+from mamba_core.backends.jax.ops.cross_entropy import linear_cross_entropy
 from mamba_core.backends.jax.ops.linear import precision, product, product_of_one
 from mamba_core.backends.jax.untouched import untouched
+from mamba_core.spec.checks import check_targets
+from mamba_core.wrappers import checked_output
 
 
 class LanguageModel(model.Model):
@@ -76,6 +80,33 @@ class LanguageModel(model.Model):
                 "give the model an lm_head"
             )
         return found
+
+
+def loss_of_inputs(model, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """Mean cross-entropy of tokens[:, 1:] given tokens[:, :-1] over the targets that count; tokens (b, l+1)."""
+    check_targets(tokens)
+    tokens, targets = tokens[:, :-1], tokens[:, 1:]
+    counts = jnp.ones(targets.shape, bool)
+    if mask is not None:
+        mask, counts = mask[:, :-1], mask[:, 1:]
+    return _cross_entropy(model, tokens, targets, counts, mask) / counts.sum()
+
+
+def summed_loss_of_inputs(model, tokens: jax.Array, counts: jax.Array) -> jax.Array:
+    """The sum of those cross-entropies over the targets that count; tokens (b, l+1), counts (b, l)."""
+    check_targets(tokens)
+    return _cross_entropy(model, tokens[:, :-1], tokens[:, 1:], counts, None)
+
+
+def _cross_entropy(model, tokens, targets, counts, mask):
+    """The sum over the targets that count."""
+    if not model.is_built or (weight := model.head_weight()) is None:
+        output = model(tokens, **({} if mask is None else {"mask": mask}))
+        logits = checked_output(model, output).logits.astype(jnp.float32)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, targets).sum(where=counts)
+    hidden = model.hidden(tokens, mask)
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    return linear_cross_entropy(hidden, weight, targets.ravel(), counts.ravel())
 
 
 def _only_multiplies(head) -> bool:

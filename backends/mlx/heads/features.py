@@ -4,6 +4,8 @@ import mlx.core as mx
 
 from mamba_core.backend import Hidden, State
 from mamba_core.backends.mlx import model
+from mamba_core.backends.mlx.pooling import pooled
+from mamba_core.observe import reporting
 
 
 class FeatureModel(model.Model):
@@ -19,7 +21,12 @@ class FeatureModel(model.Model):
         segment_ids=None,
         observe=None,
     ) -> Hidden:
-        return self._hidden(inputs, inputs_embeds, state, mask, segment_ids, observe)
+        observe = reporting(observe)
+        with self.on_device():
+            hidden, state = self._run(inputs, inputs_embeds, state, mask, segment_ids, observe)
+            if self.task.pools:
+                return Hidden(observe("hidden", pooled(hidden, self.task.pooling, mask)), state)
+            return Hidden(observe("hidden", self._masked(hidden, mask)), state)
 
 
 Model = FeatureModel

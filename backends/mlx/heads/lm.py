@@ -6,9 +6,13 @@ import mlx.nn as nn
 from mamba_core.backend import Output, State
 from mamba_core.backends.mlx import layers, model
 from mamba_core.backends.mlx.ops import linear
+from mamba_core.backends.mlx.ops.cross_entropy import cross_entropy
+from mamba_core.backends.mlx.stack import recomputed
 from mamba_core.backends.mlx.untouched import untouched
 from mamba_core.kernels import Kernels
 from mamba_core.observe import reporting
+from mamba_core.spec.checks import check_targets
+from mamba_core.wrappers import checked_output
 
 
 class LanguageModel(model.Model):
@@ -53,6 +57,39 @@ class LanguageModel(model.Model):
             return embeddings.as_linear(hidden)
         rows = embeddings(mx.arange(self.config.padded_vocab_size))
         return linear.linear(hidden, rows.astype(hidden.dtype), kernel)
+
+
+def loss_of_inputs(model, tokens, mask=None) -> mx.array:
+    """Mean cross-entropy of tokens[:, 1:] given tokens[:, :-1] over the targets that count; tokens (b, l+1)."""
+    losses = _losses(model, tokens, mask)
+    if mask is None:
+        return losses.mean()
+    counts = mask[:, 1:]
+    return mx.where(counts, losses, 0.0).sum() / counts.sum()
+
+
+def summed_loss_of_inputs(model, tokens, counts) -> mx.array:
+    """The sum of those cross-entropies over the targets that count; tokens (b, l+1), counts (b, l)."""
+    return mx.where(counts, _losses(model, tokens), 0.0).sum()
+
+
+def _losses(model, tokens, mask=None):
+    """(b, l), of tokens[:, 1:]."""
+    check_targets(tokens)
+    given = {} if mask is None else {"mask": mask[:, :-1]}
+    logits = checked_output(model, model(tokens[:, :-1], **given)).logits
+    return _cross_entropy(model, logits, tokens[:, 1:])
+
+
+def _cross_entropy(model, logits, targets):
+    """(b, l). Its gradient takes several arrays as large as the logits, unless the model computes again."""
+
+    def run(logits):
+        return (cross_entropy(logits, targets, kernel=model.policy.of("cross_entropy")),)
+
+    if not model.remat:
+        return run(logits)[0]
+    return recomputed(run, model.policy, model.compute_dtype, (logits,))[0]
 
 
 def _projects(embeddings) -> bool:

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from mamba_core.backend import Hidden, State
 from mamba_core.backends.torch import model
+from mamba_core.backends.torch.pooling import pooled
 from mamba_core.observe import reporting
 
 
@@ -22,6 +23,8 @@ class FeatureModel(model.Model):
     ) -> Hidden:
         observe = reporting(observe)
         hidden, state = self._run(inputs, inputs_embeds, state, mask, segment_ids, observe)
+        if self.task.pools:
+            return Hidden(observe("hidden", pooled(hidden, self.task.pooling, mask)), state)
         return Hidden(observe("hidden", self._masked(hidden, mask)), state)
 
 

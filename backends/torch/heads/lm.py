@@ -6,12 +6,16 @@ from torch import Tensor, nn
 from mamba_core.backend import Output, State
 from mamba_core.backends.torch import model
 from mamba_core.backends.torch.arrays import at_least_float32, dtype_of
+from mamba_core.backends.torch.kernels.triton_loss import IGNORED
 from mamba_core.backends.torch.ops import linear
+from mamba_core.backends.torch.ops.cross_entropy import cross_entropy, fuses_head, linear_cross_entropy
 from mamba_core.backends.torch.untouched import untouched
 from mamba_core.kernels import Kernels
 from mamba_core.observe import reporting, unobserved
+from mamba_core.spec.checks import check_targets
 from mamba_core.tasks.base import EMBEDDING
 from mamba_core.tasks.lm import HEAD
+from mamba_core.wrappers import checked_output
 
 
 class LanguageModel(model.Model):
@@ -69,6 +73,30 @@ class LanguageModel(model.Model):
                     "or a model with tie_embeddings=False"
                 )
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors)
+
+
+def loss_of_inputs(model, tokens, mask=None) -> Tensor:
+    """Mean cross-entropy of tokens[:, 1:] given tokens[:, :-1] over the targets that count; tokens (b, l+1)."""
+    check_targets(tokens)
+    tokens, targets = tokens[:, :-1], tokens[:, 1:].long()
+    if mask is not None:
+        mask, targets = mask[:, :-1], targets.masked_fill(~mask[:, 1:], IGNORED)
+    return _cross_entropy(model, tokens, targets, mask, "mean")
+
+
+def summed_loss_of_inputs(model, tokens, counts) -> Tensor:
+    """The sum of those cross-entropies over the targets that count; tokens (b, l+1), counts (b, l)."""
+    check_targets(tokens)
+    targets = tokens[:, 1:].long().masked_fill(~counts, IGNORED)
+    return _cross_entropy(model, tokens[:, :-1], targets, None, "sum")
+
+
+def _cross_entropy(model, tokens, targets, mask, reduction):
+    weight = model.head_weight() if model.is_untouched() else None
+    if weight is not None and fuses_head(model.policy.of("cross_entropy"), weight):
+        return linear_cross_entropy(model.hidden(tokens, mask), weight, targets, reduction)
+    given = {} if mask is None else {"mask": mask}
+    return cross_entropy(checked_output(model, model(tokens, **given)).logits, targets, reduction)
 
 
 def _are_equal(head: Tensor, embedding: Tensor) -> bool:

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from mamba_core.backends.torch.arrays import at_least_float32
 
-
 # Rows of weights begin at multiples of so many entries.
 ALIGNED = 8
 
