@@ -38,7 +38,7 @@ class State(NamedTuple):
 
 
 class Output(NamedTuple):
-    """logits: (b, l, v) float32, v the padded vocabulary. state: after the last position."""
+    """logits: (b, l, v) float32, v the padded vocabulary; of images (b, classes). state: after the last position."""
 
     logits: Array
     state: State

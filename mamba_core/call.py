@@ -19,6 +19,8 @@ class Call(NamedTuple):
     last: only the last position of the model's output is asked for.
     observe: reports the value of a node and returns it; `unobserved` where nobody listens.
     in_place: the states may be overwritten, because nobody else holds them.
+    reverse: the facts of the positions in reverse order, where `mask` or `segment_ids` are given and a layer may read
+        them so; else None.
     """
 
     mask: Array | None = None
@@ -30,6 +32,7 @@ class Call(NamedTuple):
     last: bool = False
     observe: Report = unobserved
     in_place: bool = False
+    reverse: "Call | None" = None
 
     @property
     def observed(self) -> bool:

@@ -129,13 +129,16 @@ class Model(nnx.Module):
         inputs, mask = as_array(kind, inputs), as_array("mask", mask)
         segment_ids = as_array("segment_ids", segment_ids)
         self.task.check(self.config, inputs, mask, segment_ids, kind)
+        observe = reporting(observe)
+        inputs = self._opened(inputs, observe)
         batch, length = inputs.shape[:2]
         if state is None:
             state = self.init_state(batch, length)
         else:
             check_state(self.config, batch, state)
             state = states.with_room(self.config, state, length)
-        call = call_of(mask, segment_ids, length=length, observe=reporting(observe))
+        both = not architectures.traits(self.config).causal
+        call = call_of(mask, segment_ids, length=length, observe=observe, both=both)
         return *self.backbone_of(inputs, state, call), call
 
     def _check_dtypes(self):
@@ -148,6 +151,10 @@ class Model(nnx.Module):
                     f"{'.'.join(map(str, path))} is float64, and the model computes in {self.dtype}; "
                     "give the parameters their dtype back"
                 )
+
+    def _opened(self, inputs, observe):
+        """What the backbone is given, of the task's inputs."""
+        return inputs
 
     def _masked(self, values, mask):
         if mask is not None:

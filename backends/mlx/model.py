@@ -173,6 +173,7 @@ class Model(nn.Module):
         for name, value in {kind: inputs, "mask": mask, "segment_ids": segment_ids}.items():
             check_array(name, value)
         self.task.check(self.config, inputs, mask, segment_ids, kind)
+        inputs = self._opened(inputs, observe)
         batch, length = inputs.shape[:2]
         if state is None:
             state = self.init_state(batch, length)
@@ -184,7 +185,8 @@ class Model(nn.Module):
             likes = self.init_state(batch).layers
             layers = tree_map(lambda value, like: value.astype(like.dtype), state.layers, likes)
             return mx.zeros((batch, 0, self.config.d_model), self.compute_dtype), State(layers, state.segment)
-        return self.backbone(inputs, state, call_of(mask, segment_ids, length=length, observe=observe))
+        both = not architectures.traits(self.config).causal
+        return self.backbone(inputs, state, call_of(mask, segment_ids, length=length, observe=observe, both=both))
 
     def _hidden(self, inputs, inputs_embeds, state, mask, segment_ids, observe) -> Hidden:
         """The output of a model without a head."""
@@ -192,6 +194,10 @@ class Model(nn.Module):
         with self.on_device():
             hidden, state = self._run(inputs, inputs_embeds, state, mask, segment_ids, observe)
             return Hidden(observe("hidden", self._masked(hidden, mask)), state)
+
+    def _opened(self, inputs, observe):
+        """What the backbone is given, of the task's inputs."""
+        return inputs
 
     def _masked(self, values, mask):
         if mask is not None and values.size:

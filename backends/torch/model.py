@@ -19,7 +19,7 @@ from mamba_core.spec.params import parameter_table
 from mamba_core.tasks.base import EMBEDDING, FINAL_NORM
 
 # Of a model: what its call is made of.
-METHODS = ("forward", "head", "head_weight", "hidden", "_run", "_masked")
+METHODS = ("forward", "head", "head_weight", "hidden", "_run", "_opened", "_masked")
 
 
 class Backbone(nn.Module):
@@ -167,6 +167,7 @@ class Model(nn.Module):
         inputs, kind = self.task.given(inputs, inputs_embeds)
         _check_tensors({kind: inputs, "mask": mask, "segment_ids": segment_ids})
         self.task.check(self.config, inputs, mask, segment_ids, kind)
+        inputs = self._opened(inputs, observe)
         batch, length = inputs.shape[:2]
         if state is None:
             state = self.init_state(batch, length)
@@ -174,7 +175,12 @@ class Model(nn.Module):
             check_state(self.config, batch, state)
             _check_tensors({"segment of the state": state.segment})
             state = states.with_room(self.config, state, length)
-        return self.backbone(inputs, state, call_of(mask, segment_ids, length=length, observe=observe))
+        both = not architectures.traits(self.config).causal
+        return self.backbone(inputs, state, call_of(mask, segment_ids, length=length, observe=observe, both=both))
+
+    def _opened(self, inputs, observe):
+        """What the backbone is given, of the task's inputs."""
+        return inputs
 
     def _masked(self, values, mask):
         if mask is not None:

@@ -130,6 +130,9 @@ class BaseConfig(_Kept):
         )
         self.expect("an integer, several or nothing", lambda _: all(map(is_id, self.eos_token_ids)), "eos_token_id")
         self.expect("a mapping", lambda value: isinstance(value, Mapping), "task_options")
+        if any(isinstance(value, list) for value in self.task_options.values()):  # as JSON has a tuple
+            options = {name: tuple(own) if isinstance(own, list) else own for name, own in self.task_options.items()}
+            object.__setattr__(self, "task_options", options)
         tasks.of(self)
 
     def expect(self, expected: str, holds: Callable[[Any], bool], *names: str) -> None:

@@ -5,7 +5,8 @@
     d  d_model                   r  dt_rank (rank of the step-size projection)
     v  vocabulary (padded)       k  d_conv (width of the short convolution)
 
-Reserved for architectures with heads: h heads, p head dimension, g groups.
+Reserved for architectures with heads: h heads, p head dimension, g groups. Of images: c channels, i and j rows and
+columns of a patch, m classes.
 Arrays are laid out (batch, length, channels) everywhere.
 """
 
@@ -21,4 +22,8 @@ LETTERS = {
     "h": "heads",
     "p": "head_dim",
     "g": "groups",
+    "c": "channels of an image",
+    "i": "rows of a patch",
+    "j": "columns of a patch",
+    "m": "classes",
 }

@@ -89,6 +89,10 @@ class Task:
         if segment_ids is not None and not architectures.traits(config).packs:
             raise ValueError(f"{config.architecture} cannot separate packed sequences; give no segment_ids")
 
+    def positions(self, inputs: Any) -> int:
+        """The positions that the blocks are given for these inputs."""
+        return inputs.shape[1]
+
     def beginning(self, config: Any, inputs: Any, kind: str) -> np.ndarray:
         """The value that the graph begins with, for the reference; kind as in `check`."""
         inputs = np.asarray(inputs)

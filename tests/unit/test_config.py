@@ -107,7 +107,7 @@ def test_published_mamba_ssm_config_is_read():
         ({"d_model": 64, "ssm_cfg": {f"field{n:03}": 1 for n in range(300)}}, "'field007' and 292 more$"),
         ({"d_model": "x" * 5000}, r"d_model is 'x+\.\.\.x+'; expected"),
         ({"task_options": "x"}, "task_options is 'x'; expected a mapping"),
-        ({"task_options": {"a": []}}, "do not fit task 'lm'; expected names and numbers"),
+        ({"task_options": {"a": {}}}, "do not fit task 'lm'; expected names and numbers"),
         ({"model_type": "mamba", "intermediate_size": "100"}, "intermediate_size '100'; expected an integer from 1"),
         ({"model_type": "mamba", "intermediate_size": 0}, "intermediate_size 0; expected"),
         ({"model_type": "mamba", "architectures": ["LlamaForCausalLM"]}, "'LlamaForCausalLM'; those of .*MambaModel"),
