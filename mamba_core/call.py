@@ -22,6 +22,8 @@ class Call(NamedTuple):
     fresh: the states are those before any position, zeros.
     routers: where mixtures of experts leave their logits, (b, l, experts) each, in the order of the layers; None where
         nobody asks for them.
+    reverse: the facts of the positions in reverse order, where `mask` or `segment_ids` are given and a layer may read
+        them so; else None.
     """
 
     mask: Array | None = None
@@ -35,6 +37,7 @@ class Call(NamedTuple):
     in_place: bool = False
     fresh: bool = False
     routers: list[Array] | None = None
+    reverse: "Call | None" = None
 
     @property
     def observed(self) -> bool:

@@ -2,7 +2,7 @@
 
 A backend runs the tokens whole ("forward"), in calls that go on from each other's state ("chunked"), one at a time
 ("stepped", the first few only) and, when asked, differentiates the mean cross-entropy ("backward"). All are held to one
-run of the reference: a model is causal, so that its values at a position do not depend on where a call ends.
+run of the reference: a model that steps is causal, so that its values do not depend on where a call ends.
 """
 
 import gc
@@ -173,7 +173,8 @@ def parity(
     log = log or (lambda line: None)
     log("reference")
     reference = _reference(opened, inputs, grad)
-    whole, steps = inputs.shape[1], min(steps, inputs.shape[1])
+    whole = tasks.of(opened.config).positions(inputs)
+    steps = min(steps, whole)
     splits, chunks = {"forward": [0, whole]}, []
     if architectures.traits(opened.config).steps and tasks.of(opened.config).resumes:
         # One call in the middle, and a last one shorter than the window of a convolution.
@@ -268,20 +269,23 @@ def _compare(opened, backend, dtype: str, inputs, splits: dict, reference: _Refe
 
 
 def _forward(backend, model, inputs, bounds: list[int], nodes: dict) -> Comparison:
-    """Run inputs[:, bounds[0]:bounds[-1]] in calls that end at the bounds, each going on from the state of the last."""
-    pieces, state = defaultdict(list), None
+    """Run inputs[:, bounds[0]:bounds[-1]] in calls that end at the bounds, each going on from the state of the last.
+
+    One call of the whole is given the inputs as they are, whose second axis need not be that of positions.
+    """
+    whole, pieces, state = tasks.of(model.config).positions(inputs), defaultdict(list), None
     started = time.perf_counter()
     for start, stop in pairwise(bounds):
-        given = backend.from_numpy(inputs[:, start:stop], device=model.device)
+        given = backend.from_numpy(inputs if stop - start == whole else inputs[:, start:stop], device=model.device)
         out = model(given, state, observe=lambda node, value: pieces[node].append(backend.to_numpy(value)))
         state = out.state
     seconds = time.perf_counter() - started
-    of_rows, whole = tasks.of(model.config).of_rows, len(bounds) == 2
+    of_rows, once = tasks.of(model.config).of_rows, len(bounds) == 2
     # Values of rows are those of all positions in the call that has all of them, and in no other.
     compared = {
-        node: value if node in of_rows else value[:, : bounds[-1]]
+        node: value if node in of_rows or bounds[-1] == whole else value[:, : bounds[-1]]
         for node, value in nodes.items()
-        if whole or node not in of_rows
+        if once or node not in of_rows
     }
     errors = {node: _error(pieces.pop(node, []), value, node in of_rows) for node, value in compared.items()}
     *_, result = nodes  # the last node has the tolerance of a result

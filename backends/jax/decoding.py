@@ -18,6 +18,7 @@ from mamba_core.backends.jax.arrays import from_numpy, to_numpy
 from mamba_core.backends.jax.positions import call_of
 from mamba_core.backends.jax.programs import after_call, divided, methods_in, put_back, whole
 from mamba_core.sampling import Sampling
+from mamba_core.spec.checks import check_steps
 from mamba_core.wrappers import checked_output
 
 # Tokens between two looks of the host, which cost a fraction of a millisecond each.
@@ -27,6 +28,7 @@ AHEAD = 1024
 
 
 def prefill(model, tokens, mask, state: State | None = None) -> Output:
+    check_steps(model.config, "prefill")
     length = mask.shape[1]
     padding = ((0, 0), (_bucket(length) - length, 0), (0, 0))
     tokens, mask = (

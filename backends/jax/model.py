@@ -127,7 +127,8 @@ class Model(nnx.Module):
         """What comes before the head, the state after it, and the facts of the call."""
         inputs, kind = self.task.given(inputs, inputs_embeds)
         inputs, mask, segment_ids, _ = self._checked(inputs, mask, segment_ids, kind)
-        return self._run_from(inputs, state, mask, segment_ids, reporting(observe))
+        observe = reporting(observe)
+        return self._run_from(self._opened(inputs, observe), state, mask, segment_ids, observe)
 
     def _checked(self, inputs, mask, segment_ids, kind: str, **extras):
         """The arguments as arrays, and the extras by name."""
@@ -146,7 +147,8 @@ class Model(nnx.Module):
         else:
             check_state(self.config, batch, state)
             state = states.with_room(self.config, state, length)
-        call = call_of(mask, segment_ids, length=length, observe=observe, fresh=fresh)
+        both = not architectures.traits(self.config).causal
+        call = call_of(mask, segment_ids, length=length, observe=observe, fresh=fresh, both=both)
         return *self.backbone_of(inputs, state, call), call
 
     def _check_dtypes(self):
@@ -159,6 +161,10 @@ class Model(nnx.Module):
                     f"{'.'.join(map(str, path))} is float64, and the model computes in {self.dtype}; "
                     "give the parameters their dtype back"
                 )
+
+    def _opened(self, inputs, observe):
+        """What the backbone is given, of the task's inputs."""
+        return inputs
 
     def _masked(self, values, mask):
         if mask is not None:

@@ -17,8 +17,12 @@ def call_of(
     last: bool = False,
     in_place: bool = False,
     fresh: bool = False,
+    both: bool = False,
 ) -> Call:
-    """The facts of one call. `length` may be a symbol, where a program is exported for any length."""
+    """The facts of one call. `length` may be a symbol, where a program is exported for any length.
+
+    both: of the reverse direction too.
+    """
     order, inverse = (None, None) if mask is None else compaction(mask)
     return Call(
         mask=mask,
@@ -31,6 +35,7 @@ def call_of(
         observe=observe,
         in_place=in_place,
         fresh=fresh,
+        reverse=_reverse(mask, segment_ids, length) if both else None,
     )
 
 
@@ -57,3 +62,11 @@ def _restarts(mask, segment_ids):
     previous = lax.cummax(index, axis=1)
     segment_before = jnp.take_along_axis(segment_ids, jnp.maximum(previous, 0), axis=1)
     return valid & (previous >= 0) & (segment_ids != segment_before)
+
+
+def _reverse(mask, segment_ids, length) -> Call | None:
+    """The facts of the positions in reverse order; None where all count and are of one sequence."""
+    if mask is None and segment_ids is None:
+        return None
+    mask, segment_ids = (None if value is None else value[:, ::-1] for value in (mask, segment_ids))
+    return call_of(mask, segment_ids, length=length)

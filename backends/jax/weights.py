@@ -91,6 +91,8 @@ def build(config, parameters: Iterable[tuple[str, np.ndarray]], *, dtype="float3
         module, leaf = place(model, parameter.name)
         array = from_numpy(entering(model, parameter.name, value), dtype=parameter.dtype(dtype), device=device)
         setattr(module, leaf, nnx.Param(array))
+    # Layers that draw random numbers have been made without values too.
+    nnx.reseed(model, default=0)
     return model
 
 

@@ -16,6 +16,7 @@ from mamba_core.backends.mlx.model import Backbone
 from mamba_core.backends.mlx.positions import call_of
 from mamba_core.backends.mlx.untouched import untouched
 from mamba_core.sampling import Sampling
+from mamba_core.spec.checks import check_steps
 from mamba_core.wrappers import checked_output
 
 # The random numbers of so many steps are brought to the device at once.
@@ -24,6 +25,7 @@ BLOCK = 64
 
 def prefill(model, tokens, mask, state: State | None = None) -> Output:
     """Not compiled: native kernels do not work inside mx.compile."""
+    check_steps(model.config, "prefill")
     rows, length = tokens.shape[:2]
     with model.on_device():
         fresh = state is None

@@ -21,6 +21,16 @@ class StepProjection(nn.Linear):
         return self
 
 
+class DropPath(nn.Dropout):
+    """In training, zeros for all of a row with that probability; the other rows are scaled to the same mean."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if not self.training or self._p_1 == 1:
+            return x
+        kept = mx.random.bernoulli(self._p_1, (len(x), *(1,) * (x.ndim - 1)))
+        return x * kept.astype(x.dtype) / self._p_1
+
+
 def linear(layer: Any, x: mx.array, kernel: str = "auto") -> mx.array:
     """layer(x), by a kernel where the layer is an untouched `nn.Linear`.
 

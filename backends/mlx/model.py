@@ -170,7 +170,7 @@ class Model(nn.Module):
         """The backbone's output and the state after it."""
         inputs, kind = self.task.given(inputs, inputs_embeds)
         self._check(inputs, mask, segment_ids, kind)
-        return self._run_from(inputs, state, mask, segment_ids, observe)
+        return self._run_from(self._opened(inputs, observe), state, mask, segment_ids, observe)
 
     def _check(self, inputs, mask, segment_ids, kind: str, **extras) -> None:
         for name, value in {kind: inputs, "mask": mask, "segment_ids": segment_ids, **extras}.items():
@@ -191,7 +191,13 @@ class Model(nn.Module):
             likes = self.init_state(batch).layers
             layers = tree_map(lambda value, like: value.astype(like.dtype), state.layers, likes)
             return mx.zeros((batch, 0, self.config.d_model), self.compute_dtype), State(layers, state.segment)
-        return self.backbone(inputs, state, call_of(mask, segment_ids, length=length, observe=observe, fresh=fresh))
+        both = not architectures.traits(self.config).causal
+        call = call_of(mask, segment_ids, length=length, observe=observe, fresh=fresh, both=both)
+        return self.backbone(inputs, state, call)
+
+    def _opened(self, inputs, observe):
+        """What the backbone is given, of the task's inputs."""
+        return inputs
 
     def _masked(self, values, mask):
         if mask is not None and values.size:

@@ -16,12 +16,14 @@ def call_of(
     in_place: bool = False,
     fresh: bool = False,
     routers: list[mx.array] | None = None,
+    both: bool = False,
 ) -> Call:
-    """The facts of a call of `length` positions, computed once for all layers."""
+    """The facts of a call of `length` positions, computed once for all layers. both: of the reverse direction too."""
     restart = _restarts(mask, segment_ids)
     order, inverse = (None, None) if mask is None else compaction(mask)
     one = length == 1 and mask is None
-    return Call(mask, segment_ids, restart, order, inverse, one, last, observe, in_place, fresh, routers)
+    reverse = _reverse(mask, segment_ids, length) if both else None
+    return Call(mask, segment_ids, restart, order, inverse, one, last, observe, in_place, fresh, routers, reverse)
 
 
 def compaction(mask: mx.array) -> tuple[mx.array, mx.array]:
@@ -52,3 +54,11 @@ def _restarts(mask: mx.array | None, segment_ids: mx.array | None) -> mx.array |
     previous = mx.take_along_axis(segment_ids, mx.maximum(before, 0), axis=1)
     restart = (before >= 0) & (segment_ids != previous)
     return restart if mask is None else restart & mask
+
+
+def _reverse(mask, segment_ids, length) -> Call | None:
+    """The facts of the positions in reverse order; None where all count and are of one sequence."""
+    if mask is None and segment_ids is None:
+        return None
+    mask, segment_ids = (None if value is None else value[:, ::-1] for value in (mask, segment_ids))
+    return call_of(mask, segment_ids, length=length)

@@ -17,6 +17,7 @@ from mamba_core.backends.torch.positions import call_of
 from mamba_core.backends.torch.private import tree_map
 from mamba_core.backends.torch.ways import cuda_step
 from mamba_core.sampling import Sampling
+from mamba_core.spec.checks import check_steps
 from mamba_core.spec.state import capacity as capacity_of
 from mamba_core.wrappers import checked_output
 
@@ -31,6 +32,7 @@ _captured = CapturedCache()
 @torch.no_grad()
 def prefill(model, tokens, mask, state: State | None = None) -> Output:
     """Not in inference mode, because autograd would refuse the state."""
+    check_steps(model.config, "prefill")
     rows, length = tokens.shape[:2]
     fresh = state is None
     state = model.init_state(rows, length) if fresh else states.with_room(model.config, state, length)

@@ -22,6 +22,20 @@ class StepProjection(nn.Linear):
         return y if self.bias is None else y + self.bias
 
 
+class DropPath(nn.Module):
+    """In training, zeros for all of a row with that probability; the other rows are scaled to the same mean."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        kept = torch.rand(len(x), *(1,) * (x.ndim - 1), device=x.device) >= self.rate
+        return x * kept.to(x.dtype) / (1 - self.rate)
+
+
 def linear(layer: nn.Module, x: Tensor, kernel: str = "auto") -> Tensor:
     """layer(x), by the kernels of the op if the layer is an untouched `nn.Linear`.
 

@@ -19,7 +19,7 @@ from mamba_core.spec.params import parameter_table
 from mamba_core.tasks.base import EMBEDDING, FINAL_NORM
 
 # Of a model: what its call is made of.
-METHODS = ("forward", "head", "head_weight", "hidden", "_run", "_check", "_run_from", "_masked")
+METHODS = ("forward", "head", "head_weight", "hidden", "_run", "_check", "_run_from", "_opened", "_masked")
 
 
 class Backbone(nn.Module):
@@ -166,7 +166,7 @@ class Model(nn.Module):
         """The backbone's output, and the state after it."""
         inputs, kind = self.task.given(inputs, inputs_embeds)
         self._check(inputs, mask, segment_ids, kind)
-        return self._run_from(inputs, state, mask, segment_ids, observe)
+        return self._run_from(self._opened(inputs, observe), state, mask, segment_ids, observe)
 
     def _check(self, inputs, mask, segment_ids, kind: str, **extras) -> None:
         _check_tensors({kind: inputs, "mask": mask, "segment_ids": segment_ids, **extras})
@@ -182,7 +182,13 @@ class Model(nn.Module):
             check_state(self.config, batch, state)
             _check_tensors({"segment of the state": state.segment})
             state = states.with_room(self.config, state, length)
-        return self.backbone(inputs, state, call_of(mask, segment_ids, length=length, observe=observe, fresh=fresh))
+        both = not architectures.traits(self.config).causal
+        call = call_of(mask, segment_ids, length=length, observe=observe, fresh=fresh, both=both)
+        return self.backbone(inputs, state, call)
+
+    def _opened(self, inputs, observe):
+        """What the backbone is given, of the task's inputs."""
+        return inputs
 
     def _masked(self, values, mask):
         if mask is not None:

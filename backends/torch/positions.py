@@ -17,12 +17,17 @@ def call_of(
     in_place: bool = False,
     fresh: bool = False,
     routers: list[Tensor] | None = None,
+    both: bool = False,
 ) -> Call:
-    """The facts that all layers of a call share, computed once. length: of the call's inputs."""
+    """The facts that all layers of a call share, computed once.
+
+    length: of the call's inputs. both: of the reverse direction too.
+    """
     order, inverse = (None, None) if mask is None else compaction(mask)
     restart = _restarts(mask, segment_ids, order, inverse)
     one = length == 1 and mask is None
-    return Call(mask, segment_ids, restart, order, inverse, one, last, observe, in_place, fresh, routers)
+    reverse = _reverse(mask, segment_ids, length) if both else None
+    return Call(mask, segment_ids, restart, order, inverse, one, last, observe, in_place, fresh, routers, reverse)
 
 
 def compaction(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,3 +57,11 @@ def _differs_from_previous(segment_ids: Tensor) -> Tensor:
     differs = torch.zeros_like(segment_ids, dtype=torch.bool)
     differs[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
     return differs
+
+
+def _reverse(mask, segment_ids, length) -> Call | None:
+    """The facts of the positions in reverse order; None where all count and are of one sequence."""
+    if mask is None and segment_ids is None:
+        return None
+    mask, segment_ids = (None if value is None else value.flip(1) for value in (mask, segment_ids))
+    return call_of(mask, segment_ids, length=length)

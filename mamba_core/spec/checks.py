@@ -29,7 +29,7 @@ def check_state(config: Any, batch: int, state: Any) -> None:
             arrays than the config says.
     """
     if not architectures.traits(config).steps:
-        raise ValueError(f"{config.architecture} carries no state; give none")
+        raise ValueError(f"{config.architecture} carries no state; give none{_why_no_state(config)}")
     layers, segment = getattr(state, "layers", None), getattr(state, "segment", None)
     if segment is None or not isinstance(layers, tuple):
         raise TypeError(f"state is {type(state).__name__}; expected a State of {config.n_layer} layers")
@@ -42,6 +42,23 @@ def check_state(config: Any, batch: int, state: Any) -> None:
         if type(own) is not kind:
             found, wanted = (", ".join(fields) or "nothing" for fields in (getattr(own, "_fields", ()), kind._fields))
             raise ValueError(f"layer {layer} of the state carries {found}; expected {wanted}")
+
+
+def check_steps(config: Any, use: str) -> None:
+    """Check that a model goes on from a state, position by position, for a use that needs it.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if not architectures.traits(config).steps:
+        raise ValueError(
+            f"{use} goes on from a state, and {config.architecture} carries none{_why_no_state(config)}; call the "
+            "model on the whole sequence"
+        )
+
+
+def _why_no_state(config: Any) -> str:
+    return "" if architectures.traits(config).causal else ": each position sees those after it"
 
 
 def choose_device(device: str | None, available: Sequence[str]) -> str:

@@ -6,7 +6,8 @@
     v  vocabulary (padded)       k  d_conv (width of the short convolution)
     o  outputs of a head         i  inputs of a projection
 
-Of architectures with heads: h heads, p head dimension, g groups. Of mixtures: x experts.
+Of architectures with heads: h heads, p head dimension, g groups. Of mixtures: x experts. Of images: c channels, i and j
+rows and columns of a patch, m classes.
 Arrays are laid out (batch, length, channels) everywhere.
 """
 
@@ -24,5 +25,8 @@ LETTERS = {
     "g": "groups",
     "x": "experts",
     "o": "outputs of a head",
-    "i": "inputs of a projection",
+    "i": "inputs of a projection, or rows of a patch",
+    "c": "channels of an image",
+    "j": "columns of a patch",
+    "m": "classes",
 }

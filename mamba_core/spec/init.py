@@ -11,6 +11,9 @@ import numpy as np
 
 from mamba_core.spec.params import parameter_table
 
+# The deviation of a standard normal distribution that is cut at -2 and 2.
+CUT_DEVIATION = 0.8796256610342398
+
 
 def initial_values(config, seed: int = 0) -> Iterator[tuple[str, np.ndarray]]:
     """(canonical name, float32 array) for every parameter, drawn one at a time."""
@@ -39,6 +42,19 @@ def log_arange(_, shape):
 
 def normal(std: float):
     return lambda generator, shape: generator.standard_normal(shape, dtype=np.float32) * np.float32(std)
+
+
+def lecun_normal(fan_in: int):
+    """Of variance 1 / fan_in, from a normal distribution that is cut at two of its deviations."""
+    deviation = fan_in**-0.5 / CUT_DEVIATION
+
+    def init(generator, shape):
+        found = generator.standard_normal(shape, dtype=np.float32)
+        while (outside := np.abs(found) > 2).any():
+            found[outside] = generator.standard_normal(outside.sum(), dtype=np.float32)
+        return found * np.float32(deviation)
+
+    return init
 
 
 def uniform(bound: float):

@@ -5,7 +5,7 @@ import reprlib
 from types import ModuleType
 from typing import Any
 
-from mamba_core import discovery
+from mamba_core import architectures, discovery
 from mamba_core.tasks.base import Task
 
 FOLDER = "tasks"
@@ -52,10 +52,16 @@ def check_trains(config: Any, use: str) -> None:
     """Check that a model has a loss, for a use that needs it.
 
     Raises:
-        ValueError: it has none.
+        ValueError: it has none, or that of the next token, which each position sees.
     """
-    if not of(config).trains:
+    task = of(config)
+    if not task.trains:
         raise ValueError(f"the model is of task {config.task!r}, without a loss; {use} needs {_those('trains')}")
+    if task.generates and not architectures.traits(config).causal:
+        raise ValueError(
+            f"the loss that {use} needs is of the next token, and each position of {config.architecture} sees those "
+            "after it; give its logits a loss of your own, such as that of masked tokens"
+        )
 
 
 def check_forecasts(config: Any, use: str) -> None:

@@ -148,6 +148,10 @@ class Task:
         """
         return {kind if kind == self.inputs else EMBEDDED: self.beginning(config, inputs, kind)}
 
+    def positions(self, inputs: Any) -> int:
+        """The positions that the blocks are given for these inputs."""
+        return inputs.shape[1]
+
     def beginning(self, config: Any, inputs: Any, kind: str) -> np.ndarray:
         """The first of them in float64, or ids as they are."""
         inputs = np.asarray(inputs)

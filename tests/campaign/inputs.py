@@ -87,6 +87,9 @@ def _layouts(root: Path) -> Iterator[Base]:
 
 def _tiny(name: str, layout: str):
     """Of the least sizes that the layout can hold."""
+    if name == "vision_mamba" and layout != "hf":
+        blocks = dataclasses.replace(layout_files.VISION, task="layers", task_options={})
+        return blocks if layout == "mambapy" else layout_files.VISION
     if name != "mamba2":
         return layout_files.of_architecture(TINY, name)
     sizes = {} if layout == "mistral_inference" else {"headdim": 8, "d_state": 4}

@@ -8,6 +8,7 @@ import numpy as np
 
 from mamba_core import architectures
 from mamba_core.architectures.mamba2 import Mamba2Config
+from mamba_core.architectures.vision_mamba import VisionMambaConfig
 from mamba_core.config import MambaConfig
 from mamba_core.spec.params import parameter_table
 from mamba_core.weights import tables
@@ -47,6 +48,7 @@ def of_architecture(config, name):
 
 # Of sizes that every layout can hold.
 MAMBA2 = Mamba2Config(d_model=256, n_layer=1, vocab_size=13, tie_embeddings=False)
+VISION = VisionMambaConfig(d_model=6, n_layer=2, d_state=3, task_options={"image_size": 8, "patch_size": 4})
 
 
 def of_layout(config, layout):
@@ -54,6 +56,8 @@ def of_layout(config, layout):
     held = tables.holding(layout)
     if set(held) == {"mamba2"}:
         config = dataclasses.replace(MAMBA2, task=config.task, tie_embeddings=config.tie_embeddings)
+    if set(held) == {"vision_mamba"}:
+        config = VISION
     config = config if config.architecture in held else of_architecture(config, next(iter(held)))
     return dataclasses.replace(config, tie_embeddings=True) if layout in TIED else config
 

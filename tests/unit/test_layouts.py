@@ -32,8 +32,8 @@ from .layout_files import (
     write,
 )
 
-# Those of Mamba-2 alone are in test_mamba2_layouts.py.
-LAYOUTS = [name for name in layouts.names() if set(tables.holding(name)) != {"mamba2"}]
+# Those of Mamba-2 and of images alone have files of their own.
+LAYOUTS = [name for name in layouts.names() if "mamba" in tables.holding(name) or "minimamba" in tables.holding(name)]
 
 # --- round trips -----------------------------------------------------------------------------------
 

@@ -98,6 +98,10 @@ def _pt(folder, sources, metadata, shard_bytes, progress) -> None:
     write_torch(folder / "model.pt", sources, progress)
 
 
+def _pth(folder, sources, metadata, shard_bytes, progress) -> None:
+    write_torch(folder / "model.pth", sources, progress, under="model")
+
+
 def _npz(folder, sources, metadata, shard_bytes, progress) -> None:
     write_npz(folder / "weights.npz", sources, progress)
 
@@ -108,5 +112,6 @@ WRITERS: dict[str, Writer] = {
     "consolidated": _consolidated,
     "bin": _bin,
     "pt": _pt,
+    "pth": _pth,
     "npz": _npz,
 }

@@ -316,12 +316,17 @@ def _call(function, arguments):
 # --- writing ---------------------------------------------------------------------------------------
 
 
-def dump_state_dict(sources: Iterable[TensorSource]) -> bytes:
-    """An OrderedDict of tensors, the data of the i-th in the record of that number."""
-    parts = [pickle.PROTO, b"\x02", _dump_global(_ORDERED_DICT), b")R", pickle.MARK]
+def dump_state_dict(sources: Iterable[TensorSource], under: str | None = None) -> bytes:
+    """An OrderedDict of tensors, the data of the i-th in the record of that number.
+
+    under: the entry of a dictionary that it is.
+    """
+    outer = [] if under is None else [pickle.EMPTY_DICT, _dump(under)]
+    parts = [pickle.PROTO, b"\x02", *outer, _dump_global(_ORDERED_DICT), b")R", pickle.MARK]
     for number, source in enumerate(sources):
         parts += [_dump(source.name), _dump_tensor(source, str(number))]
-    return b"".join([*parts, pickle.SETITEMS, pickle.STOP])
+    closing = [pickle.SETITEMS] if under is None else [pickle.SETITEMS, pickle.SETITEM]
+    return b"".join([*parts, *closing, pickle.STOP])
 
 
 def _dump_tensor(source: TensorSource, key: str) -> bytes:

@@ -45,11 +45,16 @@ def read_torch(path: Path) -> FileContents:
     return read_zip(path, _read_records, _explain)
 
 
-def write_torch(path, tensors: Iterable[TensorSource], progress: Progress | None = None) -> None:
-    """Write a state dict that `torch.load(path, weights_only=True)` reads; one tensor is in memory at a time."""
+def write_torch(
+    path, tensors: Iterable[TensorSource], progress: Progress | None = None, under: str | None = None
+) -> None:
+    """Write a state dict that `torch.load(path, weights_only=True)` reads; one tensor is in memory at a time.
+
+    under: the entry of a dictionary that it is to be, as in a training checkpoint.
+    """
     sources = checked_sources(path, tensors)
     with nullcontext(progress) if progress else Progress() as written:
-        write_zip(path, _records(sources, written))
+        write_zip(path, _records(sources, written, under))
 
 
 # --- reading ---------------------------------------------------------------------------------------
@@ -210,8 +215,8 @@ def _plain_strides(tensor: PickledTensor) -> tuple[int, ...]:
 # --- writing ---------------------------------------------------------------------------------------
 
 
-def _records(sources: list[TensorSource], written: Progress) -> Iterator[Record]:
-    yield _small_record("data.pkl", dump_state_dict(sources))
+def _records(sources: list[TensorSource], written: Progress, under: str | None) -> Iterator[Record]:
+    yield _small_record("data.pkl", dump_state_dict(sources, under))
     yield _small_record("byteorder", b"little")
     for number, source in enumerate(sources):
         write = partial(_write_storage, source=source, written=written)

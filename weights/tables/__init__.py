@@ -21,6 +21,7 @@ __all__ = [
     "foreign",
     "holding",
     "of",
+    "own_table",
     "owner_of",
     "read_config",
     "write_config",
@@ -36,7 +37,7 @@ def of(architecture: str) -> Mapping[str, Table]:
     """Layout -> the table of an architecture in it."""
     if architecture in discovery.names(FOLDER):
         return discovery.find(FOLDER, architecture).TABLES
-    return {OWN_LAYOUT: _own_table(architecture)}
+    return {OWN_LAYOUT: own_table(architecture)}
 
 
 def holding(layout: str) -> dict[str, Table]:
@@ -223,7 +224,8 @@ def _classes_of(layout: Layout, fields: Mapping[str, Any]) -> set[str]:
     return {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
 
 
-def _own_table(architecture: str) -> Table:
+def own_table(architecture: str) -> Table:
+    """Of our own layout: canonical names and our own fields."""
     names = (item.name for item in dataclasses.fields(architectures.find(architecture).Config))
     return Table(
         schemes=(Scheme("lm", (), as_is=True),),

@@ -94,7 +94,7 @@ class NodeOp(NamedTuple):
     vjp: (dy, dcarried, inputs, parameters, settings, carried, positions) -> (gradients of the inputs, None for one that
         has none; gradients of the parameters by argument; gradients of what was carried).
 
-    carried: the state's arrays in the order of the node's fields; () for an op without memory, in all three places.
+    carried: the state's arrays in the order of the node's fields; () for a node without memory, in all three places.
     dcarried: their gradients, each of which may be None for zero.
     positions: a `Positions`.
     """
@@ -124,6 +124,37 @@ def stateless(function: Callable, gradient: Callable) -> NodeOp:
         return *gradient(dy, inputs, parameters, settings), ()
 
     return NodeOp(forward, vjp)
+
+
+def reversible(op: NodeOp) -> NodeOp:
+    """The op with a setting "reverse": where it is true, the op goes from the last position to the first.
+
+    The inputs, the mask and the segments are read backwards, so that a sequence begins at its last position.
+    """
+
+    def forward(inputs, parameters, settings, carried, positions):
+        inputs, settings, positions, turned = _turned(inputs, settings, positions)
+        value, after = op.forward(inputs, parameters, settings, carried, positions)
+        return turned(value), after
+
+    def vjp(dy, dcarried, inputs, parameters, settings, carried, positions):
+        inputs, settings, positions, turned = _turned(inputs, settings, positions)
+        dinputs, dnamed, dentering = op.vjp(turned(dy), dcarried, inputs, parameters, settings, carried, positions)
+        return [turned(gradient) for gradient in dinputs], dnamed, dentering
+
+    return NodeOp(forward, vjp)
+
+
+def _turned(inputs, settings, positions: Positions):
+    """What an op is given, backwards where the settings say so; and the function that turns a value."""
+    settings = dict(settings)
+    if not settings.pop("reverse", False):
+        return inputs, settings, positions, lambda value: value
+
+    def turned(value):
+        return None if value is None else np.asarray(value)[:, ::-1]
+
+    return [turned(value) for value in inputs], settings, Positions(*map(turned, positions)), turned
 
 
 # --- checks ------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from mamba_core.spec.ops.base import (
     expect_shape,
     float64,
     restarts,
+    reversible,
     shape_of,
     silu,
     silu_derivative,
@@ -210,21 +211,21 @@ OP = Op(
 
 def _arguments(inputs, parameters, settings, carried, positions):
     weight = parameters["weight"][:, 0]
-    fixed = {"initial_state": carried[0], **settings, **positions._asdict()}
+    fixed = {"initial_state": carried[0] if carried else None, **settings, **positions._asdict()}
     return (inputs[0], weight, parameters.get("bias")), fixed
 
 
 def _forward(inputs, parameters, settings, carried, positions):
     given, fixed = _arguments(inputs, parameters, settings, carried, positions)
     y, state = causal_conv(*given, return_final_state=True, **fixed)
-    return y, (state,)
+    return y, (state,)[: len(carried)]
 
 
 def _vjp(dy, dcarried, inputs, parameters, settings, carried, positions):
     given, fixed = _arguments(inputs, parameters, settings, carried, positions)
-    gradients = causal_conv_vjp(dy, dcarried[0], *given, **fixed)
+    gradients = causal_conv_vjp(dy, dcarried[0] if carried else None, *given, **fixed)
     named = {"weight": gradients["weight"][:, None]} | {key: gradients[key] for key in parameters if key == "bias"}
-    return [gradients["x"]], named, (gradients["initial_state"],)
+    return [gradients["x"]], named, (gradients["initial_state"],) if carried else ()
 
 
-NODES = {"causal_conv": NodeOp(_forward, _vjp)}
+NODES = {"causal_conv": reversible(NodeOp(_forward, _vjp))}

@@ -13,6 +13,14 @@ def _add_vjp(dy, inputs, parameters, settings):
     return [dy, dy], {}
 
 
+def _scaled_sum(inputs, parameters, settings):
+    return settings["factor"] * (inputs[0] + inputs[1])
+
+
+def _scaled_sum_vjp(dy, inputs, parameters, settings):
+    return [settings["factor"] * dy] * 2, {}
+
+
 def _multiply(inputs, parameters, settings):
     return inputs[0] * inputs[1]
 
@@ -45,6 +53,7 @@ def _masked_vjp(dy, dcarried, inputs, parameters, settings, carried, positions):
 
 NODES = {
     "add": stateless(_add, _add_vjp),
+    "scaled_sum": stateless(_scaled_sum, _scaled_sum_vjp),
     "multiply": stateless(_multiply, _multiply_vjp),
     "silu": stateless(_silu, _silu_vjp),
     "masked": NodeOp(_masked, _masked_vjp),

@@ -19,6 +19,7 @@ from mamba_core.spec.ops.base import (
     expect_shape,
     float64,
     restarts,
+    reversible,
     shape_of,
     sigmoid,
     silu,
@@ -270,22 +271,23 @@ def _arguments(inputs, parameters, settings, carried, positions):
     named = dict(zip(INPUTS, inputs, strict=False))
     named |= {"A": -np.exp(parameters["A_log"]), "D": parameters["D"]}
     bias = parameters["delta_bias"] * settings.get("delta_bias_factor", 1)
-    fixed = {"delta_bias": bias, "delta_softplus": True, "initial_state": carried[0]}
+    fixed = {"delta_bias": bias, "delta_softplus": True, "initial_state": carried[0] if carried else None}
     return named | fixed | positions._asdict()
 
 
 def _forward(inputs, parameters, settings, carried, positions):
     arguments = _arguments(inputs, parameters, settings, carried, positions)
     y, state = selective_scan(**arguments, return_final_state=True)
-    return y, (state,)
+    return y, (state,)[: len(carried)]
 
 
 def _vjp(dy, dcarried, inputs, parameters, settings, carried, positions):
     arguments = _arguments(inputs, parameters, settings, carried, positions)
-    gradients = selective_scan_vjp(dy, dcarried[0], **arguments)
+    gradients = selective_scan_vjp(dy, dcarried[0] if carried else None, **arguments)
     named = {"A_log": gradients["A"] * arguments["A"], "D": gradients["D"]}
     named["delta_bias"] = gradients["delta_bias"] * settings.get("delta_bias_factor", 1)
-    return [gradients[key] for key in INPUTS[: len(inputs)]], named, (gradients["initial_state"],)
+    dentering = (gradients["initial_state"],) if carried else ()
+    return [gradients[key] for key in INPUTS[: len(inputs)]], named, dentering
 
 
-NODES = {"selective_scan": NodeOp(_forward, _vjp)}
+NODES = {"selective_scan": reversible(NodeOp(_forward, _vjp))}

@@ -1,0 +1,28 @@
+"""Vision Mamba's mixer (Zhu et al. 2024, algorithm 1): each direction has a selection of its own."""
+
+import jax
+from flax import nnx
+
+from mamba_core.backends.jax.mixers import bimamba
+
+
+class BidirectionalMixer(nnx.Module):
+    def __init__(self, config, layer: int, options):
+        bimamba.add_parameters(self, config, layer, options, own_selection=True)
+
+    def __call__(self, hidden: jax.Array, state, call) -> tuple[jax.Array, tuple]:
+        x, z = bimamba.project_in(self, hidden, call)
+        y = self._one_way(self, x, z, bimamba.whole(call))
+        y_b = self._one_way(self._reverse(), bimamba.flip(x), bimamba.flip(z), bimamba.reversed_call(call))
+        return bimamba.merge(self, y, bimamba.flip(y_b), call), state
+
+    def _one_way(self, direction, x: jax.Array, z: jax.Array, call) -> jax.Array:
+        x = bimamba.convolve(self, direction, x, call)
+        return bimamba.recur(direction, x, z, bimamba.steps_of(direction, x, call), call)
+
+    def _reverse(self) -> bimamba.Direction:
+        layers = (self.conv1d_b, self.x_proj_b, self.dt_proj_b)
+        return bimamba.Direction(*layers, self.A_b_log, self.D_b, self.kernels)
+
+
+Mixer = BidirectionalMixer

@@ -1,0 +1,30 @@
+"""Vision Mamba's mixer (Zhu et al. 2024, algorithm 1): each direction has a selection of its own."""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mamba_core.backends.mlx.mixers import bimamba
+
+
+class BidirectionalMixer(nn.Module):
+    def __init__(self, config, layer: int, options):
+        super().__init__()
+        bimamba.add_parameters(self, config, layer, options, own_selection=True)
+
+    def __call__(self, hidden: mx.array, state, call) -> tuple[mx.array, tuple]:
+        x, z = bimamba.project_in(self, hidden, call)
+        y = self._one_way(self, x, z, bimamba.whole(call))
+        y_b = self._one_way(self._reverse(), bimamba.flip(x), bimamba.flip(z), bimamba.reversed_call(call))
+        return bimamba.merge(self, y, bimamba.flip(y_b), call), state
+
+    def _one_way(self, direction, x: mx.array, z: mx.array, call) -> mx.array:
+        x = bimamba.convolve(self, direction, x, call)
+        return bimamba.recur(direction, x, z, bimamba.steps_of(direction, x, call), call)
+
+    def _reverse(self) -> bimamba.Direction:
+        own = (self.kernels, self.layer, self.dt_rank, self.d_state)
+        layers = (self.conv1d_b, self.x_proj_b, self.dt_proj_b)
+        return bimamba.Direction(*layers, self.A_b_log, self.D_b, *own)
+
+
+Mixer = BidirectionalMixer

@@ -1,0 +1,33 @@
+"""Task "image_classification": see `mamba_core.tasks.image_classification`."""
+
+from torch import Tensor, nn
+
+from mamba_core.backend import Output, State
+from mamba_core.backends.torch import images as parts
+from mamba_core.backends.torch.heads.image_features import ImageModel
+from mamba_core.kernels import Kernels
+from mamba_core.observe import reporting
+
+
+class ImageClassifier(ImageModel):
+    def __init__(self, config, policy: Kernels):
+        super().__init__(config, policy)
+        self.head = nn.Linear(config.d_model, self.task.num_classes)
+
+    def forward(
+        self,
+        inputs: Tensor | None = None,
+        state: State | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        mask=None,
+        segment_ids=None,
+        observe=None,
+    ) -> Output:
+        observe = reporting(observe)
+        hidden, state = self._run(inputs, inputs_embeds, state, mask, segment_ids, observe)
+        read = observe("classified", parts.read(self, hidden))
+        return Output(observe("logits", parts.classify(self.head, read)), state)
+
+
+Model = ImageClassifier
