@@ -1,10 +1,5 @@
 """The scan in Pallas: interpreted on a CPU, lowered for a TPU, and where its compiler is installed compiled too."""
 
-import os
-import subprocess
-import sys
-import textwrap
-
 import numpy as np
 import pytest
 
@@ -15,6 +10,7 @@ from mamba_core.spec.ops import selective_scan as scan_spec
 from mamba_core.spec.ops.base import samples_of
 from mamba_core.spec.tolerances import relative_l2, tolerance
 from tests.unit.test_cuda_jax import arguments, positions
+from tests.unit.tpu_compile import TOPOLOGIES, check_that_it_compiles
 
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
@@ -160,38 +156,21 @@ def test_elsewhere_its_twin_or_nothing():
     assert "tpu_custom_call" not in text
 
 
-@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v6e:2x2"])
+@pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_the_compiler_of_tpus_takes_it(topology):
-    """Without a TPU, in a process of its own."""
-    libtpu = pytest.importorskip("libtpu")
-    code = f"""
-        import jax, jax.numpy as jnp
-        from jax.experimental import topologies
-        from mamba_core.backends.jax.ops.selective_scan import pallas
-        device = topologies.get_topology_desc(platform="tpu", topology_name="{topology}").devices[0]
-        place = jax.sharding.SingleDeviceSharding(device)
+    check_that_it_compiles(topology, COMPILED)
 
-        def shaped(*shape, dtype="float32"):
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
-        def loss(*arrays):
-            y, h = pallas(*arrays, delta_softplus=True)
-            return (y**2).sum() + h.sum()
+COMPILED = """
+    from mamba_core.backends.jax.ops.selective_scan import pallas
 
-        for b, l, e, n in ((2, 300, 20, 5), (1, 256, 1536, 16), (1, 130, 256, 128)):
-            arrays = [shaped(b, l, e), shaped(b, l, e), shaped(e, n), shaped(b, l, n), shaped(b, l, n), shaped(e)]
-            arrays += [shaped(b, l, e), shaped(e), shaped(b, e, n), shaped(b, l, dtype=bool), shaped(b, l, dtype=bool)]
-            for function in (loss, jax.grad(loss, argnums=tuple(range(9)))):
-                jax.jit(function).trace(*arrays).lower(lowering_platforms=("tpu",)).compile()
-        print("compiled")
-    """
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
-    environment |= {
-        "TPU_WORKER_ID": "0",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_LIBRARY_PATH": os.path.join(libtpu.__path__[0], "libtpu.so"),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=environment
-    )
-    assert "compiled" in done.stdout, done.stderr
+    def loss(*arrays):
+        y, h = pallas(*arrays, delta_softplus=True)
+        return (y**2).sum() + h.sum()
+
+    for b, l, e, n in ((2, 300, 20, 5), (1, 256, 1536, 16), (1, 130, 256, 128)):
+        arrays = [shaped(b, l, e), shaped(b, l, e), shaped(e, n), shaped(b, l, n), shaped(b, l, n), shaped(e)]
+        arrays += [shaped(b, l, e), shaped(e), shaped(b, e, n), shaped(b, l, dtype=bool), shaped(b, l, dtype=bool)]
+        compile(loss, *arrays)
+        compile(jax.grad(loss, argnums=tuple(range(9))), *arrays)
+"""

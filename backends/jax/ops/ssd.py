@@ -1,7 +1,7 @@
 """The recurrence of Mamba-2 in JAX (Dao and Gu 2024, section 6): its plain form, and the choice of a kernel.
 
-The chunked form is in `kernels/chunked_ssd.py`, that in C++ in `kernels/native_ssd.py`, that on the matrix units of a
-GPU in `kernels/cuda_ssd.py`.
+The chunked form is in `kernels/chunked_ssd.py`, that in C++ in `kernels/native_ssd.py`, those on the matrix units of a
+GPU and of a TPU in `kernels/cuda_ssd.py` and `kernels/pallas_ssd.py`.
 """
 
 import functools
@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mamba_core.backends.jax.kernels import chunked_ssd, cuda_ssd, native_ssd
+from mamba_core.backends.jax.arrays import PLATFORMS
+from mamba_core.backends.jax.kernels import chunked_ssd, cuda_ssd, native_ssd, pallas_ssd
 from mamba_core.backends.jax.kernels.operator import HOMES
 from mamba_core.backends.jax.kernels.operator import reason as why_not_native
 from mamba_core.backends.jax.positions import call_of, where_counting
@@ -92,23 +93,29 @@ def kernels(device: str, dtype=None, channels: int | None = None, states: int | 
     "chunked" and "sequential" are JAX's own operations and run on every device.
     """
     reasons = {"native": why_not_native(device, dtype), "cuda": cuda_ssd.reason(device, dtype, channels, states)}
+    reasons |= {"pallas": pallas_ssd.reason(device, dtype, states)}
     return dict.fromkeys(KERNELS) | reasons
 
 
-def _prepared(recurrence):
-    """A kernel of the op's own arguments, from a function of step sizes and of the compute dtype only."""
+def _prepared(recurrence, narrow=False):
+    """A kernel of the op's own arguments, from a function of step sizes and of the compute dtype only.
+
+    narrow: whether the function takes x, B and C in half precision too, where all of the arguments have it.
+    """
 
     @functools.wraps(recurrence)
-    def kernel(x, dt, A, B, C, D, z, dt_bias, h0, mask, restart, *, dt_softplus, dt_limit):
+    def kernel(x, dt, A, B, C, D, z, dt_bias, h0, mask, restart, *, dt_softplus, dt_limit, **options):
         dtype = x.dtype
+        of_factors = _sizes(x, dt, A, B, C, D, z)[0] if narrow else jnp.promote_types(dtype, jnp.float32)
         x, dt, A, B, C, D, z, dt_bias, h0 = _in_compute_dtype(dtype, x, dt, A, B, C, D, z, dt_bias, h0)
         # Zeros at masked positions of every input, not only of the step: y is zero there, and a NaN does no harm.
         x, dt, B, C, z = (where_counting(mask, value) for value in (x, dt, B, C, z))
         step = where_counting(mask, _step_size(dt, dt_bias, dt_softplus, dt_limit))
         if h0 is None:
             h0 = jnp.zeros((x.shape[0], *x.shape[2:], B.shape[3]), x.dtype)
-        linear, h = recurrence(x, step, jnp.maximum(A, LEAST), B, C, h0, restart)
-        return _output(linear, x, D, z).astype(dtype), h
+        factors = [value.astype(of_factors) for value in (x, B, C)]
+        linear, h = recurrence(factors[0], step, jnp.maximum(A, LEAST), *factors[1:], h0, restart, **options)
+        return _output(linear.astype(x.dtype), x, D, z).astype(dtype), h
 
     return kernel
 
@@ -129,10 +136,12 @@ def sequential(x, step, A, B, C, h0, restart):
 
 
 chunked = _prepared(chunked_ssd.chunked)
+pallas = _prepared(pallas_ssd.beside(chunked_ssd.chunked), narrow=True)
 # Fastest first.
 KERNELS = {
     "native": native_ssd.beside(chunked),
     "cuda": cuda_ssd.beside(chunked),
+    "pallas": pallas,
     "chunked": chunked,
     "sequential": sequential,
 }
@@ -140,8 +149,6 @@ KERNELS = {
 UNTRIED = ("chunked",)
 # The trials of a kernel that takes seconds to compile for each: those of whole heads, and of each dtype.
 TRIED = {"cuda": (3, 4, 5)}
-# JAX's platforms -> our devices.
-PLATFORMS = {"cpu": "cpu", "cuda": "gpu"}
 
 
 @functools.partial(jax.jit, static_argnames=("dt_softplus", "dt_limit", "kernel"))
