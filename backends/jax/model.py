@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from mamba_core import architectures, tasks
+from mamba_core import architectures, routing, tasks
 from mamba_core.backend import State
 from mamba_core.backends.jax import ops, stack
 from mamba_core.backends.jax import state as states
@@ -148,7 +148,9 @@ class Model(nnx.Module):
             check_state(self.config, batch, state)
             state = states.with_room(self.config, state, length)
         both = not architectures.traits(self.config).causal
-        call = call_of(mask, segment_ids, length=length, observe=observe, fresh=fresh, both=both)
+        routers = None if self.config.balance is None else routing.collecting()
+        how = {"observe": observe, "fresh": fresh, "both": both, "routers": routers}
+        call = call_of(mask, segment_ids, length=length, **how)
         return *self.backbone_of(inputs, state, call), call
 
     def _check_dtypes(self):

@@ -18,6 +18,7 @@ def call_of(
     in_place: bool = False,
     fresh: bool = False,
     both: bool = False,
+    routers: list[jax.Array] | None = None,
 ) -> Call:
     """The facts of one call. `length` may be a symbol, where a program is exported for any length.
 
@@ -35,6 +36,7 @@ def call_of(
         observe=observe,
         in_place=in_place,
         fresh=fresh,
+        routers=routers,
         reverse=_reverse(mask, segment_ids, length) if both else None,
     )
 

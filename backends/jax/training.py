@@ -10,6 +10,8 @@ import numpy as np
 import optax
 from flax import nnx
 
+from mamba_core import routing
+from mamba_core.backends.jax import losses
 from mamba_core.backends.jax.arrays import from_numpy, to_numpy
 from mamba_core.backends.jax.heads import find
 from mamba_core.backends.jax.programs import after_call, divided, methods, methods_in, put_back, whole
@@ -33,6 +35,13 @@ def loss(model, batch, mask: jax.Array | None = None) -> jax.Array:
     return head.loss(model.task, output, batch["targets"], batch.get("mask"))
 
 
+def objective(model, batch, mask=None) -> jax.Array:
+    """What training makes small: `loss`, and where the config has one that of the routers."""
+    counts = batch.get("mask") if isinstance(batch, dict) else None if mask is None else mask[:, :-1]
+    balance = functools.partial(losses.balance_loss, mask=counts)
+    return routing.objective(model.config, functools.partial(loss, model, batch, mask), balance)
+
+
 def loss_and_gradients(model, batch, mask=None) -> tuple[float, dict[str, np.ndarray]]:
     check_trains(model.config, "its loss")
     check_held(model.config, foreign(model))
@@ -43,7 +52,7 @@ def loss_and_gradients(model, batch, mask=None) -> tuple[float, dict[str, np.nda
 
 @functools.partial(nnx.jit, static_argnames="methods")
 def _loss_and_gradients(model, batch, mask, methods):
-    return nnx.value_and_grad(loss)(model, batch, mask)
+    return nnx.value_and_grad(objective)(model, batch, mask)
 
 
 class _Trained(NamedTuple):
@@ -206,7 +215,7 @@ def _compiled(graph, methods, trained, settings):
         def error(values):
             _, before, rest = divided(_assembled(graph, trained, values, others))
             model = whole(graph, before, rest)
-            value = loss(model, batch)
+            value = objective(model, batch)
             return value, after_call(model, graph, before)
 
         (value, left), gradients = jax.value_and_grad(error, has_aux=True)(values)

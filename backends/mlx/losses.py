@@ -31,3 +31,18 @@ def pinball(values: mx.array, targets: mx.array, counts: mx.array, quantiles) ->
     counts, levels = counts[..., None], mx.array(quantiles, values.dtype)
     below = mx.where(counts, mx.where(counts, targets[..., None], 0.0) - values, 0.0)
     return (mx.where(below > 0, levels, levels - 1) * below).sum() / (counts.sum() * len(quantiles))
+
+
+def balance_loss(routers: list[mx.array], top_k: int, mask: mx.array | None = None) -> mx.array:
+    """Of the logits (b, l, experts) of each router: `spec.ops.mixture_of_experts.balance_loss`. mask: (b, l) bool."""
+    logits = mx.stack(routers).astype(mx.float32)
+    experts = logits.shape[-1]
+    order = mx.argsort(-mx.stop_gradient(logits), axis=-1)[..., :top_k]
+    chosen = (order[..., None] == mx.arange(experts)).astype(mx.float32).sum(axis=-2)
+    counts = (
+        mx.ones((*logits.shape[:-1], 1)) if mask is None else mx.broadcast_to(mask[..., None], (*logits.shape[:-1], 1))
+    )
+    total = mx.maximum(counts.astype(mx.float32).sum(), 1)
+    softmax = mx.softmax(logits, axis=-1)
+    used, mean = (mx.where(counts > 0, value, 0.0).sum(axis=(0, 1, 2)) / total for value in (chosen, softmax))
+    return experts * (used * mean).sum()

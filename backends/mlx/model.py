@@ -4,7 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
-from mamba_core import architectures, tasks
+from mamba_core import architectures, routing, tasks
 from mamba_core.backend import State
 from mamba_core.backends.mlx import ops, stack
 from mamba_core.backends.mlx import state as states
@@ -192,7 +192,9 @@ class Model(nn.Module):
             layers = tree_map(lambda value, like: value.astype(like.dtype), state.layers, likes)
             return mx.zeros((batch, 0, self.config.d_model), self.compute_dtype), State(layers, state.segment)
         both = not architectures.traits(self.config).causal
-        call = call_of(mask, segment_ids, length=length, observe=observe, fresh=fresh, both=both)
+        routers = None if self.config.balance is None else routing.collecting()
+        how = {"observe": observe, "fresh": fresh, "both": both, "routers": routers}
+        call = call_of(mask, segment_ids, length=length, **how)
         return self.backbone(inputs, state, call)
 
     def _opened(self, inputs, observe):

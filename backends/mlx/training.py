@@ -1,5 +1,6 @@
 """Loss, gradients and the AdamW step, by `mlx.optimizers`."""
 
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -9,6 +10,8 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
+from mamba_core import routing
+from mamba_core.backends.mlx import losses
 from mamba_core.backends.mlx.arrays import from_numpy, random_key, set_random_key, to_numpy
 from mamba_core.backends.mlx.heads import find
 from mamba_core.backends.mlx.weights import canonical, convolution_weights, foreign, swap_axes
@@ -31,12 +34,19 @@ def loss(model, batch, mask=None) -> mx.array:
     return head.loss(model.task, output, batch["targets"], batch.get("mask"))
 
 
+def objective(model, batch, mask=None) -> mx.array:
+    """What training makes small: `loss`, and where the config has one that of the routers."""
+    counts = batch.get("mask") if isinstance(batch, dict) else None if mask is None else mask[:, :-1]
+    balance = functools.partial(losses.balance_loss, mask=counts)
+    return routing.objective(model.config, functools.partial(loss, model, batch, mask), balance)
+
+
 def loss_and_gradients(model, batch, mask=None) -> tuple[float, dict[str, np.ndarray]]:
     check_trains(model.config, "its loss")
     check_held(model.config, foreign(model))
     batch, mask = _entering(model, batch), None if mask is None else from_numpy(mask)
     with model.on_device(), _unfrozen(model):
-        value, gradients = nn.value_and_grad(model, loss)(model, batch, mask)
+        value, gradients = nn.value_and_grad(model, objective)(model, batch, mask)
     return value.item(), dict(canonical(model, tree_flatten(gradients, destination={})))
 
 
@@ -122,7 +132,7 @@ class Trainer:
             optimizer.state.update(tree_map_with_path(stored, optimizer.state))
 
     def _update(self, batch) -> tuple[mx.array, mx.array]:
-        value, gradients = nn.value_and_grad(self.model, loss)(self.model, batch)
+        value, gradients = nn.value_and_grad(self.model, objective)(self.model, batch)
         gradients = tree_map(lambda gradient: gradient.astype(mx.float32), gradients)
         gradients, norm = optim.clip_grad_norm(gradients, self.settings.clip_norm)
         updated = self.optimizer.apply_gradients(gradients, self.model)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from mamba_core import architectures, tasks
+from mamba_core import architectures, routing, tasks
 from mamba_core.backend import State
 from mamba_core.backends.torch import ops, stack
 from mamba_core.backends.torch import state as states
@@ -183,7 +183,9 @@ class Model(nn.Module):
             _check_tensors({"segment of the state": state.segment})
             state = states.with_room(self.config, state, length)
         both = not architectures.traits(self.config).causal
-        call = call_of(mask, segment_ids, length=length, observe=observe, fresh=fresh, both=both)
+        routers = None if self.config.balance is None else routing.collecting()
+        how = {"observe": observe, "fresh": fresh, "both": both, "routers": routers}
+        call = call_of(mask, segment_ids, length=length, **how)
         return self.backbone(inputs, state, call)
 
     def _opened(self, inputs, observe):

@@ -1,11 +1,14 @@
 """Loss, gradients and the AdamW step, by `torch.optim`."""
 
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 
+from mamba_core import routing
+from mamba_core.backends.torch import losses
 from mamba_core.backends.torch.arrays import dtype_name, from_numpy, to_numpy
 from mamba_core.backends.torch.heads import find
 from mamba_core.backends.torch.kernels.cuda_graph import CapturedStep
@@ -30,6 +33,13 @@ def loss(model, batch, mask=None) -> torch.Tensor:
     return head.loss(model.task, output, batch["targets"], batch.get("mask"))
 
 
+def objective(model, batch, mask=None) -> torch.Tensor:
+    """What training makes small: `loss`, and where the config has one that of the routers."""
+    counts = batch.get("mask") if isinstance(batch, dict) else None if mask is None else mask[:, :-1]
+    balance = functools.partial(losses.balance_loss, mask=counts)
+    return routing.objective(model.config, functools.partial(loss, model, batch, mask), balance)
+
+
 def loss_and_gradients(model, batch, mask=None) -> tuple[float, dict[str, np.ndarray]]:
     check_trains(model.config, "its loss")
     check_held(model.config, foreign(model))
@@ -39,7 +49,7 @@ def loss_and_gradients(model, batch, mask=None) -> tuple[float, dict[str, np.nda
     for parameter in frozen:
         parameter.requires_grad_(True)
     try:
-        value = loss(model, batch, None if mask is None else from_numpy(mask, device=model.device))
+        value = objective(model, batch, None if mask is None else from_numpy(mask, device=model.device))
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
@@ -104,7 +114,7 @@ class Trainer:
         # Autocast caches casts of parameters, which have changed since.
         torch.clear_autocast_cache()
         self.model.zero_grad()
-        value = loss(self.model, batch)
+        value = objective(self.model, batch)
         value.backward()
         halves = [name for name, parameter in self.parameters.items() if self.updated[name] is not parameter]
         for name in halves:

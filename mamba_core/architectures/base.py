@@ -57,11 +57,13 @@ class Traits(NamedTuple):
 class Balance(NamedTuple):
     """The loss in training that draws routers towards equal use of experts: `spec.ops.mixture_of_experts.balance_loss`.
 
-    coefficient: its weight beside the task's loss. top_k: how many experts compute a position.
+    coefficient: its weight beside the task's loss. top_k: how many experts compute a position. layers: the number of
+        mixtures.
     """
 
     coefficient: float
     top_k: int
+    layers: int
 
 
 class Facts(NamedTuple):

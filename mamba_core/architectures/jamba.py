@@ -78,12 +78,10 @@ class JambaConfig(MambaConfig):
 
     @property
     def balance(self) -> Balance | None:
-        mixes = any(self.feed_forward(layer).experts for layer in range(self.n_layer))
-        return (
-            Balance(self.router_aux_loss_coef, self.num_experts_per_tok)
-            if mixes and self.router_aux_loss_coef
-            else None
-        )
+        mixtures = sum(self.feed_forward(layer).experts > 0 for layer in range(self.n_layer))
+        if not mixtures or not self.router_aux_loss_coef:
+            return None
+        return Balance(self.router_aux_loss_coef, self.num_experts_per_tok, mixtures)
 
     def attention(self, layer: int) -> Attention | None:
         """The sizes of a layer's attention; None for a layer of Mamba."""
