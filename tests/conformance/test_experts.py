@@ -3,6 +3,7 @@
 All in float32. In half precision rounding moves a router's logits across each other, and another expert is chosen.
 """
 
+import dataclasses
 import inspect
 
 import numpy as np
@@ -254,6 +255,44 @@ def test_its_gradients_equal_the_reference_s(backend, reference, remat):
     for name, gradient in gradients.items():
         scale = np.abs(expected[name]).max()
         np.testing.assert_allclose(gradient, expected[name], atol=2e-4 * scale, err_msg=name)
+
+
+@pytest.mark.parametrize(("remat", "masked"), [(False, False), (True, True)])
+def test_training_draws_routers_towards_equal_use(backend, remat, masked):
+    """The gradient that the reference's routers get beside that of the task, pooled over the layers."""
+    config = dataclasses.replace(CONFIG, router_aux_loss_coef=0.7)
+    reference = ReferenceModel(config, dict(initial_values(config, 3)))
+    model, ids = mc.build(config, backend=backend.name, seed=3), tokens(config, 2, 21, seed=1)
+    model.remat = remat
+    mask = np.arange(21) >= np.array([[0], [6]]) if masked else None
+    counts = None if mask is None else mask[:, :-1]
+    nodes = {}
+    logits = reference(ids[:, :-1], mask=counts, observe=nodes.__setitem__).logits
+    routers = [name for name in nodes if name.endswith(".router")]
+    stacked = np.stack([nodes[name] for name in routers])
+    balance, drouters = spec.balance_loss(stacked, config.num_experts_per_tok, counts)
+    wanted, dlogits = cross_entropy(logits, ids[:, 1:], None if mask is None else mask[:, 1:])
+    dnodes = {name: 0.7 * gradient for name, gradient in zip(routers, drouters, strict=True)}
+    expected, _ = reference.vjp(dlogits, ids[:, :-1], mask=counts, dnodes=dnodes)
+    loss, gradients = backend.loss_and_gradients(model, ids, mask)
+    assert loss == pytest.approx(wanted + 0.7 * balance, abs=1e-5)
+    for name, gradient in gradients.items():
+        scale = np.abs(expected[name]).max()
+        np.testing.assert_allclose(gradient, expected[name], atol=2e-4 * scale, err_msg=name)
+
+
+def test_the_balance_loss_equals_transformers_and_its_gradient_a_difference():
+    rng = np.random.default_rng(0)
+    logits, mask, step = rng.normal(size=(3, 2, 7, 5)), rng.random((2, 7)) < 0.7, 1e-6
+    value, gradient = spec.balance_loss(logits, 2, mask)
+    torch = pytest.importorskip("torch")
+    jamba = pytest.importorskip("transformers.models.jamba.modeling_jamba")
+    layers = tuple(torch.from_numpy(layer.reshape(-1, 5)) for layer in logits)
+    theirs = jamba.load_balancing_loss_func(layers, 5, 2, torch.from_numpy(mask.astype(np.int64)))
+    assert value == pytest.approx(theirs.item(), rel=1e-6)
+    direction = rng.normal(size=logits.shape)
+    ahead, behind = (spec.balance_loss(logits + sign * step * direction, 2, mask)[0] for sign in (1, -1))
+    assert (gradient * direction).sum() == pytest.approx((ahead - behind) / (2 * step), rel=1e-5)
 
 
 def test_it_generates_what_the_reference_does(backend, reference):
