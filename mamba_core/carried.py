@@ -137,10 +137,10 @@ def rewind(model: Any, state: State, n: int | Sequence[int]) -> State:
     rows = state.segment.shape[0]
     given = n.tolist() if hasattr(n, "tolist") else n
     counts = [given] * rows if type(given) is int else given
-    counted = isinstance(counts, Sequence) and all(type(count) is int and count >= 0 for count in counts)
-    if not counted or len(counts) != rows:
+    numbers = list(counts) if isinstance(counts, Sequence) else []
+    if len(numbers) != rows or not all(type(count) is int and count >= 0 for count in numbers):
         raise ValueError(f"n is {n!r}; expected an integer from 0, or one for each of {rows} rows")
-    kept = states.kept(config, state, np.array(counts, np.int64), backend.to_numpy)
+    kept = states.kept(config, state, np.array(numbers, np.int64), backend.to_numpy)
     with backend.on_device(device):
         return backend.cut(config, state, kept)
 

@@ -229,6 +229,8 @@ def _check_repeats(module) -> None:
 def _recomputed(block, run_block, residual, state):
     # The positions come by closure: MLX would differentiate in a mask that is an argument.
     def run(residual, *values):
+        # MLX would look for the gradient of a count, by which arrays are indexed.
+        values = [value if mx.issubdtype(value.dtype, mx.floating) else mx.stop_gradient(value) for value in values]
         residual, after, routers = run_block(residual, _like(state, values))
         return residual, *after, *routers
 

@@ -149,7 +149,7 @@ def room(config, state: State, to_numpy: Callable[[Any], Any]) -> int | None:
     if (left := capacity(config, state) - most) < 0:
         raise ValueError(
             f"the state has lost {-left} positions, for which a compiled call had no room; start from a state with "
-            "room for more, of `model.init_state(batch, room)` or `mamba_core.grown`, or call the model uncompiled"
+            "more room, of `model.init_state(batch, room)` or `mamba_core.grown`, or call the model uncompiled"
         )
     return left
 

@@ -13,12 +13,6 @@ from mamba_core.selftest import Trial
 from mamba_core.spec.ops.mixture_of_experts import check_experts
 
 
-def swiglu(x: Tensor) -> Tensor:
-    """silu(gate) * up, of gate | up (..., 2 i)."""
-    gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
 def mixture_of_experts(x, logits, gate_up, down, *, top_k, mask=None, kernel="auto"):
     """Gradients of gradients and forward mode need kernel="plain". Under autocast the products are in its dtype."""
     check_experts(x, logits, gate_up, down, top_k, mask)
@@ -46,6 +40,12 @@ def choice(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 def kernels(device: torch.device, dtype: torch.dtype | None = None, *sizes: int) -> dict[str, str | None]:
     """Fastest first, for x of that dtype, d and i: None for a kernel that runs there, else why not."""
     return dict.fromkeys(KERNELS) | {"grouped": grouped_experts.reason(device, dtype, *sizes)}
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """silu(gate) * up, of gate | up (..., 2 i)."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 def plain(x, weights, chosen, gate_up, down):
