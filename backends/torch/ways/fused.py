@@ -57,11 +57,13 @@ def _is_by_position(feed_forward) -> bool:
 def _kernel(block, residual) -> str | None:
     if not untouched(Block, block):
         return None
-    if not untouched(RMSNorm, block.norm, *([] if block.norm2 is None else [block.norm2])):
-        return None
+    norms = [norm for norm in (block.norm, block.norm2) if norm is not None]
     # Any mixer will do, because it is called; a wrapper of one need not know about kernels.
     policy = getattr(block.mixer, "kernels", None)
-    return rms_norm.fused_kernel(policy, residual, block.norm.weight) if isinstance(policy, Kernels) else None
+    if not untouched(RMSNorm, *norms) or not isinstance(policy, Kernels):
+        return None
+    kernels = {rms_norm.fused_kernel(policy, residual, norm.weight) for norm in norms}
+    return kernels.pop() if len(kernels) == 1 else None
 
 
 def _add_norm(module, residual, pending, kernel):
