@@ -11,7 +11,8 @@ _COLLECTED: ContextVar[list[Any] | None] = ContextVar("collected", default=None)
 @contextmanager
 def collected() -> Iterator[list[Any]]:
     """Inside, a model's call adds to the list the logits (b, l, experts) of each router, in the order of the layers."""
-    token = _COLLECTED.set(found := [])
+    found: list[Any] = []
+    token = _COLLECTED.set(found)
     try:
         yield found
     finally:

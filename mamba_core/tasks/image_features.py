@@ -1,13 +1,13 @@
 """Models of images without a head: the normalised residual stream of the patches and the class tokens."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
 from mamba_core.architectures.base import is_bool, is_size
-from mamba_core.spec.graph import Node
+from mamba_core.spec.graph import NOTHING, Node
 from mamba_core.spec.images import NAMES, PLACES, Pair, grid
 from mamba_core.spec.init import lecun_normal, normal, zeros
 from mamba_core.spec.ops.base import expect_floats, expect_rows, shape_of
@@ -99,7 +99,15 @@ class Task(base.Task):
             raise TypeError(f"expected {IMAGES}; {'none' if inputs is None else base.EMBEDS} given")
         return inputs, IMAGES
 
-    def check(self, config: Any, inputs: Any, mask: Any, segment_ids: Any, kind: str | None = None) -> None:
+    def check(
+        self,
+        config: Any,
+        inputs: Any,
+        mask: Any,
+        segment_ids: Any,
+        kind: str | None = None,
+        extras: Mapping[str, Any] = NOTHING,
+    ) -> None:
         batch, channels, *size = shape_of(IMAGES, inputs, ("b", "channels", "height", "width"))
         expect_rows(IMAGES, batch)
         if channels != self.channels:
@@ -111,6 +119,8 @@ class Task(base.Task):
         self._check_size(tuple(size), IMAGES)
         if mask is not None or segment_ids is not None:
             raise ValueError("every patch of an image counts, and a row is one image; give no mask and no segment_ids")
+        if extras:
+            raise TypeError(f"a model of task {config.task!r} has no argument {', '.join(extras)}")
 
     def positions(self, inputs: Any) -> int:
         rows, columns = grid(inputs.shape[2:], self.patch, self.steps)

@@ -29,6 +29,7 @@ ALONE = {
     "torch/quantization.py": "MLX has `nn.quantize`, and JAX has qwix",
     "torch/ops/fused_mixer.py": "one kernel for what stands between two projections; XLA and MLX fuse",
     "torch/ops/gated_norm.py": "one kernel for a norm and its gate; XLA and MLX fuse",
+    "torch/ops/swiglu.py": "one kernel for a gate and what passes it; XLA and MLX fuse",
     "torch/ops/block_step.py": "one position in one native call; MLX calls nothing native inside its graphs",
     "jax/ops/block_step.py": "as for torch",
     "torch/ways/native_step.py": "as its op",

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mamba_core.backends.torch.arrays import at_least_float32, check_devices
 from mamba_core.backends.torch.kernels import grouped_experts, sorted_experts
+from mamba_core.backends.torch.ops import swiglu
 from mamba_core.backends.torch.positions import where_counting
 from mamba_core.kernels import choose
 from mamba_core.selftest import Trial
@@ -42,19 +43,13 @@ def kernels(device: torch.device, dtype: torch.dtype | None = None, *sizes: int)
     return dict.fromkeys(KERNELS) | {"grouped": grouped_experts.reason(device, dtype, *sizes)}
 
 
-def swiglu(x: Tensor) -> Tensor:
-    """silu(gate) * up, of gate | up (..., 2 i)."""
-    gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
 def plain(x, weights, chosen, gate_up, down):
     """Every expert computes every row; differentiable any number of times."""
     y = torch.zeros_like(at_least_float32(x))
     for expert, (first, second) in enumerate(zip(gate_up, down, strict=True)):
         takes = chosen == expert
         weight = torch.where(takes, weights, 0.0).sum(-1, keepdim=True)
-        found = at_least_float32(F.linear(swiglu(F.linear(x, first)), second))
+        found = at_least_float32(F.linear(swiglu.plain(F.linear(x, first)), second))
         y = y + torch.where(takes.any(-1, keepdim=True), found * weight, 0.0)
     return y.to(x.dtype)
 
