@@ -10,7 +10,7 @@ from mamba_core.selftest import CannotRunError
 # The op that a bare kernel's name is of, and the op that such a name leaves alone.
 NAMED, APART = "selective_scan", "linear"
 # Ops that not every backend has kernels for. A policy that leaves them to the backend is one for all backends.
-OF_SOME = ("block_step", "fused_mixer", "gated_norm", "swiglu")
+OF_SOME = ("block_step", "fused_mixer", "gated_norm", "ssd_step", "swiglu")
 # What a bare name means for the ops that have no kernel of that name.
 ALONG = {"cuda": "triton"}
 

@@ -45,8 +45,6 @@
 // Rows of shared memory, padded so that threads of different positions meet in different banks.
 #define ROW (BLOCK_CHANNELS + 8)
 
-#define LN_2 0.6931471805599453f
-
 typedef Vector<VECTOR> Brought;
 
 // (b, l, channels or states), the last axis contiguous; `position` is a stride that fits 32 bits.
@@ -77,29 +75,6 @@ struct Inputs {
 struct Place {
   int rank, block, chunk, row;
 };
-
-// exp(-|value|) to a few units in the last place: what its product with log2(e) loses is put back. Beyond 110 it is zero,
-// and no infinity comes into its way; of NaN it is zero too, which its users must keep.
-DEVICE float exp_of_minus(float value) {
-  float negative = max(-fabs(value), -110.0f);
-  float exponent = negative * LOG2_E;
-  float lost = multiply_add(exponent, -LN_2, negative);
-  float power = fast_exp2(exponent);
-  return multiply_add(power, lost, power);
-}
-
-// From small = exp(-|value|).
-DEVICE float sigmoid_of(float value, float small) { return (value < 0.0f ? small : 1.0f) * reciprocal(1.0f + small); }
-
-// max(value, 0) + log(1 + small) by the polynomial for log(1 + s) / s of degree 8 that is best on [0, 1], to 3e-8.
-DEVICE float softplus_of(float value, float small) {
-  const float coefficients[] = {
-      0.005516879726201296f, -0.030668428167700768f, 0.08017196506261826f, -0.1383429765701294f, 0.191904678940773f,
-      -0.24866169691085815f, 0.3332236707210541f,    -0.4999969005584717f, 1.0f};
-  float sum = coefficients[0];
-  UNROLL for (int i = 1; i < 9; ++i) sum = multiply_add(sum, small, coefficients[i]);
-  return multiply_add(sum, small, positive_part(value));
-}
 
 DEVICE float silu_derivative(float value, float gate) { return gate * (1.0f + value * (1.0f - gate)); }
 

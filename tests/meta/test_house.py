@@ -32,6 +32,7 @@ ALONE = {
     "torch/ops/swiglu.py": "one kernel for a gate and what passes it; XLA and MLX fuse",
     "torch/ops/block_step.py": "one position in one native call; MLX calls nothing native inside its graphs",
     "jax/ops/block_step.py": "as for torch",
+    "mlx/ops/ssd_step.py": "one position of a recurrence in one kernel; torch's and JAX's are of whole blocks",
     "torch/ways/native_step.py": "as its op",
     "jax/ways/native_step.py": "as its op",
     "jax/programs.py": "a compiled program of JAX is a function, out of which must come what a call changes",

@@ -13,6 +13,9 @@
 using std::fabs;
 using std::max;
 using std::min;
+// As on GPUs: of NaN and a number, the number.
+inline float max(float a, float b) { return std::fmax(a, b); }
+inline float min(float a, float b) { return std::fmin(a, b); }
 
 #define DEVICE inline
 #define GLOBAL

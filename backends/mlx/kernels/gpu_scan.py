@@ -1,21 +1,19 @@
 """The scan on a GPU, NVIDIA's or Apple's: all of the op in one pass over its inputs, no (b, l, e, n) in memory.
 
-The algorithm is that of `mamba_core.backends.gpu`. MLX writes a kernel's signature, from the arrays' names and dtypes,
-and compiles it when it is first needed. The same inputs give the same bits.
+The algorithm is that of `mamba_core.backends.gpu`. The same inputs give the same bits.
 """
 
 import functools
-import hashlib
-from typing import NamedTuple
 
 import mlx.core as mx
 
 from mamba_core.backends.gpu import driver
 from mamba_core.backends.gpu import launch as gpu
 from mamba_core.backends.mlx.arrays import dtype_name
+from mamba_core.backends.mlx.kernels import gpu_language
+from mamba_core.backends.mlx.kernels.gpu_language import CUDA, METAL, Language, header
 from mamba_core.backends.mlx.kernels.reverse_only import first_derivative_only, reverse_only
 
-DTYPES = tuple(getattr(mx, name) for name in gpu.ELEMENTS)
 # Of x's dtype; all others are float32.
 ELEMENTS = ("y", "dx", "ddelta", "dz", "dB_sum", "dC_sum")
 # Results that there are with an option only.
@@ -24,25 +22,6 @@ OPTIONAL = {"dz": "HAS_Z", "dD": "HAS_D", "dD_sum": "HAS_D", "ddelta_bias": "HAS
 COMBINED = "begun"
 # No API tells how many cores an Apple GPU has. Enough for most; more chunks than needed cost a third of the time.
 APPLE_CORES = 40
-# Of smaller arrays MLX puts the elements into another address space of Metal.
-LEAST_METAL_SIZE = 8
-
-
-class Language(NamedTuple):
-    """What its kernels call the thread, the block and how many blocks there are, and what comes before them."""
-
-    name: str
-    prelude: str
-    thread: str
-    block: str
-    blocks: str
-
-
-CUDA = Language("cuda", "cuda.h", "threadIdx.x", "blockIdx.x", "gridDim.x")
-METAL = Language(
-    *("metal", "metal.h"),
-    *("thread_position_in_threadgroup.x", "threadgroup_position_in_grid.x", "threadgroups_per_grid.x"),
-)
 
 
 def reason(
@@ -52,19 +31,11 @@ def reason(
 
     states: of a scan; without, the kernel is only the name of one.
     """
-    runs = {"cuda": getattr(mx, "cuda", None), "metal": mx.metal}[language.name]
-    if device != "gpu" or runs is None or not runs.is_available():
-        return f"it runs on {'an NVIDIA' if language is CUDA else 'an Apple'} GPU only"
-    if dtype is not None and dtype not in DTYPES:
-        return f"x is {dtype_name(dtype)}, and it computes {', '.join(gpu.ELEMENTS)}"
-    if states is None:
-        return None
-    largest = gpu.LARGEST_STATE if language is CUDA else gpu.LARGEST_SMALL_STATE
-    if states > largest:
+    why = gpu_language.reason(language, device, dtype, arrays if states is not None else ())
+    largest = gpu.LARGEST_SMALL_STATE if language.is_metal else gpu.LARGEST_STATE
+    if why is None and states is not None and states > largest:
         return f"d_state is {states}, and it holds at most {largest}"
-    if language is METAL and any(value is not None and value.size < LEAST_METAL_SIZE for value in arrays):
-        return f"it takes no array of fewer than {LEAST_METAL_SIZE} elements"
-    return None
+    return why
 
 
 def scan(language: Language):
@@ -121,10 +92,10 @@ def _plan(language, named, delta_softplus, begin, **how) -> gpu.Scan:
         *(*x.shape, n, dtype_name(x.dtype)),
         options=gpu.options(named | {"begin": begin}, delta_softplus),
         # An array may begin anywhere in memory, and only the kernel learns where; ours for Metal does not ask.
-        aligned=language is CUDA and e % 8 == 0,
-        states_aligned=language is CUDA and n % 8 == 0,
-        multiprocessors=driver.multiprocessors() if language is CUDA else APPLE_CORES,
-        small=language is METAL,
+        aligned=not language.is_metal and e % 8 == 0,
+        states_aligned=not language.is_metal and n % 8 == 0,
+        multiprocessors=driver.multiprocessors() if not language.is_metal else APPLE_CORES,
+        small=language.is_metal,
         **how,
     )
 
@@ -157,35 +128,16 @@ def _run(language: Language, plan: gpu.Scan, arrays: dict[str, mx.array | None])
 
 @functools.cache
 def _kernel(language: Language, name: str, shared: int, defines, reads: tuple[str, ...], writes: tuple[str, ...]):
-    header = _header(language, defines)
-    source = _body(language, name, shared, reads, writes)
-    # MLX takes kernels of one name for the same, also those that it finds compiled on the disk.
-    digest = hashlib.sha256("\0".join((header, source, *reads, *writes)).encode()).hexdigest()[:16]
-    options = {"name": f"{name}_{digest}", "input_names": reads, "output_names": writes}
-    options |= {"header": header, "source": source, "ensure_row_contiguous": True}
-    if language is METAL:
-        return mx.fast.metal_kernel(**options)
-    return mx.fast.cuda_kernel(**options, shared_memory=shared)
-
-
-def _header(language: Language, defines) -> str:
-    """The algorithm, as it is made for a scan."""
-    lines = [f"#define {name} {value}" for name, value in defines]
-    if language is CUDA:
-        lines.append("#define ALIGNED_AT(address) ((unsigned long long)(address) % 16 == 0)")
-    lines.append(gpu.source(language.prelude, "selective_scan.h"))
-    if language is CUDA:
-        # MLX writes the word before the kernel, and knows no bounds.
-        lines += ["#undef __global__", "#define __global__ __attribute__((global)) BOUNDS"]
-    return "\n".join([*lines, ""])
+    before = header(language, defines, "selective_scan.h")
+    body = _body(language, name, shared, reads, writes)
+    return gpu_language.compiled(language, name, before, body, reads, writes, shared)
 
 
 def _body(language: Language, name: str, shared: int, reads: tuple[str, ...], writes: tuple[str, ...]) -> str:
     """A kernel's, in terms of the names of its arrays and of what MLX calls their shapes."""
 
     def pointer(array, kind="float", const="const "):
-        there = array in reads or array in writes
-        return f"({const}GLOBAL {kind}*){array}" if there else "nullptr"
+        return gpu_language.pointer(array, reads + writes, kind, const)
 
     def sequence(array):
         shape = f"{array}_shape"
@@ -232,7 +184,7 @@ def _body(language: Language, name: str, shared: int, reads: tuple[str, ...], wr
         out = f"::BackwardResults out = {{{results(*gpu.BACKWARD_RESULTS, 'added', 'total')}}};"
         call = f"::scan_backward<{str(bool(first)).lower()}>(in, {pointer('kept')}, out, place, shared);"
     memory = (
-        f"threadgroup float4 memory[{-(-shared // 16)}]" if language is METAL else "extern __shared__ float4 memory[]"
+        f"threadgroup float4 memory[{-(-shared // 16)}]" if language.is_metal else "extern __shared__ float4 memory[]"
     )
     return f"""
   {memory};

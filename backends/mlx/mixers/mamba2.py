@@ -8,6 +8,7 @@ from mamba_core.backends.mlx import layers
 from mamba_core.backends.mlx.mixers import Options, s6
 from mamba_core.backends.mlx.ops import ssd
 from mamba_core.backends.mlx.ops.rms_norm import rms_norm
+from mamba_core.backends.mlx.ops.ssd_step import one_position
 from mamba_core.backends.mlx.untouched import untouched
 from mamba_core.call import Call
 
@@ -93,7 +94,8 @@ class Mamba2Mixer(nn.Module):
         options = {"dt_bias": self.dt_bias, "dt_softplus": True, "dt_limit": self.dt_limit}
         if call.one:
             x, dt, B, C, z = (None if value is None else value[:, 0] for value in (x, dt, B, C, z))
-            y, state = ssd.ssd_step(x, dt, A, B, C, D, z=z, **options, state=state)
+            options |= {"state": state, "kernel": self.kernels.of("ssd_step")}
+            y, state = one_position(x, dt, A, B, C, D, z=z, **options)
             y = y[:, None]
         else:
             options |= {"initial_state": state, "kernel": self.kernels.of("ssd")}

@@ -1,24 +1,20 @@
 """The recurrence of Mamba-2 in MLX (Dao and Gu 2024, section 6): its plain form, and the choice of a kernel.
 
-The chunked form is in `kernels/chunked_ssd.py`, that in C++ in `kernels/native_ssd.py`.
+The chunked form is in `kernels/chunked_ssd.py`, that in C++ in `kernels/native_ssd.py`, one position in `ssd_step.py`.
 """
 
 import functools
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from mamba_core.backends.mlx.arrays import default_device, keep_float32
 from mamba_core.backends.mlx.kernels import chunked_ssd, native_tensors
 from mamba_core.backends.mlx.kernels.native_ssd import native
+from mamba_core.backends.mlx.ops.ssd_step import LEAST_RATE, advance, float32, one_position, output, step_size
 from mamba_core.backends.mlx.positions import call_of, where_counting
 from mamba_core.call import Call
 from mamba_core.kernels import choose
-from mamba_core.spec.ops.ssd import NO_LIMIT, check_ssd, check_ssd_step
-
-# A rate below it forgets as fast. Its product with a gradient must be finite: MLX's `where` makes NaN of an infinite
-# one at positions that do not count.
-LEAST_RATE = -1e30
+from mamba_core.spec.ops.ssd import NO_LIMIT, check_ssd
 
 
 def ssd(
@@ -78,13 +74,8 @@ def recur(
 
 
 def ssd_step(x, dt, A, B, C, D=None, *, z=None, dt_bias=None, dt_softplus=False, dt_limit=NO_LIMIT, state):
-    check_ssd_step(x, dt, A, B, C, D, z, dt_bias, dt_limit, state)
-    keep_float32()
-    dtype = x.dtype
-    x, A, B, C, D, z, state = (_float32(value) for value in (x, A, B, C, D, z, state))
-    step = _step_size(dt, dt_bias, dt_softplus, tuple(dt_limit))
-    linear, h = _advance(state, x, step, mx.maximum(A, LEAST_RATE), B, C)
-    return _output(linear, x, D, z).astype(dtype), h
+    options = {"dt_softplus": dt_softplus, "dt_limit": dt_limit}
+    return one_position(x, dt, A, B, C, D, z=z, dt_bias=dt_bias, **options, state=state)
 
 
 def kernels(device=None, dtype=None, arrays=(), *, wanted="auto") -> dict[str, str | None]:
@@ -115,12 +106,12 @@ def _prepared(recurrence):
         dtype, mask = x.dtype, call.mask
         # Not by a factor of zero: a masked position may hold Inf or NaN.
         x, dt, B, C, z = (where_counting(mask, value) for value in (x, dt, B, C, z))
-        x, A, B, C, D, z = (_float32(value) for value in (x, A, B, C, D, z))
-        step, A = where_counting(mask, _step_size(dt, dt_bias, dt_softplus, dt_limit)), mx.maximum(A, LEAST_RATE)
-        linear, h = x, mx.zeros((x.shape[0], *x.shape[2:], B.shape[3])) if h0 is None else _float32(h0)
+        x, A, B, C, D, z = (float32(value) for value in (x, A, B, C, D, z))
+        step, A = where_counting(mask, step_size(dt, dt_bias, dt_softplus, dt_limit)), mx.maximum(A, LEAST_RATE)
+        linear, h = x, mx.zeros((x.shape[0], *x.shape[2:], B.shape[3])) if h0 is None else float32(h0)
         if x.shape[1] > 0:
             linear, h = recurrence(x, step, A, B, C, h, call.restart)
-        return _output(linear, x, D, z).astype(dtype), h
+        return output(linear, x, D, z).astype(dtype), h
 
     return kernel
 
@@ -132,39 +123,10 @@ def sequential(x, step, A, B, C, h0, restart):
     for t in range(x.shape[1]):
         if restart is not None:
             h = mx.where(restart[:, t, None, None, None], 0.0, h)
-        y, h = _advance(h, x[:, t], step[:, t], A, B[:, t], C[:, t])
+        y, h = advance(h, x[:, t], step[:, t], A, B[:, t], C[:, t])
         linear.append(y)
     return mx.stack(linear, axis=1), h
 
 
 # Fastest first, the plain one last.
 KERNELS = {"native": native, "chunked": _prepared(chunked_ssd.chunked), "sequential": sequential}
-
-
-def _step_size(dt, dt_bias, dt_softplus, dt_limit):
-    step = _float32(dt)
-    step = step if dt_bias is None else step + _float32(dt_bias)
-    step = mx.logaddexp(step, 0.0) if dt_softplus else step
-    if dt_softplus and dt_limit == NO_LIMIT:
-        return step
-    least, most = dt_limit
-    return mx.where(step < least, least, mx.where(step > most, most, step))
-
-
-@mx.compile
-def _advance(h, x, step, A, B, C):
-    """(h C, h) after one position: x (b, h, p), step (b, h), B and C (b, g, n), h (b, h, p, n)."""
-    B, C = (mx.repeat(value, x.shape[1] // value.shape[1], axis=1)[:, :, None] for value in (B, C))
-    h = mx.exp(step * A)[..., None, None] * h + (step[..., None] * x)[..., None] * B
-    return (h * C).sum(axis=-1), h
-
-
-def _output(linear, x, D, z):
-    """(h C + D x) * silu(z)."""
-    if D is not None:
-        linear = linear + (D if D.ndim == 2 else D[:, None]) * x
-    return linear if z is None else linear * nn.silu(z)
-
-
-def _float32(value):
-    return None if value is None else value.astype(mx.float32)
