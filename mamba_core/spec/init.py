@@ -5,7 +5,8 @@ the backend, the device or the other parameters.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +14,8 @@ from mamba_core.spec.params import parameter_table
 
 # The deviation of a standard normal distribution that is cut at -2 and 2.
 CUT_DEVIATION = 0.8796256610342398
+# (fan-in, whether the result is added to the residual stream) -> what draws the initial weights of a projection.
+Init = Callable[[int, bool], Callable[[Any, tuple[int, ...]], np.ndarray]]
 
 
 def initial_values(config, seed: int = 0) -> Iterator[tuple[str, np.ndarray]]:
