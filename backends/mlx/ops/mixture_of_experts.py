@@ -10,7 +10,6 @@ from mamba_core.backends.mlx.positions import where_counting
 from mamba_core.call import Call
 from mamba_core.kernels import choose
 from mamba_core.selftest import Trial
-from mamba_core.spec.ops.base import check_positions
 from mamba_core.spec.ops.mixture_of_experts import check_experts
 
 # Positions times experts from which it pays to bring those of an expert together.
@@ -19,8 +18,7 @@ SORTED = 64
 
 def mixture_of_experts(x, logits, gate_up, down, *, top_k, mask=None, kernel="auto"):
     """Computed in the dtype of x, but probabilities and the sum over experts in float32."""
-    check_experts(x, logits, gate_up, down, top_k)
-    check_positions(*x.shape[:2], mask, None)
+    check_experts(x, logits, gate_up, down, top_k, mask)
     return mix(Call(mask=mask), x, logits, gate_up, down, top_k=top_k, kernel=kernel)
 
 
