@@ -29,6 +29,10 @@ KINDS = {
     ),
     "tokens": ("token_classification", {"num_labels": 4, "class_weights": [1.0, 0.5, 2.0, 1.0]}),
 }
+# On every architecture: those that between them reach every part around the blocks. A head does not know the blocks.
+OF_ALL = ("several labels", "quantiles", "tokens")
+FIRST = "mamba"
+PAIRS = [(name, kind) for name in bases() for kind in KINDS if name == FIRST or kind in OF_ALL]
 LABELLED = [name for name, (task, _) in KINDS.items() if tasks.find(task).Task.labelled]
 
 

@@ -125,7 +125,7 @@ def test_what_cannot_be_forecast_is_refused(backend):
         mc.forecast(model, series * np.nan, observed=OBSERVED, **known)
     native = backend.from_numpy(np.concatenate([series, COVARIATES], -1))
     with pytest.raises(ValueError, match="a state is given, but neither location nor scale"):
-        model(native, model(native).state)
+        model(native, model.init_state(BATCH))
     with pytest.raises(ValueError, match="location given; expected both or neither"):
         model(native, location=backend.from_numpy(np.zeros((3, 2), np.float32)))
     with pytest.raises(TypeError, match="expected values; none given"):
