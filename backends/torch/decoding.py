@@ -80,13 +80,14 @@ def _decoded(model, prefilled, sampling, context, draw, limit) -> Iterator[Choic
         yield from _replayed(model, carry, sampling, draw, limit)
         return
     left = states.room(model.config, carry.state)
-    for _ in count(1) if limit is None else range(1, limit):
+    for step in count(1) if limit is None else range(1, limit):
         if left is not None:
             if left == 0:
                 carry = carry._replace(state=states.with_room(model.config, carry.state, 1))
                 left = states.room(model.config, carry.state)
             left -= 1
-        carry = advance(model, carry, next(uniforms), sampling)
+        # The first state is the caller's; those after it are held here alone.
+        carry = advance(model, carry, next(uniforms), sampling, in_place=step > 1)
         yield _on_host(carry.choice)
 
 
@@ -96,12 +97,14 @@ def begin(prefilled: Output, context: Context | None, uniform: Tensor | None, sa
     return Carry(choice, prefilled.state, _updated(context, choice.tokens))
 
 
-def advance(model, carry: Carry, uniform: Tensor | None, sampling: Sampling) -> Carry:
-    """One token more in each row."""
+def advance(model, carry: Carry, uniform: Tensor | None, sampling: Sampling, in_place: bool = False) -> Carry:
+    """One token more in each row. in_place: caches that have room may be written where they are."""
     tokens = carry.choice.tokens[:, None]
     if not model.is_untouched():
         return begin(_called(model, tokens, carry.state), carry.context, uniform, sampling)
-    hidden, state = model.backbone(tokens, carry.state, call_of(None, None, length=1))
+    # The states of a growing cache alone: others are new in each step, or in the memory of the way cuda_step.
+    call = call_of(None, None, length=1, in_place=in_place)
+    hidden, state = model.backbone(tokens, carry.state, call)
     logits = model.head(hidden[:, 0])[:, : model.config.vocab_size]
     return begin(Output(logits, state), carry.context, uniform, sampling)
 

@@ -28,7 +28,7 @@ def linear(layer: nn.Module, x: Tensor, kernel: str = "auto") -> Tensor:
     What another layer gives is brought to the dtype of x, but for that of autocast.
     """
     if untouched(nn.Linear, layer):
-        if not onednn_linear.ONEDNN_IS_FASTER:
+        if not (onednn_linear.ONEDNN_IS_FASTER or x.is_cpu):
             return layer(x)
         return product(x, layer.weight, layer.bias, kernel=kernel)
     y = layer(x)

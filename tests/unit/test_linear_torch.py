@@ -12,7 +12,7 @@ if not torch.backends.mkldnn.is_available():
     pytest.skip("torch is built without oneDNN", allow_module_level=True)
 
 from mamba_core.backends.torch import layers  # noqa: E402
-from mamba_core.backends.torch.kernels import onednn_linear  # noqa: E402
+from mamba_core.backends.torch.kernels import native_step, native_tensors, onednn_linear  # noqa: E402
 from mamba_core.backends.torch.ops import linear  # noqa: E402
 
 CONFIG = mc.MambaConfig(d_model=20, n_layer=2, vocab_size=29, d_state=5, initializer_range=0.5)
@@ -25,6 +25,7 @@ def everywhere(monkeypatch):
     """On any processor, and for products of any size."""
     monkeypatch.setattr(onednn_linear, "ONEDNN_IS_FASTER", True)
     monkeypatch.setattr(onednn_linear, "LEAST", 0)
+    monkeypatch.setattr(native_step, "MOST_ROWS", 0)
 
 
 @pytest.fixture
@@ -195,3 +196,23 @@ def test_another_module_in_a_layer_s_place(calls):
 def test_a_wrong_width_is_torch_s_error():
     with pytest.raises(RuntimeError, match=r"shape|size"):
         layers.linear(torch.nn.Linear(20, 5), torch.zeros(3, 19), "auto")
+
+
+@pytest.mark.skipif(native_tensors.MISSING is not None, reason=f"native library: {native_tensors.MISSING}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 7), (3, 7), (8, 1, 7), (9, 1, 7), (2, 5, 7)])
+def test_few_rows_are_multiplied_by_the_native_step(monkeypatch, shape, dtype):
+    """Without a gradient; it reads the weight once."""
+    rows, few = [], native_step.head
+    monkeypatch.setattr(native_step, "MOST_ROWS", 8)
+    monkeypatch.setattr(native_step, "head", lambda x, weight: (rows.append(len(x)), few(x, weight))[1])
+    torch.manual_seed(0)
+    x, layer = torch.randn(shape, dtype=dtype), torch.nn.Linear(7, 5, bias=False).to(dtype)
+    wanted = torch.nn.functional.linear(x.double(), layer.weight.double())
+    with torch.no_grad():
+        y = layers.linear(layer, x)
+    assert y.dtype == dtype
+    assert relative_l2(y.double().numpy(), wanted.detach().numpy()) < (1e-6 if dtype == torch.float32 else 4e-3)
+    assert rows == ([len(x)] if len(x) <= 8 and shape[-2:-1] in ((1,), (3,)) else [])
+    layers.linear(layer, x)
+    assert len(rows) <= 1, "a gradient is recorded"

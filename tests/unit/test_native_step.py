@@ -410,8 +410,8 @@ def test_a_changed_block_computes_what_it_was_changed_to(calls, change):
     model, other = both(change)
     with torch.no_grad():
         logits, wanted = model(ids, state).logits, other(ids, state).logits
-    # The blocks before and after it still step natively.
-    assert calls == ["mamba_steps", "mamba_steps", "linear_step"]
+    # The blocks before and after it still step natively; what it has of linear layers may be native products.
+    assert (calls[0], calls[-2:], calls.count("mamba_steps")) == ("mamba_steps", ALL_NATIVE, 2)
     assert_close(logits.numpy(), wanted.numpy(), "float32", "node", "logits")
 
 

@@ -183,8 +183,8 @@ def test_a_policy_by_op():
     torch.testing.assert_close(model(IDS).logits, built(kernels="plain")(IDS).logits)
     with pytest.raises(ValueError, match="selective_scan has no kernel 'shifted'"):
         built(kernels={"selective_scan": "shifted"})
-    with pytest.raises(ValueError, match="kernels has op 'attention'"):
-        built(kernels={"attention": "auto"})
+    with pytest.raises(ValueError, match="kernels has op 'nonsense'"):
+        built(kernels={"nonsense": "auto"})
 
 
 # --- torch's private API -------------------------------------------------------------------------

@@ -25,7 +25,7 @@ class Experts(nn.Module):
         )
 
 
-class Mixture(nn.Module):
+class MixtureOfExperts(nn.Module):
     """Its sizes are `config.feed_forward(layer)`."""
 
     def __init__(self, config, layer: int, options):
@@ -47,4 +47,4 @@ class Mixture(nn.Module):
         return self.experts.gate_up_proj.shape[1] * self.experts.top_k if built else None
 
 
-Mixer = Mixture
+Mixer = MixtureOfExperts

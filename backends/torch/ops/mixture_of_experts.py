@@ -10,20 +10,12 @@ from mamba_core.backends.torch.kernels import grouped_experts, sorted_experts
 from mamba_core.backends.torch.positions import where_counting
 from mamba_core.kernels import choose
 from mamba_core.selftest import Trial
-from mamba_core.spec.ops.base import check_positions
 from mamba_core.spec.ops.mixture_of_experts import check_experts
-
-
-def swiglu(x: Tensor) -> Tensor:
-    """silu(gate) * up, of gate | up (..., 2 i)."""
-    gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate) * up
 
 
 def mixture_of_experts(x, logits, gate_up, down, *, top_k, mask=None, kernel="auto"):
     """Gradients of gradients and forward mode need kernel="plain". Under autocast the products are in its dtype."""
-    check_experts(x, logits, gate_up, down, top_k)
-    check_positions(*x.shape[:2], mask, None)
+    check_experts(x, logits, gate_up, down, top_k, mask)
     check_devices(x, logits=logits, gate_up=gate_up, down=down, mask=mask)
     run = KERNELS[choose(kernel, kernels(x.device, x.dtype), "mixture_of_experts", "torch", x.device)]
     if x.shape[1] == 0:
@@ -47,6 +39,12 @@ def choice(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 def kernels(device: torch.device, dtype: torch.dtype | None = None) -> dict[str, str | None]:
     """Fastest first, for x of that dtype: None for a kernel that runs there, else why not."""
     return dict.fromkeys(KERNELS) | {"grouped": grouped_experts.reason(device, dtype)}
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """silu(gate) * up, of gate | up (..., 2 i)."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 def plain(x, weights, chosen, gate_up, down):

@@ -24,8 +24,11 @@ def take(blocks, residual, states, call) -> Taken | str:
     if not (call.one and call.plain and call.in_place) or call.observed:
         return "it computes one position, unobserved and without a gradient, in the memory of its states"
     layers = []
-    for block in blocks:
+    for block, state in zip(blocks, states, strict=True):
         if type(layer := _layer(block)) is str:
+            break
+        if not all(value.is_contiguous() for value in state):
+            layer = "its states have another layout in memory"
             break
         layers.append(layer)
     if not layers:
@@ -81,8 +84,6 @@ def logits(model, tokens: Tensor, state: State) -> Tensor:
     residual = triton_step.embed(
         tokens.contiguous(), weight, torch.float32 if backbone.residual_in_fp32 else backbone.dtype
     )
-    # The kernels read and write them as they lie in memory.
-    assert all(value.is_contiguous() for layer in state.layers for value in layer)
     step = take(list(backbone.layers), residual[:, None], state.layers, Call(one=True, in_place=True))
     residual, pending, _ = step.run(residual[:, None], None, state.layers)
     pending = None if pending is None else pending[:, 0]

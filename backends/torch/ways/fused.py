@@ -1,4 +1,4 @@
-"""A block whose norm is one kernel with the sum of the block before it."""
+"""A block whose norms are each one kernel with the sum before it."""
 
 from mamba_core.backends.torch.blocks import Block, RMSNorm
 from mamba_core.backends.torch.ops import rms_norm
@@ -19,12 +19,18 @@ def take(blocks, residual, states, call) -> Taken | str:
 
     def run(residual, pending, states):
         normed, residual = _add_norm(block.norm, residual, pending, kernel)
-        mixer = block.mixer
+        mixer, here = block.mixer, call
         if only_last and (compute := own(mixer, "last_position")) and mixer.can_compute_last_only(normed):
             pending, state = compute(mixer, normed, states[0], call)
-            return residual[:, -1:], pending, (state,)
-        pending, state = mixer(normed, states[0], call)
-        return residual, pending, (state,)
+            residual, here = residual[:, -1:], _of_last(call)
+        else:
+            pending, state = mixer(normed, states[0], call)
+        if (feed_forward := block.feed_forward) is None:
+            return residual, pending, (state,)
+        if only_last and here is call and _is_by_position(feed_forward):
+            residual, pending, here = residual[:, -1:], pending[:, -1:], _of_last(call)
+        normed, residual = _add_norm(block.norm2, residual, pending, kernel)
+        return residual, feed_forward(normed, here), (state,)
 
     # One block, because a faster way may take the next.
     return Taken(1, run)
@@ -37,8 +43,21 @@ def norm(module, residual, pending, policy: Kernels):
     return _add_norm(module, residual, pending, kernel)[0]
 
 
+def _of_last(call):
+    """The call's last position, for a feed-forward."""
+    return call if call.mask is None else call._replace(mask=call.mask[:, -1:])
+
+
+def _is_by_position(feed_forward) -> bool:
+    """Whether it is as it was built, so that no position sees another."""
+    width = own(feed_forward, "width")
+    return width is not None and untouched(type(feed_forward), feed_forward) and width(feed_forward) is not None
+
+
 def _kernel(block, residual) -> str | None:
-    if not untouched(Block, block) or block.feed_forward is not None or not untouched(RMSNorm, block.norm):
+    if not untouched(Block, block):
+        return None
+    if not untouched(RMSNorm, block.norm, *([] if block.norm2 is None else [block.norm2])):
         return None
     # Any mixer will do, because it is called; a wrapper of one need not know about kernels.
     policy = getattr(block.mixer, "kernels", None)
