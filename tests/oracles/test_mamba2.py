@@ -209,12 +209,18 @@ def test_the_defaults_are_theirs(transformers):
     assert from_object(transformers.Mamba2Config()) == PRESETS["mamba-codestral-7b"]
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name for name, preset in PRESETS.items() if not preset.attn_layer_idx])
 def test_a_preset_is_a_config_of_theirs(transformers, tmp_path, name):
     (tmp_path / "config.json").write_text(json.dumps(PRESETS[name].to_hf()))
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     assert theirs.model_type == "mamba2"
     assert from_object(theirs) == PRESETS[name]
+
+
+def test_a_preset_with_attention_is_none_of_theirs(transformers, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(PRESETS["mamba2attn-2.7b"].to_hf()))
+    with pytest.raises(ValueError, match="mamba_core_mamba2"):
+        transformers.AutoConfig.from_pretrained(tmp_path)
 
 
 # --- mlx-lm ----------------------------------------------------------------------------------------
