@@ -235,7 +235,7 @@ def test_parity(backend, name, monkeypatch):
     limits = found.backends[0].modes["forward"].limits
     assert limits[list(limits)[-1]] == tolerance("float32", "value") < limits["layers.0.norm"]
     if name in HEADLESS:
-        with pytest.raises(ValueError, match="grad needs one of task .*'lm'"):
+        with pytest.raises(ValueError, match=r"grad needs one of task .*'lm'"):
             parity("there", backends=[backend.name], grad=True)
     if CONFIGS[name].task == "layers":
         with pytest.raises(ValueError, match="takes inputs_embeds; give no tokens and no text"):
