@@ -153,7 +153,7 @@ def parity(
 
     Raises:
         ValueError: a setting out of range, an unknown backend, dtype, layout or compat, text without a tokenizer, grad
-            of a model of another task than "lm".
+            of a model of a task without a loss.
         ImportError: a backend's framework is not installed.
         CheckpointError: as `mamba_core.load`.
     """

@@ -172,7 +172,7 @@ def test_the_residual_stream_has_its_dtype_whatever_is_given(backend, name):
 @pytest.mark.parametrize("name", HEADLESS)
 def test_what_needs_a_head_is_refused(backend, name):
     model = built(backend, name)
-    message = f"task '{CONFIGS[name].task}', without a (head|loss); .* needs one of task 'lm'"
+    message = f"task '{CONFIGS[name].task}', without a (head|loss); .* needs one of task .*'lm'"
     tokens = np.zeros((1, 4), np.int32)
     with pytest.raises(ValueError, match=message):
         backend.loss_and_gradients(model, tokens)
@@ -235,7 +235,7 @@ def test_parity(backend, name, monkeypatch):
     limits = found.backends[0].modes["forward"].limits
     assert limits[list(limits)[-1]] == tolerance("float32", "value") < limits["layers.0.norm"]
     if name in HEADLESS:
-        with pytest.raises(ValueError, match="grad needs one of task 'lm'"):
+        with pytest.raises(ValueError, match=r"grad needs one of task .*'lm'"):
             parity("there", backends=[backend.name], grad=True)
     if CONFIGS[name].task == "layers":
         with pytest.raises(ValueError, match="takes inputs_embeds; give no tokens and no text"):
