@@ -139,7 +139,7 @@ CAUGHT_BY = {
         "forked in another order": Mutant("decoding.py", "torch.as_tensor(rows,", "torch.as_tensor(rows[::-1].copy(),"),
     },
     "test_turns_go_on_from_the_state": {
-        "prefill forgets the state": Mutant("decoding.py", "if state is None else states", "if True else states"),
+        "prefill forgets the state": Mutant("decoding.py", "if fresh else states", "if True else states"),
     },
     "test_ties_in_a_large_vocabulary": {
         "likeliest in any order": Mutant("decoding.py", "logprobs.sort(dim=-1, descending=True, stable=True)", "(value.flip(-1) for value in logprobs.sort(dim=-1))"),

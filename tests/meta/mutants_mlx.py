@@ -102,7 +102,7 @@ CAUGHT_BY = {
         "generated tokens not counted": Mutant("decoding.py", "counts=counts", "counts=context.counts"),
     },
     "test_turns_go_on_from_the_state": {
-        "prefill forgets the state": Mutant("decoding.py", "if state is None else states", "if True else states"),
+        "prefill forgets the state": Mutant("decoding.py", "if fresh else states", "if True else states"),
     },
     "test_twenty_steps_equal_the_reference": {
         "decay of every parameter": Mutant("training.py", "table[name].decay if name in table else value.ndim >= 2", "True"),

@@ -17,6 +17,7 @@ nn = pytest.importorskip("mlx.nn")
 from mlx.utils import tree_flatten  # noqa: E402 (after the package that it needs)
 
 from mamba_core.backends.mlx import stack  # noqa: E402
+from mamba_core.backends.mlx.kernels import numpy_linear  # noqa: E402
 from mamba_core.backends.mlx.positions import call_of  # noqa: E402
 
 BACKEND = registry.get("mlx")
@@ -149,3 +150,14 @@ def test_quantising_leaves_the_experts_and_says_so():
     assert isinstance(block.mixer.in_proj, nn.QuantizedLinear)
     assert block.feed_forward.experts.gate_up_proj.dtype == mx.float32
     assert 0 < relative_l2(np.array(model(IDS).logits), expected) < 0.1
+
+
+def test_a_compiled_step_of_decoding_goes_on_when_its_caches_grow(monkeypatch):
+    """As on a GPU, where NumPy multiplies nothing."""
+    settings = {"max_new_tokens": 20, "temperature": 0.8, "return_state": True}
+    expected = mc.generate(build(), [[1, 2, 3], [4]], **settings)
+    monkeypatch.setattr(numpy_linear, "NUMPY_IS_FASTER", False)
+    found = mc.generate(build(), [[1, 2, 3], [4]], **settings)
+    assert found.tokens == expected.tokens
+    np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-5)
+    assert mc.state_info(build(), found.state).layers[1].capacity == 32
