@@ -13,21 +13,27 @@ from torch import Tensor, nn
 from mamba_core.backends.torch.kernels import triton, triton_linear
 from mamba_core.backends.torch.kernels.triton_linear import Packed
 from mamba_core.backends.torch.untouched import untouched
+from mamba_core.backends.torch.ways import own
 from mamba_core.wrappers import unwrap
 
 GROUP = 32
+# The large linear layers of every mixer.
+MIXER = ("in_proj", "out_proj")
 
 
 def quantize(model: nn.Module, bits: int = 8) -> nn.Module:
-    """A model for inference with in_proj, out_proj and head in 8 or 4 bits. The rest is shared with `model`.
+    """A model for inference with the large linear layers and the head in 8 or 4 bits. The rest is shared with `model`.
+
+    Those are in_proj and out_proj of mixers, and what the class of a feed-forward lists as `quantized`. Routers and the
+    experts of mixtures stay as they are.
 
     On a GPU, few rows are multiplied by the stored numbers directly. Otherwise the weights are unpacked first, so a
     prompt costs more than without quantisation. The quantised model cannot be saved or trained.
 
     Raises:
         ValueError: bits is neither 8 nor 4, or a weight's columns are no multiple of a group in each strip.
-        TypeError: in_proj or out_proj of a layer, or the head, is no `torch.nn.Linear` as built, but was replaced,
-            patched or hooked; of a tied head, the embedding.
+        TypeError: one of those layers, or the head, is no `torch.nn.Linear` as built, but was replaced, patched or
+            hooked; of a tied head, the embedding. Or the class of a feed-forward lists none.
     """
     if bits not in (8, 4):
         raise ValueError(f"bits is {bits!r}; expected 8 or 4")
@@ -42,14 +48,28 @@ def quantize(model: nn.Module, bits: int = 8) -> nn.Module:
     for index, block in enumerate(quantized.inner.layers):
         if not hasattr(getattr(block, "mixer", None), "in_proj"):
             raise TypeError(f"layer {index} was replaced or wrapped; expected a block whose mixer has in_proj")
-        for name in ("in_proj", "out_proj"):
-            linear = getattr(block.mixer, name, None)
-            _check_built(nn.Linear, linear, f"{name} of layer {index}")
-            setattr(block.mixer, name, QuantizedLinear(linear.weight, linear.bias, bits))
+        parts = [(block.mixer, MIXER)]
+        if block.feed_forward is not None:
+            parts.append((block.feed_forward, _quantized(block.feed_forward, index)))
+        for part, names in parts:
+            for name in names:
+                linear = getattr(part, name, None)
+                _check_built(nn.Linear, linear, f"{name} of layer {index}")
+                setattr(part, name, QuantizedLinear(linear.weight, linear.bias, bits))
     if head is not None:
         quantized.lm_head = QuantizedLinear(head.weight, getattr(head, "bias", None), bits)
     quantized.inner.record()
     return quantized
+
+
+def _quantized(feed_forward: nn.Module, index: int) -> tuple[str, ...]:
+    """The linear layers of a feed-forward that are quantised."""
+    if (names := own(feed_forward, "quantized")) is None:
+        kind = f"{type(feed_forward).__module__}.{type(feed_forward).__qualname__}"
+        raise TypeError(
+            f"the feed-forward of layer {index} is {kind}; expected one whose class lists `quantized` layers"
+        )
+    return names
 
 
 def _check_built(kind: type, layer: nn.Module | None, name: str) -> None:

@@ -14,6 +14,7 @@ which ways it was written: see `ways`. It may also say there
     captures = s6.captures
                         a function: whether its kernels here have been tried in training steps that are captured as
                         CUDA graphs. Without it no step is captured. A feed-forward says it too
+    quantized = (...)   of a feed-forward: the names of its linear layers that `quantization.quantize` replaces
 """
 
 from typing import NamedTuple

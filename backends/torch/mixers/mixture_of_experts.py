@@ -29,6 +29,9 @@ class Experts(nn.Module):
 class MixtureOfExperts(nn.Module):
     """Its sizes are `config.feed_forward(layer)`."""
 
+    # The experts are no linear layers, and the router decides which are computed.
+    quantized = ()
+
     def __init__(self, config, layer: int, options):
         super().__init__()
         sizes = config.feed_forward(layer)

@@ -12,10 +12,12 @@ from mamba_core.call import Call
 class SwiGLU(nn.Module):
     """Its width is that of `config.feed_forward(layer)`."""
 
+    quantized = ("gate_up_proj", "down_proj")
+
     def __init__(self, config, layer: int, options):
         super().__init__()
         d, i = config.d_model, config.feed_forward(layer).width
-        self.kernels = options.kernels
+        self.kernels, self.projected = options.kernels, 2 * i
         self.gate_up_proj = nn.Linear(d, 2 * i, bias=False)
         self.down_proj = nn.Linear(i, d, bias=False)
 
@@ -38,7 +40,7 @@ class SwiGLU(nn.Module):
 
     def width(self) -> int | None:
         """As `s6.width`."""
-        return self.gate_up_proj.out_features if s6.is_ours(self.gate_up_proj) and s6.is_ours(self.down_proj) else None
+        return self.projected if s6.is_ours(self.gate_up_proj) and s6.is_ours(self.down_proj) else None
 
 
 Mixer = SwiGLU

@@ -15,19 +15,21 @@ def take(blocks, residual, states, call) -> Taken | str:
     block = blocks[0]
     if (kernel := _kernel(block, residual)) is None:
         return "no kernel adds and norms in one pass here, or the block or its norm was changed"
-    only_last = call.last and len(blocks) == 1
+    feed_forward = block.feed_forward
+    only_last = call.last and len(blocks) == 1 and (feed_forward is None or _is_by_position(feed_forward))
 
     def run(residual, pending, states):
         normed, residual = _add_norm(block.norm, residual, pending, kernel)
-        mixer, here = block.mixer, call
+        mixer = block.mixer
         if only_last and (compute := own(mixer, "last_position")) and mixer.can_compute_last_only(normed):
             pending, state = compute(mixer, normed, states[0], call)
-            residual, here = residual[:, -1:], _of_last(call)
+            residual = residual[:, -1:]
         else:
             pending, state = mixer(normed, states[0], call)
-        if (feed_forward := block.feed_forward) is None:
+        if feed_forward is None:
             return residual, pending, (state,)
-        if only_last and here is call and _is_by_position(feed_forward):
+        here = call
+        if only_last:
             residual, pending, here = residual[:, -1:], pending[:, -1:], _of_last(call)
         normed, residual = _add_norm(block.norm2, residual, pending, kernel)
         return residual, feed_forward(normed, here), (state,)
