@@ -25,6 +25,7 @@ from mamba_core.registry import backends as available_backends
 from mamba_core.sampling import Sampling
 from mamba_core.training import TrainSettings, train
 from mamba_core.version import VERSION
+from mamba_core.vision import classify_images
 from mamba_core.weights.convert import Conversion, Inspection, convert, inspect
 from mamba_core.weights.formats import CheckpointError
 
@@ -50,6 +51,7 @@ __all__ = [
     "build",
     "causal_conv",
     "causal_conv_step",
+    "classify_images",
     "convert",
     "explain",
     "generate",
