@@ -37,6 +37,7 @@ from mamba_core.sampling import Sampling
 from mamba_core.spec.ops.attention import KeyValueCache, Rotary
 from mamba_core.training import TrainSettings, train
 from mamba_core.version import VERSION
+from mamba_core.vision import classify_images
 from mamba_core.weights.convert import Conversion, Inspection, convert, inspect
 from mamba_core.weights.formats import CheckpointError
 
@@ -68,6 +69,7 @@ __all__ = [
     "build",
     "causal_conv",
     "causal_conv_step",
+    "classify_images",
     "convert",
     "explain",
     "forecast",

@@ -19,6 +19,7 @@ COMMANDS = {
     "info": "which backends, devices and kernels there are here",
     "doctor": "try every kernel that runs here, and write a report for an issue",
     "generate": "continue a prompt",
+    "classify": "tell what images show",
     "train": "train a model on text",
     "convert": "write a checkpoint in another layout",
     "inspect": "what a checkpoint holds",

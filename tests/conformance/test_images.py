@@ -14,7 +14,7 @@ from mamba_core.spec.reference import ReferenceModel
 
 from . import models
 from .assertions import assert_close
-from .cases import cases
+from .cases import cases, configs
 
 OPTIONS = {"image_size": (8, 12), "patch_size": 4, "num_classes": 7}
 BASE = cases()["vision_mamba"].VisionMambaConfig(d_model=16, n_layer=2, d_state=4, task_options=OPTIONS)
@@ -133,9 +133,10 @@ def test_gradients_of_every_parameter_and_of_the_images(backend, name, remat):
         assert_close(found, of_images, "float32", "gradient", "gradient in the images")
 
 
-def test_gradients_with_masks_and_segments(backend):
-    """Of every parameter of a model of tokens."""
-    config = cases()["vision_mamba"].CONFIGS["base"]
+@pytest.mark.parametrize("config", ["vision_mamba base", "bidirectional mamba2"])
+def test_gradients_with_masks_and_segments(backend, config):
+    """Of every parameter of a model of tokens that reads them in both directions."""
+    config = configs()[config]
     model, wanted = models.built(backend, config), models.reference_of(backend, config)
     rng, ids = np.random.default_rng(3), models.inputs(config, 2, 12)
     positions = {"mask": rng.random(ids.shape) < 0.7, "segment_ids": np.cumsum(rng.random(ids.shape) < 0.3, 1)}

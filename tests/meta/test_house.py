@@ -165,6 +165,7 @@ OPENING = {
     "weights/formats/atomic.py": "locks and syncs what it writes",
     "mamba_core/data.py": "reads text a block at a time, of a descriptor that files.py gives",
     "mamba_core/selftest.py": "our own sources and verdicts",
+    "mamba_core/vision.py": "Pillow reads bytes that files.py gave",
     "mamba_core/cli/__init__.py": "the null device, where standard output was",
     "backends/gpu/launch.py": "our own sources",
     "backends/gpu/nvrtc.py": "our own compiled kernels",

@@ -28,8 +28,8 @@ from . import toy_package
 from .layout_files import CONFIG, arrays_of, contents, of_layout, options_of, state_dict, write
 
 ROOT = Path(__file__).parents[2]
-PAIRS = [(name, layout) for name in architectures.names() for layout in tables.of(name)]
 OURS = [name for name in discovery.names("weights.tables") if name in discovery.names("architectures")]
+PAIRS = [(name, layout) for name in OURS for layout in tables.of(name)]
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from mamba_core.spec.ops.base import (
     expect_shape,
     float64,
     restarts,
+    reversible,
     shape_of,
     sigmoid,
     silu,
@@ -332,21 +333,21 @@ def _arguments(inputs, parameters, settings, carried, positions):
     D = parameters["D"]
     named |= {"A": -np.exp(parameters["A_log"]), "D": D if D.size == heads else D.reshape(heads, -1)}
     fixed = {"dt_bias": parameters["dt_bias"], "dt_softplus": True, "dt_limit": settings["dt_limit"]}
-    return named | fixed | {"initial_state": carried[0]} | positions._asdict()
+    return named | fixed | {"initial_state": carried[0] if carried else None} | positions._asdict()
 
 
 def _forward(inputs, parameters, settings, carried, positions):
     y, state = ssd(**_arguments(inputs, parameters, settings, carried, positions), return_final_state=True)
-    return y.reshape(inputs[0].shape), (state,)
+    return y.reshape(inputs[0].shape), (state,)[: len(carried)]
 
 
 def _vjp(dy, dcarried, inputs, parameters, settings, carried, positions):
     arguments = _arguments(inputs, parameters, settings, carried, positions)
-    gradients = ssd_vjp(dy.reshape(arguments["x"].shape), dcarried[0], **arguments)
+    gradients = ssd_vjp(dy.reshape(arguments["x"].shape), dcarried[0] if carried else None, **arguments)
     named = {"A_log": gradients["A"] * arguments["A"], "D": gradients["D"].reshape(parameters["D"].shape)}
     named["dt_bias"] = gradients["dt_bias"]
     given = [gradients[name].reshape(value.shape) for name, value in zip(INPUTS, inputs, strict=False)]
-    return given, named, (gradients["initial_state"],)
+    return given, named, (gradients["initial_state"],) if carried else ()
 
 
-NODES = {"ssd": NodeOp(_forward, _vjp)}
+NODES = {"ssd": reversible(NodeOp(_forward, _vjp))}
