@@ -76,15 +76,7 @@ class Task(base.Task):
 
     def checked_labels(self, shape: tuple[int, ...], letters: str, targets: np.ndarray) -> np.ndarray:
         """Targets that are numbers of labels, or `IGNORED`, as int32."""
-        expect_shape("targets", targets, shape, letters)
-        if targets.dtype.kind not in "iu":
-            raise TypeError(f"targets is {targets.dtype}; expected integers, the numbers of labels")
-        if targets.size and not ((targets == IGNORED) | ((targets >= 0) & (targets < self.num_labels))).all():
-            raise ValueError(
-                f"targets holds {targets.min()} to {targets.max()}; expected 0 to {self.size - 1}, or "
-                f"{IGNORED} for one that does not count"
-            )
-        return targets.astype(np.int32)
+        return check_labels(targets, shape, letters, self.size)
 
     def weight_of_labels(self, targets: np.ndarray, counts: np.ndarray) -> float:
         counts = counts & (targets != IGNORED)
@@ -114,3 +106,20 @@ class Task(base.Task):
             "id2label": {str(number): label for number, label in enumerate(labels)},
             "label2id": {label: number for number, label in enumerate(labels)},
         }
+
+
+def check_labels(targets: np.ndarray, shape: tuple[int, ...], letters: str, count: int) -> np.ndarray:
+    """Targets of that shape that are numbers of so many labels, or `IGNORED`, as int32.
+
+    Raises:
+        TypeError, ValueError: they are others.
+    """
+    expect_shape("targets", targets, shape, letters)
+    if targets.dtype.kind not in "iu":
+        raise TypeError(f"targets is {targets.dtype}; expected integers, the numbers of labels")
+    if targets.size and not ((targets == IGNORED) | ((targets >= 0) & (targets < count))).all():
+        raise ValueError(
+            f"targets holds {targets.min()} to {targets.max()}; expected 0 to {count - 1}, or {IGNORED} for one that "
+            "does not count"
+        )
+    return targets.astype(np.int32)

@@ -235,3 +235,27 @@ def test_bad_input_is_refused(backend):
         model()
     with pytest.raises(ValueError, match="vision_mamba carries no state"):
         call(backend, model, given, state=model.init_state(2))
+
+
+def test_the_loss_and_its_gradients_equal_the_reference_s(backend):
+    """Of images whose classes are given, one of which does not count."""
+    model, wanted_model = built(backend, "base"), reference("base")
+    given = tasks.of(BASE).draw(BASE, np.random.default_rng(3), 4, 0)
+    targets = np.array([1, 6, -100, 1], np.int32)
+    loss, gradients = backend.loss_and_gradients(model, {"inputs": given, "targets": targets})
+    wanted, doutput = tasks.of(BASE).loss(BASE, wanted_model(given).logits, targets)
+    expected, _ = wanted_model.vjp(doutput, given)
+    assert loss == pytest.approx(wanted, abs=1e-5)
+    for name, gradient in gradients.items():
+        assert_close(gradient, expected[name], "float32", "gradient", name)
+
+
+def test_training_learns_images_by_heart(backend):
+    rng = np.random.default_rng(0)
+    images, classes = rng.normal(size=(6, 3, 8, 12)).astype(np.float32), rng.integers(0, 7, 6)
+    model = mc.build(BASE, backend=backend.name, seed=1)
+    settings = mc.TrainSettings(steps=25, batch_size=6, learning_rate=1e-2, warmup_steps=1)
+    history = mc.train(model, (images, classes), settings)
+    assert history[-1]["loss"] < 0.5 * history[0]["loss"]
+    with pytest.raises(ValueError, match="targets holds 7 to 7; expected 0 to 6"):
+        mc.train(model, (images, np.full(6, 7)), settings)

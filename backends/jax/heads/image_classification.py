@@ -5,9 +5,11 @@ from flax import nnx
 
 from mamba_core.backend import Output, State
 from mamba_core.backends.jax import images as parts
+from mamba_core.backends.jax import losses
 from mamba_core.backends.jax.heads.image_features import ImageModel
 from mamba_core.backends.jax.mixers import Options
 from mamba_core.backends.jax.ops.linear import precision
+from mamba_core.spec.losses import IGNORED
 
 
 class ImageClassifier(ImageModel):
@@ -29,6 +31,11 @@ class ImageClassifier(ImageModel):
         hidden, state, call = self._run(inputs, inputs_embeds, state, mask, segment_ids, observe)
         read = call.observe("classified", parts.read(self, hidden))
         return Output(call.observe("logits", parts.classify(self.head, read)), state)
+
+
+def loss(task, output: Output, targets: jax.Array, mask=None) -> jax.Array:
+    """Mean cross-entropy against the classes (b,) that count."""
+    return losses.cross_entropy(output.logits, targets, targets != IGNORED)
 
 
 Model = ImageClassifier

@@ -5,9 +5,11 @@ import mlx.nn as nn
 
 from mamba_core.backend import Output, State
 from mamba_core.backends.mlx import images as parts
+from mamba_core.backends.mlx import losses
 from mamba_core.backends.mlx.heads.image_features import ImageModel
 from mamba_core.kernels import Kernels
 from mamba_core.observe import reporting
+from mamba_core.spec.losses import IGNORED
 
 
 class ImageClassifier(ImageModel):
@@ -30,6 +32,11 @@ class ImageClassifier(ImageModel):
             hidden, state = self._run(inputs, inputs_embeds, state, mask, segment_ids, observe)
             read = observe("classified", parts.read(self, hidden))
             return Output(observe("logits", parts.classify(self.head, read)), state)
+
+
+def loss(task, output: Output, targets: mx.array, mask=None) -> mx.array:
+    """Mean cross-entropy against the classes (b,) that count."""
+    return losses.cross_entropy(output.logits, targets, targets != IGNORED)
 
 
 Model = ImageClassifier
