@@ -32,7 +32,9 @@ def of(config: Any) -> Task:
         ValueError: the options are not the task's.
     """
     try:
-        return _made(config.task, tuple(sorted(config.task_options.items())))
+        options = sorted(config.task_options.items())
+        # With their types, because True is equal to 1.
+        return _made(config.task, tuple(options), tuple(type(value) for _, value in options))
     except TypeError:  # of keys that are not compared, and of values that are not hashed
         shown = reprlib.repr(config.task_options)
         raise ValueError(f"task_options {shown} do not fit task {config.task!r}; expected names and numbers") from None
@@ -79,7 +81,7 @@ def _those(trait: str) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def _made(name: str, options: tuple[tuple[str, Any], ...]) -> Task:
+def _made(name: str, options: tuple[tuple[str, Any], ...], types: tuple[type, ...]) -> Task:
     try:
         return find(name).Task(**dict(options))
     except TypeError as fault:
