@@ -35,7 +35,8 @@ def _on_the_cpu(monkeypatch):
 
 
 def built(kind=mc.MambaConfig, tied=True, dtype="float32", **options):
-    config = kind(**vars(CONFIG) | {"tie_embeddings": tied})
+    shared = {name: value for name, value in vars(CONFIG).items() if name in kind.__dataclass_fields__}
+    config = kind(**shared | {"tie_embeddings": tied})
     return mc.build(config, backend="mlx", device="cpu", seed=2, dtype=dtype, **options)
 
 
