@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mamba_core import factory
+from mamba_core.architectures.jamba import JambaConfig
 from mamba_core.architectures.mamba2 import Mamba2Config
 from mamba_core.config import MambaConfig
 from mamba_core.training import TrainSettings, train
@@ -90,6 +91,8 @@ def _tiny(name: str, layout: str):
     if name == "vision_mamba" and layout != "hf":
         blocks = dataclasses.replace(layout_files.VISION, task="layers", task_options={})
         return blocks if layout == "mambapy" else layout_files.VISION
+    if name == "jamba":
+        return JambaConfig(d_model=4, n_layer=2, vocab_size=TINY.vocab_size, d_state=2, **layout_files.FEW)
     if name != "mamba2":
         return layout_files.of_architecture(TINY, name)
     sizes = {} if layout == "mistral_inference" else {"headdim": 8, "d_state": 4}

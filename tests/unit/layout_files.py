@@ -64,6 +64,11 @@ def of_layout(config, layout):
 
 
 COMPAT = of_architecture(CONFIG, "minimamba")
+# Heads and experts that small widths are divided by: a layer of Mamba, and one of attention with a mixture of experts.
+_PERIODS = {
+    f"{kind}_layer_{key}": value for kind in ("attn", "expert") for key, value in (("period", 2), ("offset", 1))
+}
+FEW = {"num_heads": 2, "num_kv_heads": 1, "d_intermediate": 2, "num_experts": 2, "num_experts_per_tok": 2} | _PERIODS
 
 
 def write(folder, config, layout, dtype="float32", file_format=None, seed=0) -> Path:

@@ -22,6 +22,8 @@ from mamba_core.weights.io import open_checkpoint
 from mamba_core.weights.opening import open_model
 from mamba_core.weights.writing import write_model
 
+from . import layout_files
+
 CONFIG = mc.MambaConfig(d_model=8, n_layer=1, vocab_size=256, d_state=2)
 PanicException = type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})
 FAULTS = {
@@ -184,7 +186,7 @@ def test_a_tokenizer_that_panics(tmp_path):
 
 def in_every_layout(folder):
     for name in architectures.names():
-        heads = {"headdim": 2} if name == "mamba2" else {}
+        heads = {"mamba2": {"headdim": 2}, "jamba": layout_files.FEW}.get(name, {})
         config = architectures.find(name).Config(d_model=8, n_layer=2, vocab_size=16, **heads)
         for layout in layouts.names():
             path = folder / f"{name}-{layout}"
