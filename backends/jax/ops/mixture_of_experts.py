@@ -1,7 +1,7 @@
 """Mixtures of experts in JAX: positions sorted by expert, and products of ragged groups.
 
-XLA has no product of ragged groups on a CPU, where the plain form computes each row by every expert. The forms for a
-CPU are in `kernels/expert_blocks.py` and, for a few positions, `kernels/native_experts.py`.
+XLA has no product of ragged groups on a CPU, where the plain form computes each row by every expert. The forms for CPUs
+are in `kernels/expert_blocks.py` and, for a few positions, `kernels/native_experts.py`.
 """
 
 import functools
