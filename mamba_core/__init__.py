@@ -13,6 +13,7 @@ if _util.find_spec("mamba_core.backends") is None:
 
 from mamba_core import architectures, backends
 from mamba_core.backend import Hidden, LayerState, Output, State
+from mamba_core.carried import LayerInfo, StateInfo, grown, rewind, room, state_info
 from mamba_core.comparison import Parity, parity
 from mamba_core.config import MambaConfig
 from mamba_core.explanation import Explanation, explain
@@ -47,6 +48,7 @@ __all__ = [
     "Inspection",
     "Kernels",
     "KeyValueCache",
+    "LayerInfo",
     "LayerState",
     "MambaConfig",
     "Output",
@@ -55,6 +57,7 @@ __all__ = [
     "Rotary",
     "Sampling",
     "State",
+    "StateInfo",
     "Stream",
     "TrainSettings",
     "attention",
@@ -66,17 +69,21 @@ __all__ = [
     "convert",
     "explain",
     "generate",
+    "grown",
     "inspect",
     "load",
     "load_state",
     "mixture_of_experts",
     "parity",
+    "rewind",
+    "room",
     "save",
     "save_state",
     "selective_scan",
     "selective_step",
     "ssd",
     "ssd_step",
+    "state_info",
     "stream",
     "train",
 ]

@@ -301,6 +301,12 @@ class Backend(Protocol):
     def fork(self, values: Any, rows) -> Any:
         """Rows of a tree of arrays, such as a `State` or an `Output`: row rows[i] (NumPy ints) becomes row i."""
 
+    def with_room(self, config, state: State, positions: int) -> State:
+        """The state with room for so many more positions in every row: `mamba_core.spec.state.with_room`."""
+
+    def cut(self, config, state: State, kept: Mapping[int, Any]) -> State:
+        """The state with so many positions of each row alone, by layer, (b,) NumPy: `mamba_core.spec.state.cut`."""
+
     def decode(
         self, model: Model, prefilled: Output, sampling, *, context: Context | None = None, draw=None, limit=None
     ) -> Iterable[Choice]:

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 from mamba_core import registry
 from mamba_core.backend import State
 from mamba_core.backends.native import library
+from mamba_core.carried import check_kind
 from mamba_core.config import COMPUTE_DTYPES, BaseConfig, from_object
 from mamba_core.merging import warn_of_hooks
 from mamba_core.spec import state as states
@@ -158,7 +159,7 @@ def save_state(state: State, path: str | Path, model: Any) -> None:
         raise ValueError(f"{path}: a state is written as safetensors; give a name that ends in .safetensors")
     model = unwrap(model, "saving its state")
     backend = registry.get(model.backend)
-    _check_kind(state, model)
+    check_kind(state, model)
     arrays = {name: backend.to_numpy(value) for name, value in states.named(state).items()}
     if faults := _state_faults({name: (array.shape, array.dtype.name) for name, array in arrays.items()}, model.config):
         raise ValueError(f"state is not one of a model with this config: {faults}")
@@ -196,16 +197,6 @@ def _built(backend: str | None, config: BaseConfig, values: Iterable, *, kernels
     if kernels == "auto" and model.backend in registry.PACKAGES and str(model.device).startswith("cpu"):
         library.warn_if_left_out()
     return model
-
-
-def _check_kind(state: Any, model: Any) -> None:
-    if not isinstance(state, State):
-        raise TypeError(f"state is {type(state).__name__}; expected a State, such as that of model(input_ids)")
-    own = type(model.init_state(1).segment)
-    for name, value in states.named(state).items():
-        if not isinstance(value, own):
-            given = f"{type(value).__module__}.{type(value).__qualname__}"
-            raise TypeError(f"state has {given} for {name}; expected arrays of the model's backend, {model.backend!r}")
 
 
 def _state_faults(found: Mapping[str, tuple[tuple[int, ...], str]], config: BaseConfig) -> str:

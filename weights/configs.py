@@ -239,13 +239,13 @@ def _hidden(shape: Layout, table: Table, config: BaseConfig) -> dict[str, Any]:
 
 
 def _hidden_names(shape: Layout, table: Table, kind: type[BaseConfig]) -> list[str]:
-    """Our fields that the library has none for, or has another meaning for."""
+    """Our fields that the library has none for, or has another meaning for, without those that `derived` may hide."""
     rows = table.rows()
     otherwise = {ours for ours, row in rows.items() if row.writes is not ABSENT}
     if shape.counts_rows:
         otherwise.add("vocab_size")
     names = (item.name for item in dataclasses.fields(kind) if item.name not in tables.NOT_OF_TABLES)
-    return [name for name in names if name not in rows or name in otherwise]
+    return [name for name in names if (name not in rows and name not in table.hides) or name in otherwise]
 
 
 def _meaningful(layout: str, architecture: str) -> set[str]:

@@ -74,6 +74,12 @@ def _depthwise_shape(shape: Shape) -> Shape:
     return channels, 1, width
 
 
+def _turn_halves(array: np.ndarray) -> np.ndarray:
+    half = len(array) // 2
+    return np.concatenate((array[half:], array[:half]))
+
+
 SAME = Transform(None, _same, _same, _same, _same)
 CHANNELS_LAST = Transform("(e,1,k) as (e,k,1)", _swap_last, _swap_last, _swap_last_sizes, _swap_last_sizes)
 DENSE = Transform("(e,1,k) as dense (e,k,e)", _read_dense, _write_dense, _dense_shape, _depthwise_shape)
+HALVES = Transform("second half before the first", _turn_halves, _turn_halves, _same, _same)

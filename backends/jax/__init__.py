@@ -6,6 +6,7 @@ from mamba_core.backends.jax.arrays import device_facts, devices, from_numpy, on
 from mamba_core.backends.jax.decoding import choose, decode, distribution, fork, prefill
 from mamba_core.backends.jax.ops import available_kernels
 from mamba_core.backends.jax.stack import explain
+from mamba_core.backends.jax.state import cut, with_room
 from mamba_core.backends.jax.training import Trainer as trainer  # noqa: N813 (the protocol's name)
 from mamba_core.backends.jax.training import loss_and_gradients
 from mamba_core.backends.jax.weights import build, foreign, layer, parameters
@@ -14,6 +15,7 @@ __all__ = [
     "available_kernels",
     "build",
     "choose",
+    "cut",
     "decode",
     "device_facts",
     "devices",
@@ -33,6 +35,7 @@ __all__ = [
     "to_numpy",
     "trainer",
     "vjp",
+    "with_room",
 ]
 
 name = "jax"

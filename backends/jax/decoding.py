@@ -59,8 +59,8 @@ def decode(
     while limit is None or made < limit:
         count = min(made, BLOCK, BLOCK if limit is None else limit - made)
         if left is not None:
-            if left < count:
-                more = AHEAD if limit is None else min(AHEAD, limit - made)
+            more = AHEAD if limit is None else min(AHEAD, limit - made)
+            if left < (more if made == 1 else count):
                 carry = carry._replace(state=states.with_room(model.config, carry.state, more))
                 left = states.room(model.config, carry.state)
             left -= count

@@ -8,15 +8,29 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mamba_core.backends.jax.ops import causal_conv
+from mamba_core.backends.jax.ops.linear import product_of_one
 from mamba_core.backends.jax.untouched import untouched
 from mamba_core.call import Call
+from mamba_core.kernels import Kernels
 
 ATTEND = nnx.Embed.attend
 
 
-def linear(layer, x: jax.Array) -> jax.Array:
-    """x (b, ..., i) -> (b, ..., o) in the dtype of x; an adapter may give another."""
-    return in_dtype(x.dtype, layer(x))
+def linear(layer, x: jax.Array, policy: Kernels | None = None) -> jax.Array:
+    """x (b, ..., i) -> (b, ..., o) in the dtype of x; an adapter may give another.
+
+    policy: where one is given, a single position may be computed by the native library, as in a whole step.
+    """
+    y = None if policy is None else _of_one(layer, x, policy.of("block_step"))
+    return in_dtype(x.dtype, layer(x) if y is None else y)
+
+
+def _of_one(layer, x, kernel) -> jax.Array | None:
+    """The product of a single position by the native library; None where the layer itself is to compute it."""
+    if x.shape[1] != 1 or not untouched(nnx.Linear, layer):
+        return None
+    y = product_of_one(x, layer.kernel[...], transposed=True, kernel=kernel)
+    return y if y is None or layer.bias is None else y + layer.bias[...]
 
 
 def step_projection(layer, dt: jax.Array) -> tuple[jax.Array, jax.Array | None]:

@@ -36,6 +36,11 @@ def with_room(config, state: State, positions: int) -> State:
     return states.with_room(config, state, positions, to_numpy, _padded)
 
 
+def cut(config, state: State, kept: dict) -> State:
+    """The state with so many positions of each row alone; kept: layer -> (b,) NumPy."""
+    return states.cut(config, state, kept, lambda rows, like: jax.device_put(rows, like.sharding), _zero_behind)
+
+
 def entering(state: State, call: Call) -> tuple:
     """The layers' states that the first position sees: zero in the rows that begin another segment."""
     if call.segment_ids is None or call.segment_ids.shape[1] == 0:
@@ -68,3 +73,9 @@ def _rows(keep, value):
 
 def _padded(value: jax.Array, axis: int, count: int) -> jax.Array:
     return jnp.pad(value, [(0, count if index == axis else 0) for index in range(value.ndim)])
+
+
+def _zero_behind(value: jax.Array, axis: int, counts: jax.Array) -> jax.Array:
+    stays = jnp.arange(value.shape[axis]) < counts[:, None]
+    shape = [size if index in (0, axis) else 1 for index, size in enumerate(value.shape)]
+    return jnp.where(stays.reshape(shape), value, 0)

@@ -20,6 +20,7 @@ from mamba_core.backends.mlx.arrays import (
 from mamba_core.backends.mlx.decoding import choose, decode, distribution, fork, prefill
 from mamba_core.backends.mlx.ops import available_kernels
 from mamba_core.backends.mlx.stack import explain
+from mamba_core.backends.mlx.state import cut, with_room
 from mamba_core.backends.mlx.training import Trainer as trainer
 from mamba_core.backends.mlx.training import loss_and_gradients
 from mamba_core.backends.mlx.weights import build, foreign, layer, parameters

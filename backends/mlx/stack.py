@@ -92,7 +92,7 @@ def _take(blocks, residual, states, call, remat) -> Taken:
     def run(residual, pending, states):
         residual, state, routers = run_block(residual if pending is None else residual + pending, states[0])
         if call.routers is not None:
-            call.routers += routers
+            call.routers.extend(routers)
         return residual, None, (state,)
 
     return Taken(1, run)

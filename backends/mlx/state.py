@@ -3,7 +3,7 @@
 import mlx.core as mx
 
 from mamba_core.backend import State
-from mamba_core.backends.mlx.arrays import dtype_named, to_numpy
+from mamba_core.backends.mlx.arrays import dtype_named, from_numpy, to_numpy
 from mamba_core.backends.mlx.kernels.native_tensors import are_traced
 from mamba_core.call import Call
 from mamba_core.spec import state as states
@@ -29,6 +29,11 @@ def with_room(config, state: State, positions: int) -> State:
     if not states.grows(config) or are_traced(states.named(state)):
         return state
     return states.with_room(config, state, positions, to_numpy, _padded)
+
+
+def cut(config, state: State, kept: dict) -> State:
+    """The state with so many positions of each row alone; kept: layer -> (b,) NumPy."""
+    return states.cut(config, state, kept, lambda rows, _: from_numpy(rows), _zero_behind)
 
 
 def entering(state: State, call: Call) -> tuple:
@@ -65,3 +70,9 @@ def _rows(keep, value):
 
 def _padded(value: mx.array, axis: int, count: int) -> mx.array:
     return mx.pad(value, [(0, count if index == axis else 0) for index in range(value.ndim)])
+
+
+def _zero_behind(value: mx.array, axis: int, counts: mx.array) -> mx.array:
+    stays = mx.arange(value.shape[axis]) < counts[:, None]
+    shape = [size if index in (0, axis) else 1 for index, size in enumerate(value.shape)]
+    return mx.where(stays.reshape(shape), value, mx.array(0, value.dtype))

@@ -3,7 +3,7 @@
 import ctypes
 
 # The version of these structs and of the library's functions. The library reports the version that it was built with.
-ABI = 9
+ABI = 10
 
 # Of the arrays that the library computes on.
 DTYPES = ("float32", "bfloat16")
@@ -120,6 +120,16 @@ class LinearStep(ctypes.Structure):
         *_fields(_pointer, "x"),
         *_fields(Matrix, "matrix"),
         *_fields(_pointer, "y"),
+    )
+
+
+class ExpertsStep(ctypes.Structure):
+    """The arguments of a few rows by their experts, as `steps.h` documents them."""
+
+    _fields_ = (
+        *_fields(_int64, "b d i k experts"),
+        *_fields(_int32, "bfloat16 threads width unused"),
+        *_fields(_pointer, "x chosen probability gate_up down y"),
     )
 
 

@@ -11,7 +11,7 @@ import warnings
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-from mamba_core.backends.native.abi import ABI, AddNorm, Conv, LinearStep, MambaStep, Scan, Ssd, SsdStep
+from mamba_core.backends.native.abi import ABI, AddNorm, Conv, ExpertsStep, LinearStep, MambaStep, Scan, Ssd, SsdStep
 
 
 def missing() -> str | None:
@@ -170,6 +170,15 @@ def linear_step(arguments: LinearStep) -> None:
     _check(loaded().mamba_linear_step(ctypes.byref(arguments)))
 
 
+def experts_step(arguments: ExpertsStep) -> None:
+    """Fills y.
+
+    Raises:
+        MemoryError: there is not the memory for its workspace.
+    """
+    _check(loaded().mamba_experts_step(ctypes.byref(arguments)))
+
+
 def add_norm(arguments: AddNorm) -> None:
     """Fills normed, and total where there is something to add.
 
@@ -223,5 +232,6 @@ def _load(path: Path) -> ctypes.CDLL:
     found.mamba_mamba_steps.argtypes = [ctypes.POINTER(MambaStep), ctypes.c_int64]
     found.mamba_ssd_steps.argtypes = [ctypes.POINTER(SsdStep), ctypes.c_int64]
     found.mamba_linear_step.argtypes = [ctypes.POINTER(LinearStep)]
+    found.mamba_experts_step.argtypes = [ctypes.POINTER(ExpertsStep)]
     found.mamba_add_norm.argtypes = [ctypes.POINTER(AddNorm)]
     return found

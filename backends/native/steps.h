@@ -73,10 +73,24 @@ struct LinearStep {
     float *y;
 };
 
+// y (b, d) float32: of each row of x (b, d) the sum over its k choices (b, k) of an expert e, counted from 0, of that
+// choice's probability (b, k) times down_e (silu(gate_e x) * up_e x). gate_up is (experts, 2 i, d), the gate's rows
+// before the others, and down (experts, d, i).
+struct ExpertsStep {
+    int64_t b, d, i, k, experts;
+    int32_t bfloat16, threads, width, unused;
+    const char *x;
+    const int32_t *chosen;
+    const float *probability;
+    const char *gate_up, *down;
+    float *y;
+};
+
 // Each computes blocks of the same sizes and dtypes one after another. A block may read what the one before it writes.
-// These functions and the next return 0, or 1 if there is not the memory.
+// These functions and the next two return 0, or 1 if there is not the memory.
 EXPORT int32_t mamba_mamba_steps(const MambaStep *steps, int64_t count);
 EXPORT int32_t mamba_ssd_steps(const SsdStep *steps, int64_t count);
 EXPORT int32_t mamba_linear_step(const LinearStep *step);
+EXPORT int32_t mamba_experts_step(const ExpertsStep *step);
 
 #endif

@@ -186,6 +186,7 @@ HANDLER(mamba_ssd_backward_xla, Ssd, mamba_ssd_backward)
 HANDLER(mamba_conv_forward_xla, Conv, mamba_conv_forward)
 HANDLER(mamba_conv_backward_xla, Conv, mamba_conv_backward)
 HANDLER(mamba_linear_step_xla, LinearStep, mamba_linear_step)
+HANDLER(mamba_experts_step_xla, ExpertsStep, mamba_experts_step)
 
 // The same for a function that takes several structs.
 #define HANDLER_OF_SEVERAL(name, type, run)                           \

@@ -20,6 +20,7 @@ from mamba_core.backends.torch.decoding import choose, decode, distribution, for
 from mamba_core.backends.torch.ops import available_kernels
 from mamba_core.backends.torch.quantization import quantize
 from mamba_core.backends.torch.stack import explain
+from mamba_core.backends.torch.state import cut, with_room
 from mamba_core.backends.torch.training import Trainer as trainer  # noqa: N813 (the protocol's name)
 from mamba_core.backends.torch.training import loss_and_gradients
 from mamba_core.backends.torch.weights import build, foreign, layer, parameters
@@ -28,6 +29,7 @@ __all__ = [
     "available_kernels",
     "build",
     "choose",
+    "cut",
     "decode",
     "device_facts",
     "devices",
@@ -50,6 +52,7 @@ __all__ = [
     "to_numpy",
     "trainer",
     "vjp",
+    "with_room",
 ]
 
 name = "torch"

@@ -55,6 +55,11 @@ def with_room(config, state: State, positions: int) -> State:
     return states.with_room(config, state, positions, to_numpy, _padded)
 
 
+def cut(config, state: State, kept: dict) -> State:
+    """The state with so many positions of each row alone; kept: layer -> (b,) NumPy."""
+    return states.cut(config, state, kept, lambda rows, like: torch.from_numpy(rows).to(like.device), _zero_behind)
+
+
 def entering(state: State, call: Call) -> tuple:
     """The layers' states that the first position sees: zero in the rows that begin another segment."""
     mask, segment_ids = call.mask, call.segment_ids
@@ -90,3 +95,9 @@ def _rows(keep, value):
 def _padded(value: Tensor, axis: int, count: int) -> Tensor:
     zeros = value.new_zeros(*value.shape[:axis], count, *value.shape[axis + 1 :])
     return torch.cat([value, zeros], dim=axis)
+
+
+def _zero_behind(value: Tensor, axis: int, counts: Tensor) -> Tensor:
+    stays = torch.arange(value.shape[axis], device=value.device) < counts[:, None]
+    shape = [size if index in (0, axis) else 1 for index, size in enumerate(value.shape)]
+    return torch.where(stays.view(shape), value, value.new_zeros(()))

@@ -22,6 +22,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Self
 
+from mamba_core.spec.blocks.attention import Attention
+from mamba_core.spec.blocks.feed_forward import FeedForward
 from mamba_core.spec.state import Field, layer_type
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
@@ -172,6 +174,14 @@ class BaseConfig(_Kept):
         if self.eos_token_id is None:
             return ()
         return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+
+    def attention(self, layer: int) -> Attention | None:
+        """The sizes of a layer's attention; None for a layer of the architecture's own mixer."""
+        return None
+
+    def feed_forward(self, layer: int) -> FeedForward | None:
+        """The sizes of what follows a layer's mixer; None where nothing does."""
+        return None
 
     @property
     def balance(self) -> Balance | None:

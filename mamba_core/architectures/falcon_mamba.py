@@ -9,15 +9,15 @@ from typing import ClassVar
 
 from mamba_core.architectures import mamba
 from mamba_core.architectures.base import is_positive
-from mamba_core.architectures.mamba import TRAITS, MambaConfig, blocks, parameters, state
+from mamba_core.architectures.mamba import TRAITS, SelectiveConfig, blocks, parameters, state
 from mamba_core.spec.graph import Node
 
 __all__ = ["PRESETS", "TRAITS", "Config", "FalconMambaConfig", "blocks", "graph", "parameters", "state"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class FalconMambaConfig(MambaConfig):
-    """The fields of `MambaConfig`, and one more.
+class FalconMambaConfig(SelectiveConfig):
+    """The fields of `SelectiveConfig`, and one more.
 
     Attributes:
         mixer_rms_eps: added to the mean square in the norms of dt, B and C.

@@ -9,19 +9,18 @@ from functools import partial
 from typing import Any, ClassVar
 
 from mamba_core.architectures import mamba
-from mamba_core.architectures.base import MAX_SIZE, Balance, Block, Traits, is_int, is_number, is_size
-from mamba_core.architectures.mamba import MambaConfig
-from mamba_core.spec.blocks import attention, feed_forward
+from mamba_core.architectures.base import MAX_SIZE, Balance, Traits, is_int, is_number, is_size
+from mamba_core.architectures.mamba import SelectiveConfig
+from mamba_core.spec.blocks import hybrid
 from mamba_core.spec.blocks.attention import Attention
 from mamba_core.spec.blocks.feed_forward import FeedForward
 from mamba_core.spec.graph import Node
-from mamba_core.spec.init import ones
+from mamba_core.spec.init import normal, ones
 from mamba_core.spec.params import Parameter
-from mamba_core.spec.state import Field
 
 
 @dataclass(frozen=True, kw_only=True)
-class JambaConfig(MambaConfig):
+class JambaConfig(SelectiveConfig):
     """Jamba, with the defaults of transformers, which are the sizes of Jamba-v0.1.
 
     Attributes:
@@ -33,7 +32,7 @@ class JambaConfig(MambaConfig):
         router_aux_loss_coef: weight of the loss that draws routers towards equal use of experts (equations 4 to 6 of
             Fedus et al. 2021, arXiv:2101.03961), in training; 0 for none.
 
-    The other fields are `MambaConfig`'s.
+    The other fields are `SelectiveConfig`'s.
     """
 
     d_model: int = 4096
@@ -56,7 +55,7 @@ class JambaConfig(MambaConfig):
     router_aux_loss_coef: float = 0.0
 
     architecture: ClassVar[str] = "jamba"
-    NOT_OF_STATE: ClassVar[tuple[str, ...]] = (*MambaConfig.NOT_OF_STATE, "router_aux_loss_coef")
+    NOT_OF_STATE: ClassVar[tuple[str, ...]] = (*SelectiveConfig.NOT_OF_STATE, "router_aux_loss_coef")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -128,38 +127,24 @@ PRESETS = {
 }
 
 
-def blocks(config: JambaConfig) -> tuple[Block, ...]:
-    layers = range(config.n_layer)
-    mixers = (config.architecture if config.attention(layer) is None else "attention" for layer in layers)
-    return tuple(Block(mixer, config.feed_forward(layer).kind) for layer, mixer in enumerate(mixers))
-
-
-def state(config: JambaConfig, layer: int) -> tuple[Field, ...]:
-    sizes = config.attention(layer)
-    return mamba.state(config, layer) if sizes is None else attention.state(sizes)
+blocks = hybrid.blocks
+state = mamba.state
 
 
 def parameters(config: JambaConfig) -> Iterator[Parameter]:
     """Initial values: Mamba's layers as mamba_ssm's, the others normal as in transformers."""
-    for layer in range(config.n_layer):
-        prefix = f"backbone.layers.{layer}."
-        if (sizes := config.attention(layer)) is not None:
-            yield from attention.parameters(prefix, sizes, config)
-        else:
-            yield from mamba.layer_parameters(layer, config)
-            for name, letter, size in _selection(config):
-                yield Parameter(f"{prefix}mixer.{name}_norm.weight", letter, (size,), ones, decay=False)
-        yield from feed_forward.parameters(prefix, config.feed_forward(layer), config)
+    return hybrid.parameters(config, _layer_parameters, lambda fan_in, last: normal(config.initializer_range))
+
+
+def _layer_parameters(layer: int, config: JambaConfig) -> Iterator[Parameter]:
+    yield from mamba.layer_parameters(layer, config)
+    for name, letter, size in _selection(config):
+        weight = f"backbone.layers.{layer}.mixer.{name}_norm.weight"
+        yield Parameter(weight, letter, (size,), ones, decay=False)
 
 
 def graph(config: JambaConfig, residual: str) -> Iterator[Node]:
-    for layer in range(config.n_layer):
-        if (sizes := config.attention(layer)) is not None:
-            yield from attention.graph(layer, residual, sizes, config, "mixed")
-        else:
-            yield from mamba.layer_graph(layer, residual, config, _scan, "mixed")
-        yield from feed_forward.graph(layer, f"layers.{layer}.mixed", config.feed_forward(layer), config)
-        residual = f"layers.{layer}.residual"
+    return hybrid.graph(config, residual, partial(mamba.layer_graph, scan=_scan))
 
 
 def _selection(config: JambaConfig) -> tuple[tuple[str, str, int], ...]:

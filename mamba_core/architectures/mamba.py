@@ -3,18 +3,20 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from mamba_core.architectures.base import (
     MAX_SIZE,
     BaseConfig,
-    Block,
     Traits,
     is_bool,
     is_number,
     is_positive,
     is_size,
 )
+from mamba_core.spec.blocks import attention, hybrid
+from mamba_core.spec.blocks.hybrid import HybridConfig
 from mamba_core.spec.graph import Node
 from mamba_core.spec.init import constant, log_arange, ones, step_bias, uniform, zeros
 from mamba_core.spec.params import Parameter
@@ -22,8 +24,8 @@ from mamba_core.spec.state import Field
 
 
 @dataclass(frozen=True, kw_only=True)
-class MambaConfig(BaseConfig):
-    """Mamba-1, with the defaults of mamba_ssm and the size of mamba-130m.
+class SelectiveConfig(BaseConfig):
+    """The sizes of Mamba-1's mixer, which other architectures have too, with the defaults of mamba_ssm.
 
     Attributes:
         d_state: states per channel.
@@ -51,7 +53,6 @@ class MambaConfig(BaseConfig):
     conv_bias: bool = True
     rescale_prenorm_residual: bool = True
 
-    architecture: ClassVar[str] = "mamba"
     NOT_OF_STATE: ClassVar[tuple[str, ...]] = (
         *BaseConfig.NOT_OF_STATE,
         *("dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "rescale_prenorm_residual"),
@@ -83,6 +84,17 @@ class MambaConfig(BaseConfig):
         return super().identity() | {"expand": self.d_inner, "dt_rank": self.dt_rank_size}
 
 
+@dataclass(frozen=True, kw_only=True)
+class MambaConfig(SelectiveConfig, HybridConfig):
+    """Mamba-1, with the defaults of mamba_ssm and the size of mamba-130m.
+
+    The fields are those of `SelectiveConfig` and of `HybridConfig`.
+    """
+
+    architecture: ClassVar[str] = "mamba"
+    NOT_OF_STATE: ClassVar[tuple[str, ...]] = (*SelectiveConfig.NOT_OF_STATE, *HybridConfig.FIELDS)
+
+
 Config = MambaConfig
 TRAITS = Traits()
 PRESETS = {
@@ -94,25 +106,25 @@ PRESETS = {
 }
 
 
-def blocks(config: MambaConfig) -> tuple[Block, ...]:
-    return (Block(config.architecture),) * config.n_layer
+blocks = hybrid.blocks
 
 
-def state(config: MambaConfig, layer: int) -> tuple[Field, ...]:
-    """The last inputs of the convolution, oldest first, and the state h of the recurrence."""
+def state(config: SelectiveConfig, layer: int) -> tuple[Field, ...]:
+    """Of Mamba the last inputs of the convolution, oldest first, and the state h of the recurrence."""
+    if (sizes := config.attention(layer)) is not None:
+        return attention.state(sizes)
     return (
         Field("conv", "ke", (config.d_conv - 1, config.d_inner)),
         Field("ssm", "en", (config.d_inner, config.d_state), "float32"),
     )
 
 
-def parameters(config: MambaConfig) -> Iterator[Parameter]:
+def parameters(config: SelectiveConfig) -> Iterator[Parameter]:
     """Initial values as mamba_ssm's (modules/mamba_simple.py and models/mixer_seq_simple.py)."""
-    for layer in range(config.n_layer):
-        yield from layer_parameters(layer, config)
+    return hybrid.parameters(config, layer_parameters)
 
 
-def layer_parameters(layer: int, config: MambaConfig) -> Iterator[Parameter]:
+def layer_parameters(layer: int, config: SelectiveConfig) -> Iterator[Parameter]:
     """Those of one block."""
     prefix = f"backbone.layers.{layer}."
     d, e, n, k, r = config.d_model, config.d_inner, config.d_state, config.d_conv, config.dt_rank_size
@@ -156,7 +168,7 @@ def scan_node(layer: int, inputs: tuple[str, ...], settings: dict | None = None)
     return Node(here + "scan", "selective_scan", given, names, settings or {}, (layer, ("ssm",)))
 
 
-def scan(layer: int, config: MambaConfig) -> Iterator[Node]:
+def scan(layer: int, config: SelectiveConfig) -> Iterator[Node]:
     """The nodes from dt, B and C to out_proj."""
     yield linear(layer, "dt_proj", "dt")
     yield scan_node(layer, ("conv", "dt_proj", "B", "C", "z"))
@@ -167,7 +179,7 @@ Scan = Callable[[int, Any], Iterator[Node]]
 
 
 def layer_graph(
-    layer: int, residual: str, config: MambaConfig, scan: Scan = scan, after: str = "residual"
+    layer: int, residual: str, config: SelectiveConfig, scan: Scan = scan, after: str = "residual"
 ) -> Iterator[Node]:
     """The nodes from the norm to the sum with the residual stream, which is named `after`."""
     e, n, r = config.d_inner, config.d_state, config.dt_rank_size
@@ -192,8 +204,6 @@ def layer_graph(
     yield Node(here + after, "add", (residual, here + "out_proj"))
 
 
-def graph(config: MambaConfig, residual: str, scan: Scan = scan) -> Iterator[Node]:
+def graph(config: SelectiveConfig, residual: str, scan: Scan = scan) -> Iterator[Node]:
     """The nodes of all blocks. A variant gives another `scan`: those from dt, B and C to out_proj."""
-    for layer in range(config.n_layer):
-        yield from layer_graph(layer, residual, config, scan)
-        residual = f"layers.{layer}.residual"
+    return hybrid.graph(config, residual, partial(layer_graph, scan=scan))

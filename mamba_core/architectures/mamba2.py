@@ -13,7 +13,6 @@ import numpy as np
 from mamba_core.architectures.base import (
     MAX_SIZE,
     BaseConfig,
-    Block,
     Traits,
     is_bool,
     is_number,
@@ -21,6 +20,8 @@ from mamba_core.architectures.base import (
     is_size,
 )
 from mamba_core.architectures.mamba import linear
+from mamba_core.spec.blocks import attention, hybrid
+from mamba_core.spec.blocks.hybrid import HybridConfig
 from mamba_core.spec.graph import Node
 from mamba_core.spec.init import ones, step_bias, uniform, zeros
 from mamba_core.spec.ops.ssd import NO_LIMIT, check_limit
@@ -29,7 +30,7 @@ from mamba_core.spec.state import Field
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mamba2Config(BaseConfig):
+class Mamba2Config(HybridConfig):
     """Mamba-2, with the defaults of mamba_ssm and the size of mamba2-130m.
 
     Attributes:
@@ -50,7 +51,7 @@ class Mamba2Config(BaseConfig):
         rescale_prenorm_residual: divide the initial out_proj.weight by sqrt(n_layer).
         chunk_size: positions of a chunk in other libraries. No result here depends on it.
 
-    The other fields are `BaseConfig`'s.
+    The other fields are those of `HybridConfig` and `BaseConfig`.
     """
 
     pad_vocab_size_multiple: int = 16
@@ -77,6 +78,7 @@ class Mamba2Config(BaseConfig):
     architecture: ClassVar[str] = "mamba2"
     NOT_OF_STATE: ClassVar[tuple[str, ...]] = (
         *BaseConfig.NOT_OF_STATE,
+        *HybridConfig.FIELDS,
         *("dt_min", "dt_max", "dt_init_floor", "A_init_range", "conv_init", "rescale_prenorm_residual", "chunk_size"),
     )
 
@@ -156,6 +158,20 @@ PRESETS = {
     "mamba2-780m": Mamba2Config(d_model=1536, n_layer=48),
     "mamba2-1.3b": Mamba2Config(d_model=2048, n_layer=48),
     "mamba2-2.7b": Mamba2Config(d_model=2560, n_layer=64),
+    "mamba2attn-2.7b": Mamba2Config(
+        d_model=2560,
+        n_layer=64,
+        attn_layer_idx=(9, 18, 27, 36, 45, 56),
+        attn_cfg={
+            "causal": True,
+            "d_conv": 4,
+            "head_dim": 128,
+            "num_heads": 30,
+            "out_proj_bias": False,
+            "qkv_proj_bias": False,
+            "rotary_emb_dim": 64,
+        },
+    ),
     "mamba-codestral-7b": Mamba2Config(
         d_model=4096,
         n_layer=64,
@@ -172,12 +188,13 @@ PRESETS = {
 }
 
 
-def blocks(config: Mamba2Config) -> tuple[Block, ...]:
-    return (Block(config.architecture),) * config.n_layer
+blocks = hybrid.blocks
 
 
 def state(config: Mamba2Config, layer: int) -> tuple[Field, ...]:
-    """The last inputs of the convolution, oldest first, and the state h of the recurrence."""
+    """Of Mamba the last inputs of the convolution, oldest first, and the state h of the recurrence."""
+    if (sizes := config.attention(layer)) is not None:
+        return attention.state(sizes)
     return (
         Field("conv", "ke", (config.d_conv - 1, config.conv_dim)),
         Field("ssm", "hpn", (config.nheads, config.headdim, config.d_state), "float32"),
@@ -186,8 +203,7 @@ def state(config: Mamba2Config, layer: int) -> tuple[Field, ...]:
 
 def parameters(config: Mamba2Config) -> Iterator[Parameter]:
     """Initial values as mamba_ssm's (modules/mamba2.py and models/mixer_seq_simple.py)."""
-    for layer in range(config.n_layer):
-        yield from layer_parameters(layer, config)
+    return hybrid.parameters(config, layer_parameters)
 
 
 def layer_parameters(layer: int, config: Mamba2Config) -> Iterator[Parameter]:
@@ -226,8 +242,8 @@ def log_uniform(least: float, most: float):
     return lambda generator, shape: np.log(least + generator.random(shape) * (most - least))
 
 
-def layer_graph(layer: int, residual: str, config: Mamba2Config) -> Iterator[Node]:
-    """The nodes of one block."""
+def layer_graph(layer: int, residual: str, config: Mamba2Config, after: str = "residual") -> Iterator[Node]:
+    """The nodes from the norm to the sum with the residual stream, which is named `after`."""
     here, weights = f"layers.{layer}.", f"backbone.layers.{layer}."
     mixer, e, n = weights + "mixer.", config.d_scanned, config.ngroups * config.d_state
 
@@ -253,7 +269,7 @@ def layer_graph(layer: int, residual: str, config: Mamba2Config) -> Iterator[Nod
         yield Node(here + "joined", "joined", (here + "beside", here + ("gated_norm" if config.rmsnorm else "ssd")))
     source = "joined" if config.d_gated else "gated_norm" if config.rmsnorm else "ssd"
     yield linear(layer, "out_proj", source, config.bias)
-    yield Node(here + "residual", "add", (residual, here + "out_proj"))
+    yield Node(here + after, "add", (residual, here + "out_proj"))
 
 
 def _projected_nodes(config: Mamba2Config) -> Iterator[tuple[str, int]]:
@@ -281,6 +297,4 @@ def _recurrence(layer: int, config: Mamba2Config) -> Iterator[Node]:
 
 def graph(config: Mamba2Config, residual: str) -> Iterator[Node]:
     """The nodes of all blocks."""
-    for layer in range(config.n_layer):
-        yield from layer_graph(layer, residual, config)
-        residual = f"layers.{layer}.residual"
+    return hybrid.graph(config, residual, layer_graph)

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from mamba_core.architectures import mamba
-from mamba_core.architectures.mamba import TRAITS, MambaConfig, blocks, parameters, state
+from mamba_core.architectures.mamba import TRAITS, SelectiveConfig, blocks, parameters, state
 from mamba_core.spec.graph import Node
 
 __all__ = ["PRESETS", "TRAITS", "Config", "MiniMambaConfig", "blocks", "graph", "parameters", "state"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class MiniMambaConfig(MambaConfig):
-    """The fields of `MambaConfig`."""
+class MiniMambaConfig(SelectiveConfig):
+    """The fields of `SelectiveConfig`."""
 
     architecture: ClassVar[str] = "minimamba"
 

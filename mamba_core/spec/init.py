@@ -5,11 +5,15 @@ the backend, the device or the other parameters.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
 from mamba_core.spec.params import parameter_table
+
+# (fan-in, whether the result is added to the residual stream) -> what draws the initial weights of a projection.
+Init = Callable[[int, bool], Callable[[Any, tuple[int, ...]], np.ndarray]]
 
 
 def initial_values(config, seed: int = 0) -> Iterator[tuple[str, np.ndarray]]:

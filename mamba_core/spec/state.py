@@ -6,9 +6,12 @@ where the room runs out, so that shapes change seldom.
 """
 
 import functools
+import math
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from mamba_core.backend import LayerState, State
 
@@ -116,10 +119,22 @@ def named(state: State) -> dict[str, Any]:
     return found
 
 
+def capacities(config, state: State) -> dict[int, int]:
+    """Layer -> positions that its growing fields have memory for, the least of them; only of layers that have some."""
+    found: dict[int, int] = {}
+    for layer, field, axis in _growing(config):
+        found[layer] = min(found.get(layer, math.inf), getattr(state.layers[layer], field.name).shape[axis])
+    return found
+
+
 def capacity(config, state: State) -> int:
     """Positions that the growing fields have memory for, the least of them; 0 where nothing grows."""
-    found = (getattr(state.layers[layer], field.name).shape[axis] for layer, field, axis in _growing(config))
-    return min(found, default=0)
+    return min(capacities(config, state).values(), default=0)
+
+
+def filled(config, state: State, to_numpy: Callable[[Any], Any]) -> dict[int, Any]:
+    """Layer -> positions of each row that are there, (b,) NumPy; only of layers where something grows."""
+    return {layer: to_numpy(getattr(state.layers[layer], FILLED)) for layer in capacities(config, state)}
 
 
 def room(config, state: State, to_numpy: Callable[[Any], Any]) -> int | None:
@@ -130,11 +145,11 @@ def room(config, state: State, to_numpy: Callable[[Any], Any]) -> int | None:
     """
     if not grows(config):
         return None
-    filled = max(int(to_numpy(getattr(state.layers[layer], FILLED)).max()) for layer, *_ in _growing(config))
-    if (left := capacity(config, state) - filled) < 0:
+    most = max(int(count.max()) for count in filled(config, state, to_numpy).values())
+    if (left := capacity(config, state) - most) < 0:
         raise ValueError(
-            f"the state has lost {-left} positions, for which a compiled call had no room; start from "
-            "`model.init_state(batch, room)` with room for more, or call the model uncompiled, where it makes room"
+            f"the state has lost {-left} positions, for which a compiled call had no room; start from a state with "
+            "more room, of `model.init_state(batch, room)` or `mamba_core.grown`, or call the model uncompiled"
         )
     return left
 
@@ -158,6 +173,41 @@ def grown(config, state: State, capacity: int, pad: Callable[[Any, int, int], An
         value = getattr(layers[layer], field.name)
         if (missing := capacity - value.shape[axis]) > 0:
             layers[layer] = layers[layer]._replace(**{field.name: pad(value, axis, missing)})
+    return state._replace(layers=tuple(layers))
+
+
+def kept(config, state: State, counts: Any, to_numpy: Callable[[Any], Any]) -> dict[int, Any]:
+    """Layer -> the positions of each row that stay without so many of the last, (b,) int32 NumPy.
+
+    Raises:
+        ValueError: a row has fewer, or those that stay had no room.
+    """
+    found = {}
+    for layer, own in filled(config, state, to_numpy).items():
+        rest, most = own.astype(np.int64) - counts, capacities(config, state)[layer]
+        for row in np.flatnonzero((rest < 0) | (rest > most)).tolist():
+            raise ValueError(
+                f"row {row} has {own[row]} positions in layer {layer}, and {counts[row]} were to be taken back"
+                + (f"; expected {own[row]} at most: what was before its last sequence is gone" if rest[row] < 0 else "")
+                + (f"; expected {own[row] - most} at least, which found no room" if rest[row] > most else "")
+            )
+        found[layer] = rest.astype(np.int32)
+    return found
+
+
+def cut(config, state: State, kept: dict[int, Any], like: Callable[[Any, Any], Any], zero: Callable) -> State:
+    """The state with so many positions of each row alone.
+
+    Args:
+        kept: of the function of that name.
+        like: (NumPy array, array of the backend) -> the first as an array where the second is.
+        zero: (array, axis, counts (b,) as the backend's) -> the array with zeros behind so many along the axis.
+    """
+    layers = list(state.layers)
+    counts = {layer: like(rows, getattr(layers[layer], FILLED)) for layer, rows in kept.items()}
+    for layer, field, axis in _growing(config):
+        value = zero(getattr(layers[layer], field.name), axis, counts[layer])
+        layers[layer] = layers[layer]._replace(**{field.name: value, FILLED: counts[layer]})
     return state._replace(layers=tuple(layers))
 
 

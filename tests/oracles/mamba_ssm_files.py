@@ -11,7 +11,10 @@ import pytest
 
 # mamba_ssm imports its CUDA extension and Triton wherever it is entered.
 STUBS = {"selective_scan_cuda": {}, "mamba_ssm.ops.triton.layer_norm": {"_layer_norm_fwd": None}}
-PACKAGES = ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton", "mamba_ssm.utils", "mamba_ssm.modules")
+PACKAGES = (
+    *("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton", "mamba_ssm.utils", "mamba_ssm.modules", "mamba_ssm.models"),
+    "mamba_ssm.distributed",
+)
 
 
 @contextlib.contextmanager

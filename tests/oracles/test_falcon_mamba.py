@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mamba_core.architectures.falcon_mamba import PRESETS, FalconMambaConfig
-from mamba_core.architectures.mamba import MambaConfig
+from mamba_core.architectures.mamba import MambaConfig, SelectiveConfig
 from mamba_core.config import from_dict
 from mamba_core.spec.init import initial_values
 from mamba_core.spec.params import parameter_table
@@ -109,7 +109,7 @@ def test_we_read_what_transformers_saves(transformers, config, ids, tmp_path, ki
 
 def test_it_is_not_mamba(transformers, config, values, ids, tmp_path):
     """Why no file that claims to be one is read as the other: with the same weights Mamba computes something else."""
-    fields = {item.name: getattr(config, item.name) for item in dataclasses.fields(MambaConfig)}
+    fields = {item.name: getattr(config, item.name) for item in dataclasses.fields(SelectiveConfig)}
     mamba = ReferenceModel(MambaConfig(**fields), values)(ids).logits
     model = their_model(transformers, written(tmp_path / "ours", config, values, "hf"))
     with torch.no_grad():

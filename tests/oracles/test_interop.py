@@ -17,7 +17,6 @@ import pytest
 import mamba_core as mc
 from mamba_core.architectures.mamba import MambaConfig
 from mamba_core.architectures.mamba2 import Mamba2Config
-from mamba_core.architectures.minimamba import MiniMambaConfig
 from mamba_core.config import from_object
 from mamba_core.spec.init import initial_values
 from mamba_core.spec.reference import ReferenceModel
@@ -26,6 +25,7 @@ from mamba_core.weights.formats import CheckpointError
 from mamba_core.weights.io import open_checkpoint
 from mamba_core.weights.opening import open_model
 from mamba_core.weights.writing import write_model
+from tests.unit.layout_files import of_architecture
 
 torch = pytest.importorskip("torch")
 
@@ -114,7 +114,7 @@ def test_a_vocabulary_that_transformers_resized(transformers, tmp_path, ids):
 
 
 def test_transformers_refuses_the_arithmetic_of_minimamba(transformers, tmp_path):
-    folder = written(tmp_path / "ours", MiniMambaConfig(**vars(BASE)), "hf")
+    folder = written(tmp_path / "ours", of_architecture(BASE, "minimamba"), "hf")
     with pytest.raises(ValueError, match="mamba_core_minimamba"):
         transformers.AutoModelForCausalLM.from_pretrained(folder)
 
@@ -384,7 +384,7 @@ def test_a_config_of_minimamba_is_not_taken_for_mamba():
 def compat_config(request, config):
     task = "lm" if request.param == "MambaForCausalLM" else "features"
     bias = config.bias and task == "features"
-    return MiniMambaConfig(**vars(config) | {"task": task, "bias": bias})
+    return dataclasses.replace(of_architecture(config, "minimamba"), task=task, bias=bias)
 
 
 def test_minimamba_both_ways(compat_config, ids, tmp_path):

@@ -84,13 +84,26 @@ static bool head(int width, int threads, bool bfloat16, bool transposed, int64_t
     return done;
 }
 
+static bool experts(int width, int threads, bool bfloat16, int64_t b) {
+    const int64_t d = 70, i = 33, k = 2, count = 5;
+    std::vector<int32_t> chosen(b * k);
+    for (int64_t choice = 0; choice < b * k; choice++) chosen[choice] = choice % count;
+    float *y = floats(b * d);
+    ExpertsStep step = {b, d, i, k, count, bfloat16, threads, width, 0, drawn(b * d, bfloat16), chosen.data(),
+                        floats(b * k), drawn(count * 2 * i * d, bfloat16), drawn(count * d * i, bfloat16), y};
+    bool done = !mamba_experts_step(&step);
+    fwrite(y, 4, b * d, stdout);
+    return done;
+}
+
 int main(int, char **argv) {
     int width = atoi(argv[1]), threads = atoi(argv[2]);
     for (bool bfloat16 : {false, true})
         for (bool transposed : {false, true})
             for (int64_t b : {1, 15})
                 for (bool norms : {false, true})
-                    if (!blocks(width, threads, bfloat16, transposed, b, norms ? 1e-6f : 0.0f) ||
+                    if (!experts(width, threads, bfloat16, b) ||
+                        !blocks(width, threads, bfloat16, transposed, b, norms ? 1e-6f : 0.0f) ||
                         !ssd_blocks(width, threads, bfloat16, transposed, b, norms) ||
                         !head(width, threads, bfloat16, transposed, b))
                         return 1;

@@ -41,8 +41,9 @@ OUTER = {
 
 def of_architecture(config, name):
     """The same fields in a config of another architecture."""
-    fields = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
-    return architectures.find(name).Config(**fields)
+    kind = architectures.find(name).Config
+    names = {item.name for item in dataclasses.fields(config)} & {item.name for item in dataclasses.fields(kind)}
+    return kind(**{name: getattr(config, name) for name in names})
 
 
 # Of sizes that every layout can hold.

@@ -13,10 +13,11 @@ import pytest
 
 import mamba_core as mc
 from mamba_core import chat, registry
-from mamba_core.architectures.minimamba import MiniMambaConfig
 from mamba_core.backends.native import library
 from mamba_core.cli import COMMANDS, main
 from mamba_core.registry import installed
+
+from .layout_files import of_architecture
 
 pytest.importorskip("rich")
 
@@ -287,7 +288,7 @@ def untold(tmp_path_factory):
     folders = {name: tmp_path_factory.mktemp("untold") / "out" for name in ("--from", "--compat")}
     mc.save(mc.build(config, backend=installed()[0]), folders["--from"], layout="mambapy")
     (folders["--from"] / "config.json").write_text("{}")
-    config = MiniMambaConfig(**vars(config))
+    config = of_architecture(config, "minimamba")
     mc.save(mc.build(config, backend=installed()[0]), folders["--compat"], layout="minimamba")
     return folders
 

@@ -8,9 +8,10 @@ import pickle
 import pytest
 
 from mamba_core import architectures
-from mamba_core.architectures.minimamba import MiniMambaConfig
 from mamba_core.config import MambaConfig, from_dict, preset
 from mamba_core.spec.params import parameter_count, parameter_table
+
+from .layout_files import of_architecture
 
 CHANGED = MambaConfig(
     d_model=40, n_layer=3, vocab_size=101, d_state=7, d_conv=3, expand=3, dt_rank=5, dt_min=0.002, dt_max=0.2,
@@ -18,7 +19,7 @@ CHANGED = MambaConfig(
     tie_embeddings=False, pad_vocab_size_multiple=16,
 )  # fmt: skip
 FEATURES = dataclasses.replace(CHANGED, task="features")
-MINIMAMBA = MiniMambaConfig(**vars(CHANGED))
+MINIMAMBA = of_architecture(CHANGED, "minimamba")
 # Of Mamba-1: those that every library has.
 PRESETS = {name: config for name, config in architectures.presets().items() if type(config) is MambaConfig}
 
@@ -126,7 +127,7 @@ def test_published_mamba_ssm_config_is_read():
         ({"d_model": 64, "ssm_cfg": {"layer": "Mamba3"}}, "layer 'Mamba3'"),
         ({"d_model": 64, "ssm_cfg": {"ngroups": 8}}, "ngroups"),
         ({"d_model": 64, "ssm_cfg": {}, "rms_norm": False}, "rms_norm=False"),
-        ({"d_model": 64, "ssm_cfg": {}, "attn_layer_idx": [3]}, "attn_layer_idx"),
+        ({"d_model": 64, "ssm_cfg": {}, "attn_layer_idx": [3]}, "attn_cfg has num_heads None; expected an"),
         ({"d_model": 64, "layers": 3}, "unknown fields: layers"),
         ({"d_model": 0}, "d_model is 0; expected an integer from 1 to 2147483647"),
         ({"d_model": True}, "d_model is True"),

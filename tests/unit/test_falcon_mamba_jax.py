@@ -7,6 +7,7 @@ import pytest
 
 import mamba_core as mc
 from mamba_core import registry
+from mamba_core.architectures.mamba import SelectiveConfig
 from mamba_core.backends.native import library
 from mamba_core.spec.graph import block_graph
 from mamba_core.spec.init import initial_values
@@ -212,7 +213,7 @@ def mixed_reference(layers):
         kind, *rest = node.name.split(".")
         return int(rest[0]) if kind == "layers" else -1 if kind == "embedding" else CONFIG.n_layer
 
-    model, fields = reference(), {item.name: getattr(CONFIG, item.name) for item in dataclasses.fields(mc.MambaConfig)}
+    model, fields = reference(), {item.name: getattr(CONFIG, item.name) for item in dataclasses.fields(SelectiveConfig)}
     others = [node for node in block_graph(mc.MambaConfig(**fields)) if place(node) in layers]
     model.graph = sorted([*(node for node in model.graph if place(node) not in layers), *others], key=place)
     return model

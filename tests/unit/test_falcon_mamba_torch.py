@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import mamba_core as mc
-from mamba_core.architectures.mamba import MambaConfig
+from mamba_core.architectures.mamba import MambaConfig, SelectiveConfig
 from mamba_core.backends.native import library
 from mamba_core.spec.reference import ReferenceModel
 from mamba_core.spec.tolerances import relative_l2
@@ -124,7 +124,7 @@ def test_the_native_step_is_the_reference(config):
 @native
 def test_the_norms_and_their_eps_count():
     """The same weights in Mamba, and with another eps: what a way that leaves the norms out would compute."""
-    fields = {field.name: getattr(WIDE, field.name) for field in dataclasses.fields(MambaConfig)}
+    fields = {field.name: getattr(WIDE, field.name) for field in dataclasses.fields(SelectiveConfig)}
     others = MambaConfig(**fields), dataclasses.replace(WIDE, mixer_rms_eps=0.1)
     model, ids = built(), tokens(WIDE, 2, 1)
     with torch.no_grad():

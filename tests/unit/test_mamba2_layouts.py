@@ -330,15 +330,6 @@ def test_mlx_lms_second_name_of_the_states_counts(tmp_path):
 # --- what is not read ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "fields", [{"d_intermediate": 64}, {"attn_layer_idx": [9, 18]}, {"attn_cfg": {"causal": True}}]
-)
-def test_hybrids_are_refused_by_name(fields):
-    (name,) = fields
-    with pytest.raises(ValueError, match=rf"config has {name}=.*: hybrids of Mamba-2 with attention or with MLPs"):
-        from_dict(STATE_SPACES | {"d_model": 32, "n_layer": 2} | fields)
-
-
 def test_a_model_is_not_read_as_the_other_architecture(tmp_path):
     second, first = write(tmp_path / "2", SMALL, "hf"), write(tmp_path / "1", MAMBA, "hf")
     texts = [(folder / "config.json").read_text() for folder in (first, second)]

@@ -112,6 +112,7 @@ def claim_of_another(layout: str, architecture: str, fields: Mapping[str, Any]) 
         (field, kind) for where, table in own.items() for field in layouts.find(where).kind_name for kind in table.kinds
     }
     fixed = {field: values for table in own.values() for field, values in table.fixed.items()}
+    free = {field for table in own.values() for field in table.theirs() - set(table.fixed) - set(table.constants)}
     for name in (name for name in discovery.names(FOLDER) if name != architecture):
         for where, table in of(name).items():
             shape = layouts.find(where)
@@ -125,7 +126,7 @@ def claim_of_another(layout: str, architecture: str, fields: Mapping[str, Any]) 
                 claims.append(str(shape.classes))
             for field, values in table.fixed.items():
                 value = fields.get(field)
-                if value is not None and value in values and value not in fixed.get(field, ()):
+                if value is not None and value in values and field not in free and value not in fixed.get(field, ()):
                     claims.append(field)
             if found := next((field for field in claims if fields.get(field) is not None), None):
                 return found, name

@@ -58,7 +58,7 @@ class Table:
         unread: the end of a tensor's name -> why a file that has one is not read.
         consent: why a plain conversion would change the function. The user must then name the architecture
             (`compat`).
-        hides: our fields that `derived` may hide, beside those without a row.
+        hides: our fields that `derived` hides where it must. The others without a row are hidden as the layout says.
         sizes: shapes by canonical name -> the fields of our config that they tell, and what `completed` makes fields
             of; for layouts that need it. Raises ValueError where they tell none.
         completed: (values of our config, the fields that are left, what `sizes` told) -> the values, where they follow

@@ -23,7 +23,7 @@ _SAME = (
     *("A_log", "D", "in_proj.weight", "in_proj.bias", "conv1d.weight", "conv1d.bias", "x_proj.weight"),
     *("dt_proj.weight", "dt_proj.bias", "out_proj.weight", "out_proj.bias"),
 )
-_NORMS = {"dt_norm": "dt_layernorm", "B_norm": "b_layernorm", "C_norm": "c_layernorm"}
+_NORMS = ("dt", "B", "C")
 _HALVES = ("gate_proj", "up_proj")
 
 
@@ -59,23 +59,21 @@ _MOE = (
 )
 
 
-_OLD = "pre_moe_layernorm.weight"
-
-
 def _scheme(
     task: str,
     layers: str,
     outer: Mapping[str, str],
     feed_forward: tuple[Row, ...] = _APART,
     *,
-    second: str = "pre_ff_layernorm.weight",
     conv: Transform = SAME,
     classes: tuple[str, ...] = (),
 ) -> Scheme:
-    """layers, outer: as for Mamba. feed_forward: its rows. second: the norm before it."""
+    """layers, outer: as for Mamba. feed_forward: its rows, those of the first remote code for all its names."""
+    first = feed_forward is _MOE
+    norms = {name: f"{name if first else name.lower()}_layernorm" for name in _NORMS}
     mixer = [
         *(Row(f"mixer.{name}", f"mamba.{name}", conv if name == "conv1d.weight" else SAME) for name in _SAME),
-        *(Row(f"mixer.{ours}.weight", f"mamba.{theirs}.weight") for ours, theirs in _NORMS.items()),
+        *(Row(f"mixer.{ours}_norm.weight", f"mamba.{theirs}.weight") for ours, theirs in norms.items()),
     ]
     attention = [
         Row("mixer.in_proj.weight", tuple(f"self_attn.{name}_proj.weight" for name in "qkv")),
@@ -85,7 +83,7 @@ def _scheme(
         Row("norm.weight", "input_layernorm.weight", mark=True),
         *(row._replace(mixer="jamba") for row in mixer),
         *(row._replace(mixer="attention") for row in attention),
-        Row("norm2.weight", second, mark=True),
+        Row("norm2.weight", "pre_moe_layernorm.weight" if first else "pre_ff_layernorm.weight", mark=True),
         *feed_forward,
     ]
     rows = [Row(ours, theirs, mark=ours == EMBEDDING) for ours, theirs in outer.items()]
@@ -195,10 +193,10 @@ HF = Table(
     schemes=(
         _scheme("lm", "model.layers", _OUTER, classes=("JambaForCausalLM",)),
         _scheme("lm", "model.layers", _OUTER, _STACKED, classes=("JambaForCausalLM",)),
-        _scheme("lm", "model.layers", _OUTER, _MOE, second=_OLD, classes=("JambaForCausalLM",)),
+        _scheme("lm", "model.layers", _OUTER, _MOE, classes=("JambaForCausalLM",)),
         _scheme("features", "layers", _BARE, classes=("JambaModel",)),
         _scheme("features", "layers", _BARE, _STACKED, classes=("JambaModel",)),
-        _scheme("features", "layers", _BARE, _MOE, second=_OLD, classes=("JambaModel",)),
+        _scheme("features", "layers", _BARE, _MOE, classes=("JambaModel",)),
     ),
     fields=HF_FIELDS,
     kinds=("jamba",),
@@ -280,8 +278,8 @@ _ONE_NAME = (
 )
 MAMBAPY = Table(
     schemes=(
-        _scheme("lm", "jamba.layers", _MAMBAPY_OUTER, _MOE, second=_OLD),
-        _scheme("layers", "layers", {}, _MOE, second=_OLD),
+        _scheme("lm", "jamba.layers", _MAMBAPY_OUTER, _MOE),
+        _scheme("layers", "layers", {}, _MOE),
     ),
     fields=mamba.same(*_ONE_NAME)
     | {

@@ -7,12 +7,14 @@ from functools import partial
 from typing import Any
 
 from mamba_core.architectures.base import MAX_SIZE, is_number, is_size
+from mamba_core.spec.blocks.hybrid import HybridConfig
 from mamba_core.weights.layouts import HIDDEN
 from mamba_core.weights.names import EMBEDDING, FINAL_NORM, HEAD
 from mamba_core.weights.tables.base import Field, Row, Scheme, Table
-from mamba_core.weights.transforms import CHANNELS_LAST, DENSE, SAME, Shape, Transform
+from mamba_core.weights.transforms import CHANNELS_LAST, DENSE, HALVES, SAME, Shape, Transform
 
 LAYERS = "backbone.layers"
+_LAYERS = f"{LAYERS}.{{layer}}."
 CONV = "mixer.conv1d.weight"
 # Of one layer: the names are the same in every library but for those of the convolution in one.
 _LAYER = (
@@ -257,13 +259,78 @@ MAMBAPY_MLX = dataclasses.replace(
     required={"norm_eps": 1e-5, "conv_bias": True},  # for which it has no choice
 )
 
+# --- hybrids ---------------------------------------------------------------------------------------
+
+_PLAIN = {"attn_layer_idx": (), "d_intermediate": 0}
+_MAMBA_SSM_FORWARD = {"norm2.weight": "norm2.weight", "feed_forward.down_proj.weight": "mlp.fc2.weight"}
+_OWN_FORWARD = same("norm2.weight", "feed_forward.gate_up_proj.weight", "feed_forward.down_proj.weight")
+
+
+def without_hybrids(table: Table) -> Table:
+    """Of a library that has no hybrids."""
+    return dataclasses.replace(table, required={**table.required, **_PLAIN}, hides=(*table.hides, *HybridConfig.FIELDS))
+
+
+def with_hybrids(table: Table, ours: str) -> Table:
+    """Of our own layout: hybrids have our names, and a model type and an activation that transformers refuses."""
+
+    def derived(config: Any) -> dict[str, Any]:
+        fields, changed = table.derived(config), _changed(config)
+        if changed:
+            fields = fields | {HIDDEN: fields.get(HIDDEN, {}) | changed}
+        return fields | ({"model_type": ours, "hidden_act": ours} if set(changed) - {"attn_cfg"} else {})
+
+    return dataclasses.replace(
+        table,
+        schemes=tuple(_with_rows(scheme, _OWN_FORWARD) for scheme in table.schemes),
+        kinds=tuple(dict.fromkeys((*table.kinds, ours))),
+        fixed={**table.fixed, "hidden_act": tuple(dict.fromkeys((*table.fixed["hidden_act"], ours)))},
+        hides=(*table.hides, *HybridConfig.FIELDS),
+        derived=derived,
+    )
+
+
+def hybrids_of_mamba_ssm(table: Table) -> Table:
+    """Their fields are written where they are not the defaults: early releases do not take them."""
+
+    def completed(values: dict[str, Any], rest: dict[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
+        given = {name: rest.pop(name, None) for name in HybridConfig.FIELDS}
+        return table.completed(values | {k: v for k, v in given.items() if v is not None}, rest, sizes)
+
+    up_before_gate = Row(f"{_LAYERS}feed_forward.gate_up_proj.weight", f"{_LAYERS}mlp.fc1.weight", HALVES)
+    schemes = (_with_rows(scheme, _MAMBA_SSM_FORWARD) for scheme in table.schemes)
+    return dataclasses.replace(
+        table,
+        schemes=tuple(dataclasses.replace(scheme, rows=(*scheme.rows, up_before_gate)) for scheme in schemes),
+        fixed={name: values for name, values in table.fixed.items() if name not in HybridConfig.FIELDS},
+        ignored=(*table.ignored, *HybridConfig.FIELDS),
+        completed=completed,
+        derived=lambda config: table.derived(config) | _changed(config),
+    )
+
+
+def _changed(config: Any) -> dict[str, Any]:
+    """The fields of hybrids that are not the defaults, as JSON has them."""
+    found = {name: getattr(config, name) for name in HybridConfig.FIELDS}
+    found = {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+    return {name: dict(value) if isinstance(value, Mapping) else value for name, value in found.items() if value}
+
+
+def _with_rows(scheme: Scheme, names: Mapping[str, str]) -> Scheme:
+    """names: ours in a layer -> theirs."""
+    first = next(row.names[0] for row in scheme.rows if row.canonical == f"{_LAYERS}norm.weight")
+    layers = first.removesuffix("norm.weight")
+    rows = tuple(Row(_LAYERS + ours, layers + theirs) for ours, theirs in names.items())
+    return dataclasses.replace(scheme, rows=(*scheme.rows, *rows))
+
+
 TABLES = {
-    "hf": HF,
-    "mamba_ssm": MAMBA_SSM,
-    "mamba_minimal": MAMBA_MINIMAL,
-    "mambapy": MAMBAPY,
-    "mambapy_mlx": MAMBAPY_MLX,
-    "mlx_lm": MLX_LM,
+    "hf": with_hybrids(HF, "mamba_core_mamba"),
+    "mamba_ssm": hybrids_of_mamba_ssm(MAMBA_SSM),
+    "mamba_minimal": without_hybrids(MAMBA_MINIMAL),
+    "mambapy": without_hybrids(MAMBAPY),
+    "mambapy_mlx": without_hybrids(MAMBAPY_MLX),
+    "mlx_lm": without_hybrids(MLX_LM),
 }
 
 

@@ -164,7 +164,6 @@ _SSM = (
     "chunk_size",
 )
 _SPEED = ("use_mem_eff_path", "sequence_parallel", "process_group", "layer_idx")
-_HYBRID = "hybrids of Mamba-2 with attention or with MLPs are not read yet"
 MAMBA_SSM = dataclasses.replace(
     mamba.MAMBA_SSM,
     schemes=(_scheme("lm", outer=mamba.MAMBA_SSM_OUTER),),
@@ -172,7 +171,6 @@ MAMBA_SSM = dataclasses.replace(
     | {name: f"ssm_cfg.{name}" for name in _SSM},
     kinds=("Mamba2",),
     assumed=False,
-    reasons=dict.fromkeys(("d_intermediate", "attn_layer_idx", "attn_cfg"), _HYBRID),
     unused=("fused_add_norm", *(f"ssm_cfg.{name}" for name in _SPEED)),
     completed=_with_limit,
     derived=lambda config: {"ssm_cfg.expand": mamba.whole_expand(config, "mamba_ssm")},
@@ -288,9 +286,9 @@ MAMBAPY = Table(
 )
 
 TABLES = {
-    "hf": HF,
-    "mamba_ssm": MAMBA_SSM,
-    "mambapy": MAMBAPY,
-    "mistral_inference": MISTRAL_INFERENCE,
-    "mlx_lm": MLX_LM,
+    "hf": mamba.with_hybrids(HF, _OURS),
+    "mamba_ssm": mamba.hybrids_of_mamba_ssm(MAMBA_SSM),
+    "mambapy": mamba.without_hybrids(MAMBAPY),
+    "mistral_inference": mamba.without_hybrids(MISTRAL_INFERENCE),
+    "mlx_lm": mamba.without_hybrids(MLX_LM),
 }

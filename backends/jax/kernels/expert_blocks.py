@@ -14,22 +14,6 @@ def gated(both):
     return jax.nn.silu(gate) * up
 
 
-def one_by_one(x, chosen, probability, gate_up, down):
-    """(m, d) of x (m, d): each choice of each row by itself, so that the weights of the chosen experts alone are read.
-
-    chosen, probability: (m, k).
-    """
-
-    def choice(inputs):
-        x, expert, probability = inputs
-        active = gated(_weight(gate_up, expert) @ x.astype(probability.dtype))
-        return probability * (_weight(down, expert) @ active)
-
-    top_k = chosen.shape[1]
-    y = lax.map(choice, (jnp.repeat(x, top_k, axis=0), chosen.reshape(-1), probability.reshape(-1)))
-    return y.reshape(-1, top_k, x.shape[1]).sum(1)
-
-
 @jax.custom_vjp
 def products(x, sizes, gate_up, down):
     """down_e (silu(gate_e x) * up_e x), (n, d), at least in float32.
@@ -90,12 +74,6 @@ def _backward(saved, dy):
 
 
 products.defvjp(_forward, _backward)
-
-
-def _weight(weights, expert):
-    return lax.dynamic_index_in_dim(weights, expert, keepdims=False).astype(
-        jnp.promote_types(weights.dtype, jnp.float32)
-    )
 
 
 def _rows(x) -> int:

@@ -23,13 +23,13 @@ class AttentionMixer(nnx.Module):
         self.out_proj = nnx.Linear(wide, config.d_model, use_bias=self.sizes.out_bias, **of_layers)
 
     def __call__(self, hidden: jax.Array, state, call: Call):
-        qkv = call.observe("in_proj", layers.linear(self.in_proj, hidden))
+        qkv = call.observe("in_proj", layers.linear(self.in_proj, hidden, self.kernels))
         if self.conv1d is not None:
             kernel = self.kernels.of("causal_conv")
             qkv, conv = layers.convolution(self.conv1d, qkv, state.conv, call, kernel, "mixer.conv1d", activation=None)
             qkv, state = call.observe("conv", qkv), state._replace(conv=conv)
         y, state = self._attend(*self._parts(qkv, call), state, call)
-        return call.observe("out_proj", layers.linear(self.out_proj, y)), state
+        return call.observe("out_proj", layers.linear(self.out_proj, y, self.kernels)), state
 
     def _parts(self, qkv, call):
         """q, k and v, (b, l, heads, p) each."""

@@ -50,7 +50,7 @@ def add_parameters(mixer: nnx.Module, config, options) -> None:
 
 def project_in(mixer, hidden: jax.Array, call: Call) -> tuple[jax.Array, jax.Array]:
     """hidden (b, l, d) -> x, z (b, l, e)."""
-    x, z = jnp.split(call.observe("in_proj", layers.linear(mixer.in_proj, hidden)), 2, axis=-1)
+    x, z = jnp.split(call.observe("in_proj", layers.linear(mixer.in_proj, hidden, mixer.kernels)), 2, axis=-1)
     return call.observe("x", x), call.observe("z", z)
 
 
@@ -63,7 +63,7 @@ def convolve(mixer, x: jax.Array, state, call: Call) -> tuple[jax.Array, jax.Arr
 
 def select(mixer, x: jax.Array, call: Call) -> tuple[jax.Array, jax.Array, jax.Array]:
     """x (b, l, e) -> dt (b, l, r), B and C (b, l, n)."""
-    dtbc, n = call.observe("x_proj", layers.linear(mixer.x_proj, x)), mixer.A_log.shape[1]
+    dtbc, n = call.observe("x_proj", layers.linear(mixer.x_proj, x, mixer.kernels)), mixer.A_log.shape[1]
     r = dtbc.shape[-1] - 2 * n
     dt, B, C = jnp.split(dtbc, (r, r + n), axis=-1)
     return call.observe("dt", dt), call.observe("B", B), call.observe("C", C)
@@ -101,7 +101,7 @@ def recur(mixer, x, delta, B, C, z, bias, state, call: Call) -> tuple[jax.Array,
 
 def project_out(mixer, y: jax.Array, call: Call) -> jax.Array:
     """y (b, l, e) -> (b, l, d)."""
-    return call.observe("out_proj", layers.linear(mixer.out_proj, y))
+    return call.observe("out_proj", layers.linear(mixer.out_proj, y, mixer.kernels))
 
 
 # --- what a mixer made of them may have in its own class -------------------------------------------

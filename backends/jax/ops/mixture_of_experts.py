@@ -1,7 +1,7 @@
 """Mixtures of experts in JAX: positions sorted by expert, and products of ragged groups.
 
-XLA has no product of ragged groups on a CPU, where the plain form computes each row by every expert. The form for a CPU
-is in `kernels/expert_blocks.py`.
+XLA has no product of ragged groups on a CPU, where the plain form computes each row by every expert. The forms for CPUs
+are in `kernels/expert_blocks.py` and, for a few positions, `kernels/native_experts.py`.
 """
 
 import functools
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mamba_core.backends.jax.kernels import expert_blocks
+from mamba_core.backends.jax.kernels import expert_blocks, native_experts
 from mamba_core.backends.jax.ops.linear import precision
 from mamba_core.backends.jax.positions import call_of, where_counting
 from mamba_core.kernels import choose
@@ -26,15 +26,16 @@ def mixture_of_experts(x, logits, gate_up, down, *, top_k, mask=None, kernel="au
 def mix(call, x, logits, gate_up, down, *, top_k, kernel="auto"):
     """`mixture_of_experts` in a call whose positions are known."""
     if kernel != "auto":
-        kernel = choose(kernel, kernels("cpu", x.dtype), "mixture_of_experts")
+        kernel = choose(kernel, kernels("cpu", x.dtype), "mixture_of_experts")  # where it runs is not known yet
     if isinstance(x.shape[1], int) and x.shape[1] == 0:
         return x
     return _mix(x, logits, gate_up, down, call.mask, top_k=top_k, kernel=kernel)
 
 
 def kernels(device: str, dtype=None) -> dict[str, str | None]:
-    """Fastest first. Both are JAX's own operations; the first is named for a CPU, but runs on every device."""
-    return {"blocks": None if device == "cpu" else "it was made for a CPU", "ragged": None}
+    """Fastest first. The two last are JAX's own operations, which run on every device."""
+    on_cpu = None if device == "cpu" else "it was made for a CPU"
+    return {"native": native_experts.reason(device, dtype), "blocks": on_cpu, "ragged": None}
 
 
 def swiglu(x: jax.Array) -> jax.Array:
@@ -52,7 +53,9 @@ def _mix(x, logits, gate_up, down, mask, *, top_k, kernel):
     rows = x.shape[0] * x.shape[1]
     arguments = (x.reshape(rows, -1), chosen.reshape(rows, -1), probability.reshape(rows, -1), gate_up, down)
     if kernel == "auto":
-        y = lax.platform_dependent(*arguments, cpu=KERNELS["blocks"], default=KERNELS["ragged"])
+        name = choose("auto", kernels("cpu", x.dtype), "mixture_of_experts")
+        on_cpu = functools.partial(native, portable=True) if name == "native" else KERNELS[name]
+        y = lax.platform_dependent(*arguments, cpu=on_cpu, default=ragged)
     else:
         y = KERNELS[kernel](*arguments)
     return where_counting(mask, y.astype(x.dtype).reshape(x.shape))
@@ -102,15 +105,34 @@ def _product(x, weight, sizes):
     return lax.ragged_dot_general(x, weight, sizes, numbers, **how)
 
 
-def _blocks(x, chosen, probability, gate_up, down):
-    """As `ragged`, on a CPU."""
-    if _are_few(chosen, gate_up):
-        return expert_blocks.one_by_one(x, chosen, probability, gate_up, down)
+def native(x, chosen, probability, gate_up, down, *, portable=False):
+    """As `ragged`: a few positions by the library, and more as `blocks` has them."""
+    if native_experts.why_not(x, gate_up, down) is not None:
+        return blocks(x, chosen, probability, gate_up, down)
+    return _native(x, chosen, probability, gate_up, down, portable=portable)
+
+
+def blocks(x, chosen, probability, gate_up, down):
+    """As `ragged`, by the products that XLA has on a CPU."""
     if not isinstance(chosen.size, int):  # an exported program may be for any length
         return ragged(x, chosen, probability, gate_up, down)
+    if _are_few(chosen, gate_up):
+        return _one_by_one(x, chosen, probability, gate_up, down)
     order, sizes = _sorted(chosen, gate_up.shape[0])
     out = expert_blocks.products(x[order // chosen.shape[1]], sizes, gate_up, down)
     return _together(out, order, probability)
 
 
-KERNELS = {"blocks": _blocks, "ragged": ragged}
+def _one_by_one(x, chosen, probability, gate_up, down):
+    """As `_gathered`, each choice of each row by itself: XLA gathers weights slowly on a CPU."""
+
+    def choice(inputs):
+        return _gathered(*inputs, gate_up, down)[0]
+
+    top_k = chosen.shape[1]
+    each = (jnp.repeat(x, top_k, axis=0)[:, None], chosen.reshape(-1, 1, 1), probability.reshape(-1, 1, 1))
+    return lax.map(choice, each).reshape(-1, top_k, x.shape[1]).sum(1)
+
+
+_native = native_experts.beside(_one_by_one)
+KERNELS = {"native": native, "blocks": blocks, "ragged": ragged}

@@ -181,8 +181,13 @@ def _places(call: Call, filled, shape) -> Places:
 
 
 def _fits(places: Places, cache) -> mx.array:
-    """(b, l) bool, the positions for which the cache has room."""
-    return places.place < cache.keys.shape[1]
+    """(b, l) bool: the cache has room for the position, or its sequence ends in this call and has lost nothing."""
+    capacity = cache.keys.shape[1]
+    fits = places.place < capacity
+    if places.sequence is None:
+        return fits
+    whole = (places.sequence > 0) | (cache.filled <= capacity)[:, None]
+    return fits | ((places.sequence < places.sequence[:, -1:]) & whole)
 
 
 def _seen(call, k, v, cache, after, places):

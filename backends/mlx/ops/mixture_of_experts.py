@@ -10,7 +10,6 @@ from mamba_core.backends.mlx.positions import where_counting
 from mamba_core.call import Call
 from mamba_core.kernels import choose
 from mamba_core.selftest import Trial
-from mamba_core.spec.ops.base import check_positions
 from mamba_core.spec.ops.mixture_of_experts import check_experts
 
 # Positions times experts from which it pays to bring those of an expert together.
@@ -19,8 +18,7 @@ SORTED = 64
 
 def mixture_of_experts(x, logits, gate_up, down, *, top_k, mask=None, kernel="auto"):
     """Computed in the dtype of x, but probabilities and the sum over experts in float32."""
-    check_experts(x, logits, gate_up, down, top_k)
-    check_positions(*x.shape[:2], mask, None)
+    check_experts(x, logits, gate_up, down, top_k, mask)
     return mix(Call(mask=mask), x, logits, gate_up, down, top_k=top_k, kernel=kernel)
 
 
@@ -68,9 +66,10 @@ def gathered(x, experts, weights, gate_up, down, mask):
     top_k, together = experts.shape[1], experts.size >= SORTED
     experts = experts.flatten()
     order = mx.argsort(experts) if together else mx.arange(experts.size)
-    rows, experts = x[order // top_k][:, None], experts[order]
-    how = {"rhs_indices": experts, "sorted_indices": together}
-    projected = mx.gather_mm(rows, gate_up.swapaxes(1, 2), **how)
+    if default_device() == "cpu":  # MLX gathers matrices of float32 alone there
+        x, gate_up, down = (value.astype(mx.float32) for value in (x, gate_up, down))
+    how = {"rhs_indices": experts[order], "sorted_indices": together}
+    projected = mx.gather_mm(x[order // top_k][:, None], gate_up.swapaxes(1, 2), **how)
     y = mx.gather_mm(swiglu(projected), down.swapaxes(1, 2), **how)[:, 0]
     if together:
         y = y[mx.argsort(order)]
@@ -84,7 +83,8 @@ def plain(x, experts, weights, gate_up, down, mask):
         taken = experts == expert
         own = mx.where(taken.any(axis=1)[:, None], x, mx.array(0, x.dtype))
         y = swiglu(own @ gate_up[expert].T) @ down[expert].T
-        total = total + mx.where(taken, weights, 0.0).sum(axis=1, keepdims=True) * y.astype(mx.float32)
+        y = mx.where(taken.any(axis=1)[:, None], y.astype(mx.float32), 0.0)
+        total = total + mx.where(taken, weights, 0.0).sum(axis=1, keepdims=True) * y
     return total
 
 

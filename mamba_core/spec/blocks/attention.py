@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from mamba_core.spec.graph import Node
-from mamba_core.spec.init import normal, ones, uniform, zeros
+from mamba_core.spec.init import Init, ones, uniform, zeros
 from mamba_core.spec.ops.attention import Rotary
 from mamba_core.spec.params import Parameter
 from mamba_core.spec.state import FILLED, Field
@@ -50,19 +50,19 @@ def state(sizes: Attention) -> tuple[Field, ...]:
     return (Field("conv", "ke", (sizes.d_conv - 1, sizes.projected)), *cache) if sizes.d_conv else cache
 
 
-def parameters(prefix: str, sizes: Attention, config) -> Iterator[Parameter]:
-    """prefix: of the layer, such as "backbone.layers.0."."""
+def parameters(prefix: str, sizes: Attention, config, init: Init) -> Iterator[Parameter]:
+    """prefix: of the layer, such as "backbone.layers.0.". init: of the projections."""
     d, wide, rows = config.d_model, sizes.heads * sizes.head_dim, sizes.projected
-    mixer, init = prefix + "mixer.", normal(config.initializer_range)
+    mixer = prefix + "mixer."
     yield Parameter(prefix + "norm.weight", "d", (d,), ones, decay=False)
-    yield Parameter(mixer + "in_proj.weight", "ed", (rows, d), init, mup_role="hidden", parts=sizes.parts)
+    yield Parameter(mixer + "in_proj.weight", "ed", (rows, d), init(d, False), mup_role="hidden", parts=sizes.parts)
     if sizes.bias:
         yield Parameter(mixer + "in_proj.bias", "e", (rows,), zeros, decay=False, parts=sizes.parts)
     if sizes.d_conv:
         taps, bound = (rows, 1, sizes.d_conv), uniform(sizes.d_conv**-0.5)
         yield Parameter(mixer + "conv1d.weight", "e1k", taps, bound, mup_role="vector", parts=sizes.parts)
         yield Parameter(mixer + "conv1d.bias", "e", (rows,), bound, decay=False, parts=sizes.parts)
-    yield Parameter(mixer + "out_proj.weight", "de", (d, wide), init, mup_role="hidden")
+    yield Parameter(mixer + "out_proj.weight", "de", (d, wide), init(wide, True), mup_role="hidden")
     if sizes.out_bias:
         yield Parameter(mixer + "out_proj.bias", "d", (d,), zeros, decay=False)
 

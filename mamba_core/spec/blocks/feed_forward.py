@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from mamba_core.spec.graph import Node
-from mamba_core.spec.init import normal, ones
+from mamba_core.spec.init import Init, ones
 from mamba_core.spec.params import Parameter
 
 
@@ -22,19 +22,19 @@ class FeedForward(NamedTuple):
         return "mixture_of_experts" if self.experts else "swiglu"
 
 
-def parameters(prefix: str, sizes: FeedForward, config) -> Iterator[Parameter]:
-    """prefix: of the layer, such as "backbone.layers.0."."""
+def parameters(prefix: str, sizes: FeedForward, config, init: Init) -> Iterator[Parameter]:
+    """prefix: of the layer, such as "backbone.layers.0.". init: of the projections."""
     d, i, experts = config.d_model, sizes.width, sizes.experts
-    own, init = prefix + "feed_forward.", normal(config.initializer_range)
+    own, inner, last = prefix + "feed_forward.", init(d, False), init(i, True)
     halves = (("gate", i), ("up", i))
     yield Parameter(prefix + "norm2.weight", "d", (d,), ones, decay=False)
     if experts:
-        yield Parameter(own + "router.weight", "xd", (experts, d), init, mup_role="output")
-        yield Parameter(own + "experts.gate_up_proj", "xed", (experts, 2 * i, d), init, mup_role="hidden")
-        yield Parameter(own + "experts.down_proj", "xde", (experts, d, i), init, mup_role="hidden")
+        yield Parameter(own + "router.weight", "xd", (experts, d), inner, mup_role="output")
+        yield Parameter(own + "experts.gate_up_proj", "xed", (experts, 2 * i, d), inner, mup_role="hidden")
+        yield Parameter(own + "experts.down_proj", "xde", (experts, d, i), last, mup_role="hidden")
     else:
-        yield Parameter(own + "gate_up_proj.weight", "ed", (2 * i, d), init, mup_role="hidden", parts=halves)
-        yield Parameter(own + "down_proj.weight", "de", (d, i), init, mup_role="hidden")
+        yield Parameter(own + "gate_up_proj.weight", "ed", (2 * i, d), inner, mup_role="hidden", parts=halves)
+        yield Parameter(own + "down_proj.weight", "de", (d, i), last, mup_role="hidden")
 
 
 def graph(layer: int, residual: str, sizes: FeedForward, config) -> Iterator[Node]:
