@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mamba_core.architectures.jamba import JambaConfig
 from mamba_core.config import BaseConfig, MambaConfig, preset
 from mamba_core.sampling import Sampling
 from mamba_core.spec import ops
@@ -220,6 +221,11 @@ REFERENCES = {
 
 _BASE = preset("mamba-130m")
 _BLOCK = dataclasses.replace(_BASE, n_layer=1, task="layers")
+# 298 million parameters, of which a token reads 132 million.
+_JAMBA = JambaConfig(
+    d_model=768, n_layer=8, d_intermediate=2048, num_heads=12, num_kv_heads=4, num_experts=8, bos_token_id=1,
+    eos_token_id=2, pad_token_id=0,
+)  # fmt: skip
 _SCALED = MambaConfig(d_model=256, n_layer=4, vocab_size=256)
 LENGTHS = tuple(2**power for power in range(7, 18))
 # Not for long sequences: their backward is of the square of the length, or seconds for each hundred positions.
@@ -243,6 +249,10 @@ def _cases():
         decoding = tuple(peer for peer in (baseline, *others) if peer != "minimamba")
         yield Case(f"decode-{dtype}", "model", "decode", length=16, peers=decoding, floor="weights", **settings)
     yield from _mamba2_cases()
+    for dtype in ("float32", "bfloat16"):
+        theirs = {"peers": ("transformers",), "baseline": "transformers"}
+        yield Case(f"jamba-prefill-{dtype}", "jamba", "prefill", _JAMBA, 512, dtype, **theirs)
+        yield Case(f"jamba-decode-{dtype}", "jamba", "decode", _JAMBA, 16, dtype, **theirs)
     yield Case("block", "training", "block", _BLOCK, 512, peers=("mambapy", _KEPT), baseline="mambapy")
     for work in ("forward", "training"):
         for length in LENGTHS:

@@ -10,6 +10,7 @@ import ctypes
 import dataclasses
 import importlib
 import sys
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -19,9 +20,11 @@ from unittest import mock
 
 import numpy as np
 
+import mamba_core as mc
 from mamba_core.benchmarks import frameworks
 from mamba_core.benchmarks.cases import DECODED, Case, tokens
 from mamba_core.benchmarks.frameworks import Timed
+from mamba_core.spec import state as states
 from mamba_core.spec.init import initial_values
 
 # mallopt's M_MMAP_MAX and M_TRIM_THRESHOLD: no array of its own mapping, and no end of the heap too long.
@@ -79,10 +82,9 @@ def transformers(case: Case) -> Timed:
         block = module.Mamba2Block(_transformers_config(theirs, case), 0)
         block = _filled(block, _torch_values(case, {"backbone.layers.0.": ""}))
         return frameworks.torch_block(block, block.parameters(), case)
-    model = theirs.AutoModelForCausalLM.from_config(_transformers_config(theirs, case))
-    values = _torch_values(case, {})
-    values["lm_head.weight"] = values["backbone.embeddings.weight"]
-    model = _filled(model, values).to(getattr(torch, case.dtype)).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        mc.save(mc.build(case.config, backend="torch", dtype=case.dtype, device="cpu"), folder)
+        model = theirs.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, case.dtype)).eval()
     if case.work == "prefill":
 
         def last(ids):
@@ -90,13 +92,15 @@ def transformers(case: Case) -> Timed:
 
         return frameworks.torch_forward(last, case)
 
+    name = "past_key_values" if states.grows(case.config) else "cache_params"
+
     def begin(ids):
         out = model(ids, use_cache=True)
-        return out.logits[:, -1], out.cache_params
+        return out.logits[:, -1], out[name]
 
     def advance(token, cache):
-        out = model(token[:, None], cache_params=cache, use_cache=True)
-        return out.logits[:, -1], out.cache_params
+        out = model(token[:, None], use_cache=True, **{name: cache})
+        return out.logits[:, -1], out[name]
 
     return _torch_decode(begin, advance, case)
 

@@ -88,14 +88,14 @@ def test_a_token_reads_the_experts_that_it_has_chosen_alone(monkeypatch):
 
 
 def test_the_last_position_alone_passes_the_last_feed_forward():
-    model, lengths = built(), []
-    wanted = model(IDS, mask=IDS != 3)
+    model, lengths, mask = built(), [], torch.arange(24) >= torch.tensor([[3], [0]])
+    wanted = model(IDS, mask=mask)
     mixture = model.backbone.layers[3].feed_forward
     mixture.router.register_forward_hook(lambda module, given, y: lengths.append(y.shape[1]))
-    prefill(model, IDS.numpy(), (IDS != 3).numpy())
+    prefill(model, IDS.numpy(), mask.numpy())
     assert lengths == [24], "a hooked part is called with all positions"
     plain = built()
-    found = prefill(plain, IDS.numpy(), (IDS != 3).numpy())
+    found = prefill(plain, IDS.numpy(), mask.numpy())
     close(found.logits, wanted.logits[:, -1, :31].detach(), rtol=1e-5, atol=1e-5)
     close(found.state, tree_map(torch.detach, wanted.state), rtol=1e-5, atol=1e-5)
 
