@@ -3,7 +3,7 @@
 import ctypes
 
 # The version of these structs and of the library's functions. The library reports the version that it was built with.
-ABI = 10
+ABI = 11
 
 # Of the arrays that the library computes on.
 DTYPES = ("float32", "bfloat16")
@@ -93,6 +93,7 @@ class MambaStep(ctypes.Structure):
         *_fields(Matrix, "in_proj conv x_proj out_proj"),
         *_fields(_pointer, "dt_proj delta_bias A_log D"),
         *_fields(_pointer, "new_residual new_conv_state new_ssm_state"),
+        *_fields(_pointer, "dt_norm B_norm C_norm"),
         *_fields(ctypes.c_float, "selection_eps"),
     )
 

@@ -87,16 +87,19 @@ static void project_x(const Plan &plan, int64_t task) {
     project_task(s, w.sums, s.x_proj, w.x, s.e, s.e, mixed_of(s), task);
 }
 
-// The root mean square norm of `count` numbers without a weight, in their place.
-static void norm_in_place(float *values, int64_t count, float eps) {
+// The root mean square norm of `count` numbers in their place; the weight may be null.
+static void norm_in_place(const MambaStep &s, float *values, int64_t count, const char *weight) {
     V squares = {};
     for (int64_t i = 0; i < count; i += WIDTH) {
         V value = read_float(values + i, count - i);
         squares += value * value;
     }
-    const float scale = norm_scale(squares, count, eps);
-    for (int64_t i = 0; i < count; i += WIDTH)
-        write_float(values + i, read_float(values + i, count - i) * scale, count - i);
+    const float scale = norm_scale(squares, count, s.selection_eps);
+    for (int64_t i = 0; i < count; i += WIDTH) {
+        V value = read_float(values + i, count - i) * scale;
+        if (weight) value *= read(weight + (s.bfloat16 ? 2 : 4) * i, count - i, s.bfloat16);
+        write_float(values + i, value, count - i);
+    }
 }
 
 // dt, B and C of one row.
@@ -107,9 +110,11 @@ static void collect(const Plan &plan, int64_t row) {
     float *dtbc = w.dtbc + row * mixed;
     for (int64_t i = 0; i < mixed; i += WIDTH)
         write_float(dtbc + i, collected(s, w.sums, s.x_proj, parts, mixed, row, i, mixed - i), mixed - i);
-    if (s.selection_eps > 0)
-        for (Range part : {Range{0, s.r}, Range{s.r, s.n}, Range{s.r + s.n, s.n}})
-            norm_in_place(dtbc + part.first, part.count, s.selection_eps);
+    if (s.selection_eps > 0) {
+        norm_in_place(s, dtbc, s.r, s.dt_norm);
+        norm_in_place(s, dtbc + s.r, s.n, s.B_norm);
+        norm_in_place(s, dtbc + s.r + s.n, s.n, s.C_norm);
+    }
 }
 
 // Advances the states of one channel of a row. Returns the terms of its output, lane by lane.

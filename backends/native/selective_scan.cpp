@@ -142,7 +142,7 @@ static void sum_over_rows(float *total, const float *rows, int64_t b, int64_t si
 }
 
 // Raised with every change to a struct or to a function's meaning, as ABI in __init__.py.
-EXPORT int32_t mamba_native_abi() { return 10; }
+EXPORT int32_t mamba_native_abi() { return 11; }
 
 int32_t mamba_scan_width() { return widest(); }
 

@@ -32,6 +32,8 @@ struct MambaStep {
     // Results. Each has memory of its own or that of the array which it replaces.
     char *new_residual, *new_conv_state;
     float *new_ssm_state;
+    // Weights (r,), (n,) and (n,) of the norms that `selection_eps` asks for; null for norms without.
+    const char *dt_norm, *B_norm, *C_norm;
     // Where it is above 0, dt (r,), B and C (n,) are each divided by sqrt(its mean square + selection_eps), between
     // x_proj and dt_proj. The plain operations round them to bfloat16 before that norm and after it; the step never
     // does.

@@ -41,7 +41,9 @@ static bool blocks(int width, int threads, bool bfloat16, bool transposed, int64
                         {compute(2 * e * d), compute(2 * e)}, {compute(e * k), compute(e)},
                         {compute((r + 2 * n) * e), nullptr}, {compute(d * e), compute(d)}, compute(e * r),
                         floats(e), floats(e * n), floats(e),
-                        after, place ? conv : compute(state), place ? ssm : floats(b * e * n), selection_eps};
+                        after, place ? conv : compute(state), place ? ssm : floats(b * e * n),
+                        place ? compute(r) : nullptr, place ? compute(n) : nullptr, place ? compute(n) : nullptr,
+                        selection_eps};
     }
     bool done = !mamba_mamba_steps(steps, 2);
     fwrite(after, 4, b * d, stdout);

@@ -8,11 +8,14 @@ import pytest
 
 import mamba_core as mc
 from mamba_core.architectures.jamba import JambaConfig
+from mamba_core.backends.native import library
+from mamba_core.spec.ops import mixture_of_experts as spec
+from mamba_core.spec.tolerances import relative_l2
 
 torch = pytest.importorskip("torch")
 
 from mamba_core.backends.torch import decoding, prefill, quantize, stack  # noqa: E402
-from mamba_core.backends.torch.kernels import native_tensors, sorted_experts  # noqa: E402
+from mamba_core.backends.torch.kernels import native_step, native_tensors, sorted_experts  # noqa: E402
 from mamba_core.backends.torch.ops import attention  # noqa: E402
 from mamba_core.backends.torch.positions import call_of  # noqa: E402
 from mamba_core.backends.torch.private import tree_leaves, tree_map  # noqa: E402
@@ -74,9 +77,9 @@ def test_a_position_without_room_is_nan_and_not_written():
 # --- which experts are read ----------------------------------------------------------------------------------
 
 
-@needs_native
 def test_a_token_reads_the_experts_that_it_has_chosen_alone(monkeypatch):
     read, product = [], sorted_experts._product
+    monkeypatch.setattr(native_step, "MOST_ROWS", 0)  # test_native_experts.py has what the library computes
     monkeypatch.setattr(sorted_experts, "_product", lambda x, w: read.append(w.data_ptr()) or product(x, w))
     experts = built().backbone.layers[1].feed_forward.experts
     with torch.no_grad():
@@ -106,6 +109,56 @@ def test_the_last_position_is_what_fused_gives():
     with torch.no_grad():
         hidden, _ = model.backbone(IDS, model.init_state(2, 24), call_of(None, None, length=24, last=True, fresh=True))
     assert hidden.shape == (2, 1, 16)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("batch", [1, 2, 8])
+def test_the_native_step_computes_a_block_up_to_its_feed_forward(dtype, batch):
+    """dt, B and C normed with weights; 3 % off, a bfloat16 rounds less than the plain operations do."""
+    config = dataclasses.replace(CONFIG, num_experts_per_tok=6, residual_in_fp32=True)
+    models = [built(config, dtype=dtype, kernels=kernels) for kernels in ("auto", "plain")]
+    ids = torch.arange(9 * batch).reshape(batch, 9) % 31
+    for model in models:
+        torch.manual_seed(0)
+        for block in model.backbone.layers:
+            if type(block.mixer).__name__ == "JambaMixer":
+                for norm in (block.mixer.dt_norm, block.mixer.B_norm, block.mixer.C_norm):
+                    norm.weight.data.copy_(torch.rand(norm.weight.shape) + 0.5)
+    runs = mc.explain(models[0], batch, 1).layers
+    assert [(run.first, run.last, run.way) for run in runs] == [
+        (0, 0, "native_step"), (1, 1, "fused"), (2, 3, "native_step"),
+    ]  # fmt: skip
+    with torch.no_grad():
+        state = models[0](ids).state
+        found, wanted = (model(ids[:, :1], state) for model in models)
+    limits = {"rtol": 1e-4, "atol": 1e-4} if dtype == "float32" else {"rtol": 5e-2, "atol": 5e-2}
+    close(found, wanted, **limits)
+
+
+def test_the_native_step_leaves_a_norm_that_was_changed():
+    model = built()
+    model.backbone.layers[2].mixer.B_norm.eps = 0.1
+    model.backbone.layers[3].mixer.dt_norm = torch.nn.RMSNorm(3)
+    refused = [run.passed_over["native_step"] for run in mc.explain(model, 1, 1).layers if run.first > 1]
+    if native_tensors.MISSING is None:
+        assert refused == ["a norm of dt, B or C was changed"]
+
+
+@needs_native
+@pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-6), ("bfloat16", 4e-3)])
+@pytest.mark.parametrize("rows", [(1, 1), (1, 3), (4, 2)])
+def test_a_few_rows_by_the_library_are_the_reference_s(monkeypatch, rows, dtype, limit):
+    calls, step = [], library.experts_step
+    monkeypatch.setattr(library, "experts_step", lambda struct: calls.append(struct.b) or step(struct))
+    rng = np.random.default_rng(0)
+    shapes = {"x": (*rows, 20), "logits": (*rows, 7), "gate_up": (7, 10, 20), "down": (7, 20, 5)}
+    arrays = {name: torch.tensor(rng.normal(size=shape)).to(getattr(torch, dtype)) for name, shape in shapes.items()}
+    wanted = spec.mixture_of_experts(**{name: value.double().numpy() for name, value in arrays.items()}, top_k=3)
+    with torch.no_grad():
+        found = mc.mixture_of_experts(**arrays, top_k=3)
+    assert relative_l2(found.double().numpy(), wanted) < limit
+    assert calls == [rows[0] * rows[1]]
 
 
 # --- routers -------------------------------------------------------------------------------------------------

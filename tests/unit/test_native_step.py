@@ -66,7 +66,7 @@ class Case:
         out = ReferenceModel(self.config, self.parameters)(self.residual.astype(np.float64), state)
         return out.hidden, out.state.layers[0]
 
-    def reference_with_norms(self, eps):
+    def reference_with_norms(self, eps, weights=(1.0, 1.0, 1.0)):
         """(residual, state) in float64, by NumPy: with dt, B and C normed where eps is above 0."""
         c, prefix = self.config, "backbone.layers.0."
         own = {name.removeprefix(prefix): value.astype(np.float64) for name, value in self.parameters.items()}
@@ -86,7 +86,9 @@ class Case:
         taps = own["mixer.conv1d.weight"][:, 0]
         x = silu(np.einsum("bke,ek->be", window, taps) + own.get("mixer.conv1d.bias", 0.0))
         mixed = np.split(project(x, "x_proj"), [c.dt_rank_size, c.dt_rank_size + c.d_state], -1)
-        dt, B, C = (norm(part, eps) for part in mixed) if eps > 0 else mixed
+        if eps > 0:
+            mixed = [norm(part, eps) * weight for part, weight in zip(mixed, weights, strict=True)]
+        dt, B, C = mixed
         step = np.logaddexp(0.0, project(dt, "dt_proj"))
         decay = np.exp(-step[..., None] * np.exp(own["mixer.A_log"]))
         h = decay * ssm_state + (step * x)[..., None] * B[:, None]
@@ -125,7 +127,7 @@ class Case:
             weight("dt_proj"),
             *(at(own(f"mixer.{name}")) for name in ("dt_proj.bias", "A_log", "D")),
             *(result.ctypes.data for result in results),
-            **more,
+            **{name: at(value) if isinstance(value, np.ndarray) else value for name, value in more.items()},
         )
         library.mamba_steps((abi.MambaStep * 1)(step))
         return results[0], LayerState(*results[1:])
@@ -146,10 +148,17 @@ def test_a_step_is_the_reference(width, fields, b, dtype, residual_dtype, transp
         np.testing.assert_array_equal(value, kept)
 
 
-def assert_norms(case, selection_eps, **how):
+def assert_norms(case, selection_eps, weighted=False, **how):
     """That a step with these norms is the float64 one. Nothing but its results is rounded to bfloat16."""
-    residual, state = case.native(selection_eps=selection_eps, **how)
-    wanted, wanted_state = case.reference_with_norms(selection_eps)
+    sizes, weights = (
+        {"dt_norm": case.config.dt_rank_size} | dict.fromkeys(("B_norm", "C_norm"), case.config.d_state),
+        {},
+    )
+    if weighted:
+        weights = {name: case.draw(size, case.dtype) for name, size in sizes.items()}
+    residual, state = case.native(selection_eps=selection_eps, **weights, **how)
+    given = [value.astype(np.float64) for value in weights.values()] or (1.0, 1.0, 1.0)
+    wanted, wanted_state = case.reference_with_norms(selection_eps, given)
     told = {"selection_eps": selection_eps} | how
     assert_close(residual, wanted, str(case.residual.dtype), "value", "residual", **told)
     assert_close(state.conv, wanted_state.conv, str(case.state.conv.dtype), "value", "conv state", **told)
@@ -176,7 +185,7 @@ def test_a_step_norms_dt_b_and_c(width, fields, b, dtype, residual_dtype, transp
 def test_norms_of_odd_ranks_and_states_in_every_batch(width, transposed, dtype, rank, states):
     for b in range(1, 9):
         case = Case({"d_model": 19, "dt_rank": rank, "d_state": states}, b, dtype, "float32", seed=b)
-        assert_norms(case, 0.1, width=width, transposed=transposed)
+        assert_norms(case, 0.1, weighted=b % 2 == 0, width=width, transposed=transposed)
 
 
 # Enough for every thread that is asked for to be started.
@@ -276,7 +285,7 @@ def test_a_workspace_beyond_memory_is_an_error():
 
 def test_the_structs_are_as_long_as_they_are_in_c():
     """Six and three sizes, five and four settings, floats and pointers, each part filled up to eight bytes."""
-    assert ctypes.sizeof(abi.MambaStep) == 6 * 8 + 6 * 4 + (4 + 4 * 2 + 4 + 3) * 8 + 8
+    assert ctypes.sizeof(abi.MambaStep) == 6 * 8 + 6 * 4 + (4 + 4 * 2 + 4 + 3 + 3) * 8 + 8
     assert abi.MambaStep.selection_eps.offset == ctypes.sizeof(abi.MambaStep) - 8
     assert ctypes.sizeof(abi.LinearStep) == 3 * 8 + 4 * 4 + 4 * 8
 

@@ -15,7 +15,8 @@ SMALLEST_EPS = torch.finfo(torch.float32).tiny
 class Operands(NamedTuple):
     """`native_step.Operands` of a Mamba-1 mixer; the biases of in_proj, conv1d and out_proj may be None.
 
-    selection_eps: above 0, each of dt, B and C is divided by its root mean square, with this added to the mean square.
+    selection_eps: above 0, each of dt, B and C is divided by its root mean square, with this added to the mean square,
+        and multiplied by the weight of its norm, which may be None.
     """
 
     in_proj: Tensor
@@ -29,6 +30,9 @@ class Operands(NamedTuple):
     dt_bias: Tensor
     A_log: Tensor
     D: Tensor
+    dt_norm: Tensor | None = None
+    B_norm: Tensor | None = None
+    C_norm: Tensor | None = None
     selection_eps: float = 0.0
 
     def tensors(self, norm: Tensor, state, b: int) -> list[Tensor | None] | None:
@@ -44,6 +48,9 @@ class Operands(NamedTuple):
             (self.dt_proj, (e, r)),
             (self.out_proj, (d, e)),
             (self.out_bias, (d,)),
+            (self.dt_norm, (r,)),
+            (self.B_norm, (n,)),
+            (self.C_norm, (n,)),
         )
         float32 = (
             (state.ssm, (b, e, n)),
@@ -76,11 +83,11 @@ def steps(residual: Tensor, tensors: list[Tensor | None], numbers: list[float]) 
 
     def step_of(k, settings, before, pointers, after):
         conv_state, ssm_state, norm, *weights = pointers
-        in_proj, in_bias, conv, conv_bias, x_proj, out_proj, out_bias, *float32 = weights
+        in_proj, in_bias, conv, conv_bias, x_proj, out_proj, out_bias, *others = weights
         matrices = ((in_proj, in_bias), (conv, conv_bias), (x_proj, None), (out_proj, out_bias))
         eps, selection_eps = numbers[2 * k : 2 * k + 2]
-        read = (before, conv_state, ssm_state, norm, *matrices, *float32)
-        return abi.MambaStep(*sizes, *settings, eps, *read, *after, selection_eps)
+        read = (before, conv_state, ssm_state, norm, *matrices, *others[:-3])
+        return abi.MambaStep(*sizes, *settings, eps, *read, *after, *others[-3:], selection_eps)
 
     return native_step.compute(residual, tensors, PER_BLOCK, step_of, library.mamba_steps)
 

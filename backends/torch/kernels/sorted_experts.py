@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mamba_core.backends.native import abi, library
 from mamba_core.backends.torch.arrays import at_least_float32
-from mamba_core.backends.torch.kernels import native_step, onednn_linear
+from mamba_core.backends.torch.kernels import native_step, native_tensors, onednn_linear
 from mamba_core.backends.torch.kernels.operator import differentiable, refuse_tangents
 
 
@@ -70,6 +71,7 @@ def _experts(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Tensor, down: 
     """(y, what gate and up give of each row for each of its experts, the first expert's first)."""
     refuse_tangents(x, weights, gate_up, down)
     keep = _kept(x, chosen, gate_up)
+    # The gradient needs what is kept, which the library does not give.
     with torch.autocast(x.device.type, enabled=False), torch.no_grad():
         return _computed(x, weights, chosen, gate_up, down, keep), keep
 
@@ -112,7 +114,24 @@ def _(dy, kept, x, weights, chosen, gate_up, down):
 
 
 def _only_y(x, weights, chosen, gate_up, down):
-    return (_computed(x, weights, chosen, gate_up, down, None),)
+    step = _native if _is_native(x, gate_up, down) else _computed
+    return (step(x, weights, chosen, gate_up, down, None),)
+
+
+def _is_native(x, gate_up, down) -> bool:
+    """Whether the library computes these rows in one call."""
+    sizes = [(value, value.shape) for value in (gate_up, down)]
+    return native_step.reason(x) is None and native_step.fits(x.dtype, sizes)
+
+
+def _native(x, weights, chosen, gate_up, down, keep: None) -> Tensor:
+    native_tensors.share_threads()
+    x, chosen, weights = x.contiguous(), chosen.to(torch.int32).contiguous(), weights.contiguous()
+    (experts, both, d), y = gate_up.shape, x.new_empty(x.shape, dtype=torch.float32)
+    settings = (x.dtype == torch.bfloat16, torch.get_num_threads(), 0, 0)
+    pointers = (value.data_ptr() for value in (x, chosen, weights, gate_up, down, y))
+    library.experts_step(abi.ExpertsStep(len(x), d, both // 2, chosen.shape[1], experts, *settings, *pointers))
+    return y.to(x.dtype)
 
 
 _run = differentiable(_experts, _experts_backward, results=1, kept=(1,), function=_only_y)

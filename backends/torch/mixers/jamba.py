@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from mamba_core.backend import LayerState
 from mamba_core.backends.torch.blocks import RMSNorm
+from mamba_core.backends.torch.kernels import native_mamba_step
 from mamba_core.backends.torch.mixers import s6
 from mamba_core.backends.torch.untouched import untouched
 from mamba_core.call import Call
@@ -60,7 +61,19 @@ class JambaMixer(nn.Module):
 
     def width(self) -> int | None:
         """As `s6.width`."""
-        return s6.width(self) if untouched(RMSNorm, self.dt_norm, self.B_norm, self.C_norm) else None
+        return s6.width(self) if untouched(RMSNorm, *self._norms()) else None
+
+    def native_step(self) -> native_mamba_step.Operands | str:
+        """For the way native_step, or why it cannot compute this mixer."""
+        norms = self._norms()
+        if not untouched(RMSNorm, *norms) or len({norm.eps for norm in norms}) > 1:
+            return "a norm of dt, B or C was changed"
+        if norms[0].eps <= 0:
+            return "the norms of dt, B and C add no eps, which says to the library that there are none"
+        return s6.native_operands(self, norms[0].eps, tuple(norm.weight for norm in norms))
+
+    def _norms(self) -> tuple[nn.Module, ...]:
+        return self.dt_norm, self.B_norm, self.C_norm
 
 
 def _normed(norm: nn.Module, value: Tensor) -> Tensor:

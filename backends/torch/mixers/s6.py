@@ -176,8 +176,8 @@ def project_rows(mixer, hidden: Tensor, rows: slice) -> Tensor:
 # --- for the ways: the weights that they read without calling the mixer's layers -----------------
 
 
-def native_operands(mixer, selection_eps: float = 0.0) -> native_mamba_step.Operands | str:
-    """For the way native_step, or why it cannot compute this mixer."""
+def native_operands(mixer, selection_eps: float = 0.0, norms=(None, None, None)) -> native_mamba_step.Operands | str:
+    """For the way native_step, or why it cannot compute this mixer. norms: the weights of those of dt, B and C."""
     in_proj, x_proj, dt_proj, out_proj = mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj
     conv = mixer.conv1d
     if not (_is_built_inside(mixer) and untouched(nn.Linear, in_proj, out_proj)):
@@ -186,7 +186,7 @@ def native_operands(mixer, selection_eps: float = 0.0) -> native_mamba_step.Oper
         return f"the eps of its norms of dt, B and C, {selection_eps}, is too small for float32"
     return native_mamba_step.Operands(
         *(in_proj.weight, in_proj.bias, conv.weight, conv.bias, x_proj.weight, out_proj.weight, out_proj.bias),
-        *(dt_proj.weight, dt_proj.bias, mixer.A_log, mixer.D, selection_eps),
+        *(dt_proj.weight, dt_proj.bias, mixer.A_log, mixer.D, *norms, selection_eps),
     )
 
 
