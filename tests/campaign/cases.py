@@ -73,7 +73,9 @@ def _offering(found: dict[str, list[Base]] = {}) -> dict[str, list[Base]]:  # no
 def _changeable(base: Base, entry: str) -> list[str]:
     """The files that are read, those of weights more often than each of the others."""
     if entry == "file":
-        weights = [name for name in base.files if _suffix(name) in ("safetensors", "bin", "pt", "pth", "npz", "index.json")]
+        weights = [
+            name for name in base.files if _suffix(name) in ("safetensors", "bin", "pt", "pth", "npz", "index.json")
+        ]
         return sorted(weights)
     return sorted(base.files)
 
