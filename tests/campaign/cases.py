@@ -73,7 +73,9 @@ def _offering(found: dict[str, list[Base]] = {}) -> dict[str, list[Base]]:  # no
 def _changeable(base: Base, entry: str) -> list[str]:
     """The files that are read, those of weights more often than each of the others."""
     if entry == "file":
-        weights = [name for name in base.files if _suffix(name) in ("safetensors", "bin", "pt", "npz", "index.json")]
+        weights = [
+            name for name in base.files if _suffix(name) in ("safetensors", "bin", "pt", "pth", "npz", "index.json")
+        ]
         return sorted(weights)
     return sorted(base.files)
 
@@ -97,7 +99,7 @@ def _edited(r: Random, name: str, base: Base) -> tuple[str, bytes, bool]:
         return kind, text.encode("utf-8", "surrogatepass"), False
     if suffix == "safetensors":
         return *safetensors.edited(r, data, other), False
-    if suffix in ("bin", "pt", "npz"):
+    if suffix in ("bin", "pt", "pth", "npz"):
         return zips.edited(r, data, other)
     if suffix == "npy":
         return *npy.edited(r, data, other), False

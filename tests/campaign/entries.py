@@ -76,7 +76,7 @@ def _compare(path: Path, opened: Mapping[str, np.ndarray], found: Read) -> None:
     """What other readers accept too must be the same."""
     if path.suffix == ".safetensors":
         _compare_safetensors(path, found)
-    elif path.suffix in (".npz", ".bin", ".pt"):
+    elif path.suffix in (".npz", ".bin", ".pt", ".pth"):
         _compare_zip(path, found)
 
 
