@@ -98,7 +98,8 @@ def test_jax_calls_it_for_a_few_positions(dtype):
         def run(kernel):
             # Where there will be a gradient, the plain form computes the value too.
             alone = jax.jit(loss, static_argnums=0)(kernel, *arrays)
-            return alone, jax.grad(loss, argnums=(1, 2, 3, 4), has_aux=True)(kernel, *arrays)
+            gradient = jax.jit(jax.grad(loss, argnums=(1, 2, 3, 4), has_aux=True), static_argnums=0)
+            return alone, gradient(kernel, *arrays)
 
         text = jax.jit(loss, static_argnums=0).lower("auto", *arrays).as_text()
         return "mamba_experts_step_xla" in text, run
