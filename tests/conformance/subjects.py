@@ -270,7 +270,8 @@ def _subjects():
     for name, file in cases().items():
         traits = architectures.find(name).TRAITS
         found[f"{name} block"] = _model(file, traits, BLOCK, "layers", n_layer=1)
-        found[f"{name} model"] = _model(file, traits, SHORT, "lm", "features")
+        if getattr(file, "MODEL", True):
+            found[f"{name} model"] = _model(file, traits, SHORT, "lm", "features")
     return found
 
 

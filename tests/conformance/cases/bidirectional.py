@@ -16,6 +16,8 @@ INNER = {
     "mamba2": {"d_state": 3, "headdim": 4},
 }
 
+MODEL = False
+
 
 def draw(choose, **fixed) -> BidirectionalConfig:
     inner = choose(tuple(INNER))

@@ -13,6 +13,8 @@ CONFIGS = {
     ),
 }  # fmt: skip
 
+MODEL = False
+
 
 def draw(choose, **fixed) -> VisionMambaConfig:
     drawn = {"bimamba_type": choose(("v1", "v2")), "divide_output": choose((False, True))}
