@@ -1,8 +1,8 @@
 """The architectures under the laws, a file each, found by file name.
 
 A file exports `CONFIGS`, small configs by name that together reach every switch, and `draw(choose, **fixed)`, a config
-with every size and switch drawn but those that are fixed; choose(values) picks one. With `MODEL = False` a block alone is
-under the laws: where nothing is carried, what stands around the blocks is held by the other architectures.
+with every size and switch drawn but those that are fixed; choose(values) picks one. With `MODEL = False` a block alone
+is under the laws: where nothing is carried, what stands around the blocks is held by the other architectures.
 """
 
 import importlib
