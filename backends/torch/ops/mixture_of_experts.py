@@ -17,13 +17,14 @@ def mixture_of_experts(x, logits, gate_up, down, *, top_k, mask=None, kernel="au
     """Gradients of gradients and forward mode need kernel="plain". Under autocast the products are in its dtype."""
     check_experts(x, logits, gate_up, down, top_k, mask)
     check_devices(x, logits=logits, gate_up=gate_up, down=down, mask=mask)
-    run = KERNELS[choose(kernel, kernels(x.device, x.dtype), "mixture_of_experts", "torch", x.device)]
+    dtype = _product_dtype(x, gate_up, down)
+    available = kernels(x.device, dtype, (x.shape[2], down.shape[2]))
+    run = KERNELS[choose(kernel, available, "mixture_of_experts", "torch", x.device)]
     if x.shape[1] == 0:
         return x
     weights, chosen = choice(where_counting(mask, logits), top_k)
     if mask is not None:
         chosen = torch.where(mask[..., None], chosen, len(gate_up))
-    dtype = _product_dtype(x, gate_up, down)
     given = where_counting(mask, x).flatten(0, 1), weights.flatten(0, 1), chosen.flatten(0, 1), gate_up, down
     y = run(*(value.to(dtype) if value.dtype.is_floating_point and value is not given[1] else value for value in given))
     return where_counting(mask, y.view(x.shape)).to(x.dtype)
@@ -36,9 +37,11 @@ def choice(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return logits.softmax(-1).gather(-1, chosen), chosen
 
 
-def kernels(device: torch.device, dtype: torch.dtype | None = None) -> dict[str, str | None]:
-    """Fastest first, for x of that dtype: None for a kernel that runs there, else why not."""
-    return dict.fromkeys(KERNELS) | {"grouped": grouped_experts.reason(device, dtype)}
+def kernels(
+    device: torch.device, dtype: torch.dtype | None = None, sizes: tuple[int, ...] = ()
+) -> dict[str, str | None]:
+    """Fastest first, for products of that dtype and rows of those lengths: None for one that runs, else why not."""
+    return dict.fromkeys(KERNELS) | {"grouped": grouped_experts.reason(device, dtype, sizes)}
 
 
 def swiglu(x: Tensor) -> Tensor:
