@@ -15,7 +15,7 @@ from tests.conformance.strategies import tokens
 jax = pytest.importorskip("jax")
 nnx = pytest.importorskip("flax.nnx")
 jnp = jax.numpy
-CONFIG = dataclasses.replace(CONFIGS["base"], num_experts=4, num_experts_per_tok=2, vocab_size=19)
+CONFIG = dataclasses.replace(CONFIGS["base"], n_layer=2, num_experts=4, num_experts_per_tok=2, vocab_size=19)
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ def mixture_of_experts(x, logits, gate_up, down, *, top_k, mask=None, kernel="au
 def mix(call, x, logits, gate_up, down, *, top_k, kernel="auto"):
     """`mixture_of_experts` in a call whose positions are known."""
     if kernel != "auto":
-        kernel = choose(kernel, kernels("cpu", x.dtype), "mixture_of_experts")  # where it runs is not known yet
+        kernel = choose(kernel, kernels("cpu"), "mixture_of_experts")  # where it runs is not known yet
     if isinstance(x.shape[1], int) and x.shape[1] == 0:
         return x
     return _mix(x, logits, gate_up, down, call.mask, top_k=top_k, kernel=kernel)
@@ -72,6 +72,8 @@ def ragged(x, chosen, probability, gate_up, down):
         return _gathered(x, chosen, probability, gate_up, down)
     order, sizes = _sorted(chosen, gate_up.shape[0])
     given = x[order // chosen.shape[1]]
+    # XLA may multiply the weights of an expert that nobody chose by zeros, and 0 * NaN is not 0.
+    gate_up, down = (jnp.where((sizes > 0)[:, None, None], weight, 0) for weight in (gate_up, down))
     active = expert_blocks.gated(_product(given, gate_up, sizes)).astype(x.dtype)
     return _together(_product(active, down, sizes), order, probability)
 
@@ -106,7 +108,7 @@ def _product(x, weight, sizes):
 
 
 def native(x, chosen, probability, gate_up, down, *, portable=False):
-    """As `ragged`: a few positions by the library, and more as `blocks` has them."""
+    """As `ragged`: a few positions in a dtype that the library has by that, and others as `blocks` has them."""
     if native_experts.why_not(x, gate_up, down) is not None:
         return blocks(x, chosen, probability, gate_up, down)
     return _native(x, chosen, probability, gate_up, down, portable=portable)
