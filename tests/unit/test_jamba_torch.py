@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 
 from mamba_core.backends.torch import decoding, prefill, quantize, stack  # noqa: E402
 from mamba_core.backends.torch.kernels import native_step, native_tensors, sorted_experts  # noqa: E402
-from mamba_core.backends.torch.ops import attention  # noqa: E402
+from mamba_core.backends.torch.ops import attention, mixture_of_experts  # noqa: E402
 from mamba_core.backends.torch.positions import call_of  # noqa: E402
 from mamba_core.backends.torch.private import tree_leaves, tree_map  # noqa: E402
 from mamba_core.sampling import Sampling  # noqa: E402
@@ -159,6 +159,31 @@ def test_a_few_rows_by_the_library_are_the_reference_s(monkeypatch, rows, dtype,
         found = mc.mixture_of_experts(**arrays, top_k=3)
     assert relative_l2(found.double().numpy(), wanted) < limit
     assert calls == [rows[0] * rows[1]]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_grouped_products_are_the_plain_form_s(masked):
+    """PyTorch has them on a CPU too, where they are not chosen."""
+    rng, found = np.random.default_rng(0), []
+    shapes = {"x": (2, 9, 16), "logits": (2, 9, 5), "gate_up": (5, 16, 16), "down": (5, 16, 8)}
+    values = [torch.tensor(rng.normal(size=shape) / 4, dtype=torch.float32) for shape in shapes.values()]
+    values, dy = [value.requires_grad_() for value in values], torch.tensor(rng.normal(size=(2, 9, 16)))
+    mask = torch.tensor(rng.random((2, 9)) < 0.6) if masked else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mixture_of_experts.grouped_experts, "reason", lambda *_: None)
+        for kernel in ("grouped", "plain"):
+            y = mc.mixture_of_experts(*values, top_k=2, mask=mask, kernel=kernel)
+            gradients = torch.autograd.grad(y, values, dy.float())
+            found.append([y.detach(), *gradients])
+    close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_grouped_products_say_what_they_take():
+    reason = mixture_of_experts.grouped_experts.reason
+    assert reason(torch.device("cuda"), torch.bfloat16, (16, 8)) is None
+    assert "it takes multiples of 8" in reason(torch.device("cuda"), torch.bfloat16, (16, 12))
+    assert "it computes bfloat16" in reason(torch.device("cuda"), torch.float32, (16, 8))
+    assert "CUDA only" in reason(torch.device("cpu"), torch.bfloat16, (16, 8))
 
 
 # --- routers -------------------------------------------------------------------------------------------------

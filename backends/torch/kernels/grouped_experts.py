@@ -6,20 +6,20 @@ from torch import Tensor
 
 from mamba_core.backends.torch.arrays import at_least_float32
 
-# Rows of weights begin at multiples of so many entries.
+# Elements of bfloat16 that fill the 16 bytes at which each row must begin.
 ALIGNED = 8
 
 
-def reason(device: torch.device, dtype: torch.dtype | None, *sizes: int) -> str | None:
-    """Why there is no such product on that device, for that dtype and rows of those sizes; None if there is one."""
+def reason(device: torch.device, dtype: torch.dtype | None, sizes: tuple[int, ...] = ()) -> str | None:
+    """Why there is no such product on that device, for that dtype and those lengths of rows; None if there is one."""
     if device.type != "cuda":
         return "it runs on CUDA only"
     if not hasattr(F, "grouped_mm"):
         return f"torch {torch.__version__} has no grouped_mm"
     if dtype not in (None, torch.bfloat16):
         return f"x is {str(dtype).removeprefix('torch.')}, and it computes bfloat16"
-    if odd := [size for size in sizes if size % ALIGNED]:
-        return f"rows have {odd[0]} entries, and it takes multiples of {ALIGNED}"
+    if any(size % ALIGNED for size in sizes):
+        return f"rows have {' and '.join(map(str, sizes))} elements, and it takes multiples of {ALIGNED}"
     return None
 
 

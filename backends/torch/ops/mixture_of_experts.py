@@ -19,7 +19,7 @@ def mixture_of_experts(x, logits, gate_up, down, *, top_k, mask=None, kernel="au
     check_experts(x, logits, gate_up, down, top_k, mask)
     check_devices(x, logits=logits, gate_up=gate_up, down=down, mask=mask)
     dtype = _product_dtype(x, gate_up, down)
-    available = kernels(x.device, dtype, x.shape[-1], down.shape[-1])
+    available = kernels(x.device, dtype, (x.shape[2], down.shape[2]))
     run = KERNELS[choose(kernel, available, "mixture_of_experts", "torch", x.device)]
     if x.shape[1] == 0:
         return x
@@ -38,9 +38,11 @@ def choice(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return logits.softmax(-1).gather(-1, chosen), chosen
 
 
-def kernels(device: torch.device, dtype: torch.dtype | None = None, *sizes: int) -> dict[str, str | None]:
-    """Fastest first, for x of that dtype, d and i: None for a kernel that runs there, else why not."""
-    return dict.fromkeys(KERNELS) | {"grouped": grouped_experts.reason(device, dtype, *sizes)}
+def kernels(
+    device: torch.device, dtype: torch.dtype | None = None, sizes: tuple[int, ...] = ()
+) -> dict[str, str | None]:
+    """Fastest first, for products of that dtype and rows of those lengths: None for one that runs, else why not."""
+    return dict.fromkeys(KERNELS) | {"grouped": grouped_experts.reason(device, dtype, sizes)}
 
 
 def plain(x, weights, chosen, gate_up, down):
