@@ -24,7 +24,7 @@ RANK = 20
 
 
 def take(blocks, residual, states, call) -> Taken | str:
-    if not (call.one and call.plain and call.in_place) or call.observed:
+    if not (call.one and call.plain and call.in_place) or call.observed or call.routers is not None:
         return "it computes one position, unobserved and without a gradient, in the memory of its states"
     layers = []
     for block, state in zip(blocks, states, strict=True):
