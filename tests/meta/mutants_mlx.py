@@ -27,7 +27,7 @@ CAUGHT_BY = {
         "parts of the gradient in the order they were computed": Mutant(SCAN, "_merge(plan, part[::-1])", "_merge(plan, part)"),
     },
     "test_every_kernel_equals_the_recurrence_where_it_restarts": {
-        "groups tiled": Mutant("ops/ssd.py", "mx.repeat(value, x.shape[1] // value.shape[1], axis=1)", "mx.tile(value, (1, x.shape[1] // value.shape[1], 1))"),
+        "groups tiled": Mutant("ops/ssd_step.py", "mx.repeat(value, x.shape[1] // value.shape[1], axis=1)", "mx.tile(value, (1, x.shape[1] // value.shape[1], 1))"),
         "segments mixed within a chunk": Mutant(SSD, "earlier = earlier & (run[..., :, None] == run[..., None, :])", "pass"),
         "an earlier segment left in the state": Mutant(SSD, "to_end = mx.where(run != run[..., -1:], -mx.inf, to_end)", "pass"),
         "the state passed to the next segment": Mutant(SSD, "from_start = mx.where(run > 0, -mx.inf, from_start)", "pass"),
