@@ -332,7 +332,7 @@ def test_the_mixer_is_one_operator_for_segments_but_not_for_a_mask(monkeypatch):
     calls = []
     kernels = backend.ops.fused_mixer.KERNELS
     inner = kernels["triton"]
-    monkeypatch.setitem(kernels, "triton", lambda *given: (calls.append(given[-1]), inner(*given))[1])
+    monkeypatch.setitem(kernels, "triton", lambda *given: (calls.append(given[-2]), inner(*given))[1])
     model, plain = pair(device=DEVICE)
     ids = tokens(WIDE, 2, 12).to(DEVICE)
     for name in ("segment_ids", "mask"):

@@ -526,11 +526,13 @@ def test_training_steps_as_graphs(dtype, autocast, remat):
 
 def operator_arguments():
     targets = torch.arange(10, device=DEVICE)
+    *of_mixer, conv_state, ssm_state = mixer_arguments()
+    states = conv_state, ssm_state
     return [
         (triton_norm._forward, (random(3, 24), random(3, 24, seed=1), random(24), 1e-5, F32)),
         (triton_conv._forward, (random(2, 9, 12), random(12, 4), random(12), random(2, 3, 12), None, True)),
-        (triton_mixer._forward, (*mixer_arguments(), None, 0.0, True)),
-        (triton_mixer._forward, (*mixer_arguments(), None, 1e-3, True)),
+        (triton_mixer._forward, (*of_mixer, None, *states, None, 0.0, True)),
+        (triton_mixer._forward, (*of_mixer, random(len(of_mixer[3])), *states, None, 1e-3, True)),
         (triton_loss._forward, (random(10, 16), random(53, 16), targets, True)),
     ]
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import mamba_core as mc
-from mamba_core import cli, runs, training
+from mamba_core import batches, cli, runs, training
 from mamba_core.cli import main
 from mamba_core.registry import installed
 from mamba_core.tokenizer import ByteTokenizer
@@ -146,7 +146,7 @@ def test_a_signal_before_the_first_step_of_a_resumed_run_changes_nothing(
 
 
 def test_a_signal_in_the_first_step_which_compiles_ends_after_it(command, during, tmp_path, capsys):
-    during(training, "batch", signal.SIGTERM)
+    during(batches, "batch", signal.SIGTERM)
     assert main([*command, "--out", str(tmp_path / "out")]) == 128 + signal.SIGTERM
     assert f"holds step 1 of {STEPS}; go on with" in capsys.readouterr().err
 

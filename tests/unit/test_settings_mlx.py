@@ -12,7 +12,15 @@ import mamba_core as mc
 mx = pytest.importorskip("mlx.core")
 
 from mamba_core.backends.mlx import arrays, ops  # noqa: E402 (after the package that it needs)
-from mamba_core.backends.mlx.ops import causal_conv, linear, rms_norm, selective_scan, ssd  # noqa: E402
+from mamba_core.backends.mlx.ops import (  # noqa: E402
+    attention,
+    causal_conv,
+    linear,
+    mixture_of_experts,
+    rms_norm,
+    selective_scan,
+    ssd,
+)
 
 PROGRAM = """
 import os
@@ -33,6 +41,10 @@ USES = {
         x[:, 0, :, None], x[:, 0], -w[:, 0], mx.ones((1, 1, 3)), mx.ones((1, 1, 3)), state=mx.ones((1, 2, 1, 3))
     ),
     "convolution": lambda x, w: causal_conv.causal_conv(x, w),
+    "attention": lambda x, w: attention.attention(*(x[:, :, None],) * 3),
+    "experts": lambda x, w: mixture_of_experts.mixture_of_experts(
+        x, mx.ones((1, 3, 2)), mx.ones((2, 2, 2)), mx.ones((2, 2, 1)), top_k=1
+    ),
     "convolution's step": lambda x, w: causal_conv.causal_conv_step(x[:, 0], w, state=mx.ones((1, 2, 2))),
     "linear": lambda x, w: linear.linear(x, w.T),
     "norm": lambda x, w: rms_norm.rms_norm(x, None, 1e-5),
@@ -74,5 +86,7 @@ def test_every_op_is_among_them():
         "cross_entropy",
         "ssd",
         "ssd_step",
+        "attention",
+        "mixture_of_experts",
     }  # the fifth multiplies nothing
     assert set(ops.available_kernels()) == known
