@@ -121,7 +121,7 @@ def fused(q, k, v, scale: float, allowed: Tensor | None) -> Tensor:
 
 
 def _dot_product(q, *arguments, **options):
-    """Without cuDNN's kernel: PyTorch 2.11 chooses it for strides and lengths at which it fails."""
+    """Without cuDNN's kernel: PyTorch 2.11 chooses it for a prompt of 262,144, at which it failed on an H200."""
     if not q.is_cuda:
         return F.scaled_dot_product_attention(q, *arguments, **options)
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
