@@ -19,6 +19,7 @@ from mamba_core.spec.params import parameter_table
 from mamba_core.tasks.base import EMBEDDING, FINAL_NORM
 
 # Of a model: what its call is made of.
+PACKAGE = __name__.rpartition(".")[0]
 METHODS = ("forward", "head", "head_weight", "hidden", "_run", "_check", "_run_from", "_opened", "_masked")
 
 
@@ -152,7 +153,15 @@ class Model(nn.Module):
         """Whether its call and its backbone's are what was built, so that its parts may be called without it."""
         if self.built is None or not untouched(Backbone, self.backbone):
             return False
-        return all(untouched(self.built, self, method=method) for method in METHODS if hasattr(self, method))
+        # Asked of the class: a module of this one may have a method's name.
+        return all(untouched(self.built, self, method=method) for method in METHODS if hasattr(self.built, method))
+
+    def has_own_ends(self) -> bool:
+        """Whether the modules before and behind the backbone are of known classes, and none is patched or has hooks."""
+        ends = [child for name, child in self.named_children() if name != "backbone"]
+        modules = [module for end in ends for module in end.modules()]
+        known = all(type(module).__module__.startswith(("torch.nn.", f"{PACKAGE}.")) for module in modules)
+        return known and all(untouched(type(module), module) for module in modules)
 
     def init_state(self, batch: int, room: int = 0) -> State:
         """Before the first position. room: how many positions a growing state has memory for."""

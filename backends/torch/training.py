@@ -82,7 +82,7 @@ class Trainer:
         else:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-        found = self.captured(batch, self._settings()) if self.captures() else self._update(batch)
+        found = self.captured(batch, self._settings()) if self.captures(batch) else self._update(batch)
         self.count += 1
         # The only place where the host waits for the device.
         value, norm = found.tolist()
@@ -96,16 +96,19 @@ class Trainer:
             counts, head = from_numpy(counts, device=self.model.device), find(self.model.config.task)
             return head.summed_loss_of_inputs(self.model, batch, counts).item()
 
-    def captures(self) -> bool:
-        """Whether steps are captured: on a GPU, of a model as built, whose mixers have been tried in captured steps.
+    def captures(self, batch: torch.Tensor | dict[str, torch.Tensor] | None) -> bool:
+        """Whether a step is captured: on a GPU, of a model as built, whose mixers have been tried in captured steps.
 
-        Those of a labelled task are not: its batches are of several arrays.
+        The head of a labelled task says so too: it may need the host to compute its loss of such a batch.
         """
-        if self.model.task.labelled:
+        model = self.model
+        if not (self.on_gpu and model.is_untouched() and model.backbone.is_untouched() and model.has_own_ends()):
             return False
-        if not (self.on_gpu and self.model.is_untouched() and self.model.backbone.is_untouched()):
-            return False
-        parts = [part for block in self.model.backbone.layers for part in (block.mixer, block.feed_forward)]
+        if model.task.labelled:
+            tried = getattr(find(model.config.task), "captures", None)
+            if tried is None or not tried(model, batch):
+                return False
+        parts = [part for block in model.backbone.layers for part in (block.mixer, block.feed_forward)]
         asked = [(own(part, "captures"), part) for part in parts if part is not None]
         return all(tried is not None and tried(part) for tried, part in asked)
 

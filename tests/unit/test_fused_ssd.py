@@ -383,16 +383,20 @@ def test_which_training_steps_are_captured(monkeypatch):
 
     def captures(config, kernels):
         trainer = training.Trainer(mc.build(config, backend="torch", device="cpu", kernels=kernels), mc.TrainSettings())
-        assert not trainer.captures()
+        assert not trainer.captures(None)
         trainer.on_gpu = True
-        return trainer, trainer.captures()
+        return trainer, trainer.captures(None)
 
     trainer, found = captures(WIDE, {"selective_scan": "plain"})
     assert found
     assert not captures(WIDE, {"ssd": "sequential"})[1]
     assert not captures(WIDE, "plain")[1]
     trainer.model.backbone.layers[1].mixer.norm.register_forward_hook(lambda *given: None)
-    assert not trainer.captures()
+    assert not trainer.captures(None)
+    untied, found = captures(dataclasses.replace(WIDE, tie_embeddings=False), "auto")
+    assert found
+    untied.model.lm_head.register_forward_hook(lambda *given: None)
+    assert not untied.captures(None)
     mamba = mc.MambaConfig(d_model=8, n_layer=1, vocab_size=16)
     assert not captures(mamba, "auto")[1]
     monkeypatch.setattr(s6.selective_scan, "kernel_for", lambda *_: "cuda")
@@ -401,7 +405,7 @@ def test_which_training_steps_are_captured(monkeypatch):
     mixer = trainer.model.backbone.layers[0].mixer
     mixer.__class__ = type("Other", (type(mixer),), {})
     trainer.model.backbone.record()
-    assert not trainer.captures()
+    assert not trainer.captures(None)
 
 
 @pytest.mark.gpu
@@ -416,7 +420,7 @@ def test_training_steps_as_graphs(dtype, autocast, remat):
         model = mc.build(WIDE, backend="torch", device=DEVICE, dtype=dtype)
         model.remat = remat
         trainer = training.Trainer(model, mc.training.TrainSettings(steps=9, learning_rate=0.01))
-        assert trainer.captures()
+        assert trainer.captures(None)
         if not captured:
             trainer.captured = lambda tokens, settings: trainer._update(tokens)
         found = []

@@ -8,6 +8,7 @@ from mamba_core.backends.torch import losses
 from mamba_core.backends.torch.heads.image_features import ImageModel
 from mamba_core.kernels import Kernels
 from mamba_core.observe import reporting
+from mamba_core.spec.images import grid
 from mamba_core.spec.losses import IGNORED
 
 
@@ -35,6 +36,12 @@ class ImageClassifier(ImageModel):
 def loss(task, output: Output, targets: Tensor, mask=None) -> Tensor:
     """Mean cross-entropy against the classes (b,) that count."""
     return losses.cross_entropy(output.logits, targets, targets != IGNORED)
+
+
+def captures(model, batch: dict[str, Tensor]) -> bool:
+    """Whether no number comes from the host, as the matrix does that interpolates the positions of another size."""
+    task = model.task
+    return set(batch) == {"inputs", "targets"} and grid(batch["inputs"].shape[2:], task.patch, task.steps) == task.grid
 
 
 Model = ImageClassifier

@@ -14,6 +14,7 @@ from mamba_core.backends.torch.private import tree_map
 # The most tokens that are computed without the host. The first rounds compute fewer, for short texts.
 AT_ONCE = 16
 WARM_UPS = 2
+Batch = Tensor | dict[str, Tensor]
 
 
 class CapturedDecoding:
@@ -95,42 +96,45 @@ class CapturedCache:
 
 
 class CapturedStep:
-    """A function of a tensor that changes other tensors, such as a training step, captured after its first calls.
+    """A function of a batch that changes other tensors, such as a training step, captured after its first calls.
 
-    The first calls with a shape and settings are plain; then the function is captured, and each call is a replay. The
-    tensors that it reads must stay where they are in memory. If they move, call `forget`.
+    A batch is a tensor or a dict of tensors. The first calls with its shapes and settings are plain; then the function
+    is captured, and each call is a replay. The tensors that it reads must stay where they are in memory. If they move,
+    call `forget`.
     """
 
-    def __init__(self, function: Callable[[Tensor], Tensor]):
+    def __init__(self, function: Callable[[Batch], Tensor]):
         self._function, self._side = function, None
         self.forget()
 
     def forget(self) -> None:
         self._key, self._calls, self._graph = None, 0, None
 
-    def __call__(self, argument: Tensor, settings: Hashable) -> Tensor:
-        if self._key != (key := (argument.shape, argument.dtype, settings)):
+    def __call__(self, batch: Batch, settings: Hashable) -> Tensor:
+        named = {"": batch} if isinstance(batch, Tensor) else batch
+        device = next(iter(named.values())).device
+        if self._key != (key := (*((name, value.shape, value.dtype) for name, value in named.items()), settings)):
             self.forget()
             self._key = key
         if self._graph is None and self._calls < WARM_UPS:
             self._calls += 1
             # Always the same stream, because memory that one stream has used is not reused by another.
-            self._side = self._side or torch.cuda.Stream(argument.device)
+            self._side = self._side or torch.cuda.Stream(device)
             with _on_side_stream(self._side):
-                return self._function(argument)
+                return self._function(batch)
         if self._graph is None:
-            self._capture(argument)
-        self._argument.copy_(argument)
+            self._capture(batch, device)
+        _copy(batch, self._batch)
         self._graph.replay()
         return self._result.clone()
 
-    def _capture(self, argument):
+    def _capture(self, batch: Batch, device: torch.device) -> None:
         # The graph has its own memory, so what the plain calls left in the cache would exist twice.
-        torch.cuda.synchronize(argument.device)
+        torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
-        self._argument, self._graph = argument.clone(), torch.cuda.CUDAGraph()
+        self._batch, self._graph = _mapped(torch.clone, batch), torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._result = self._function(self._argument)
+            self._result = self._function(self._batch)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mamba_core.backend import LayerState
 from mamba_core.backends.torch.layers import DropPath, StepProjection
 from mamba_core.backends.torch.mixers import Options, s6
 from mamba_core.call import Call
@@ -42,15 +43,32 @@ def add_parameters(mixer: nn.Module, config, layer: int, options: Options, own_s
     mixer.drop_path = DropPath(config.drop_rate(layer)).eval()
 
 
-def project_in(mixer, hidden: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+def project_in(mixer, hidden: Tensor, call: Call) -> Tensor:
+    """x and z side by side, (b, l, 2e)."""
+    return call.observe("in_proj", s6.project(mixer, "in_proj", hidden))
+
+
+def halves(xz: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """x and z (b, l, e)."""
-    x, z = call.observe("in_proj", s6.project(mixer, "in_proj", hidden)).chunk(2, dim=-1)
+    x, z = xz.chunk(2, dim=-1)
     return call.observe("x", x), call.observe("z", z)
 
 
 def convolve(mixer, direction, x: Tensor, call: Call) -> Tensor:
     """From a window of zeros."""
     return s6.convolve(direction, x, x.new_zeros(len(x), mixer.taps - 1, x.shape[2]), call)[0]
+
+
+def is_fused(directions, xz: Tensor, call: Call) -> bool:
+    """Whether `fused` computes each of these directions here."""
+    return all(s6.is_fused(direction, xz, call) for direction in directions)
+
+
+def fused(direction, xz: Tensor, call: Call) -> Tensor:
+    """What is between in_proj and out_proj, (b, l, e), as one operator from states of zeros."""
+    b, (e, n), k = len(xz), direction.A_log.shape, direction.conv1d.weight.shape[-1]
+    zeros = LayerState(xz.new_zeros(b, k - 1, e), torch.zeros(b, e, n, device=xz.device))
+    return s6.fused(direction, xz, zeros, call)[0]
 
 
 def steps_of(direction, x: Tensor, call: Call) -> tuple:

@@ -11,7 +11,7 @@ class BidirectionalMixer(nn.Module):
         bimamba.add_parameters(self, config, layer, options, own_selection=False)
 
     def forward(self, hidden: Tensor, state, call) -> tuple[Tensor, tuple]:
-        x, z = bimamba.project_in(self, hidden, call)
+        x, z = bimamba.halves(bimamba.project_in(self, hidden, call), call)
         here, back = bimamba.whole(call), bimamba.reversed_call(call)
         x = bimamba.convolve(self, self, x, here)
         delta, B, C, bias = bimamba.steps_of(self, x, here)

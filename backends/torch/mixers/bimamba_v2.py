@@ -2,18 +2,25 @@
 
 from torch import Tensor, nn
 
-from mamba_core.backends.torch.mixers import bimamba
+from mamba_core.backends.torch.mixers import bimamba, s6
 
 
 class BidirectionalMixer(nn.Module):
+    captures = s6.captures
+
     def __init__(self, config, layer: int, options):
         super().__init__()
         bimamba.add_parameters(self, config, layer, options, own_selection=True)
 
     def forward(self, hidden: Tensor, state, call) -> tuple[Tensor, tuple]:
-        x, z = bimamba.project_in(self, hidden, call)
-        y = self._one_way(self, x, z, bimamba.whole(call))
-        y_b = self._one_way(self._reverse(), bimamba.flip(x), bimamba.flip(z), bimamba.reversed_call(call))
+        xz, reverse = bimamba.project_in(self, hidden, call), self._reverse()
+        here, back = bimamba.whole(call), bimamba.reversed_call(call)
+        if bimamba.is_fused((self, reverse), xz, call):
+            y, y_b = bimamba.fused(self, xz, here), bimamba.fused(reverse, bimamba.flip(xz), back)
+        else:
+            x, z = bimamba.halves(xz, call)
+            y = self._one_way(self, x, z, here)
+            y_b = self._one_way(reverse, bimamba.flip(x), bimamba.flip(z), back)
         return bimamba.merge(self, y, bimamba.flip(y_b), call), state
 
     def _one_way(self, direction, x: Tensor, z: Tensor, call) -> Tensor:

@@ -1,0 +1,120 @@
+"""Vision Mamba by fused kernels: on a GPU, and on a CPU in Triton's interpreter, in a process of its own."""
+
+import dataclasses
+import importlib.util
+
+import numpy as np
+import pytest
+import torch
+
+import mamba_core as mc
+from mamba_core.backends.torch import training
+from mamba_core.backends.torch.kernels import triton, triton_mixer
+from mamba_core.backends.torch.mixers import bimamba_v2
+from mamba_core.backends.torch.ops import fused_mixer
+from mamba_core.spec.tolerances import relative_l2
+from tests.unit.triton_compile import run_in_the_interpreter
+
+DEVICE = "cpu" if triton.INTERPRETED else "cuda"
+RUNS = triton.reason(torch.device(DEVICE)) is None and (triton.INTERPRETED or torch.cuda.is_available())
+here = pytest.mark.skipif(not RUNS, reason="needs a GPU, or Triton's interpreter")
+on_gpu = pytest.mark.skipif(triton.INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU")
+IMAGES = {"image_size": 8, "patch_size": 2, "channels": 1, "num_classes": 3}
+CONFIG = mc.VisionMambaConfig(d_model=8, d_state=8, n_layer=2, task_options=IMAGES)
+TOKENS = mc.VisionMambaConfig(d_model=8, d_state=8, n_layer=1, vocab_size=13, task="features")
+
+
+@pytest.mark.skipif(triton.INTERPRETED, reason="runs in the interpreter already")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_all_of_them_in_the_interpreter():
+    run_in_the_interpreter(__file__)
+
+
+def examples(size=8):
+    rng = np.random.default_rng(0)
+    return {"inputs": rng.normal(size=(4, 1, size, size)).astype(np.float32), "targets": rng.integers(0, 3, 4)}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The calls of the fused operator."""
+    made, real = [], triton_mixer.inner
+    monkeypatch.setitem(fused_mixer.KERNELS, "triton", lambda *given: made.append(1) or real(*given))
+    return made
+
+
+@here
+@pytest.mark.gpu
+def test_each_direction_is_one_operator(calls):
+    found = []
+    for kernels in ("auto", "plain"):
+        model = mc.build(CONFIG, backend="torch", device=DEVICE, kernels=kernels)
+        found.append(training.loss_and_gradients(model, examples()))
+    assert len(calls) == 2 * CONFIG.n_layer
+    (ours, gradients), (plain, expected) = found
+    assert ours == pytest.approx(plain, rel=1e-6)
+    for name, value in expected.items():
+        assert relative_l2(gradients[name], value) <= 1e-5, name
+
+
+@here
+@pytest.mark.gpu
+def test_segments_restart_both_directions(calls):
+    ids, segments = torch.arange(11, device=DEVICE)[None] % 13, torch.tensor([[0] * 4 + [1] * 7], device=DEVICE)
+    fused, plain = (mc.build(TOKENS, backend="torch", device=DEVICE, kernels=kernels) for kernels in ("auto", "plain"))
+    hidden = fused(ids, segment_ids=segments).hidden.detach().cpu().numpy()
+    assert len(calls) == 2
+    assert relative_l2(hidden, plain(ids, segment_ids=segments).hidden.detach().cpu().numpy()) <= 1e-5
+    alone = fused(ids[:, :4]).hidden.detach().cpu().numpy()
+    assert relative_l2(hidden[:, :4], alone) <= 1e-5
+
+
+@here
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["dt_proj", "x_proj_b", "conv1d_b"])
+def test_a_hook_in_either_direction_acts(calls, name):
+    model = mc.build(CONFIG, backend="torch", device=DEVICE)
+    inputs = torch.from_numpy(examples()["inputs"]).to(DEVICE)
+    before = model(inputs).logits
+    assert len(calls) == 4
+    getattr(model.backbone.layers[0].mixer, name).register_forward_hook(lambda module, given, output: 2 * output)
+    assert not torch.allclose(model(inputs).logits, before)
+    assert len(calls) == 6
+
+
+def test_which_steps_of_image_classifiers_are_captured(monkeypatch):
+    """Not those of another size, whose positions are interpolated by a matrix from the host."""
+    trainer = training.Trainer(mc.build(CONFIG, backend="torch", device="cpu"), mc.TrainSettings())
+    trainer.on_gpu = True
+    monkeypatch.setattr(bimamba_v2.BidirectionalMixer, "captures", lambda mixer: True)
+    batch, larger = ({"inputs": torch.zeros(4, 1, size, size), "targets": torch.zeros(4)} for size in (8, 12))
+    assert trainer.captures(batch)
+    assert not trainer.captures(larger)
+    trainer.model.head = torch.nn.Sequential(trainer.model.head)
+    assert trainer.captures(batch)
+    trainer.model.head[0].register_forward_hook(lambda *given: None)
+    assert not trainer.captures(batch)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_training_steps_as_graphs(rate):
+    """The same bits as when all steps are plain; where paths are dropped, other paths at each replay."""
+    config = dataclasses.replace(CONFIG, drop_path_rate=rate)
+
+    def losses(captured):
+        model = mc.build(config, backend="torch", device=DEVICE).train()
+        trainer = training.Trainer(model, mc.TrainSettings(steps=9, learning_rate=0.01))
+        if not captured:
+            trainer.captured = lambda batch, settings: trainer._update(batch)
+        return [trainer.step(examples())[0] for _ in range(8)], trainer
+
+    plain, _ = losses(False)
+    captured, trainer = losses(True)
+    assert trainer.captured._graph is not None
+    if rate == 0.0:
+        assert plain == captured
+    else:
+        assert len({round(value, 6) for value in captured}) == 8
+    assert captured[-1] < captured[0] or rate
