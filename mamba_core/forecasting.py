@@ -54,7 +54,7 @@ def forecast(
     series = _joined(values, covariates, task.covariates)
     mask = _checked_mask(mask, values.shape[:2])
     task.check(model.config, series, mask, None, extras={"observed": observed})
-    task.beginnings(model.config, series, task.inputs, mask, {"observed": observed})
+    task.check_values(model.config, series, mask, {"observed": observed})
     rounds = max(0, -(-(steps - task.horizon) // stride))
     if rounds:
         _check_rolls(model.config, task)

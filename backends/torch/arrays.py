@@ -48,12 +48,16 @@ def dtype_name(array: Tensor) -> str:
 
 def from_numpy(value, dtype: str | None = None, device: str | None = None) -> Tensor:
     """MPS has no float64: ask for dtype="float32" there."""
-    value = np.array(value, order="C")
+    device, given = device or devices()[0], value
+    value = np.asarray(value, order="C")
+    # Elsewhere the tensor is a copy anyway.
+    if value is given and (device.startswith("cpu") or not value.flags.writeable):
+        value = value.copy()
     if value.dtype == ml_dtypes.bfloat16:
         tensor = torch.from_numpy(value.view(np.int16)).view(torch.bfloat16)
     else:
         tensor = torch.from_numpy(value)
-    return tensor.to(device or devices()[0], None if dtype is None else dtype_of(dtype))
+    return tensor.to(device, None if dtype is None else dtype_of(dtype))
 
 
 def to_numpy(array: Tensor) -> np.ndarray:

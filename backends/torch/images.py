@@ -21,7 +21,10 @@ class PatchEmbedding(nn.Module):
         self.bias = nn.Parameter(torch.empty(size))
 
     def forward(self, images: Tensor) -> Tensor:
-        patches = F.unfold(images.to(self.weight.dtype), self.weight.shape[2:], stride=self.stride).mT
+        (rows, columns), (down, across) = self.weight.shape[2:], self.stride
+        # (b, c, patches down, patches across, rows, columns), a view; torch's own unfold goes image by image on a GPU.
+        patches = images.to(self.weight.dtype).unfold(2, rows, down).unfold(3, columns, across)
+        patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
         return F.linear(patches, self.weight.flatten(1), self.bias)
 
 

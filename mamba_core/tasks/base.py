@@ -148,6 +148,14 @@ class Task:
         """
         return {kind if kind == self.inputs else EMBEDDED: self.beginning(config, inputs, kind)}
 
+    def check_values(self, config: Any, inputs: Any, mask: Any, extras: Mapping[str, Any] = NOTHING) -> None:
+        """Check the values of inputs whose kind and shape `check` has found right.
+
+        Raises:
+            ValueError: the graph cannot begin with one of them.
+        """
+        self.beginnings(config, inputs, self.inputs, mask, extras)
+
     def positions(self, inputs: Any) -> int:
         """The positions that the blocks are given for these inputs."""
         return inputs.shape[1]
@@ -222,7 +230,7 @@ class Task:
         }
         inputs, extras = arrays["inputs"], {name: arrays[name] for name in self.extras if name in arrays}
         self.check(config, inputs, arrays.get("mask"), arrays.get("segment_ids"), extras=extras)
-        self.beginnings(config, inputs, self.inputs, arrays.get("mask"), extras)
+        self.check_values(config, inputs, arrays.get("mask"), extras)
         arrays["targets"] = self.checked_targets(config, inputs.shape[:2], arrays["targets"])
         if not self.weight(config, arrays["targets"], arrays.get("mask")) > 0:
             raise ValueError("no target of the batch counts, so that it has no loss")

@@ -122,6 +122,9 @@ class Task(base.Task):
         if extras:
             raise TypeError(f"a model of task {config.task!r} has no argument {', '.join(extras)}")
 
+    def check_values(self, config: Any, inputs: Any, mask: Any, extras: Mapping[str, Any] = NOTHING) -> None:
+        """A colour may be any number."""
+
     def positions(self, inputs: Any) -> int:
         rows, columns = grid(inputs.shape[2:], self.patch, self.steps)
         return rows * columns + len(NAMES[self.class_token])

@@ -11,7 +11,7 @@ import mamba_core as mc
 from mamba_core.backends.torch import training
 from mamba_core.backends.torch.kernels import triton, triton_mixer
 from mamba_core.backends.torch.mixers import bimamba_v2
-from mamba_core.backends.torch.ops import fused_mixer
+from mamba_core.backends.torch.ops import fused_mixer, rms_norm
 from mamba_core.spec.tolerances import relative_l2
 from tests.unit.triton_compile import run_in_the_interpreter
 
@@ -80,6 +80,19 @@ def test_a_hook_in_either_direction_acts(calls, name):
     getattr(model.backbone.layers[0].mixer, name).register_forward_hook(lambda module, given, output: 2 * output)
     assert not torch.allclose(model(inputs).logits, before)
     assert len(calls) == 6
+
+
+@here
+@pytest.mark.gpu
+def test_the_norm_is_fused_under_autocast(monkeypatch):
+    """There a mixer's output has autocast's dtype, and the residual stream and the weights have their own."""
+    made = []
+    for name, kernel in list(rms_norm.KERNELS.items()):
+        monkeypatch.setitem(rms_norm.KERNELS, name, lambda *given, as_=name, do=kernel: made.append(as_) or do(*given))
+    model = mc.build(TOKENS, backend="torch", device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        model(torch.arange(11, device=DEVICE)[None])
+    assert made == ["triton", "triton"]
 
 
 def test_which_steps_of_image_classifiers_are_captured(monkeypatch):

@@ -43,7 +43,8 @@ def fused_kernel(policy: Kernels, residual: Tensor, weight: Tensor) -> str | Non
 def add_norm(residual: Tensor, hidden: Tensor | None, weight: Tensor, eps: float, kernel: str) -> tuple[Tensor, Tensor]:
     """(the norm of residual + hidden in the dtype in which a linear is computed, that sum); hidden may be None."""
     # What a replaced layer gives may have another shape, or a dtype that no kernel reads.
-    if hidden is not None and not (hidden.shape == residual.shape and hidden.dtype in (weight.dtype, residual.dtype)):
+    known = (weight.dtype, residual.dtype, linear_dtype(weight))
+    if hidden is not None and not (hidden.shape == residual.shape and hidden.dtype in known):
         kernel = "plain"
     return KERNELS[kernel](residual, hidden, weight, eps)
 
