@@ -9,9 +9,11 @@ import torch
 
 import mamba_core as mc
 from mamba_core.backends.torch import training
-from mamba_core.backends.torch.kernels import triton, triton_mixer
+from mamba_core.backends.torch.kernels import triton, triton_directions
+from mamba_core.backends.torch.kernels.triton_mixer import Weights
 from mamba_core.backends.torch.mixers import bimamba_v2
 from mamba_core.backends.torch.ops import fused_mixer, rms_norm
+from mamba_core.call import Call
 from mamba_core.spec.tolerances import relative_l2
 from tests.unit.triton_compile import run_in_the_interpreter
 
@@ -19,8 +21,8 @@ DEVICE = "cpu" if triton.INTERPRETED else "cuda"
 RUNS = triton.reason(torch.device(DEVICE)) is None and (triton.INTERPRETED or torch.cuda.is_available())
 here = pytest.mark.skipif(not RUNS, reason="needs a GPU, or Triton's interpreter")
 on_gpu = pytest.mark.skipif(triton.INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU")
-IMAGES = {"image_size": 8, "patch_size": 2, "channels": 1, "num_classes": 3}
-CONFIG = mc.VisionMambaConfig(d_model=8, d_state=8, n_layer=2, task_options=IMAGES)
+IMAGES = {"image_size": 8, "patch_size": 4, "channels": 1, "num_classes": 3}
+CONFIG = mc.VisionMambaConfig(d_model=8, d_state=4, n_layer=1, task_options=IMAGES)
 TOKENS = mc.VisionMambaConfig(d_model=8, d_state=8, n_layer=1, vocab_size=13, task="features")
 
 
@@ -38,19 +40,58 @@ def examples(size=8):
 @pytest.fixture
 def calls(monkeypatch):
     """The calls of the fused operator."""
-    made, real = [], triton_mixer.inner
-    monkeypatch.setitem(fused_mixer.KERNELS, "triton", lambda *given: made.append(1) or real(*given))
+    made, real = [], triton_directions.merged
+    monkeypatch.setattr(triton_directions, "merged", lambda *given: made.append(1) or real(*given))
     return made
 
 
 @here
 @pytest.mark.gpu
-def test_each_direction_is_one_operator(calls):
+@pytest.mark.parametrize(("l", "bias"), [(70, True), pytest.param(1, False, marks=on_gpu)])
+def test_the_operator_against_one_of_each_direction(l, bias):
+    """With segments, over several programs along the positions."""
+    rng, (e, n, r, k) = np.random.default_rng(0), (12, 4, 3, 4)
+    xz, dy = draw(rng, 2, l, 2 * e), draw(rng, 2, l, e)
+    weights, weights_b = (drawn_weights(rng, e, n, r, k, bias) for _ in range(2))
+    restart = torch.from_numpy(rng.random((2, l)) < 0.1).to(DEVICE)
+    restart_b = torch.cat([torch.zeros_like(restart[:, :1]), restart[:, 1:].flip(1)], 1)
+
+    def plain(xz, weights, weights_b):
+        zeros = xz.new_zeros(2, k - 1, e), xz.new_zeros(2, e, n)
+        y = fused_mixer._plain(xz, *weights[:-1], *zeros, 0.0, Call(restart=restart, segment_ids=restart.cumsum(1)))[0]
+        here = Call(restart=restart_b, segment_ids=restart_b.cumsum(1))
+        y_b = fused_mixer._plain(xz.flip(1), *weights_b[:-1], *zeros, 0.0, here)[0]
+        return (y + y_b.flip(1)) * 0.5
+
+    leaves = [value for value in (xz, *weights, *weights_b) if value is not None]
+    found = triton_directions.merged(xz, weights, weights_b, 0.5, restart, restart_b)
+    expected = plain(xz, weights, weights_b)
+    for one, other in zip(
+        (found, *torch.autograd.grad(found, leaves, dy)),
+        (expected, *torch.autograd.grad(expected, leaves, dy)),
+        strict=True,
+    ):
+        assert relative_l2(one.detach().cpu().numpy(), other.detach().cpu().numpy()) <= 2e-6
+
+
+def draw(rng, *shape):
+    return torch.from_numpy(rng.normal(size=shape).astype(np.float32)).to(DEVICE).requires_grad_()
+
+
+def drawn_weights(rng, e, n, r, k, bias) -> Weights:
+    taps, x_proj, dt_proj = draw(rng, e, k), draw(rng, r + 2 * n, e), draw(rng, e, r)
+    A = (-draw(rng, e, n).detach().exp()).requires_grad_()
+    return Weights(taps, draw(rng, e) if bias else None, x_proj, dt_proj, draw(rng, e), A, draw(rng, e))
+
+
+@here
+@pytest.mark.gpu
+def test_both_directions_are_one_operator(calls):
     found = []
     for kernels in ("auto", "plain"):
         model = mc.build(CONFIG, backend="torch", device=DEVICE, kernels=kernels)
         found.append(training.loss_and_gradients(model, examples()))
-    assert len(calls) == 2 * CONFIG.n_layer
+    assert len(calls) == CONFIG.n_layer
     (ours, gradients), (plain, expected) = found
     assert ours == pytest.approx(plain, rel=1e-6)
     for name, value in expected.items():
@@ -63,7 +104,7 @@ def test_segments_restart_both_directions(calls):
     ids, segments = torch.arange(11, device=DEVICE)[None] % 13, torch.tensor([[0] * 4 + [1] * 7], device=DEVICE)
     fused, plain = (mc.build(TOKENS, backend="torch", device=DEVICE, kernels=kernels) for kernels in ("auto", "plain"))
     hidden = fused(ids, segment_ids=segments).hidden.detach().cpu().numpy()
-    assert len(calls) == 2
+    assert len(calls) == 1
     assert relative_l2(hidden, plain(ids, segment_ids=segments).hidden.detach().cpu().numpy()) <= 1e-5
     alone = fused(ids[:, :4]).hidden.detach().cpu().numpy()
     assert relative_l2(hidden[:, :4], alone) <= 1e-5
@@ -76,10 +117,10 @@ def test_a_hook_in_either_direction_acts(calls, name):
     model = mc.build(CONFIG, backend="torch", device=DEVICE)
     inputs = torch.from_numpy(examples()["inputs"]).to(DEVICE)
     before = model(inputs).logits
-    assert len(calls) == 4
+    assert len(calls) == 1
     getattr(model.backbone.layers[0].mixer, name).register_forward_hook(lambda module, given, output: 2 * output)
     assert not torch.allclose(model(inputs).logits, before)
-    assert len(calls) == 6
+    assert len(calls) == 1
 
 
 @here

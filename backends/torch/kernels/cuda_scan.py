@@ -4,6 +4,7 @@ The kernels are those of `mamba_core.backends.gpu`, compiled when first needed. 
 """
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -63,13 +64,18 @@ def _scan(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, final state, kept states), the last empty unless they are to be kept for a gradient."""
     refuse_tangents(x, delta, A, B, C, D, z, delta_bias, h0)
+    return scan(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, delta_softplus, keep)
+
+
+def scan(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, delta_softplus, keep, reverse=False):
+    """`_scan` outside of the dispatcher. reverse: z lies in memory with its positions in reverse order."""
     if x.shape[1] == 0:
         h = A.new_zeros(len(x), *A.shape) if h0 is None else h0.clone()
         return torch.empty_like(x), h, A.new_empty(_kept_shape(x, A, keep))
     named = _named(x, delta, A, B, C, D, z, delta_bias, mask, restart)
-    scan = _plan(named, delta_softplus, h0, keep=keep)
-    found = _run(scan, named | {"begin": _padded(h0, scan)})
-    return found["y"], _unpadded(found["final_state"], scan), found["kept"]
+    plan = _plan(named, delta_softplus, h0, keep=keep)
+    found = _run(plan, named | {"begin": _padded(h0, plan)}, ("z",) if reverse else ())
+    return found["y"], _unpadded(found["final_state"], plan), found["kept"]
 
 
 @torch.library.custom_op("mamba_core::cuda_scan_backward", mutates_args=(), device_types="cuda")
@@ -91,6 +97,14 @@ def _scan_backward(
     delta_softplus: bool,
     keep: bool,
 ) -> list[Tensor]:
+    given = (x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, delta_softplus, keep)
+    return scan_backward(dy, dfinal_state, kept, *given)
+
+
+def scan_backward(
+    dy, dfinal_state, kept, x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, delta_softplus, keep, reverse=False
+) -> list[Tensor]:
+    """`_scan_backward` outside of the dispatcher. reverse: z and dy lie with their positions in reverse order."""
     if x.shape[1] == 0:
         inputs = (x, delta, A, B, C, D, z, delta_bias)
         gradients = [torch.zeros_like(value) for value in inputs if value is not None]
@@ -98,13 +112,13 @@ def _scan_backward(
             gradients.append(torch.zeros_like(h0) if dfinal_state is None else dfinal_state.clone())
         return gradients
     if not keep:  # torch.func may ask for the gradient of tensors that did not say that they require one
-        _, _, kept = _scan(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, delta_softplus, True)
+        kept = scan(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, delta_softplus, True, reverse)[2]
     named = _named(x, delta, A, B, C, D, z, delta_bias, mask, restart) | {"dy": rows(dy)}
-    scan = _plan(named, delta_softplus, dfinal_state, backward=True)
-    found = _run(scan, named | {"begin": _padded(dfinal_state, scan), "kept": kept})
+    plan = _plan(named, delta_softplus, dfinal_state, backward=True)
+    found = _run(plan, named | {"begin": _padded(dfinal_state, plan), "kept": kept}, ("z", "dy") if reverse else ())
     names = ["dx", "ddelta", "dA_sum", "dB_sum", "dC_sum", "dD_sum", "dz", "ddelta_bias_sum"]
     gradients = [found[name] for name in names if name in found]
-    return gradients if h0 is None else [*gradients, _unpadded(found["dstate"], scan)]
+    return gradients if h0 is None else [*gradients, _unpadded(found["dstate"], plan)]
 
 
 @_scan.register_fake
@@ -145,8 +159,8 @@ def _plan(named, delta_softplus, begin, **how) -> gpu.Scan:
     )
 
 
-def _run(scan: gpu.Scan, arrays: dict[str, Tensor | None]) -> dict[str, Tensor]:
-    """What the scan's kernels compute, by its names."""
+def _run(scan: gpu.Scan, arrays: dict[str, Tensor | None], turned: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """What the scan's kernels compute, by its names. turned: sequences that are read from their last position on."""
     x = arrays["x"]
     prepared = _prepare(scan, x.device)
     found = {
@@ -155,12 +169,16 @@ def _run(scan: gpu.Scan, arrays: dict[str, Tensor | None]) -> dict[str, Tensor]:
     }
     stream, given = torch.cuda.current_stream(x.device).cuda_stream, arrays | found
     pointers = {name: 0 if value is None else value.data_ptr() for name, value in given.items()}
-    strides = [number for name in gpu.SEQUENCES for number in _strides(arrays.get(name))]
+    strides = {name: _strides(arrays.get(name)) for name in gpu.SEQUENCES}
+    for name in turned:
+        row, position = strides[name]
+        pointers[name] += (x.shape[1] - 1) * position * x.element_size()
+        strides[name] = row, -position
     with torch.cuda.device(x.device):
         for kernel, launch, sizes in prepared.calls:
             if launch.begins_from_added:
                 pointers["begin"] = pointers["added"]
-            numbers = strides if launch.strided else ()
+            numbers = itertools.chain(*strides.values()) if launch.strided else ()
             kernel.launch(
                 x.device.index,
                 stream,

@@ -47,6 +47,12 @@ def _forward(
 _scan = torch.library.custom_op("mamba_core::native_scan", mutates_args=(), device_types="cpu")(_forward)
 
 
+def scan(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, delta_softplus, keep, reverse=False):
+    """As `cuda_scan.scan`, which it stands for where Triton's kernels run in their interpreter."""
+    z = z.flip(1) if reverse else z
+    return _scan(x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, delta_softplus, keep)
+
+
 @torch.library.custom_op("mamba_core::native_scan_backward", mutates_args=(), device_types="cpu")
 def _scan_backward(
     dy: Tensor,
@@ -75,6 +81,15 @@ def _scan_backward(
     arriving["boundaries"] = boundaries.contiguous()
     library.scan_backward(_arguments(x, A, delta_softplus, given | arriving | gradients))
     return list(gradients.values())
+
+
+def scan_backward(
+    dy, dfinal_state, kept, x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, delta_softplus, keep, reverse=False
+) -> list[Tensor]:
+    """As `cuda_scan.scan_backward`."""
+    dy, z = (value.flip(1) if reverse else value for value in (dy, z))
+    given = (x, delta, A, B, C, D, z, delta_bias, h0, mask, restart, delta_softplus, keep)
+    return _scan_backward(dy, dfinal_state, kept, *given)
 
 
 @_scan.register_fake

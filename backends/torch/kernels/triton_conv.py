@@ -71,14 +71,15 @@ def _backward(
     return [dx, *conv_backward(dy, dfinal_state, x, weight, bias, state, runs, silu, dx)]
 
 
-def conv(x, weight, bias, state, runs, silu) -> tuple[Tensor, Tensor]:
-    """(y, final state): `_forward` outside of the dispatcher."""
+def conv(x, weight, bias, state, runs, silu, reverse=False) -> tuple[Tensor, Tensor]:
+    """(y, final state): `_forward` outside of the dispatcher. reverse: of x with its positions in reverse order."""
     x = rows(x)
     (b, l, e), k = x.shape, weight.shape[1]
+    start, stride = walked(x, reverse)
     y, final_state = x.new_empty(x.shape), x.new_empty(b, k - 1, e)
     with launching(x):
         _conv_kernel[_grid(x, FORWARD.channels, FORWARD.steps)](
-            x,
+            start,
             weight.contiguous(),
             weight if bias is None else bias.contiguous(),
             x if state is None else state.contiguous(),
@@ -86,7 +87,7 @@ def conv(x, weight, bias, state, runs, silu) -> tuple[Tensor, Tensor]:
             y,
             final_state,
             x.stride(0),
-            x.stride(1),
+            stride,
             l,
             E=e,
             K=k,
@@ -102,13 +103,22 @@ def conv(x, weight, bias, state, runs, silu) -> tuple[Tensor, Tensor]:
     return y, final_state
 
 
-def conv_backward(dy, dfinal_state, x, weight, bias, state, runs, silu, dx, beside=None) -> list[Tensor]:
+def walked(x: Tensor, reverse: bool) -> tuple[Tensor, int]:
+    """Where the positions of x (b, l, ...) begin in memory, and how far it is from each to the next."""
+    return (x[:, -1:], -x.stride(1)) if reverse and x.shape[1] else (x, x.stride(1))
+
+
+def conv_backward(
+    dy, dfinal_state, x, weight, bias, state, runs, silu, dx, beside=None, reverse=False, adds=False
+) -> list[Tensor]:
     """Fills dx, its channels side by side, and gives the gradients of weight, and of bias and state where given.
 
-    beside: (b, l, e), copied to where in memory the channels after those of dx are.
+    beside: (b, l, e), copied to where in memory the channels after those of dx are. reverse: dy and beside are of
+    positions in reverse order, x and dx lie as they are. adds: to what dx and the channels after it hold.
     """
     x, dy = rows(x), rows(dy)
     (b, l, e), k = x.shape, weight.shape[1]
+    (x_start, x_stride), (dx_start, dx_stride) = walked(x, reverse), walked(dx, reverse)
     # The gradients of its last inputs are those of k-1 steps more.
     grid = _grid(x, BACKWARD.channels, BACKWARD.steps - (k - 1))
     # Of the taps and then of the bias.
@@ -118,21 +128,21 @@ def conv_backward(dy, dfinal_state, x, weight, bias, state, runs, silu, dx, besi
         _conv_backward_kernel[grid](
             dy,
             x if dfinal_state is None else dfinal_state.contiguous(),
-            x,
+            x_start,
             weight.contiguous(),
             weight if bias is None else bias.contiguous(),
             x if state is None else state.contiguous(),
             x if runs is None else runs,
-            dx,
+            dx_start,
             x if state is None else dstate,
             parts,
             dx if beside is None else rows(beside),
             dy.stride(0),
             dy.stride(1),
             x.stride(0),
-            x.stride(1),
+            x_stride,
             dx.stride(0),
-            dx.stride(1),
+            dx_stride,
             0 if beside is None else rows(beside).stride(0),
             0 if beside is None else rows(beside).stride(1),
             l,
@@ -142,6 +152,7 @@ def conv_backward(dy, dfinal_state, x, weight, bias, state, runs, silu, dx, besi
             STATE=state is not None,
             DFINAL=dfinal_state is not None,
             BESIDE=beside is not None,
+            ADDS=adds,
             RUNS=runs is not None,
             SILU=silu,
             STEPS=BACKWARD.steps,
@@ -226,6 +237,14 @@ def _same(runs, s, t, l):
     """Whether two positions are of the same run; the initial state is of the first."""
     one = tl.load(runs + s, mask=(s >= 0) & (s < l), other=0)
     return one == tl.load(runs + t, mask=(t >= 0) & (t < l), other=0)
+
+
+@jit
+def _put(place, value, counts, ADDS: tl.constexpr):
+    """The value, or its sum with what is there."""
+    if ADDS:
+        value = value.to(tl.float32) + tl.load(place, mask=counts, other=0.0).to(tl.float32)
+    tl.store(place, value.to(place.dtype.element_ty), mask=counts)
 
 
 @jit
@@ -315,6 +334,7 @@ def _conv_backward_kernel(
     STATE: tl.constexpr,
     DFINAL: tl.constexpr,
     BESIDE: tl.constexpr,
+    ADDS: tl.constexpr,
     RUNS: tl.constexpr,
     SILU: tl.constexpr,
     STEPS: tl.constexpr,
@@ -352,7 +372,7 @@ def _conv_backward_kernel(
             copied = _ahead(beside, begin + block * AT_ONCE, stop, c, beside_stride_l, E, AT_ONCE)
             for index in tl.static_range(AT_ONCE):
                 s = begin + block * AT_ONCE + index
-                tl.store(dx + s * dx_stride_l + E + c, copied[index], mask=(c < E) & (s < tl.minimum(end, l)))
+                _put(dx + s * dx_stride_l + E + c, copied[index], (c < E) & (s < tl.minimum(end, l)), ADDS)
         for index in tl.static_range(AT_ONCE):
             s = begin + block * AT_ONCE + index
             window = window + (arriving[index].to(tl.float32),)
@@ -390,7 +410,7 @@ def _conv_backward_kernel(
                     value = tl.where(_same(runs, t, l - 1, l), value, 0.0)
                 total += value
             counts = (c < E) & (t >= begin) & (t < l)
-            tl.store(dx + t * dx_stride_l + c, total.to(dx.dtype.element_ty), mask=counts)
+            _put(dx + t * dx_stride_l + c, total, counts, ADDS)
             if STATE:
                 if t < 0:
                     tl.store(dstate + (t + K - 1) * E + c, total.to(dstate.dtype.element_ty), mask=c < E)

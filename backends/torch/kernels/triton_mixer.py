@@ -6,6 +6,8 @@ keep for its gradient, and take little of the time of its gradient to compute ag
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -47,6 +49,88 @@ def inner(
     return _inner(*tensors, selection_eps, keep)
 
 
+class Weights(NamedTuple):
+    """Of one direction, as `inner` takes them."""
+
+    conv_weight: Tensor
+    conv_bias: Tensor | None
+    x_proj: Tensor
+    dt_proj: Tensor
+    delta_bias: Tensor
+    A: Tensor
+    D: Tensor
+    selection: Tensor | None = None
+
+
+def forward(xz, weights: Weights, conv_state, ssm_state, restart, selection_eps, keep, reverse=False):
+    """(y, conv state, ssm state, x_proj's output, the scan's kept states).
+
+    reverse: of xz with its positions in reverse order, which all results and `restart` then have.
+    """
+    with torch.autocast(xz.device.type, enabled=False):
+        x, z = xz.chunk(2, dim=-1)
+        conv, conv_state = _conv(x, weights, conv_state, restart, reverse)
+        dtbc = F.linear(conv, weights.x_proj.to(xz.dtype))
+        dt, B, C = _select(dtbc, weights.A, selection_eps, weights.selection)
+        delta = F.linear(dt, weights.dt_proj.to(xz.dtype))
+        given = (conv, delta, weights.A, B, C, weights.D, z, weights.delta_bias, ssm_state, None, restart, True, keep)
+        y, ssm_state, kept = _scans(xz).scan(*given, reverse)
+        return y, conv_state, ssm_state, dtbc, kept
+
+
+def backward(
+    dy,
+    dconv_state,
+    dssm_state,
+    dtbc,
+    kept,
+    xz,
+    weights: Weights,
+    conv_state,
+    ssm_state,
+    restart,
+    selection_eps,
+    keep,
+    dxz,
+    reverse=False,
+    adds=False,
+) -> list[Tensor]:
+    """The gradients of the weights and of the states that there are; that of xz is put into dxz, or added to it.
+
+    reverse: as in `forward`, but for dy, whose positions lie as those of xz.
+    """
+    conv_weight, conv_bias, x_proj, dt_proj, delta_bias, A, D, selection = weights
+    with torch.autocast(xz.device.type, enabled=False):
+        x, z = xz.chunk(2, dim=-1)
+        dt, B, C = _select(dtbc, A, selection_eps, selection)
+        conv, _ = _conv(x, weights, conv_state, restart, reverse)
+        delta = F.linear(dt, dt_proj.to(xz.dtype))
+        given = (conv, delta, A, B, C, D, z, delta_bias, ssm_state, None, restart, True, keep)
+        found = _scans(xz).scan_backward(dy, dssm_state, kept, *given, reverse)
+        dconv, ddelta, dA, dB, dC, dD, dz, ddelta_bias, *dssm_state = found
+        ddelta, dt = ddelta.flatten(0, 1), dt.flatten(0, 1)
+        ddt = ddelta @ dt_proj.to(xz.dtype)
+        ddtbc = torch.cat([ddt, dB.flatten(0, 1), dC.flatten(0, 1)], dim=1)
+        dselection = []
+        if selection_eps > 0:
+            norms = triton_norm.unit_norms_backward_(ddtbc, dtbc, A.shape[1], selection_eps, selection)
+            dselection = [] if selection is None else [norms.to(selection.dtype)]
+        ddt_proj = product(ddelta.mT, dt)
+        del delta, ddelta
+        dconv.flatten(0, 1).addmm_(ddtbc, x_proj.to(xz.dtype))
+        dx_proj = product(ddtbc.mT, conv.flatten(0, 1))
+        del conv
+        runs, e = triton_conv.runs_of(restart), x.shape[-1]
+        given = (dconv, dconv_state, x, conv_weight, conv_bias, conv_state, runs, True, dxz[..., :e], dz)
+        dtaps = triton_conv.conv_backward(*given, reverse, adds)
+        states = [] if conv_state is None else [dtaps.pop()]
+        return [
+            *dtaps,
+            *(dx_proj.to(x_proj.dtype), ddt_proj.to(dt_proj.dtype), ddelta_bias, dA, dD),
+            *(*dselection, *states, *dssm_state),
+        ]
+
+
 @torch.library.custom_op("mamba_core::mixer", mutates_args=())
 def _forward(
     xz: Tensor,
@@ -66,15 +150,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(y, conv state, ssm state, x_proj's output, the scan's kept states)."""
     refuse_tangents(xz, conv_weight, conv_bias, x_proj, dt_proj, delta_bias, A, D, selection, conv_state, ssm_state)
-    with torch.autocast(xz.device.type, enabled=False):
-        x, z = xz.chunk(2, dim=-1)
-        conv, conv_state = _conv(x, conv_weight, conv_bias, conv_state, restart)
-        dtbc = F.linear(conv, x_proj.to(xz.dtype))
-        dt, B, C = _select(dtbc, A, selection_eps, selection)
-        delta = F.linear(dt, dt_proj.to(xz.dtype))
-        scan = _scans(xz)._scan
-        y, ssm_state, kept = scan(conv, delta, A, B, C, D, z, delta_bias, ssm_state, None, restart, True, keep)
-        return y, conv_state, ssm_state, dtbc, kept
+    weights = Weights(conv_weight, conv_bias, x_proj, dt_proj, delta_bias, A, D, selection)
+    return forward(xz, weights, conv_state, ssm_state, restart, selection_eps, keep)
 
 
 @torch.library.custom_op("mamba_core::mixer_backward", mutates_args=())
@@ -99,40 +176,13 @@ def _backward(
     selection_eps: float,
     keep: bool,
 ) -> list[Tensor]:
-    with torch.autocast(xz.device.type, enabled=False):
-        x, z = xz.chunk(2, dim=-1)
-        e = x.shape[-1]
-        dt, B, C = _select(dtbc, A, selection_eps, selection)
-        conv, _ = _conv(x, conv_weight, conv_bias, conv_state, restart)
-        delta = F.linear(dt, dt_proj.to(xz.dtype))
-        given = (conv, delta, A, B, C, D, z, delta_bias, ssm_state, None, restart, True, keep)
-        found = _scans(xz)._scan_backward(dy, dssm_state, kept, *given)
-        dconv, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dssm_state = found
-        ddelta, dt = ddelta.flatten(0, 1), dt.flatten(0, 1)
-        ddt = ddelta @ dt_proj.to(xz.dtype)
-        ddtbc = torch.cat([ddt, dB.flatten(0, 1), dC.flatten(0, 1)], dim=1)
-        dselection = None
-        if selection_eps > 0:
-            dselection = triton_norm.unit_norms_backward_(ddtbc, dtbc, A.shape[1], selection_eps, selection)
-        ddt_proj = product(ddelta.mT, dt)
-        del delta, ddelta
-        dconv.flatten(0, 1).addmm_(ddtbc, x_proj.to(xz.dtype))
-        dx_proj = product(ddtbc.mT, conv.flatten(0, 1))
-        del conv
-        dxz = torch.empty_like(xz)
-        runs = triton_conv.runs_of(restart)
-        dconv_weight, *others = triton_conv.conv_backward(
-            dconv, dconv_state, x, conv_weight, conv_bias, conv_state, runs, True, dxz[..., :e], dz
-        )
-        dconv_bias = others[:-1]
-        weights = [dx_proj.to(x_proj.dtype), ddt_proj.to(dt_proj.dtype), ddelta_bias, dA, dD]
-        if selection is not None:
-            weights.append(dselection.to(selection.dtype))
-        return [dxz, dconv_weight, *dconv_bias, *weights, others[-1], dssm_state]
+    weights = Weights(conv_weight, conv_bias, x_proj, dt_proj, delta_bias, A, D, selection)
+    given = (dy, dconv_state, dssm_state, dtbc, kept, xz, weights, conv_state, ssm_state, restart, selection_eps, keep)
+    dxz = torch.empty_like(xz)
+    return [dxz, *backward(*given, dxz)]
 
 
-@_forward.register_fake
-def _(
+def fake(
     xz,
     conv_weight,
     conv_bias,
@@ -155,6 +205,9 @@ def _(
     return y, xz.new_empty(conv_state.shape), ssm_state, xz.new_empty(b, l, len(x_proj)), kept
 
 
+_forward.register_fake(fake)
+
+
 @_backward.register_fake
 def _(dy, dconv_state, dssm_state, dtbc, kept, *inputs):
     return [value.new_empty(value.shape) for value in inputs if is_float(value)]
@@ -168,8 +221,9 @@ def _scans(xz):
     return cuda_scan if xz.is_cuda else native_scan
 
 
-def _conv(x, weight, bias, state, restart):
-    return triton_conv.conv(x, weight, bias, state, triton_conv.runs_of(restart), True)
+def _conv(x, weights: Weights, state, restart, reverse):
+    runs = triton_conv.runs_of(restart)
+    return triton_conv.conv(x, weights.conv_weight, weights.conv_bias, state, runs, True, reverse)
 
 
 def _select(dtbc, A, selection_eps, selection):

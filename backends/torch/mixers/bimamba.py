@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mamba_core.backend import LayerState
+from mamba_core.backends.torch.kernels import triton_directions
+from mamba_core.backends.torch.kernels.triton_mixer import Weights
 from mamba_core.backends.torch.layers import DropPath, StepProjection
 from mamba_core.backends.torch.mixers import Options, s6
 from mamba_core.call import Call
@@ -60,15 +61,20 @@ def convolve(mixer, direction, x: Tensor, call: Call) -> Tensor:
 
 
 def is_fused(directions, xz: Tensor, call: Call) -> bool:
-    """Whether `fused` computes each of these directions here."""
+    """Whether `fused` computes these two directions here."""
     return all(s6.is_fused(direction, xz, call) for direction in directions)
 
 
-def fused(direction, xz: Tensor, call: Call) -> Tensor:
-    """What is between in_proj and out_proj, (b, l, e), as one operator from states of zeros."""
-    b, (e, n), k = len(xz), direction.A_log.shape, direction.conv1d.weight.shape[-1]
-    zeros = LayerState(xz.new_zeros(b, k - 1, e), torch.zeros(b, e, n, device=xz.device))
-    return s6.fused(direction, xz, zeros, call)[0]
+def fused(directions, xz: Tensor, factor: float, call: Call) -> Tensor:
+    """What is between in_proj and out_proj, both directions merged, (b, l, e), as one operator."""
+    restarts = call.restart, None if call.reverse is None else call.reverse.restart
+    return triton_directions.merged(xz, *map(_weights, directions), factor, *restarts)
+
+
+def _weights(direction) -> Weights:
+    conv, steps = direction.conv1d, direction.dt_proj
+    layers = (conv.weight[:, 0], conv.bias, direction.x_proj.weight, steps.weight, steps.bias)
+    return Weights(*layers, -torch.exp(direction.A_log), direction.D)
 
 
 def steps_of(direction, x: Tensor, call: Call) -> tuple:
@@ -85,9 +91,13 @@ def recur(direction, x: Tensor, z: Tensor, selection: tuple, call: Call) -> Tens
 
 
 def merge(mixer, y: Tensor, y_b: Tensor, call: Call) -> Tensor:
-    """The output of the two directions, (b, l, d)."""
-    y = call.observe("merged", (y + y_b) * mixer.factor)
-    return mixer.drop_path(call.observe("out_proj", s6.project(mixer, "out_proj", y)))
+    """The mean or the sum of the two directions."""
+    return call.observe("merged", (y + y_b) * mixer.factor)
+
+
+def project_out(mixer, merged: Tensor, call: Call) -> Tensor:
+    """The mixer's output, (b, l, d)."""
+    return mixer.drop_path(call.observe("out_proj", s6.project(mixer, "out_proj", merged)))
 
 
 def whole(call: Call) -> Call:

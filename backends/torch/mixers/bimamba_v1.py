@@ -18,7 +18,7 @@ class BidirectionalMixer(nn.Module):
         y = bimamba.recur(self, x, z, (delta, B, C, bias), here)
         x, z, delta, B, C = map(bimamba.flip, (x, z, delta, B, C))
         y_b = bimamba.recur(self._reverse(), x, z, (delta, B, C, bias), back)
-        return bimamba.merge(self, y, bimamba.flip(y_b), call), state
+        return bimamba.project_out(self, bimamba.merge(self, y, bimamba.flip(y_b), call), call), state
 
     def _reverse(self) -> bimamba.Direction:
         layers = (self.conv1d, self.x_proj, self.dt_proj)

@@ -14,14 +14,14 @@ class BidirectionalMixer(nn.Module):
 
     def forward(self, hidden: Tensor, state, call) -> tuple[Tensor, tuple]:
         xz, reverse = bimamba.project_in(self, hidden, call), self._reverse()
-        here, back = bimamba.whole(call), bimamba.reversed_call(call)
         if bimamba.is_fused((self, reverse), xz, call):
-            y, y_b = bimamba.fused(self, xz, here), bimamba.fused(reverse, bimamba.flip(xz), back)
+            merged = bimamba.fused((self, reverse), xz, self.factor, call)
         else:
             x, z = bimamba.halves(xz, call)
-            y = self._one_way(self, x, z, here)
-            y_b = self._one_way(reverse, bimamba.flip(x), bimamba.flip(z), back)
-        return bimamba.merge(self, y, bimamba.flip(y_b), call), state
+            y = self._one_way(self, x, z, bimamba.whole(call))
+            y_b = self._one_way(reverse, bimamba.flip(x), bimamba.flip(z), bimamba.reversed_call(call))
+            merged = bimamba.merge(self, y, bimamba.flip(y_b), call)
+        return bimamba.project_out(self, merged, call), state
 
     def _one_way(self, direction, x: Tensor, z: Tensor, call) -> Tensor:
         x = bimamba.convolve(self, direction, x, call)
