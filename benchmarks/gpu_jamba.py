@@ -100,19 +100,17 @@ def training(arguments):
         return timed_training(step, arguments)
 
     def theirs():
-        model = peer(TRAINED).train()
+        # In bfloat16 throughout: under autocast its norms give float32, which mamba_ssm's scan refuses beside bfloat16.
+        model = peer(TRAINED).to(BF16).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, fused=True)
         ids = torch.from_numpy(tokens).long().to(DEVICE)
 
         def step():
             optimizer.zero_grad()
-            with torch.autocast(DEVICE, BF16):
-                logits = model(ids[:, :-1], use_cache=False).logits
-                loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-            loss.backward()
+            logits = model(ids[:, :-1], use_cache=False).logits
+            F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten()).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            loss.item()
 
         return timed_training(step, arguments) | {"fast_path": fast_path()}
 
