@@ -531,8 +531,8 @@ def operator_arguments():
     return [
         (triton_norm._forward, (random(3, 24), random(3, 24, seed=1), random(24), 1e-5, F32)),
         (triton_conv._forward, (random(2, 9, 12), random(12, 4), random(12), random(2, 3, 12), None, True)),
-        (triton_mixer._forward, (*of_mixer, None, *states, None, 0.0, True)),
-        (triton_mixer._forward, (*of_mixer, random(len(of_mixer[3])), *states, None, 1e-3, True)),
+        (triton_mixer._operator, (*of_mixer, None, *states, None, 0.0, True)),
+        (triton_mixer._operator, (*of_mixer, random(len(of_mixer[3])), *states, None, 1e-3, True)),
         (triton_loss._forward, (random(10, 16), random(53, 16), targets, True)),
     ]
 

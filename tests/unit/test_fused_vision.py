@@ -74,6 +74,14 @@ def test_the_operator_against_one_of_each_direction(l, bias):
         assert relative_l2(one.detach().cpu().numpy(), other.detach().cpu().numpy()) <= 2e-6
 
 
+@here
+@pytest.mark.gpu
+def test_the_operator_is_as_pytorch_wants_it():
+    rng = np.random.default_rng(0)
+    weights = [value for _ in range(2) for value in drawn_weights(rng, 6, 2, 1, 4, True)[:-1]]
+    torch.library.opcheck(triton_directions._operator, (draw(rng, 1, 3, 12), *weights, None, None, 0.5, True))
+
+
 def draw(rng, *shape):
     return torch.from_numpy(rng.normal(size=shape).astype(np.float32)).to(DEVICE).requires_grad_()
 

@@ -15,6 +15,7 @@ from mamba_core.backends.gpu import driver, nvrtc
 from mamba_core.backends.gpu import launch as gpu
 from mamba_core.backends.torch.kernels.native_tensors import rows
 from mamba_core.backends.torch.kernels.operator import differentiable, is_float, refuse_tangents
+from mamba_core.backends.torch.kernels.triton import launching
 
 DTYPES = tuple(getattr(torch, name) for name in gpu.ELEMENTS)
 
@@ -174,7 +175,7 @@ def _run(scan: gpu.Scan, arrays: dict[str, Tensor | None], turned: tuple[str, ..
         row, position = strides[name]
         pointers[name] += (x.shape[1] - 1) * position * x.element_size()
         strides[name] = row, -position
-    with torch.cuda.device(x.device):
+    with launching(x):
         for kernel, launch, sizes in prepared.calls:
             if launch.begins_from_added:
                 pointers["begin"] = pointers["added"]

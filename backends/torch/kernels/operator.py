@@ -114,7 +114,7 @@ def only_results(*inputs) -> bool:
         return False
     if intercepted() or in_forward_mode():
         return False
-    return all(value is None or type(value) in (*KINDS, bool) for value in inputs)
+    return all(value is None or type(value) in (*KINDS, bool, float) for value in inputs)
 
 
 def is_float(value) -> bool:

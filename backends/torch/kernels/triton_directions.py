@@ -33,7 +33,6 @@ def merged(xz: Tensor, forwards: Weights, backwards: Weights, factor: float, res
     return _merged(*tensors, factor, keep)[0]
 
 
-@torch.library.custom_op("mamba_core::directions", mutates_args=())
 def _forward(
     xz: Tensor,
     conv_weight: Tensor,
@@ -62,6 +61,9 @@ def _forward(
     y, *_, dtbc, kept = triton_mixer.forward(xz, forwards, None, None, restart, 0.0, keep)
     y_b, *_, dtbc_b, kept_b = triton_mixer.forward(xz, backwards, None, None, restart_b, 0.0, keep, reverse=True)
     return _merge(y, y_b, factor), dtbc, kept, dtbc_b, kept_b
+
+
+_operator = torch.library.custom_op("mamba_core::directions", mutates_args=())(_forward)
 
 
 @torch.library.custom_op("mamba_core::directions_backward", mutates_args=())
@@ -100,7 +102,7 @@ def _backward(
     return [dxz, *gradients, *triton_mixer.backward(*given, reverse=True, adds=True)]
 
 
-@_forward.register_fake
+@_operator.register_fake
 def _(xz, *given):
     *tensors, _, keep = given
     parts = []
@@ -118,7 +120,7 @@ def _(dy, dtbc, kept, dtbc_b, kept_b, *inputs):
     return [value.new_empty(value.shape) for value in inputs if is_float(value)]
 
 
-_merged = differentiable(_forward, _backward, results=1, kept=(1, 2, 3, 4))
+_merged = differentiable(_operator, _backward, results=1, kept=(1, 2, 3, 4), function=_forward)
 
 
 def _merge(y: Tensor, y_b: Tensor, factor: float) -> Tensor:

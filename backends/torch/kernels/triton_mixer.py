@@ -131,7 +131,6 @@ def backward(
         ]
 
 
-@torch.library.custom_op("mamba_core::mixer", mutates_args=())
 def _forward(
     xz: Tensor,
     conv_weight: Tensor,
@@ -152,6 +151,9 @@ def _forward(
     refuse_tangents(xz, conv_weight, conv_bias, x_proj, dt_proj, delta_bias, A, D, selection, conv_state, ssm_state)
     weights = Weights(conv_weight, conv_bias, x_proj, dt_proj, delta_bias, A, D, selection)
     return forward(xz, weights, conv_state, ssm_state, restart, selection_eps, keep)
+
+
+_operator = torch.library.custom_op("mamba_core::mixer", mutates_args=())(_forward)
 
 
 @torch.library.custom_op("mamba_core::mixer_backward", mutates_args=())
@@ -205,7 +207,7 @@ def fake(
     return y, xz.new_empty(conv_state.shape), ssm_state, xz.new_empty(b, l, len(x_proj)), kept
 
 
-_forward.register_fake(fake)
+_operator.register_fake(fake)
 
 
 @_backward.register_fake
@@ -213,7 +215,7 @@ def _(dy, dconv_state, dssm_state, dtbc, kept, *inputs):
     return [value.new_empty(value.shape) for value in inputs if is_float(value)]
 
 
-_inner = differentiable(_forward, _backward, results=3, kept=(3, 4))
+_inner = differentiable(_operator, _backward, results=3, kept=(3, 4), function=_forward)
 
 
 def _scans(xz):
