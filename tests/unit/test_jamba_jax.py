@@ -105,6 +105,22 @@ def test_blocks_of_queries_are_the_whole(monkeypatch, fresh):
         assert relative_l2(gradient, wanted[name]) < 1e-5
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_cudnn_computes_causal_attention(dtype):
+    """Chosen by "auto" for whole rows, under jit; against float64, values and gradients."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 70, heads, 16)), dtype) for heads in (4, 2, 2))
+    exact = [np.asarray(value, np.float64) for value in (q, k, v)]
+    y, pullback = jax.vjp(jax.jit(mc.attention), q, k, v)
+    assert "cudnn" in jax.jit(mc.attention).lower(q, k, v).compile().as_text()
+    assert relative_l2(np.asarray(y, np.float64), spec.attention(*exact)) < 8e-3
+    wanted = spec.attention_vjp(np.ones(y.shape), None, *exact)
+    for name, gradient in zip("qkv", pullback(jnp.ones_like(y)), strict=True):
+        assert relative_l2(np.asarray(gradient, np.float64), wanted[name]) < 2e-2, name
+
+
 def test_a_replaced_expert_layer_is_called(model):
     """On every path: a call, and the prefill and steps of decoding."""
 
