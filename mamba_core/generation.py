@@ -17,7 +17,7 @@ from mamba_core.backend import Choice, Output, State
 from mamba_core.sampling import Sampling, Uniforms, first_context, integer
 from mamba_core.spec.checks import check_state, check_steps
 from mamba_core.tokenizer import as_tokenizer, tokenizer_of
-from mamba_core.wrappers import unwrap
+from mamba_core.wrappers import check_mixers_step, unwrap
 
 # Positions of a prompt that are computed at once: enough to be fast, and few enough to need little memory.
 PREFILL_CHUNK = 1024
@@ -218,6 +218,7 @@ class Run:
         model = unwrap(model, "generating")
         tasks.check_generates(model.config, "generating")
         check_steps(model.config, "generating")
+        check_mixers_step(model, "generating")
         tokenizer = tokenizer_of(model) if tokenizer is None else as_tokenizer(tokenizer)
         self._model, self._backend, self._sampling = model, registry.get(model.backend), sampling
         self._chunk, n = integer("prefill_chunk", prefill_chunk, least=1), integer("n", n, least=1)

@@ -45,6 +45,38 @@ def checked_output(model: Any, output: Any) -> Any:
     return output
 
 
+def check_mixers_step(model: Any, use: str) -> None:
+    """Check that no mixer of another's is in the way of a use that goes on from a state.
+
+    One that subclasses or holds a mixer of the architecture is taken to do as that one does. Another has the attribute
+    `steps`, True, where it carries in its layer's state what it needs.
+
+    Raises:
+        ValueError: a mixer does not say so.
+    """
+    for index, block in enumerate(getattr(model.backbone, "layers", ())):
+        mixer = getattr(block, "mixer", None)
+        if mixer is not None and not getattr(mixer, "steps", False) and not _holds_a_mixer(mixer):
+            kind = type(mixer).__name__
+            raise ValueError(
+                f"{use} goes on from a state, and the mixer of layer {index}, {kind}, does not say that it does; give "
+                f"{kind} the attribute steps = True if it needs nothing but the state that it returned before"
+            )
+
+
+def _holds_a_mixer(value: Any, depth: int = 4) -> bool:
+    """Whether it is of a class of a backend's mixers, of this library or an extension, or has one inside."""
+    if any(".mixers." in f"{kind.__module__}." for kind in type(value).__mro__):
+        return True
+    parts = [*getattr(value, "__dict__", {}).values(), *(value.values() if isinstance(value, dict) else ())]
+    parts += value if isinstance(value, (list, tuple)) else []
+    return depth > 0 and any(
+        _holds_a_mixer(part, depth - 1)
+        for part in parts
+        if isinstance(part, (dict, list, tuple)) or (hasattr(part, "__dict__") and not isinstance(part, type))
+    )
+
+
 def _inside(model: Any) -> Any:
     """What the outermost wrapper wraps; None if this is none that is known."""
     if type(model).__name__ == "FullyShardedDataParallel":

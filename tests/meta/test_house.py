@@ -21,6 +21,7 @@ OWN = (
     "weights/tables/",
     "weights/layouts/",
     *(f"backends/{name}/mixers/" for name in ("torch", "mlx", "jax")),
+    "mamba_core/compat/",  # the names of other packages
 )
 BACKENDS = ("torch", "mlx", "jax")
 # file: why a backend has it and another has not.
@@ -103,10 +104,13 @@ def test_ops_that_not_every_backend_has_are_listed():
 # file: why one backend has public functions in it that another has not.
 DIFFERENT = {
     "arrays.py": "devices, dtypes and what is set in the process are each framework's own",
+    "heads/image_classification.py": "only torch captures training steps, as CUDA graphs",
+    "heads/sequence_classification.py": "as heads/image_classification.py",
     "layers.py": "torch and MLX keep the bias of dt_proj in float32 by a class; flax's Embed is a head too",
     "stack.py": "what is cut and computed again is said in each framework's terms",
     "state.py": "torch must know the types of its trees",
     "weights.py": "MLX and JAX keep some weights in another layout than the canonical one",
+    "mixers/bimamba.py": "torch has one operator for what is between the projections",
     "mixers/s6.py": "fused kernels of torch and one-position kernels read parameters; MLX keeps no product of dt_proj",
     "ops/__init__.py": "torch's kernels depend on a tensor's device",
     "ops/attention.py": "as ops/selective_scan.py; which keys a query sees is said in each framework's terms",
