@@ -39,10 +39,10 @@ CAUGHT_BY = {
         "an earlier segment left in the state": Mutant(SSD, "to_end.masked_fill(run != run[..., -1:], -torch.inf)", "to_end"),
         "the state passed to the next segment": Mutant(SSD, "from_start.masked_fill(run > 0, -torch.inf)", "from_start"),
     },
-    "test_short_steps_after_a_long_one": {
+    "test_short_steps_after_a_long_one_keep_their_digits": {
         "decays of rounded sums": Mutant(SSD, "torch.round(log_decay * GRID[dtype]) / GRID[dtype]", "log_decay"),
     },
-    "test_steps_beyond_the_limit": {
+    "test_steps_beyond_the_limit_are_the_limit_and_have_no_gradient": {
         "no limit": Mutant("ops/ssd.py", "else step.clamp(*dt_limit)", "else step"),
         "gradient of a limited step": Mutant("ops/ssd.py", "else step.clamp(*dt_limit)", "else step + (step.clamp(*dt_limit) - step).detach()"),
     },

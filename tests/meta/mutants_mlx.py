@@ -32,7 +32,7 @@ CAUGHT_BY = {
         "an earlier segment left in the state": Mutant(SSD, "to_end = mx.where(run != run[..., -1:], -mx.inf, to_end)", "pass"),
         "the state passed to the next segment": Mutant(SSD, "from_start = mx.where(run > 0, -mx.inf, from_start)", "pass"),
     },
-    "test_short_steps_after_a_long_one": {
+    "test_short_steps_after_a_long_one_keep_their_digits": {
         "decays of rounded sums": Mutant(SSD, "mx.round(log_decay * GRID) / GRID", "log_decay"),
     },
     "test_every_node_equals_the_reference": {
