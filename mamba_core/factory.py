@@ -19,9 +19,9 @@ from mamba_core.merging import warn_of_hooks
 from mamba_core.spec import state as states
 from mamba_core.spec.init import initial_values
 from mamba_core.tokenizer import source_of
-from mamba_core.weights.formats import FLOATS, CheckpointError, atomic_file, atomic_folder
+from mamba_core.weights.formats import FLOATS, CheckpointError, atomic_file, atomic_folder, list_names
 from mamba_core.weights.io import open_checkpoint
-from mamba_core.weights.opening import open_model
+from mamba_core.weights.opening import OpenedModel, open_model
 from mamba_core.weights.source import TOKENIZER_FILES
 from mamba_core.weights.tokens import GENERATION
 from mamba_core.weights.writing import copy_companions, write_model
@@ -98,6 +98,42 @@ def load(
     kept = any(os.path.lexists(opened.folder / name) for name in (*TOKENIZER_FILES, GENERATION))
     model.source = opened.folder.absolute() if kept else None
     return model
+
+
+def begin(
+    opened: OpenedModel,
+    config: BaseConfig,
+    *,
+    backend: str | None = None,
+    dtype: str | None = None,
+    seed: int,
+    **more: Any,
+) -> Any:
+    """A model to be trained further: of the weights of a checkpoint, and of a config that fits them.
+
+    The config's task may be another one: what its model has beside the blocks and the checkpoint has not gets initial
+    values, of which a warning tells.
+
+    Args:
+        seed: of the initial values.
+        backend, dtype, more: as in `load`.
+
+    Raises:
+        ValueError: a tensor of the blocks is missing or has another shape.
+    """
+    dtype = opened.dtype if dtype is None else dtype
+    _check_dtype(dtype)
+    stored = dict(opened.tensors())
+    values = {}
+    for name, value in initial_values(config, seed):
+        values[name] = stored[name] if name in stored and stored[name].shape == value.shape else value
+    new = [name for name, value in values.items() if value is not stored.get(name)]
+    if faults := [name for name in new if name.startswith("backbone.layers.") or opened.config.task == config.task]:
+        raise ValueError(f"{opened.folder} does not fit the config: {list_names(faults)} missing or of other shapes")
+    if new:
+        told = f"{opened.folder} is of task {opened.config.task!r}: {list_names(new)} begin with initial values"
+        warnings.warn(told, stacklevel=2)
+    return _built(backend, config, values.items(), dtype=dtype, **more)
 
 
 def save(model: Any, path: str | Path, *, layout: str = "hf", overwrite: bool = False, merge: bool = False) -> None:

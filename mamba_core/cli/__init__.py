@@ -20,7 +20,7 @@ COMMANDS = {
     "doctor": "try every kernel that runs here, and write a report for an issue",
     "generate": "continue a prompt",
     "classify": "tell what images show",
-    "train": "train a model on text",
+    "train": "train a model on text, tables, series or images",
     "convert": "write a checkpoint in another layout",
     "inspect": "what a checkpoint holds",
     "parity": "compare backends with the float64 reference on a checkpoint, node by node",
