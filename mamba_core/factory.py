@@ -100,6 +100,26 @@ def load(
     return model
 
 
+def for_use(checkpoint: Any, options: Mapping[str, Any]) -> Any:
+    """A model that is asked and not trained: that of a checkpoint, or the model that is given.
+
+    options: of `load`.
+
+    Raises:
+        TypeError: options are given with a model.
+        CheckpointError, ValueError, ImportError: as `load`.
+    """
+    if not isinstance(checkpoint, (str, os.PathLike)):
+        if options:
+            raise TypeError(f"{', '.join(options)} given with a model; they are of a checkpoint that is loaded")
+        return checkpoint
+    model = load(Path(checkpoint) if isinstance(checkpoint, os.PathLike) else checkpoint, **options)
+    model.eval()
+    if hasattr(model, "requires_grad_"):  # PyTorch would keep what a gradient needs
+        model.requires_grad_(False)
+    return model
+
+
 def begin(
     opened: OpenedModel,
     config: BaseConfig,

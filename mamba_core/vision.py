@@ -1,7 +1,6 @@
 """Classes of image files, by a checkpoint of task "image_classification". Pillow reads the files."""
 
 import io
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ import numpy as np
 
 from mamba_core import factory, registry, tasks
 from mamba_core.architectures.base import is_number
+from mamba_core.datasets.base import record_of
 from mamba_core.spec.images import Pair
 from mamba_core.weights.formats import InputFile
 from mamba_core.wrappers import unwrap
@@ -21,6 +21,8 @@ MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CROP = 0.875
 # What a checkpoint that was trained here says of these (`mamba_core.datasets`).
 PREPROCESSING = {"mean": list(MEAN), "deviation": list(DEVIATION), "crop": CROP}
+# Classes that are told, where nobody says how many.
+TOP = 5
 # Images that are computed at once.
 BATCH = 16
 
@@ -33,7 +35,7 @@ class Guess(NamedTuple):
 
 
 def classify_images(
-    paths: str | Path | Iterable[str | Path], checkpoint: Any, *, top: int = 5, **options: Any
+    paths: str | Path | Iterable[str | Path], checkpoint: Any, *, top: int | None = None, **options: Any
 ) -> list[list[Guess]]:
     """The likeliest classes of each image, the likeliest first.
 
@@ -44,7 +46,7 @@ def classify_images(
     Args:
         paths: one file or several, of any kind that Pillow reads.
         checkpoint: what `mamba_core.load` takes, or a model.
-        top: how many classes.
+        top: how many classes; by default 5, or all where there are fewer.
         options: of `mamba_core.load`, such as backend and dtype.
 
     Raises:
@@ -56,23 +58,14 @@ def classify_images(
         ImportError: Pillow is not installed.
     """
     paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
-    if isinstance(checkpoint, (str, os.PathLike)):
-        model = factory.load(Path(checkpoint) if isinstance(checkpoint, os.PathLike) else checkpoint, **options)
-        model.eval()
-        if hasattr(model, "requires_grad_"):  # PyTorch would keep what a gradient needs
-            model.requires_grad_(False)
-    elif options:
-        raise TypeError(f"{', '.join(options)} given with a model; they are of a checkpoint that is loaded")
-    else:
-        model = checkpoint
+    model = factory.for_use(checkpoint, options)
     config = unwrap(model, "classifying images").config
     if config.task != TASK:
         raise ValueError(f"the model is of task {config.task!r}; classifying images needs one of task {TASK!r}")
     task: Any = tasks.of(config)
     if task.channels != len(MEAN):
         raise ValueError(f"the model's images have {task.channels} channels; files are read as red, green and blue")
-    if isinstance(top, bool) or not isinstance(top, int) or not 1 <= top <= task.num_classes:
-        raise ValueError(f"top is {top!r}; expected an integer from 1 to {task.num_classes}, the number of classes")
+    top = checked_top(top, task.num_classes)
     found, names, prepared = [], _names(config), preprocessing(config)
     for start in range(0, len(paths), BATCH):
         images = np.stack([read_image(path, task.size, **prepared) for path in paths[start : start + BATCH]])
@@ -86,16 +79,16 @@ def preprocessing(config: Any) -> dict[str, Any]:
     Raises:
         ValueError: what it records are no such numbers.
     """
-    record = config.extra.get("data")
-    found = {name: record.get(name, own) for name, own in PREPROCESSING.items()} if isinstance(record, Mapping) else {}
+    record = record_of(config) or {}
+    found = {name: record.get(name, own) for name, own in PREPROCESSING.items()}
     for name in ("mean", "deviation"):
-        value = found.get(name, PREPROCESSING[name])
+        value = found[name]
         fits = isinstance(value, (list, tuple)) and len(value) == len(MEAN) and all(map(is_number, value))
         if not fits or (name == "deviation" and min(value) <= 0):
             raise ValueError(
                 f"the config records {name} {value!r:.80} of images; expected 3 numbers, deviations above 0"
             )
-    crop = found.get("crop", CROP)
+    crop = found["crop"]
     if not (is_number(crop) and 0 < crop <= 1):
         raise ValueError(f"the config records crop {crop!r:.80} of images; expected a number above 0, 1 at most")
     return found
@@ -148,6 +141,18 @@ def _logits(model: Any, images: np.ndarray) -> np.ndarray:
     backend = registry.get(unwrap(model, "classifying images").backend)
     given = backend.from_numpy(images, device=unwrap(model, "classifying images").device)
     return np.asarray(backend.to_numpy(model(given).logits), np.float64)
+
+
+def checked_top(top: Any, classes: int) -> int:
+    """How many classes are told.
+
+    Raises:
+        ValueError: it is none from 1 to their number.
+    """
+    top = min(TOP, classes) if top is None else top
+    if isinstance(top, bool) or not isinstance(top, int) or not 1 <= top <= classes:
+        raise ValueError(f"top is {top!r}; expected an integer from 1 to {classes}, the number of classes")
+    return top
 
 
 def likeliest(logits: np.ndarray, names: Mapping[str, str], top: int) -> list[Guess]:

@@ -33,10 +33,11 @@ class Clock:
 
     def time(self, position: int) -> str:
         """As text."""
-        if self.monthly:
-            assert isinstance(self.first, datetime)
-            return _shown(_month_after(self.first, position * self.step))
-        return _shown(self.first + position * self.step)
+        if not isinstance(self.first, datetime):
+            return _shown(self.first + position * self.step)
+        at = _month_after(self.first, position * self.step) if self.monthly else self.first + position * self.step
+        days = self.monthly or self.step % timedelta(days=1) == timedelta(0)
+        return _shown(at) if days else at.isoformat()
 
     @property
     def season(self) -> int:

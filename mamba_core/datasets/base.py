@@ -10,6 +10,7 @@ A file has the name of its task, is found by it, and exports
 
 and where a checkpoint's data has a use beyond training
 
+    CLASSIFIED: str                        what is classified, in one word
     classify(model, paths, texts, top) -> list[tuple[str, list[Guess]]]     see `mamba_core.cli.classify`
 """
 

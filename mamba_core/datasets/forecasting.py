@@ -4,19 +4,22 @@ The end of the series is held out. Means and deviations are of what stands befor
 into it. The contexts of its forecasts do, as far as they are then past.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mamba_core import figures, tasks
+from mamba_core.architectures.base import is_number
 from mamba_core.datasets import _labels
 from mamba_core.datasets._series import Series, series_of, time_column
 from mamba_core.datasets._tables import Table, read_table
-from mamba_core.datasets.base import FRACTION, RECORD, Data, Option, Source, predicted, recorded
+from mamba_core.datasets.base import FRACTION, Data, Option, Source, predicted, record_of, recorded
+from mamba_core.forecasting import forecast
 from mamba_core.weights.formats import list_names
+from mamba_core.wrappers import unwrap
 
 DATA = "a .csv, .tsv or .jsonl table with a row a time: columns of values, and of covariates"
 TIME = Option("time_column", "the column of times; by default time, date, timestamp or ds, else rows at even steps")
@@ -29,6 +32,7 @@ HELD_OUT = FRACTION
 TEXTS = False
 _HORIZON = 12  # where neither the option nor the config says one
 _MEDIAN = 0.5
+_STATISTICS = ("location", "scale", "covariate_location", "covariate_scale")
 
 
 @dataclass
@@ -41,8 +45,7 @@ class Forecasting(Data):
 
     def metrics(self, outputs: np.ndarray) -> dict[str, float]:
         """mae and mase of the forecasts (windows, h, c) or (windows, h, c, q), over what a naive forecast has too."""
-        forecast = self._in_units(point(tasks.of(self.config), np.asarray(outputs, np.float64)))
-        return self._errors(forecast)
+        return self._errors(in_units(self.config, point(self._task, np.asarray(outputs, np.float64))))
 
     def naive(self) -> np.ndarray:
         """(windows, h, c) the seasonal naive forecast: the last value known of the same phase of the season."""
@@ -58,12 +61,11 @@ class Forecasting(Data):
     def draw(self, model: Any, folder: Path) -> list[Path]:
         """forecast.png: the held-out end, what was forecast of it, and the seasonal naive forecast."""
         outputs = np.asarray(predicted(model, self.held_out), np.float64)
-        forecast, naive = self._in_units(outputs), self.naive()
-        levels = self._task.quantiles
-        middle = point(self._task, forecast)
-        band = None if levels is None else (forecast[..., 0], forecast[..., -1])
-        path = folder / "forecast.png"
-        names = record_names(self.config)
+        levels, naive = self._task.quantiles, self.naive()
+        found = in_units(self.config, outputs, quantiles=levels is not None)
+        middle = point(self._task, found)
+        band = None if levels is None else (found[..., 0], found[..., -1])
+        path, names = folder / "forecast.png", self.facts["targets"]
         shown = self.series.values[max(0, self.end - 2 * self.facts["length"]) :]
         figures.forecast(path, names, shown, len(self.series), self._starts(), middle, naive, band)
         return [path]
@@ -75,12 +77,9 @@ class Forecasting(Data):
     def _starts(self) -> np.ndarray:
         return held_out_starts(len(self.series), self.end, self._task.horizon)
 
-    def _in_units(self, values: np.ndarray) -> np.ndarray:
-        return in_units(self.config, values)
-
     def _errors(self, forecast: np.ndarray) -> dict[str, float]:
         """Of forecasts in units, (windows, h, c): each a mean over channels."""
-        truth = self._in_units(np.asarray(self.held_out["targets"], np.float64))
+        truth = in_units(self.config, np.asarray(self.held_out["targets"], np.float64))
         counts = ~np.isnan(truth) & ~np.isnan(self.naive())
         errors = np.where(counts, np.abs(forecast - np.where(counts, truth, 0)), 0)
         channels = counts.any((0, 1))
@@ -139,10 +138,7 @@ def read(source: Source) -> Data:
     beside, spread = _statistics(series.covariates[:end])
     record = {
         "options": dict(zip((option.name for option in OPTIONS), (*columns.values(), horizon, season), strict=True)),
-        "location": location.tolist(),
-        "scale": scale.tolist(),
-        "covariate_location": beside.tolist(),
-        "covariate_scale": spread.tolist(),
+        **dict(zip(_STATISTICS, (each.tolist() for each in (location, scale, beside, spread)), strict=True)),
     }
     values, covariates = (series.values - location) / scale, (series.covariates - beside) / spread
     starts = np.arange(source.length, end - horizon + 1)
@@ -255,14 +251,78 @@ def point(task: Any, forecast: np.ndarray) -> np.ndarray:
     return forecast if task.quantiles is None else forecast[..., task.quantiles.index(_MEDIAN)]
 
 
-def in_units(config: Any, values: np.ndarray) -> np.ndarray:
-    """Values (..., h, c) or (..., h, c, q) as the model has them, in the units of the series."""
-    record = config.extra[RECORD]
-    location, scale = np.array(record["location"]), np.array(record["scale"])
-    if tasks.of(config).quantiles is not None and values.ndim == 4:  # type: ignore[attr-defined]
-        location, scale = location[:, None], scale[:, None]
-    return values * scale + location
+def in_units(config: Any, values: np.ndarray, quantiles: bool = False) -> np.ndarray:
+    """Values (..., h, c), or (..., h, c, q) with quantiles, as the model has them, in the units of the series."""
+    location, scale = (np.array(statistics(config)[name]) for name in ("location", "scale"))
+    return values * scale[:, None] + location[:, None] if quantiles else values * scale + location
 
 
-def record_names(config: Any) -> list[str]:
-    return list(config.extra[RECORD]["options"][TARGETS.name])
+def statistics(config: Any) -> dict[str, list[float]]:
+    """location, scale, covariate_location and covariate_scale, which the config records.
+
+    Raises:
+        ValueError: it does not.
+    """
+    record, task = record_of(config) or {}, tasks.of(config)
+    found = {}
+    for name in _STATISTICS:
+        count = task.covariates if name.startswith("covariate") else task.channels  # type: ignore[attr-defined]
+        value = record.get(name)
+        if not isinstance(value, list) or len(value) != count or not all(map(is_number, value)):
+            raise ValueError(
+                f"the config does not record {name} of {count} columns: the model was not trained on a table; "
+                "mamba_core.forecast takes its arrays"
+            )
+        found[name] = value
+    return found
+
+
+class Following(NamedTuple):
+    """What follows a series. time: the name of the column of times. columns: of values (steps, columns)."""
+
+    time: str
+    times: list[str]
+    columns: list[str]
+    values: np.ndarray
+
+
+def follow(model: Any, path: Path | str, steps: int | None = None) -> Following:
+    """What a model that was trained on a table forecasts after the end of another one, or of the same.
+
+    path: of a table with the same columns. steps: the model's horizon by default.
+
+    Raises:
+        ValueError: the model was not trained on a table, the table does not fit it, or there are covariates, which
+            nobody knows beyond the first forecast.
+        OSError: the table cannot be read.
+    """
+    config = unwrap(model, "a forecast").config
+    tasks.check_forecasts(config, "a forecast")
+    task: Any = tasks.of(config)
+    known, record = statistics(config), record_of(config) or {}
+    options = record.get("options") if isinstance(record.get("options"), Mapping) else {}
+    table, length = read_table(Path(path)), record.get("length")
+    source = Source(Path(path), config, None, length if type(length) is int else 1, 0, None, options or {})
+    columns = _columns(table, source)
+    series = series_of(table, *columns.values())
+    if (series.values.shape[1], series.covariates.shape[1]) != (task.channels, task.covariates):
+        raise ValueError(f"{path} has {series.values.shape[1]} columns of values; the model has {task.channels}")
+    if steps is not None and task.covariates and steps > task.horizon:
+        raise ValueError(
+            f"steps is {steps}, and the covariates {list_names(columns[COVARIATES.name])} are not known after the "
+            f"series; expected {task.horizon} at most, the model's horizon"
+        )
+    values = (series.values - known["location"]) / known["scale"]
+    beside = (series.covariates - known["covariate_location"]) / known["covariate_scale"]
+    if np.isnan(values[-source.length :]).all():
+        raise ValueError(f"{path}: no value of the last {source.length} positions is known; expected one at least")
+    covariates = {"covariates": beside[None, -source.length :]} if task.covariates else {}
+    found = forecast(model, values[None, -source.length :], steps, **covariates)[0].astype(np.float64)
+    found = in_units(config, found, quantiles=task.quantiles is not None)
+    times = [series.clock.time(len(series) + step) for step in range(len(found))]
+    names = [
+        name if level is None else f"{name} {level:g}"
+        for name in columns[TARGETS.name]
+        for level in task.quantiles or (None,)
+    ]
+    return Following(columns[TIME.name] or "position", times, names, found.reshape(len(found), -1))

@@ -1,5 +1,6 @@
 """Classes of images: a folder with a folder of image files for each class."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ DATA = "a folder that has a folder of image files for each class, named as the c
 OPTIONS: tuple[Option, ...] = ()
 HELD_OUT = FRACTION
 TEXTS = False
+
+CLASSIFIED = "image"
 
 
 def read(source: Source) -> Data:
@@ -59,3 +62,11 @@ def _examples(paths: list[Path], folder: Path, labels, names, task: Any) -> dict
     for index, path in enumerate(paths):
         images[index] = vision.read_image(path, task.size)
     return {"inputs": images, "targets": targets}
+
+
+def classify(
+    model: Any, paths: Sequence[str], texts: Sequence[str], top: int | None
+) -> list[tuple[str, list[vision.Guess]]]:
+    if texts:
+        raise ValueError(f"--text is given, but the model is of task {vision.TASK!r}; give image files")
+    return list(zip(paths, vision.classify_images(paths, model, top=top), strict=True))

@@ -1,5 +1,6 @@
 """Classes of texts: a table with a column of texts, or of token ids, and a column of labels."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,15 @@ from mamba_core.datasets._labels import LABEL
 from mamba_core.datasets._tables import Table, read_table
 from mamba_core.datasets.base import FRACTION, Data, Source
 from mamba_core.tasks.sequence_classification import SINGLE
+from mamba_core.texts import classify_text, read_text
+from mamba_core.vision import Guess
 
 DATA = "a .csv, .tsv or .jsonl table with a column of texts, or of token ids, and a column of labels"
 OPTIONS = (_texts.TEXT, _texts.IDS, LABEL)
 HELD_OUT = FRACTION
 TEXTS = True
+
+CLASSIFIED = "text"
 
 
 def read(source: Source) -> Data:
@@ -48,3 +53,9 @@ def _examples(table: Table, columns, source: Source, labels, names) -> tuple[dic
     rows = _texts.rows_of(table, columns, source)
     targets = _labels.numbers_of(table.path, labels, names)
     return {"inputs": rows.inputs, "mask": rows.mask, "targets": targets}, rows.cut
+
+
+def classify(model: Any, paths: Sequence[str], texts: Sequence[str], top: int | None) -> list[tuple[str, list[Guess]]]:
+    """Each file is a text."""
+    found = classify_text([*map(read_text, paths), *texts], model, top=top)
+    return list(zip([*paths, *texts], found, strict=True))
