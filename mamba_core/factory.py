@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from mamba_core import registry
+from mamba_core import registry, tasks
 from mamba_core.backend import State
 from mamba_core.backends.native import library
 from mamba_core.carried import check_kind
@@ -18,6 +18,7 @@ from mamba_core.config import COMPUTE_DTYPES, BaseConfig, from_object
 from mamba_core.merging import warn_of_hooks
 from mamba_core.spec import state as states
 from mamba_core.spec.init import initial_values
+from mamba_core.tasks.base import FINAL_NORM
 from mamba_core.tokenizer import source_of
 from mamba_core.weights.formats import FLOATS, CheckpointError, atomic_file, atomic_folder, list_names
 from mamba_core.weights.io import open_checkpoint
@@ -26,6 +27,8 @@ from mamba_core.weights.source import TOKENIZER_FILES
 from mamba_core.weights.tokens import GENERATION
 from mamba_core.weights.writing import copy_companions, write_model
 from mamba_core.wrappers import unwrap
+
+LAYERS = "backbone.layers."
 
 
 def build(
@@ -94,9 +97,7 @@ def load(
     dtype = opened.dtype if dtype is None else dtype
     _check_dtype(dtype)
     model = _built(backend, opened.config, opened.tensors(), dtype=dtype, device=device, kernels=kernels)
-    # The model needs the folder for these only.
-    kept = any(os.path.lexists(opened.folder / name) for name in (*TOKENIZER_FILES, GENERATION))
-    model.source = opened.folder.absolute() if kept else None
+    model.source = _source(opened)
     return model
 
 
@@ -124,36 +125,39 @@ def begin(
     opened: OpenedModel,
     config: BaseConfig,
     *,
-    backend: str | None = None,
-    dtype: str | None = None,
     seed: int,
-    **more: Any,
+    dtype: str | None = None,
+    new_head: bool = False,
+    **options: Any,
 ) -> Any:
     """A model to be trained further: of the weights of a checkpoint, and of a config that fits them.
 
-    The config's task may be another one: what its model has beside the blocks and the checkpoint has not gets initial
-    values, of which a warning tells.
+    The config's task may be another one: what its model has beside the blocks and the checkpoint has not begins with
+    initial values, of which a warning tells.
 
     Args:
         seed: of the initial values.
-        backend, dtype, more: as in `load`.
+        new_head: what stands behind the last norm begins with initial values too.
+        dtype, options: as in `load`.
 
     Raises:
-        ValueError: a tensor of the blocks is missing or has another shape.
+        ValueError: a tensor of the blocks is missing or has another shape, or of the same task any other.
     """
     dtype = opened.dtype if dtype is None else dtype
     _check_dtype(dtype)
-    stored = dict(opened.tensors())
-    values = {}
-    for name, value in initial_values(config, seed):
-        values[name] = stored[name] if name in stored and stored[name].shape == value.shape else value
-    new = [name for name, value in values.items() if value is not stored.get(name)]
-    if faults := [name for name in new if name.startswith("backbone.layers.") or opened.config.task == config.task]:
+    stored, values = dict(opened.tensors()), dict(initial_values(config, seed))
+    head = {parameter.name for parameter in tasks.of(config).after(config)} - {FINAL_NORM} if new_head else set()
+    kept = {name for name in stored.keys() & values.keys() - head if stored[name].shape == values[name].shape}
+    new = [name for name in values if name not in kept]
+    same = opened.config.task == config.task
+    if faults := [name for name in new if name.startswith(LAYERS) or (same and name not in head)]:
         raise ValueError(f"{opened.folder} does not fit the config: {list_names(faults)} missing or of other shapes")
     if new:
-        told = f"{opened.folder} is of task {opened.config.task!r}: {list_names(new)} begin with initial values"
-        warnings.warn(told, stacklevel=2)
-    return _built(backend, config, values.items(), dtype=dtype, **more)
+        warnings.warn(f"{list_names(new)} begin with initial values, not with those of {opened.folder}", stacklevel=2)
+    values |= {name: stored[name] for name in kept}
+    model = _built(options.pop("backend", None), config, values.items(), dtype=dtype, **options)
+    model.source = _source(opened)
+    return model
 
 
 def save(model: Any, path: str | Path, *, layout: str = "hf", overwrite: bool = False, merge: bool = False) -> None:
@@ -246,6 +250,12 @@ def load_state(path: str | Path, model: Any) -> State:
         return kind(*(array(f"layers.{index}.{f.name}", model.dtype if f.dtype == "compute" else f.dtype) for f in own))
 
     return State(tuple(map(layer, range(model.config.n_layer))), array("segment"))
+
+
+def _source(opened: OpenedModel) -> Path | None:
+    """The folder, where the model needs it: for the files of its tokenizer alone."""
+    kept = any(os.path.lexists(opened.folder / name) for name in (*TOKENIZER_FILES, GENERATION))
+    return opened.folder.absolute() if kept else None
 
 
 def _built(backend: str | None, config: BaseConfig, values: Iterable, *, kernels, **settings) -> Any:

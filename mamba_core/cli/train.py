@@ -51,11 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"{', '.join(map(_words, datasets.names()))}; by default the config's",
     )
-    model = parser.add_argument_group("the model").add_mutually_exclusive_group()
+    whole = parser.add_argument_group("the model")
+    model = whole.add_mutually_exclusive_group()
     model.add_argument("--preset", choices=sorted(architectures.presets()), metavar="NAME", help=_presets())
     model.add_argument("--config", type=Path, metavar="FILE", help="a config as JSON, in any of the known forms")
     model.add_argument("--init", metavar="CHECKPOINT", help="go on training these weights")
     model.add_argument("--resume", action="store_true", help="go on with the run in --out exactly where it stopped")
+    whole.add_argument("--new-head", action="store_true", help="with --init: a head of its own for the data's labels")
     others = parser.add_argument_group("how data is read")
     others.add_argument(
         "--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json; that of --init or --resume, else bytes"
@@ -99,6 +101,8 @@ def _add_held_out(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.new_head and not arguments.init:
+        raise ValueError("--new-head is given without --init; a model that begins anew has no other head")
     settings = _settings(arguments)
     model, data, tokenizer = _begun(arguments, settings)
     model.remat = arguments.remat
@@ -248,8 +252,9 @@ def _begun(arguments, settings: TrainSettings) -> tuple[Any, datasets.Data, Path
         return model, data, tokenizer
     if arguments.init:
         opened = open_model(arguments.init)
-        data, tokenizer = _data(arguments, settings, opened.config, opened.folder)
-        more = {"dtype": arguments.dtype, "seed": arguments.init_seed}
+        config = datasets.without_labels(opened.config) if arguments.new_head else opened.config
+        data, tokenizer = _data(arguments, settings, config, opened.folder)
+        more = {"dtype": arguments.dtype, "seed": arguments.init_seed, "new_head": arguments.new_head}
         return factory.begin(opened, data.config, **more, **where), data, tokenizer
     data, tokenizer = _data(arguments, settings, _config(arguments), None)
     model = factory.build(data.config, dtype=arguments.dtype or "float32", seed=arguments.init_seed, **where)

@@ -14,8 +14,21 @@ from typing import Any
 from mamba_core import architectures, discovery
 from mamba_core.datasets.base import RECORD, Data, Option, Source, record_of, with_extra
 
-__all__ = ["Data", "Option", "Source", "find", "names", "options", "preset_of", "read", "record_of", "with_task"]
+__all__ = [
+    "Data",
+    "Option",
+    "Source",
+    "find",
+    "names",
+    "options",
+    "preset_of",
+    "read",
+    "record_of",
+    "with_task",
+    "without_labels",
+]
 FOLDER = "datasets"
+_OF_LABELS = ("labels", "num_labels", "num_classes", "class_weights")
 
 
 def names() -> tuple[str, ...]:
@@ -68,6 +81,13 @@ def with_task(config: Any, task: str | None) -> Any:
     if config.task != unsaid or config.task_options:
         raise ValueError(f"the config is of task {config.task!r}; expected {task!r}")
     return dataclasses.replace(config, task=task, task_options={})
+
+
+def without_labels(config: Any) -> Any:
+    """The config without what it says of labels, for data with others."""
+    options = {name: value for name, value in config.task_options.items() if name not in _OF_LABELS}
+    extra = {name: value for name, value in config.extra.items() if name not in ("id2label", "label2id")}
+    return dataclasses.replace(config, task_options=options, extra=extra)
 
 
 def read(

@@ -76,7 +76,7 @@ def names_of(source: Source, found: set[str], known: Sequence[str] | None, count
         if unknown := ordered(found - set(known)):
             raise ValueError(
                 f"{source.path} has labels that the model has not: {list_names(unknown)}; it has {list_names(known)}. "
-                "Begin with a config without labels, or leave those rows out"
+                "Leave those rows out, or begin with a config without labels (--new-head)"
             )
         return tuple(known)
     names = ordered(found)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mamba_core.datasets.base import Source
-from mamba_core.weights.formats import CheckpointError, list_names, read_input
+from mamba_core.weights.formats import CheckpointError, explained, list_names, read_input
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _OBJECTS = (".jsonl", ".ndjson")
@@ -64,8 +64,7 @@ def read_table(path: Path) -> Table:
     """A table that has a row at least.
 
     Raises:
-        CheckpointError: it has none, or the file is no such table.
-        OSError: it cannot be read.
+        CheckpointError: it has none, or the file cannot be read as such a table.
     """
     kind = path.suffix.lower()
     if kind not in _DELIMITERS and kind not in _OBJECTS:
@@ -73,6 +72,8 @@ def read_table(path: Path) -> Table:
         raise CheckpointError(f"{path}: the name ends in {kind or 'nothing'}; expected a table, one of {known}")
     try:
         text = read_input(path, _MOST_BYTES).decode("utf-8-sig")
+    except OSError as fault:
+        raise CheckpointError(explained(path, fault)) from None
     except UnicodeDecodeError as fault:
         raise CheckpointError(f"{path}: is not UTF-8 at byte {fault.start}; expected text in UTF-8") from None
     if not text.strip():

@@ -55,7 +55,7 @@ def rows_of(table: Table, columns: dict[str, str], source: Source) -> Rows:
     for index, value in enumerate(table.columns[column]):
         ids = _ids(table, index, column, value) if option == IDS.name else _encoded(table, index, column, value, encode)
         if not ids:
-            raise ValueError(f"{table.at(index)}: {column} is empty; expected a text, leave the row out")
+            raise ValueError(f"{table.at(index)}: {column} is empty; expected a text; leave the row out")
         rows.append(ids)
     check_vocabulary(rows, source)
     return padded(rows, source.length)

@@ -126,12 +126,12 @@ def read(source: Source) -> Data:
     table = read_table(source.path)
     columns = _columns(table, source)
     series = series_of(table, *columns.values())
-    season = source.option(SEASON.name)
-    season = series.clock.season if season is None else season
     config = _config(source, columns)
     horizon = tasks.of(config).horizon  # type: ignore[attr-defined]
     series, end = _divided(source, table, columns, series, horizon)
-    trained = series.values[:end]
+    trained, season = series.values[:end], source.option(SEASON.name)
+    if season is None:
+        season = series.clock.season if series.clock.season < end else 1
     if season < 1 or season >= end:
         raise ValueError(f"season is {season}; expected 1 to {end - 1}, fewer than the positions that are trained on")
     location, scale = _statistics(trained)
