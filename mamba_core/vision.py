@@ -105,6 +105,11 @@ def read_image(
     Raises:
         ValueError, OSError, ImportError: as `classify_images`.
     """
+    return normalised(read_pixels(path, size, crop), mean, deviation)
+
+
+def read_pixels(path: str | Path, size: Pair, crop: float = CROP) -> np.ndarray:
+    """(height, width, 3) uint8: the middle of an image file; as `read_image`."""
     try:
         from PIL import Image, ImageOps
     except ModuleNotFoundError:
@@ -113,7 +118,7 @@ def read_image(
     try:
         with Image.open(io.BytesIO(data)) as opened:
             image = ImageOps.exif_transpose(opened).convert("RGB")
-            return _normalised(_middle(image, size, crop, Image.Resampling.BICUBIC), mean, deviation)
+            return np.asarray(_middle(image, size, crop, Image.Resampling.BICUBIC))
     except Image.DecompressionBombError:
         raise ValueError(f"{path}: the image has more pixels than Pillow takes for no attack") from None
     except Exception as fault:  # of any of Pillow's readers, which say what they do not in many ways
@@ -132,9 +137,10 @@ def _middle(image: Any, size: Pair, crop: float, kind: Any) -> Any:
     return image.crop((left, above, left + width, above + height))
 
 
-def _normalised(image: Any, *colours: Any) -> np.ndarray:
-    value, mean, deviation = (np.asarray(given, np.float32) for given in (image, *colours))
-    return np.ascontiguousarray(((value / 255 - mean) / deviation).transpose(2, 0, 1))
+def normalised(pixels: np.ndarray, mean: Any = MEAN, deviation: Any = DEVIATION) -> np.ndarray:
+    """(..., 3, height, width) float32 of (..., height, width, 3) uint8; as `read_image`."""
+    value, mean, deviation = (np.asarray(given, np.float32) for given in (pixels, mean, deviation))
+    return np.ascontiguousarray(np.moveaxis((value / 255 - mean) / deviation, -1, -3))
 
 
 def _logits(model: Any, images: np.ndarray) -> np.ndarray:

@@ -24,8 +24,6 @@ class Labelled(Data):
     def metrics(self, outputs: np.ndarray) -> dict[str, float]:
         targets = self.held_out["targets"]
         counts = targets != IGNORED
-        if (mask := self.held_out.get("mask")) is not None and mask.shape == targets.shape:
-            counts &= mask
         return scores(targets[counts], outputs.argmax(-1)[counts])
 
 

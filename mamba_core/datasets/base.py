@@ -15,7 +15,6 @@ and where a checkpoint's data has a use beyond training
 """
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mamba_core import registry
+from mamba_core.batches import digest
 from mamba_core.wrappers import unwrap
 
 # Of a config's `extra`: how the data was read with which a model was trained.
@@ -130,14 +130,6 @@ def record_of(config: Any) -> dict[str, Any] | None:
     return dict(found) if isinstance(found, Mapping) else None
 
 
-def digest(arrays: Mapping[str, np.ndarray]) -> str:
-    found = hashlib.sha256()
-    for name, array in sorted(arrays.items()):
-        found.update(f"{name} {array.dtype} {array.shape} ".encode())
-        found.update(np.ascontiguousarray(array).data)
-    return found.hexdigest()
-
-
 def taken(arrays: Mapping[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
     """Some of the examples."""
     return {name: array[rows] for name, array in arrays.items()}
@@ -149,5 +141,5 @@ def predicted(model: Any, arrays: Mapping[str, np.ndarray], batch_size: int = 32
     backend, parts = registry.get(model.backend), []
     for first in range(0, len(arrays["inputs"]), batch_size):
         rows = {name: array[first : first + batch_size] for name, array in arrays.items() if name != "targets"}
-        parts.append(backend.to_numpy(backend.infer(model, rows.pop("inputs"), **rows)[0]))
+        parts.append(backend.to_numpy(backend.infer(model, np.asarray(rows.pop("inputs")), **rows)[0]))
     return np.concatenate(parts)

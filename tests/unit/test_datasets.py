@@ -86,6 +86,8 @@ def test_each_label_is_held_out_by_its_share(tmp_path):
     again, other = (read(path, task=TEXTS, length=8, held_out=0.25, seed=seed) for seed in (0, 1))
     np.testing.assert_array_equal(again.held_out["inputs"], data.held_out["inputs"])
     assert (other.held_out["inputs"] != data.held_out["inputs"]).any()
+    most = read(path, task=TEXTS, length=8, held_out=0.99)
+    assert np.bincount(most.examples["targets"]).tolist() == [1, 1, 1, 1]
 
 
 def test_scores_are_those_by_hand():

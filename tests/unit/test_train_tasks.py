@@ -193,6 +193,8 @@ def test_what_a_checkpoint_is_not_for_is_refused(files, trained, tmp_path, capsy
     text, series, images = (
         str(trained(task, capsys)[0]) for task in ("sequence-classification", "forecasting", "image-classification")
     )
+    new = ["--out", str(tmp_path / "new"), "--steps", "1"]
+    small = [*new, "--config", str(files["forecasting"][1])]
     (tmp_path / "other.csv").write_text("time,other\n1,2\n2,3\n")
     data, before = str(files["forecasting"][0]), str(tmp_path / "other.csv")
     for line, message in (
@@ -212,16 +214,16 @@ def test_what_a_checkpoint_is_not_for_is_refused(files, trained, tmp_path, capsy
         (["forecast", "--checkpoint", series, "--data", data, "--steps", "9"], "covariates 'temp' are not known after"),
         (["forecast", "--checkpoint", series, "--data", data, "--out", before], "exists"),
         (
-            ["train", "--data", data, "--out", "x", "--init", text, "--task", "forecasting"],
+            ["train", "--data", data, *new, "--init", text, "--task", "forecasting"],
             "config is of task 'sequence_class",
         ),
-        (["train", "--data", data, "--out", "x", "--new-head"], "--new-head is given without --init"),
+        (["train", "--data", data, *small, "--new-head"], "--new-head is given without --init"),
         (
-            ["train", "--data", data, "--out", "x", "--task", "forecasting", "--tokenizer", "t"],
+            ["train", "--data", data, *small, "--task", "forecasting", "--tokenizer", "t"],
             "has no text; leave it out",
         ),
         (
-            ["train", "--data", data, "--out", "x", "--task", "forecasting", "--text-column", "t"],
+            ["train", "--data", data, *small, "--task", "forecasting", "--text-column", "t"],
             "text_column given, but",
         ),
     ):
@@ -254,7 +256,9 @@ def test_trained_weights_begin_a_run_of_another_task_or_of_other_labels(files, t
             if name in values and name != "score.weight":
                 np.testing.assert_array_equal(values[name], value)
     assert seen[0].config.task_options["labels"] == ("u", "v", "w")
-    assert main(["train", "--init", str(text), "--out", "x", "--data", str(tmp_path / "other.csv")]) == 2
+    assert (
+        main(["train", "--init", str(text), "--out", str(tmp_path / "new"), "--data", str(tmp_path / "other.csv")]) == 2
+    )
     assert "labels that the model has not: 'u', 'v', 'w'" in capsys.readouterr().err
 
 
