@@ -25,9 +25,9 @@ def run(arguments: argparse.Namespace) -> int:
     names = ("backend", "device", "dtype", "kernels", "layout", "revision")
     model = factory.for_use(arguments.checkpoint, {name: getattr(arguments, name) for name in names})
     task = model.config.task
-    file = datasets.find(task) if task in datasets.names() else None
-    if not hasattr(file, "classify"):
-        those = " or ".join(repr(name) for name in datasets.names() if hasattr(datasets.find(name), "classify"))
+    files = {name: found for name in datasets.names() if hasattr(found := datasets.find(name), "classify")}
+    if (file := files.get(task)) is None:
+        those = " or ".join(map(repr, files))
         raise ValueError(
             f"{arguments.checkpoint}: the model is of task {task!r}; classifying needs one of task {those}"
         )

@@ -65,9 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for names, options in datasets.options().items():
         group = parser.add_argument_group(f"data of --task {', '.join(map(_words, names))}")
         for option in options:
-            several = {"nargs": "+"} if option.several else {}
-            metavar = "N" if option.type is int else "NAME"
-            group.add_argument(option.flag, type=option.type, metavar=metavar, help=option.help, **several)
+            metavar, count = "N" if option.type is int else "NAME", "+" if option.several else None
+            group.add_argument(option.flag, type=option.type, nargs=count, metavar=metavar, help=option.help)
     _add_held_out(parser)
     run = parser.add_argument_group("the run")
     run.add_argument("--checkpoint-every", type=int, default=0, metavar="N", help="steps; 0 for the end only")

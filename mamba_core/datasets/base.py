@@ -114,7 +114,7 @@ def recorded(source: Source, config: Any, held_out: Any, record: Mapping[str, An
     held_out: the examples, or None. record: what else there is to say; in JSON's types.
     """
     fraction = source.held_out if isinstance(source.held_out, float) else None
-    kept = {"length": source.length, "seed": source.seed, "held_out_fraction": fraction}
+    kept: dict[str, Any] = {"length": source.length, "seed": source.seed, "held_out_fraction": fraction}
     kept["held_out_digest"] = None if held_out is None else digest(held_out)
     return with_extra(config, {RECORD: json.loads(json.dumps(kept | dict(record)))})
 

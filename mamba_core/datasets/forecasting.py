@@ -4,7 +4,7 @@ The end of the series is held out. Means and deviations are of what stands befor
 into it. The contexts of its forecasts do, as far as they are then past.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -227,12 +227,12 @@ def _statistics(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return location, np.where(scale > 0, scale, 1.0)
 
 
-def _windows(values, covariates, starts: Sequence[int], length: int, horizon: int, counted: int) -> dict[str, Any]:
+def _windows(values, covariates, starts: np.ndarray, length: int, horizon: int, counted: int) -> dict[str, Any]:
     """Examples whose forecasts begin at these positions. What is before the series is missing.
 
     counted: targets before that position are of no window; nor is a target of two.
     """
-    starts, channels = np.asarray(starts, np.int64), values.shape[1]
+    channels = values.shape[1]
     before = starts[:, None] + np.arange(-length, 0)
     after = starts[:, None] + np.arange(horizon)
     targets = values[after] if len(starts) else np.empty((0, horizon, channels))
@@ -316,8 +316,8 @@ def follow(model: Any, path: Path | str, steps: int | None = None) -> Following:
     beside = (series.covariates - known["covariate_location"]) / known["covariate_scale"]
     if np.isnan(values[-source.length :]).all():
         raise ValueError(f"{path}: no value of the last {source.length} positions is known; expected one at least")
-    covariates = {"covariates": beside[None, -source.length :]} if task.covariates else {}
-    found = forecast(model, values[None, -source.length :], steps, **covariates)[0].astype(np.float64)
+    covariates = beside[None, -source.length :] if task.covariates else None
+    found = forecast(model, values[None, -source.length :], steps, covariates=covariates)[0].astype(np.float64)
     found = in_units(config, found, quantiles=task.quantiles is not None)
     times = [series.clock.time(len(series) + step) for step in range(len(found))]
     names = [

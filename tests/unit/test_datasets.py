@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import mamba_core as mc
-from mamba_core import datasets
+from mamba_core import batches, datasets
 from mamba_core.datasets import _labels, forecasting
 from mamba_core.vision import read_image
 
@@ -225,6 +225,20 @@ def test_images_are_prepared_as_they_are_classified(pictures):
     assert data.examples["targets"].tolist() == [0, 0, 1, 1]
     assert data.config.task_options["num_classes"] == 2
     assert data.config.extra["id2label"] == {"0": "cat", "1": "dog"}
+
+
+def test_other_images_are_other_data(pictures):
+    """Though no more than their bytes are kept."""
+    first = read(pictures, IMAGES, length=1, held_out=0)
+    path = pictures / "dog" / "1.png"
+    pytest.importorskip("PIL.Image").open(path).transpose(0).save(path)
+    second = read(pictures, IMAGES, length=1, held_out=0)
+    found = [batches.read("the data", data.examples, data.config) for data in (first, second, second)]
+    assert len({each.digest() for each in found}) == 2
+    with pytest.raises(ValueError, match="of which batches are made: images has shape"):
+        batches.read("the data", {**first.examples, "inputs": first.examples["inputs"].stored}, first.config)
+    rows = found[0].batch(mc.TrainSettings(batch_size=3), 0)
+    assert np.asarray(rows["inputs"]).shape == (3, 3, 16, 16)
 
 
 def test_a_checkpoint_s_own_preparation_is_used(pictures, tmp_path):

@@ -166,6 +166,41 @@ def test_texts_and_images_are_classified_as_they_were_read(files, trained, tmp_p
     assert json.loads(capsys.readouterr().out)[0]["classes"][0]["label"] == "blue"
 
 
+def test_texts_are_classified_by_the_tokens_of_training(tmp_path):
+    """Bytes, which no file of a larger vocabulary tells, or those of a tokenizer, which the checkpoint keeps."""
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {"<unk>": 0, "good": 299, "bad": 257}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    _write(tmp_path / "a", ".csv", [["text", "label"], *[["good", "x"], ["bad", "y"]] * 4])
+    (tmp_path / "config.json").write_text(json.dumps(SIZES | {"vocab_size": 300}))
+    line = [
+        "train",
+        "--task",
+        "sequence-classification",
+        "--data",
+        tmp_path / "a.csv",
+        "--config",
+        tmp_path / "config.json",
+    ]
+    found = {}
+    for name, more in {"bytes": [], "words": ["--tokenizer", tmp_path / "tokenizer.json"]}.items():
+        out = tmp_path / name
+        assert main([*map(str, [*line, "--out", out, "--steps", 1, "--length", 4, *more])]) == 0
+        found[name] = mc.classify_text("good", out, device="cpu")
+        model = mc.load(out, backend=installed()[0], device="cpu")
+        ids = np.array([[*b"good"] if name == "bytes" else [299]], np.int32)
+        backend = registry.get(model.backend)
+        logits = backend.to_numpy(backend.infer(model, ids).logits)[0].astype(float)
+        wanted = dict(zip("xy", np.exp(logits) / np.exp(logits).sum(), strict=True))
+        assert {guess.label: pytest.approx(guess.probability) for guess in found[name][0]} == wanted
+    assert found["bytes"] != found["words"]
+    mc.save(mc.build(mc.MambaConfig(**SIZES | {"vocab_size": 300}, task="sequence_classification")), tmp_path / "other")
+    with pytest.raises(ValueError, match=r"the checkpoint has no tokenizer\.json; give tokenizer"):
+        mc.classify_text("good", tmp_path / "other")
+
+
 def test_a_series_is_forecast_by_its_checkpoint(files, trained, tmp_path, capsys):
     out, _ = trained("forecasting", capsys)
     data = files["forecasting"][0]
