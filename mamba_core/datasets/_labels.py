@@ -57,7 +57,7 @@ def text_of(table: Table, index: int, column: str, value: Any) -> str:
 def ordered(found: set[str]) -> tuple[str, ...]:
     """Names of labels in their order: numbers by their value, others by the alphabet."""
     try:
-        return tuple(sorted(found, key=int))
+        return tuple(sorted(found, key=lambda name: (int(name), name)))
     except ValueError:
         return tuple(sorted(found))
 

@@ -13,6 +13,7 @@ from mamba_core.weights.formats import CheckpointError, explained, list_names, r
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _OBJECTS = (".jsonl", ".ndjson")
+_LONGEST = 200  # letters of a column's name
 _MOST_BYTES = 2**40  # of a file, which is in memory whole
 
 
@@ -79,6 +80,8 @@ def read_table(path: Path) -> Table:
     if not text.strip():
         raise CheckpointError(f"{path}: the file is empty; expected a table with a row at least")
     table = _from_objects(path, text) if kind in _OBJECTS else _from_rows(path, text, _DELIMITERS[kind])
+    if long := [name for name in table.columns if len(name) > _LONGEST]:
+        raise CheckpointError(f"{path}: the name of a column has {len(long[0])} letters; expected {_LONGEST} at most")
     if not len(table):
         raise CheckpointError(f"{path}: has the names of columns and no row; expected one at least")
     return table

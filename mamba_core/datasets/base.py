@@ -28,7 +28,7 @@ from mamba_core.batches import digest
 from mamba_core.wrappers import unwrap
 
 # Of a config's `extra`: how the data was read with which a model was trained.
-RECORD = "data"
+RECORD = "mamba_core_data"
 # Of the data where nothing else is said.
 FRACTION = 0.2
 

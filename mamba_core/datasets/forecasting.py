@@ -125,47 +125,56 @@ def held_out_starts(count: int, end: int, horizon: int) -> np.ndarray:
 def read(source: Source) -> Data:
     table = read_table(source.path)
     columns = _columns(table, source)
-    series = series_of(table, *columns.values())
     config = _config(source, columns)
     horizon = tasks.of(config).horizon  # type: ignore[attr-defined]
-    series, end = _divided(source, table, columns, series, horizon)
-    trained, season = series.values[:end], source.option(SEASON.name)
-    if season is None:
-        season = series.clock.season if series.clock.season < end else 1
-    if season < 1 or season >= end:
-        raise ValueError(f"season is {season}; expected 1 to {end - 1}, fewer than the positions that are trained on")
-    location, scale = _statistics(trained)
+    series, end = _divided(source, table, columns, horizon)
+    season = _season(source, series, end)
+    location, scale = _statistics(series.values[:end])
     beside, spread = _statistics(series.covariates[:end])
+    values, covariates = (series.values - location) / scale, (series.covariates - beside) / spread
+    sizes = {"length": source.length, "horizon": horizon}
+    examples = _trained(source, values[:end], covariates[:end], **sizes)
+    held = None
+    if end < len(series):
+        held = _windows(values, covariates, held_out_starts(len(series), end, horizon), counted=end, **sizes)
+        if np.isnan(held["targets"]).all():
+            raise ValueError(f"{source.path}: no value of the held-out end is known; hold out more")
     record = {
         "options": dict(zip((option.name for option in OPTIONS), (*columns.values(), horizon, season), strict=True)),
         **dict(zip(_STATISTICS, (each.tolist() for each in (location, scale, beside, spread)), strict=True)),
     }
-    values, covariates = (series.values - location) / scale, (series.covariates - beside) / spread
-    starts = np.arange(source.length, end - horizon + 1)
-    examples = _windows(values, covariates, starts, source.length, horizon, 0)
-    kept = ~np.isnan(examples["targets"]).all((1, 2)) & examples["observed"].any((1, 2))
-    if not kept.any():
-        raise ValueError(
-            f"{source.path}: {end} positions are trained on, in which no window of {source.length} values "
-            f"(--length) and {horizon} after them (--horizon) has what it needs; expected {source.length + horizon} at "
-            "least. Give a smaller --length or --horizon, hold out less, or give more data"
-        )
-    held = None
-    if end < len(series):
-        held = _windows(values, covariates, held_out_starts(len(series), end, horizon), source.length, horizon, end)
-        if np.isnan(held["targets"]).all():
-            raise ValueError(f"{source.path}: no value of the held-out end is known; hold out more")
-    config = recorded(source, config, held, record)
     facts = {
-        "positions": len(series), "held_out_positions": len(series) - end, "windows": int(kept.sum()),
+        "positions": len(series), "held_out_positions": len(series) - end, "windows": len(examples["targets"]),
         "missing": int(np.isnan(series.values).sum()), "inserted": series.inserted, "step": series.clock.told,
-        "season": season, "length": source.length, "horizon": horizon, "targets": list(columns[TARGETS.name]),
+        "season": season, **sizes, "targets": list(columns[TARGETS.name]),
     }  # fmt: skip
-    examples = {name: array[kept] for name, array in examples.items()}
-    data = Forecasting(config, examples, held, facts, {}, series, end, season)
+    data = Forecasting(recorded(source, config, held, record), examples, held, facts, {}, series, end, season)
     if held is not None:
         data.baseline = data.of_naive()
     return data
+
+
+def _trained(source: Source, values: np.ndarray, covariates: np.ndarray, length: int, horizon: int) -> dict[str, Any]:
+    """All windows of which a value of the context and a target are known."""
+    starts = np.arange(length, len(values) - horizon + 1)
+    examples = _windows(values, covariates, starts, length, horizon)
+    kept = ~np.isnan(examples["targets"]).all((1, 2)) & examples["observed"].any((1, 2))
+    if not kept.any():
+        raise ValueError(
+            f"{source.path}: {len(values)} positions are trained on, in which no window of {length} values (--length) "
+            f"and {horizon} after them (--horizon) has what it needs; expected {length + horizon} at least. Give a "
+            "smaller --length or --horizon, hold out less, or give more data"
+        )
+    return {name: array[kept] for name, array in examples.items()}
+
+
+def _season(source: Source, series: Series, end: int) -> int:
+    season = source.option(SEASON.name)
+    if season is None:
+        return series.clock.season if series.clock.season < end else 1
+    if season < 1 or season >= end:
+        raise ValueError(f"season is {season}; expected 1 to {end - 1}, fewer than the positions that are trained on")
+    return season
 
 
 def _columns(table: Table, source: Source) -> dict[str, Any]:
@@ -198,8 +207,9 @@ def _config(source: Source, columns: dict[str, Any]) -> Any:
     return config
 
 
-def _divided(source: Source, table: Table, columns, series: Series, horizon: int) -> tuple[Series, int]:
+def _divided(source: Source, table: Table, columns, horizon: int) -> tuple[Series, int]:
     """The series, with the file of its end behind it, and the first position that is held out."""
+    series = series_of(table, *columns.values())
     if isinstance(source.held_out, Path):
         held = read_table(source.held_out)
         for name in (*columns[TARGETS.name], *columns[COVARIATES.name], *filter(None, [columns[TIME.name]])):
@@ -227,7 +237,7 @@ def _statistics(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return location, np.where(scale > 0, scale, 1.0)
 
 
-def _windows(values, covariates, starts: np.ndarray, length: int, horizon: int, counted: int) -> dict[str, Any]:
+def _windows(values, covariates, starts: np.ndarray, length: int, horizon: int, counted: int = 0) -> dict[str, Any]:
     """Examples whose forecasts begin at these positions. What is before the series is missing.
 
     counted: targets before that position are of no window; nor is a target of two.

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 import mamba_core as mc
-from mamba_core import batches, datasets
+from mamba_core import batches, datasets, discovery
 from mamba_core.datasets import _labels, forecasting
+from mamba_core.datasets.base import RECORD
 from mamba_core.vision import read_image
 
 CONFIG = mc.MambaConfig(d_model=8, n_layer=1, vocab_size=256, d_state=2)
@@ -246,13 +247,13 @@ def test_a_checkpoint_s_own_preparation_is_used(pictures, tmp_path):
 
     config = read(pictures, IMAGES, length=1, held_out=0).config
     given, seen = {"mean": [0.5] * 3, "deviation": [0.25] * 3, "crop": 1.0}, []
-    config.extra["data"].update(given)
+    config.extra[RECORD].update(given)
     with pytest.MonkeyPatch.context() as patch:
         real = mc.vision.read_image
         patch.setattr(mc.vision, "read_image", lambda *names, **told: seen.append(told) or real(*names, **told))
         mc.classify_images(pictures / "cat" / "1.png", mc.build(config, backend=installed()[0]))
         assert seen == [given]
-        config.extra["data"]["deviation"] = [1, 0, 1]
+        config.extra[RECORD]["deviation"] = [1, 0, 1]
         with pytest.raises(ValueError, match="config records deviation"):
             mc.classify_images(pictures / "cat" / "1.png", mc.build(config, backend=installed()[0]))
     plain, own = read_image(pictures / "cat" / "1.png", (16, 16)), real(pictures / "cat" / "1.png", (16, 16), **given)
@@ -266,6 +267,7 @@ REFUSED = [
     (TEXTS, "a.csv", "", {}, "the file is empty"),
     (TEXTS, "a.csv", "\n \n", {}, "the file is empty"),
     (TEXTS, "a.csv", "text,label\n", {}, "no row"),
+    (TEXTS, "a.csv", "x" * 300 + ",label\na,x\n", {}, "the name of a column has 300 letters; expected 200 at most"),
     (TEXTS, "a.txt", OK, {}, "ends in .txt; expected a table, one of .csv"),
     (TEXTS, "a.csv", "text,label,text\na,x,b\n", {}, "appear twice: 'text'"),
     (TEXTS, "a.csv", "text,label\na,x\nb\n", {}, "line 3: has 1 values; expected 2"),
@@ -383,3 +385,31 @@ def test_a_resumed_run_has_its_own_data(tmp_path):
     table(apart, "text,label\nq,x\nr,x\n")
     with pytest.raises(ValueError, match="not what the run held out"):
         read(path, data.config, length=4, held_out=apart, resume=True)
+
+
+def test_a_reader_of_another_package_is_found_by_its_task(tmp_path, monkeypatch):
+    """A file in a folder of the same name is all there is of it; no list has it."""
+    package = tmp_path / "elsewhere"
+    (package / "datasets").mkdir(parents=True)
+    for folder in (package, package / "datasets"):
+        (folder / "__init__.py").write_text("")
+    (package / "datasets" / "features.py").write_text(
+        "from mamba_core.datasets.base import Data, Option\n"
+        "DATA, OPTIONS, HELD_OUT, TEXTS = 'numbers', (Option('shift', 'added', int),), None, False\n"
+        "def read(source):\n"
+        "    found = [int(part) + source.option('shift') for part in source.path.read_text().split()]\n"
+        "    return Data(source.config, found, source.held_out)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    kept = discovery.roots, discovery.names, discovery.find, discovery._places
+    monkeypatch.setattr(discovery, "roots", lambda: ("mamba_core", "elsewhere"))
+    for function in kept[1:]:
+        function.cache_clear()
+    try:
+        assert ("features",) in datasets.options()
+        data = read(table(tmp_path / "a.txt", "1 2"), task="features", shift=3)
+        assert data.examples == [4, 5]
+    finally:
+        monkeypatch.undo()
+        for function in kept[1:]:
+            function.cache_clear()

@@ -367,3 +367,21 @@ def test_metrics_are_of_examples_and_have_names_of_their_own():
             mc.train(model, given.pop("data"), settings, metrics=lambda _: {"loss": 1.0}, **given)
     with pytest.raises(FloatingPointError, match="f1 on held-out data is nan at step 0"):
         mc.train(build(**labelled), data, settings, held_out=data, metrics=lambda _: {"f1": float("nan")})
+
+
+def test_metrics_that_are_cut_short_are_made_when_the_run_is_resumed(tmp_path):
+    """With the loss before them, which alone would pass for the whole evaluation."""
+    backend, out = installed()[0], tmp_path / "run"
+    config = mc.MambaConfig(**SIZES, task="sequence_classification")
+    data = {"inputs": np.arange(24).reshape(8, 3), "targets": np.arange(8) % 2}
+    settings, seen = mc.TrainSettings(steps=2, batch_size=4, warmup_steps=1), []
+    given = {"held_out": data, "evaluate_every": 1, "metrics": lambda outputs: {"sum": float(outputs.sum())}}
+    whole = mc.train(mc.build(config, backend=backend), data, settings, **given)
+    # (0, 2), (1, 2) and (2, 2) are of the loss; then those of the metrics begin.
+    cut = {"stop": lambda: len(seen) >= 5, "evaluating": lambda *place: seen.append(place), "checkpoint": out}
+    first = mc.train(mc.build(config, backend=backend), data, settings, **given, **cut)
+    assert seen == [(0, 2), (1, 2), (2, 2), (0, 2), (1, 2)]
+    assert len(first) == 1
+    assert not {"sum", "held_out_loss"} & first[0].keys()
+    again = mc.train(mc.load(out, backend=backend), data, settings, **given, resume=out, checkpoint=out)
+    assert again == whole
