@@ -19,8 +19,8 @@ _USUAL_IDS = ("input_ids", "ids")
 
 @dataclass(frozen=True)
 class Rows:
-    """inputs: (rows, length) int32. mask: (rows, length) bool, False at padding, which is at the end. cut: how many
-    rows were longer."""
+    """inputs: (rows, l) int32, l of the longest. mask: (rows, l) bool, False at padding, which is at the end. cut: how
+    many rows were longer than they may be."""
 
     inputs: np.ndarray
     mask: np.ndarray
@@ -61,13 +61,15 @@ def rows_of(table: Table, columns: dict[str, str], source: Source) -> Rows:
     return padded(rows, source.length)
 
 
-def padded(rows: Sequence[Sequence[int]], length: int) -> Rows:
+def padded(rows: Sequence[Sequence[int]], most: int) -> Rows:
+    """Rows of that many tokens at most."""
+    length = min(most, max(map(len, rows)))
     inputs, mask = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), bool)
     for index, ids in enumerate(rows):
         count = min(len(ids), length)
         inputs[index, :count] = ids[:count]
         mask[index, :count] = True
-    return Rows(inputs, mask, sum(len(ids) > length for ids in rows))
+    return Rows(inputs, mask, sum(len(ids) > most for ids in rows))
 
 
 def encoder_of(tokenizer: Any):

@@ -253,7 +253,9 @@ def _windows(values, covariates, starts: np.ndarray, length: int, horizon: int, 
     context, beside = np.where(there, values[before], np.nan), np.where(there, covariates[before], 0)
     inputs = np.concatenate([np.nan_to_num(context, nan=0.0), beside], -1)
     arrays = {"inputs": inputs.astype(np.float32), "targets": targets.astype(np.float32)}
-    return {**arrays, "observed": ~np.isnan(context), "mask": before >= 0}
+    arrays["observed"] = ~np.isnan(context)
+    # Where all counts no mask is given: some kernels take none.
+    return arrays if there.all() else {**arrays, "mask": before >= 0}
 
 
 def point(task: Any, forecast: np.ndarray) -> np.ndarray:

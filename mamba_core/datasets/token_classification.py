@@ -90,7 +90,7 @@ def _examples(table: Table, columns, label: str, source: Source, names) -> tuple
         rows.append([token for piece in pieces for token in piece])
     _texts.check_vocabulary(rows, source)
     padded = _texts.padded(rows, source.length)
-    return {"inputs": padded.inputs, "mask": padded.mask, "targets": targets}, padded.cut
+    return {"inputs": padded.inputs, "mask": padded.mask, "targets": targets[:, : padded.inputs.shape[1]]}, padded.cut
 
 
 def _pieces(table: Table, index: int, column: str, values: Any, encode, words: bool) -> list[list[int]]:

@@ -46,6 +46,9 @@ def test_texts_are_cut_and_padded_and_labels_are_named(tmp_path):
     assert data.examples["mask"].sum(1).tolist() == [4, 2, 4, 1]
     assert data.examples["targets"].tolist() == [1, 0, 1, 0]
     assert data.facts["cut"] == 1
+    longer = read(tmp_path / "a.csv", task=TEXTS, length=99, label_column="stars", held_out=0)
+    assert longer.examples["inputs"].shape == longer.examples["mask"].shape == (4, 9)  # no longer than the longest
+    assert longer.facts["cut"] == 0
     assert data.config.task_options["labels"] == ("9", "10")  # by their numbers
     assert data.held_out is None
     assert not data.measures
@@ -105,7 +108,7 @@ def test_metrics_of_words_leave_out_what_does_not_count(tmp_path):
     path = table(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     apart = table(tmp_path / "b.jsonl", json.dumps({"words": ["d", "e"], "tags": ["Y", "X"]}) + "\n")
     data = read(path, task=TOKENS, length=6, held_out=apart)
-    outputs = np.zeros((1, 6, 2))
+    outputs = np.zeros((1, 3, 2))
     outputs[..., 1] = 1  # Y everywhere
     assert data.metrics(outputs)["accuracy"] == 0.5
 

@@ -105,14 +105,8 @@ def test_it_learns_and_reports_what_the_checkpoint_gives(files, trained, task, c
     assert evaluated[-1][metric] == report["metrics"][metric]
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_a_run_that_is_interrupted_ends_with_the_same_bits(files, task, tmp_path, capsys):
-    """Its command line does not say again how the data is read."""
-    whole, cut, backend = tmp_path / "whole", tmp_path / "cut", installed()[0]
-    line = command(
-        files, task, cut, backend, "6", "--checkpoint-every", "2", "--seed", "3", "--held-out-fraction", "0.3"
-    )
-    assert main([str(whole) if word == str(cut) else word for word in line]) == 0
+def interrupted(line):
+    """A run that is ended by the first checkpoint that it writes."""
     real = mc.training.save_checkpoint
 
     def save_and_interrupt(*arguments):
@@ -122,6 +116,17 @@ def test_a_run_that_is_interrupted_ends_with_the_same_bits(files, task, tmp_path
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mc.training, "save_checkpoint", save_and_interrupt)
         assert main(line) == 130
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_run_that_is_interrupted_ends_with_the_same_bits(files, task, tmp_path, capsys):
+    """Its command line does not say again how the data is read."""
+    whole, cut, backend = tmp_path / "whole", tmp_path / "cut", installed()[0]
+    line = command(
+        files, task, cut, backend, "6", "--checkpoint-every", "2", "--seed", "3", "--held-out-fraction", "0.3"
+    )
+    assert main([str(whole) if word == str(cut) else word for word in line]) == 0
+    interrupted(line)
     assert not (cut / "report.json").exists()
     capsys.readouterr()
     assert main(["train", "--resume", "--data", str(files[task][0]), "--out", str(cut), "--backend", backend]) == 0
@@ -134,12 +139,19 @@ def test_a_run_that_is_interrupted_ends_with_the_same_bits(files, task, tmp_path
     assert "expected 'lm'" in capsys.readouterr().err
 
 
-def test_every_backend_trains_on_the_same_examples(files, tmp_path, capsys):
+def test_every_backend_trains_on_the_same_examples_and_resumes(files, tmp_path, capsys):
     """Metrics too: the outputs for the held-out examples come in their order."""
-    found = {}
+    found, task = {}, "sequence-classification"
     for name in installed():
-        assert main(command(files, "sequence-classification", tmp_path / name, name, "3")) == 0
+        whole, cut = tmp_path / name, tmp_path / f"{name} cut"
+        assert main(command(files, task, whole, name, "3")) == 0
         found[name] = json.loads(capsys.readouterr().out.splitlines()[-1])
+        interrupted(command(files, task, cut, name, "3", "--checkpoint-every", "2"))
+        resume = ["train", "--resume", "--data", files[task][0], "--out", cut, "--backend", name, "--device", "cpu"]
+        assert main([*map(str, resume)]) == 0
+        capsys.readouterr()
+        for file in ("model.safetensors", "optimizer.safetensors", "training.json", "report.json"):
+            assert (whole / file).read_bytes() == (cut / file).read_bytes(), (name, file)
     first = found[installed()[0]]
     for name, told in found.items():
         assert told["report"]["data"] == first["report"]["data"]
