@@ -78,7 +78,7 @@ class Forecasting(Data):
         return held_out_starts(len(self.series), self.end, self._task.horizon)
 
     def _errors(self, forecast: np.ndarray) -> dict[str, float]:
-        """Of forecasts in units, (windows, h, c): each a mean over channels."""
+        """Of forecasts in units, (windows, h, c): each a mean over channels, mase over those that it is defined for."""
         truth = in_units(self.config, np.asarray(self.held_out["targets"], np.float64))
         counts = ~np.isnan(truth) & ~np.isnan(self.naive())
         errors = np.where(counts, np.abs(forecast - np.where(counts, truth, 0)), 0)
@@ -86,11 +86,15 @@ class Forecasting(Data):
         if not channels.any():
             return {}
         by_channel = errors.sum((0, 1))[channels] / counts.sum((0, 1))[channels]
-        scale = naive_error(self.series.values[: self.end], self.season)[channels]
+        scale = self.naive_errors()[channels]
         found = {"mae": float(by_channel.mean())}
-        if (scale > 0).all():  # a NaN is not
-            found["mase"] = float((by_channel / scale).mean())
+        if (defined := scale > 0).any():
+            found["mase"] = float((by_channel[defined] / scale[defined]).mean())
         return found
+
+    def naive_errors(self) -> np.ndarray:
+        """(c,) what MASE divides by; 0 or NaN where it is not defined."""
+        return naive_error(self.series.values[: self.end], self.season)
 
 
 def seasonal_naive(past: np.ndarray, horizon: int, season: int) -> np.ndarray:
@@ -151,6 +155,8 @@ def read(source: Source) -> Data:
     data = Forecasting(recorded(source, config, held, record), examples, held, facts, {}, series, end, season)
     if held is not None:
         data.baseline = data.of_naive()
+        names = np.array(columns[TARGETS.name])[~(data.naive_errors() > 0)].tolist()  # a NaN is not
+        facts |= {"left out of mase": names} if names else {}
     return data
 
 

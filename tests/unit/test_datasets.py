@@ -207,6 +207,18 @@ def test_mase_is_the_error_in_units_over_that_of_the_naive_forecast(tmp_path):
     assert data.baseline["naive_mae"] == pytest.approx(np.abs(values[24:] - naive).mean(), 1e-5)
 
 
+def test_a_channel_that_the_naive_forecast_knows_is_left_out_of_mase_and_named(tmp_path):
+    values = np.random.default_rng(3).normal(100, 20, 30)
+    rows = "".join(f"{at},{value},{at % 3}\n" for at, value in enumerate(values))
+    path = table(tmp_path / "a.csv", f"time,y,phase\n{rows}")
+    data = read(path, task=SERIES, length=4, horizon=2, season=3, held_out=0.2)
+    alone = read(path, task=SERIES, length=4, horizon=2, season=3, held_out=0.2, target_columns=["y"])
+    outputs = np.zeros((3, 2, 2))
+    assert data.metrics(outputs)["mase"] == pytest.approx(alone.metrics(outputs[..., :1])["mase"])
+    assert data.facts["left out of mase"] == ["phase"]
+    assert "left out of mase" not in alone.facts
+
+
 # --- images ----------------------------------------------------------------------------------------
 
 
