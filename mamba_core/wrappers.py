@@ -48,15 +48,19 @@ def checked_output(model: Any, output: Any) -> Any:
 def check_mixers_step(model: Any, use: str) -> None:
     """Check that no mixer of another's is in the way of a use that goes on from a state.
 
-    One that subclasses or holds a mixer of the architecture is taken to do as that one does. Another has the attribute
-    `steps`, True, where it carries in its layer's state what it needs.
+    One that subclasses or holds a mixer of the backend's or an extension's is taken to do as that one does. Another has
+    the attribute `steps`, True, where it carries in its layer's state what it needs.
 
     Raises:
         ValueError: a mixer does not say so.
     """
     for index, block in enumerate(getattr(model.backbone, "layers", ())):
         mixer = getattr(block, "mixer", None)
-        if mixer is not None and not getattr(mixer, "steps", False) and not _holds_a_mixer(mixer):
+        if (
+            mixer is not None
+            and not getattr(mixer, "steps", False)
+            and not _holds_a_mixer(mixer, _package(type(model)))
+        ):
             kind = type(mixer).__name__
             raise ValueError(
                 f"{use} goes on from a state, and the mixer of layer {index}, {kind}, does not say that it does; give "
@@ -64,14 +68,18 @@ def check_mixers_step(model: Any, use: str) -> None:
             )
 
 
-def _holds_a_mixer(value: Any, depth: int = 4) -> bool:
-    """Whether it is of a class of a backend's mixers, of this library or an extension, or has one inside."""
-    if any(".mixers." in f"{kind.__module__}." for kind in type(value).__mro__):
+def _package(kind: type) -> str:
+    return kind.__module__.partition(".")[0]
+
+
+def _holds_a_mixer(value: Any, package: str, depth: int = 4) -> bool:
+    """Whether it is of a class of that package or of mixers of another, or has one inside."""
+    if any(_package(kind) == package or ".mixers." in f"{kind.__module__}." for kind in type(value).__mro__):
         return True
     parts = [*getattr(value, "__dict__", {}).values(), *(value.values() if isinstance(value, dict) else ())]
     parts += value if isinstance(value, (list, tuple)) else []
     return depth > 0 and any(
-        _holds_a_mixer(part, depth - 1)
+        _holds_a_mixer(part, package, depth - 1)
         for part in parts
         if isinstance(part, (dict, list, tuple)) or (hasattr(part, "__dict__") and not isinstance(part, type))
     )
