@@ -32,7 +32,7 @@ def main() -> None:
     config, before = preset(arguments.preset), _resident()
     model = random_model(config)
     expected = _expected(config, model, arguments.length) + before
-    print(f"expected at most {expected / 1e9:.2f} GB", flush=True)
+    print(f"expected {expected / 1e9:.2f} GB", flush=True)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, arguments.length)).astype(np.int32)
     started = time.perf_counter()
     state = None
