@@ -35,6 +35,7 @@ from mamba_core.registry import BackendInfo
 from mamba_core.registry import backends as available_backends
 from mamba_core.sampling import Sampling
 from mamba_core.spec.ops.attention import KeyValueCache, Rotary
+from mamba_core.texts import classify_text
 from mamba_core.training import TrainSettings, train
 from mamba_core.version import VERSION
 from mamba_core.vision import classify_images
@@ -70,6 +71,7 @@ __all__ = [
     "causal_conv",
     "causal_conv_step",
     "classify_images",
+    "classify_text",
     "convert",
     "explain",
     "forecast",

@@ -388,6 +388,12 @@ class Trainer(Protocol):
         have the same bits with or without it. Calls of one shape are compiled once.
         """
 
+    def predict(self, batch) -> Any:
+        """The first field of the model's output for a labelled task's batch, as NumPy.
+
+        It is computed as `evaluate` computes its loss: in evaluation form, and nothing is changed.
+        """
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each parameter that is trained, by its canonical name, or where that of the table does not have
         it, by the framework's own path. A shape is that of the table where the table has the parameter."""

@@ -5,7 +5,7 @@ A batch depends on the seed and the number of the step alone.
 
 import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -72,16 +72,45 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """An array of which a batch at a time is computed of a smaller one, where it is taken as an array of NumPy.
+
+    Attributes:
+        stored: the smaller one, with the examples on its first axis.
+        prepare: of some of them.
+    """
+
+    stored: np.ndarray
+    prepare: Callable[[np.ndarray], np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def __getitem__(self, part: Any) -> "Prepared":
+        return Prepared(self.stored[part], self.prepare)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.prepare(self.stored), dtype)
+
+
+@dataclass(frozen=True)
 class Examples:
-    """arrays: those of a batch as `Task.checked_batch` gives it, of all examples. config: of the model."""
+    """arrays: those of a batch as `Task.checked_batch` gives it, of all examples. config: of the model.
+
+    Where one is `Prepared`, the first example alone has been checked, and the others are with their batch.
+    """
 
     unit: ClassVar[str] = "examples"
-    arrays: Mapping[str, np.ndarray]
+    arrays: Mapping[str, Any]
     config: Any
 
     @classmethod
     def read(cls, name: str, data: Any, config: Any) -> "Examples":
+        prepared = isinstance(data, Mapping) and any(isinstance(value, Prepared) for value in data.values())
         try:
+            if prepared:
+                tasks.of(config).checked_batch(config, {name: value[:1] for name, value in data.items()})
+                return cls(data, config)
             return cls(tasks.of(config).checked_batch(config, data), config)
         except (TypeError, ValueError) as fault:
             raise type(fault)(f"{name}, of which batches are made: {fault}") from None
@@ -114,11 +143,17 @@ class Examples:
         return HeldOutExamples(self.arrays, 0, settings.batch_size, settings.steps, every, weight)
 
     def digest(self) -> str:
-        found = hashlib.sha256()
-        for name, array in sorted(self.arrays.items()):
-            found.update(f"{name} {array.dtype} {array.shape} ".encode())
-            found.update(np.ascontiguousarray(array).data)
-        return found.hexdigest()
+        return digest(self.arrays)
+
+
+def digest(arrays: Mapping[str, Any]) -> str:
+    """Of arrays by name."""
+    found = hashlib.sha256()
+    for name, value in sorted(arrays.items()):
+        array = value.stored if isinstance(value, Prepared) else value
+        found.update(f"{name} {array.dtype} {array.shape} ".encode())
+        found.update(np.ascontiguousarray(array).data)
+    return found.hexdigest()
 
 
 @functools.lru_cache(maxsize=2)

@@ -104,6 +104,21 @@ class HeldOutExamples(HeldOut):
     def _whole(self) -> float:
         return self.weight(self.data)
 
+    def outputs(
+        self, trainer: Any, stop: Callable[[], bool], progress: Callable[[int, int], None] | None = None
+    ) -> np.ndarray | None:
+        """What the model gives for the examples, in their order; None where `stop` says so. Arguments as of `loss`."""
+        parts, batches = [], -(-self._windows // self.batch_size)
+        for done, ((rows,), _) in enumerate(self._parts()):
+            if progress:
+                progress(done, batches)
+            if stop():
+                return None
+            parts.append(trainer.predict(rows))
+        if progress:
+            progress(batches, batches)
+        return np.concatenate(parts)
+
     @property
     def _windows(self) -> int:
         return len(self.data["inputs"])

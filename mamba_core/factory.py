@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from mamba_core import registry
+from mamba_core import registry, tasks
 from mamba_core.backend import State
 from mamba_core.backends.native import library
 from mamba_core.carried import check_kind
@@ -18,14 +18,17 @@ from mamba_core.config import COMPUTE_DTYPES, BaseConfig, from_object
 from mamba_core.merging import warn_of_hooks
 from mamba_core.spec import state as states
 from mamba_core.spec.init import initial_values
+from mamba_core.tasks.base import FINAL_NORM
 from mamba_core.tokenizer import source_of
-from mamba_core.weights.formats import FLOATS, CheckpointError, atomic_file, atomic_folder
+from mamba_core.weights.formats import FLOATS, CheckpointError, atomic_file, atomic_folder, list_names
 from mamba_core.weights.io import open_checkpoint
-from mamba_core.weights.opening import open_model
+from mamba_core.weights.opening import OpenedModel, open_model
 from mamba_core.weights.source import TOKENIZER_FILES
 from mamba_core.weights.tokens import GENERATION
 from mamba_core.weights.writing import copy_companions, write_model
 from mamba_core.wrappers import unwrap
+
+LAYERS = "backbone.layers."
 
 
 def build(
@@ -94,9 +97,66 @@ def load(
     dtype = opened.dtype if dtype is None else dtype
     _check_dtype(dtype)
     model = _built(backend, opened.config, opened.tensors(), dtype=dtype, device=device, kernels=kernels)
-    # The model needs the folder for these only.
-    kept = any(os.path.lexists(opened.folder / name) for name in (*TOKENIZER_FILES, GENERATION))
-    model.source = opened.folder.absolute() if kept else None
+    model.source = _source(opened)
+    return model
+
+
+def for_use(checkpoint: Any, options: Mapping[str, Any]) -> Any:
+    """A model that is asked and not trained: that of a checkpoint, or the model that is given.
+
+    options: of `load`.
+
+    Raises:
+        TypeError: options are given with a model.
+        CheckpointError, ValueError, ImportError: as `load`.
+    """
+    if not isinstance(checkpoint, (str, os.PathLike)):
+        if options:
+            raise TypeError(f"{', '.join(options)} given with a model; they are of a checkpoint that is loaded")
+        return checkpoint
+    model = load(Path(checkpoint) if isinstance(checkpoint, os.PathLike) else checkpoint, **options)
+    model.eval()
+    if hasattr(model, "requires_grad_"):  # PyTorch would keep what a gradient needs
+        model.requires_grad_(False)
+    return model
+
+
+def begin(
+    opened: OpenedModel,
+    config: BaseConfig,
+    *,
+    seed: int,
+    dtype: str | None = None,
+    new_head: bool = False,
+    **options: Any,
+) -> Any:
+    """A model to be trained further: of the weights of a checkpoint, and of a config that fits them.
+
+    The config's task may be another one: what its model has beside the blocks and the checkpoint has not begins with
+    initial values, of which a warning tells.
+
+    Args:
+        seed: of the initial values.
+        new_head: what stands behind the last norm begins with initial values too.
+        dtype, options: as in `load`.
+
+    Raises:
+        ValueError: a tensor of the blocks is missing or has another shape, or of the same task any other.
+    """
+    dtype = opened.dtype if dtype is None else dtype
+    _check_dtype(dtype)
+    stored, values = dict(opened.tensors()), dict(initial_values(config, seed))
+    head = {parameter.name for parameter in tasks.of(config).after(config)} - {FINAL_NORM} if new_head else set()
+    kept = {name for name in stored.keys() & values.keys() - head if stored[name].shape == values[name].shape}
+    new = [name for name in values if name not in kept]
+    same = opened.config.task == config.task
+    if faults := [name for name in new if name.startswith(LAYERS) or (same and name not in head)]:
+        raise ValueError(f"{opened.folder} does not fit the config: {list_names(faults)} missing or of other shapes")
+    if new:
+        warnings.warn(f"{list_names(new)} begin with initial values, not with those of {opened.folder}", stacklevel=2)
+    values |= {name: stored[name] for name in kept}
+    model = _built(options.pop("backend", None), config, values.items(), dtype=dtype, **options)
+    model.source = _source(opened)
     return model
 
 
@@ -190,6 +250,12 @@ def load_state(path: str | Path, model: Any) -> State:
         return kind(*(array(f"layers.{index}.{f.name}", model.dtype if f.dtype == "compute" else f.dtype) for f in own))
 
     return State(tuple(map(layer, range(model.config.n_layer))), array("segment"))
+
+
+def _source(opened: OpenedModel) -> Path | None:
+    """The folder, where the model needs it: for the files of its tokenizer alone."""
+    kept = any(os.path.lexists(opened.folder / name) for name in (*TOKENIZER_FILES, GENERATION))
+    return opened.folder.absolute() if kept else None
 
 
 def _built(backend: str | None, config: BaseConfig, values: Iterable, *, kernels, **settings) -> Any:

@@ -8,7 +8,7 @@ resumes exactly, on the same backend or on another.
 import dataclasses
 import math
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 
 from mamba_core import batches, evaluation, factory, registry, runs
 from mamba_core.batches import Examples, Tokens, batch
-from mamba_core.evaluation import HeldOut
+from mamba_core.evaluation import HeldOut, HeldOutExamples
 from mamba_core.runs import save_checkpoint
 from mamba_core.weights.formats import CheckpointError, read_input
 from mamba_core.wrappers import unwrap
@@ -91,6 +91,7 @@ def train(
     held_out: np.ndarray | float | None = None,
     evaluate_every: int | None = None,
     evaluating: Callable[[int, int], None] | None = None,
+    metrics: Callable[[np.ndarray], Mapping[str, float]] | None = None,
 ) -> list[dict]:
     """Train a model in place.
 
@@ -118,6 +119,8 @@ def train(
         evaluate_every: updates from one evaluation to the next, 0 for the end of the run only; by default a tenth of
             the run. An evaluation changes no bit of a later update, so a resumed run may choose another.
         evaluating: called during an evaluation with the number of batches done and of all.
+        metrics: of a labelled task: called at each evaluation with the model's outputs for the held-out examples, in
+            their order (`mamba_core.backend.Trainer.predict`). Its numbers are logged beside the loss on held-out data.
 
     Returns:
         What was logged, one entry an update, those before the resumption included.
@@ -147,6 +150,8 @@ def train(
     if path is not None:
         runs.check_same(path, progress, run)
     trained, held = _divided(data, apart, held_out, model.config, settings, evaluate_every)
+    if metrics is not None and not isinstance(held, HeldOutExamples):
+        raise ValueError("metrics are of held-out examples of a labelled task; give held_out, or no metrics")
     trainer = registry.get(model.backend).trainer(model, settings)
     history = progress.get("history", [])
     if path is not None:
@@ -158,7 +163,7 @@ def train(
         if checkpoint is not None:
             save_checkpoint(checkpoint, model, trainer, run | {"history": history}, kept)
 
-    loop = _Loop(trainer, trained, settings, held, history, save, checkpoint_every, log, stop, evaluating)
+    loop = _Loop(trainer, trained, settings, held, history, save, checkpoint_every, log, stop, evaluating, metrics)
     loop.finish_evaluation()
     loop.run()
     return history
@@ -178,6 +183,7 @@ class _Loop:
     log: Callable[[dict], None] | None
     stop: Callable[[], bool] | None
     evaluating: Callable[[int, int], None] | None
+    metrics: Callable[[np.ndarray], Mapping[str, float]] | None
 
     def run(self) -> None:
         ended = self._is_finished() or self._stops()
@@ -214,8 +220,23 @@ class _Loop:
         if loss is None:
             return False
         _check_finite("the loss on held-out data", loss, entry["step"])
-        entry[evaluation.ENTRY] = loss
+        measured = self._measured()
+        if measured is None:
+            return False
+        if clashes := sorted(measured.keys() & {*entry, evaluation.ENTRY}):
+            raise ValueError(f"metrics gave {', '.join(clashes)}, which is logged already; expected other names")
+        for name, value in measured.items():
+            _check_finite(f"{name} on held-out data", value, entry["step"])
+        entry |= {evaluation.ENTRY: loss} | {name: float(value) for name, value in measured.items()}
         return True
+
+    def _measured(self) -> Mapping[str, float] | None:
+        """The metrics by name; None where they were cut short."""
+        if self.metrics is None:
+            return {}
+        assert isinstance(self.held, HeldOutExamples)
+        outputs = self.held.outputs(self.trainer, self._stops, self.evaluating)
+        return None if outputs is None else self.metrics(outputs)
 
     def _is_finished(self) -> bool:
         return len(self.history) >= self.settings.steps

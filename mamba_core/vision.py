@@ -1,7 +1,6 @@
 """Classes of image files, by a checkpoint of task "image_classification". Pillow reads the files."""
 
 import io
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mamba_core import factory, registry, tasks
+from mamba_core.architectures.base import is_number
+from mamba_core.datasets.base import record_of
 from mamba_core.spec.images import Pair
 from mamba_core.weights.formats import InputFile
 from mamba_core.wrappers import unwrap
@@ -18,6 +19,10 @@ TASK = "image_classification"
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # The published models see this part of the image's shorter side.
 CROP = 0.875
+# What a checkpoint that was trained here says of these (`mamba_core.datasets`).
+PREPROCESSING = {"mean": list(MEAN), "deviation": list(DEVIATION), "crop": CROP}
+# Classes that are told, where nobody says how many.
+TOP = 5
 # Images that are computed at once.
 BATCH = 16
 
@@ -30,18 +35,18 @@ class Guess(NamedTuple):
 
 
 def classify_images(
-    paths: str | Path | Iterable[str | Path], checkpoint: Any, *, top: int = 5, **options: Any
+    paths: str | Path | Iterable[str | Path], checkpoint: Any, *, top: int | None = None, **options: Any
 ) -> list[list[Guess]]:
     """The likeliest classes of each image, the likeliest first.
 
     An image is scaled so that its shorter side is 8/7 of the model's, its middle is cut out, and its colours are
-    normalised as those of ImageNet, as for the published models. The names of the classes are `id2label` of the
-    checkpoint's config.json.
+    normalised as those of ImageNet, as for the published models; or as the checkpoint records that it was trained. The
+    names of the classes are `id2label` of the checkpoint's config.json.
 
     Args:
         paths: one file or several, of any kind that Pillow reads.
         checkpoint: what `mamba_core.load` takes, or a model.
-        top: how many classes.
+        top: how many classes; by default 5, or all where there are fewer.
         options: of `mamba_core.load`, such as backend and dtype.
 
     Raises:
@@ -53,38 +58,58 @@ def classify_images(
         ImportError: Pillow is not installed.
     """
     paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
-    if isinstance(checkpoint, (str, os.PathLike)):
-        model = factory.load(Path(checkpoint) if isinstance(checkpoint, os.PathLike) else checkpoint, **options)
-        model.eval()
-        if hasattr(model, "requires_grad_"):  # PyTorch would keep what a gradient needs
-            model.requires_grad_(False)
-    elif options:
-        raise TypeError(f"{', '.join(options)} given with a model; they are of a checkpoint that is loaded")
-    else:
-        model = checkpoint
+    model = factory.for_use(checkpoint, options)
     config = unwrap(model, "classifying images").config
     if config.task != TASK:
         raise ValueError(f"the model is of task {config.task!r}; classifying images needs one of task {TASK!r}")
     task: Any = tasks.of(config)
     if task.channels != len(MEAN):
         raise ValueError(f"the model's images have {task.channels} channels; files are read as red, green and blue")
-    if isinstance(top, bool) or not isinstance(top, int) or not 1 <= top <= task.num_classes:
-        raise ValueError(f"top is {top!r}; expected an integer from 1 to {task.num_classes}, the number of classes")
-    found, names = [], _names(config)
+    top = checked_top(top, task.num_classes)
+    found, names, prepared = [], _names(config), preprocessing(config)
     for start in range(0, len(paths), BATCH):
-        images = np.stack([read_image(path, task.size) for path in paths[start : start + BATCH]])
-        found += [_likeliest(row, names, top) for row in _logits(model, images)]
+        images = np.stack([read_image(path, task.size, **prepared) for path in paths[start : start + BATCH]])
+        found += [likeliest(row, names, top) for row in _logits(model, images)]
     return found
 
 
-def read_image(path: str | Path, size: Pair) -> np.ndarray:
+def preprocessing(config: Any) -> dict[str, Any]:
+    """mean, deviation and crop of `read_image`: those that the config records, or those of the published models.
+
+    Raises:
+        ValueError: what it records are no such numbers.
+    """
+    record = record_of(config) or {}
+    found = {name: record.get(name, own) for name, own in PREPROCESSING.items()}
+    for name in ("mean", "deviation"):
+        value = found[name]
+        fits = isinstance(value, (list, tuple)) and len(value) == len(MEAN) and all(map(is_number, value))
+        if not fits or (name == "deviation" and min(value) <= 0):
+            raise ValueError(
+                f"the config records {name} {value!r:.80} of images; expected 3 numbers, deviations above 0"
+            )
+    crop = found["crop"]
+    if not (is_number(crop) and 0 < crop <= 1):
+        raise ValueError(f"the config records crop {crop!r:.80} of images; expected a number above 0, 1 at most")
+    return found
+
+
+def read_image(
+    path: str | Path, size: Pair, *, mean: Any = MEAN, deviation: Any = DEVIATION, crop: float = CROP
+) -> np.ndarray:
     """(3, height, width) float32: the middle of an image file, normalised.
 
-    size: height and width.
+    size: height and width. mean, deviation: of red, green and blue, from 0 to 1. crop: the part of the shorter side
+    that is cut out.
 
     Raises:
         ValueError, OSError, ImportError: as `classify_images`.
     """
+    return normalised(read_pixels(path, size, crop), mean, deviation)
+
+
+def read_pixels(path: str | Path, size: Pair, crop: float = CROP) -> np.ndarray:
+    """(height, width, 3) uint8: the middle of an image file; as `read_image`."""
     try:
         from PIL import Image, ImageOps
     except ModuleNotFoundError:
@@ -93,7 +118,7 @@ def read_image(path: str | Path, size: Pair) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data)) as opened:
             image = ImageOps.exif_transpose(opened).convert("RGB")
-            return _normalised(_middle(image, size, Image.Resampling.BICUBIC))
+            return np.asarray(_middle(image, size, crop, Image.Resampling.BICUBIC))
     except Image.DecompressionBombError:
         raise ValueError(f"{path}: the image has more pixels than Pillow takes for no attack") from None
     except Exception as fault:  # of any of Pillow's readers, which say what they do not in many ways
@@ -102,19 +127,20 @@ def read_image(path: str | Path, size: Pair) -> np.ndarray:
         raise ValueError(f"{path}: no image that Pillow reads: {reason}") from None
 
 
-def _middle(image: Any, size: Pair, kind: Any) -> Any:
-    """Scaled so that a part of it of that size, CROP of the shorter side, can be cut out of its middle."""
+def _middle(image: Any, size: Pair, crop: float, kind: Any) -> Any:
+    """Scaled so that a part of it of that size, `crop` of the shorter side, can be cut out of its middle."""
     height, width = size
-    scale = max(int(height / CROP) / image.height, int(width / CROP) / image.width)
+    scale = max(int(height / crop) / image.height, int(width / crop) / image.width)
     columns, rows = (max(least, round(of * scale)) for of, least in ((image.width, width), (image.height, height)))
     image = image.resize((columns, rows), kind)
     left, above = (columns - width) // 2, (rows - height) // 2
     return image.crop((left, above, left + width, above + height))
 
 
-def _normalised(image: Any) -> np.ndarray:
-    value, mean, deviation = (np.asarray(given, np.float32) for given in (image, MEAN, DEVIATION))
-    return np.ascontiguousarray(((value / 255 - mean) / deviation).transpose(2, 0, 1))
+def normalised(pixels: np.ndarray, mean: Any = MEAN, deviation: Any = DEVIATION) -> np.ndarray:
+    """(..., 3, height, width) float32 of (..., height, width, 3) uint8; as `read_image`."""
+    value, mean, deviation = (np.asarray(given, np.float32) for given in (pixels, mean, deviation))
+    return np.ascontiguousarray(np.moveaxis((value / 255 - mean) / deviation, -1, -3))
 
 
 def _logits(model: Any, images: np.ndarray) -> np.ndarray:
@@ -123,12 +149,37 @@ def _logits(model: Any, images: np.ndarray) -> np.ndarray:
     return np.asarray(backend.to_numpy(model(given).logits), np.float64)
 
 
-def _likeliest(logits: np.ndarray, names: Mapping[str, str], top: int) -> list[Guess]:
+def checked_top(top: Any, classes: int) -> int:
+    """How many classes are told.
+
+    Raises:
+        ValueError: it is none from 1 to their number.
+    """
+    top = min(TOP, classes) if top is None else top
+    if isinstance(top, bool) or not isinstance(top, int) or not 1 <= top <= classes:
+        raise ValueError(f"top is {top!r}; expected an integer from 1 to {classes}, the number of classes")
+    return top
+
+
+def likeliest(logits: np.ndarray, names: Mapping[str, str], top: int) -> list[Guess]:
+    """The largest of (labels,) logits. names: number -> name.
+
+    Raises:
+        ValueError: they are not all finite.
+    """
     if not np.isfinite(logits).all():
-        raise ValueError("the logits of an image are not all finite; compute in float32")
+        raise ValueError("the logits are not all finite; compute in float32")
     shifted = np.exp(logits - logits.max())
     order = np.argsort(-logits, kind="stable")[:top]
     return [Guess(names.get(str(index), str(index)), float(shifted[index] / shifted.sum())) for index in order]
+
+
+def class_names(config: Any) -> tuple[str, ...] | None:
+    """The names of all classes in their order; None where the config has not all."""
+    names = _names(config)
+    count = config.task_options.get("num_classes", len(names))
+    found = tuple(names[str(number)] for number in range(count) if str(number) in names)
+    return found if found and len(found) == count else None
 
 
 def _names(config: Any) -> dict[str, str]:

@@ -30,9 +30,13 @@ def loss(model, batch, mask: jax.Array | None = None) -> jax.Array:
     head = find(model.config.task)
     if not model.task.labelled:
         return head.loss_of_inputs(model, batch, mask)
+    return head.loss(model.task, _output(model, batch), batch["targets"], batch.get("mask"))
+
+
+def _output(model, batch):
+    """What the model's call gives of a labelled task's batch."""
     given = {name: value for name, value in batch.items() if name not in ("inputs", "targets")}
-    output = checked_output(model, model(batch["inputs"], **given))
-    return head.loss(model.task, output, batch["targets"], batch.get("mask"))
+    return checked_output(model, model(batch["inputs"], **given))
 
 
 def objective(model, batch, mask=None) -> jax.Array:
@@ -98,6 +102,14 @@ class Trainer:
         counts = None if counts is None else from_numpy(counts, device=self.model.device)
         return float(self.evaluation(self._values(), self._rest(), batch, counts))
 
+    def predict(self, batch) -> np.ndarray:
+        """Of a copy, as `evaluate`."""
+        if self._seen() != self.seen:
+            self._compile()
+        batch = _entering(self.model, batch)
+        del batch["targets"]
+        return to_numpy(self.prediction(self._values(), self._rest(), batch))
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         table = parameter_table(self.model.config)
         own = {name: table[each.canonical].shape for name, each in self.trained.items() if each.canonical}
@@ -129,6 +141,7 @@ class Trainer:
         self.seen = self._seen()
         self.update = _compiled(graph, methods_in(graph), tuple(self.trained.items()), self.settings)
         self.evaluation = _compiled_evaluation(graph, methods_in(graph), tuple(self.trained.items()))
+        self.prediction = _compiled_prediction(graph, methods_in(graph), tuple(self.trained.items()))
 
     def _seen(self):
         """What else than the modules the compiled update depends on."""
@@ -241,6 +254,20 @@ def _compiled_evaluation(graph, methods, trained):
         return find(model.config.task).summed_loss_of_inputs(model, batch, counts)
 
     return evaluation
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled_prediction(graph, methods, trained):
+    """The output in evaluation form; arguments as of `_compiled`."""
+    trained = dict(trained)
+
+    @jax.jit
+    def prediction(values, others, batch):
+        model = _assembled(graph, trained, values, others)
+        model.eval()
+        return _output(model, batch)[0]
+
+    return prediction
 
 
 def _assembled(graph, trained, values, others) -> nnx.Module:

@@ -29,9 +29,13 @@ def loss(model, batch, mask=None) -> mx.array:
     head = find(model.config.task)
     if not model.task.labelled:
         return head.loss_of_inputs(model, batch, mask)
+    return head.loss(model.task, _output(model, batch), batch["targets"], batch.get("mask"))
+
+
+def _output(model, batch):
+    """What the model's call gives of a labelled task's batch."""
     given = {name: value for name, value in batch.items() if name not in ("inputs", "targets")}
-    output = checked_output(model, model(batch["inputs"], **given))
-    return head.loss(model.task, output, batch["targets"], batch.get("mask"))
+    return checked_output(model, model(batch["inputs"], **given))
 
 
 def objective(model, batch, mask=None) -> mx.array:
@@ -99,6 +103,12 @@ class Trainer:
             if model.task.labelled:
                 return loss(model, batch).item()
             return find(model.config.task).summed_loss_of_inputs(model, batch, from_numpy(counts)).item()
+
+    def predict(self, batch) -> np.ndarray:
+        """Not compiled, as `evaluate`."""
+        model, batch = self.model, _entering(self.model, batch)
+        with model.on_device(), _evaluation_form(model):
+            return to_numpy(_output(model, batch)[0])
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         convolutions, shapes = convolution_weights(self.model), {}

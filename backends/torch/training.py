@@ -28,9 +28,13 @@ def loss(model, batch, mask=None) -> torch.Tensor:
     head = find(model.config.task)
     if not model.task.labelled:
         return head.loss_of_inputs(model, batch, mask)
+    return head.loss(model.task, _output(model, batch), batch["targets"], batch.get("mask"))
+
+
+def _output(model, batch):
+    """What the model's call gives of a labelled task's batch."""
     given = {name: value for name, value in batch.items() if name not in ("inputs", "targets")}
-    output = checked_output(model, model(batch["inputs"], **given))
-    return head.loss(model.task, output, batch["targets"], batch.get("mask"))
+    return checked_output(model, model(batch["inputs"], **given))
 
 
 def objective(model, batch, mask=None) -> torch.Tensor:
@@ -95,6 +99,11 @@ class Trainer:
                 return loss(self.model, batch).item()
             counts, head = from_numpy(counts, device=self.model.device), find(self.model.config.task)
             return head.summed_loss_of_inputs(self.model, batch, counts).item()
+
+    def predict(self, batch) -> np.ndarray:
+        batch = _entering(self.model, batch)
+        with _evaluation_form(self.model), torch.no_grad():
+            return to_numpy(_output(self.model, batch)[0])
 
     def captures(self, batch: torch.Tensor | dict[str, torch.Tensor] | None) -> bool:
         """Whether a step is captured: on a GPU, of a model as built, whose mixers have been tried in captured steps.

@@ -11,8 +11,9 @@ class Pace:
 
     SECONDS = 30.0
 
-    def __init__(self, settings: TrainSettings) -> None:
-        self._settings = settings
+    def __init__(self, settings: TrainSettings, unit: str = "tokens") -> None:
+        """unit: of what the speed is told, tokens or examples."""
+        self._settings, self._unit = settings, unit
         self._times: deque[tuple[int, float]] = deque()
         self._paused = 0.0  # seconds in evaluations
         self._began: float | None = None
@@ -27,7 +28,10 @@ class Pace:
             self._paused, self._began = self._paused + now - self._began, None
 
     def after(self, steps: int) -> dict[str, float]:
-        """tokens_per_second, and seconds_left with evaluations as often as until now; nothing after the first step."""
+        """The speed, such as tokens_per_second, and seconds_left; nothing after the first step.
+
+        Evaluations are taken to come as often as until now.
+        """
         self._before = steps - 1 if self._before is None else self._before
         now = time.perf_counter() - self._paused
         self._times.append((steps, now))
@@ -37,7 +41,7 @@ class Pace:
         if steps == first:
             return {}
         seconds = (now - began) / (steps - first)
-        tokens = self._settings.batch_size * self._settings.length
+        count = self._settings.batch_size * (self._settings.length if self._unit == "tokens" else 1)
         with_evaluations = seconds + self._paused / (steps - self._before)
         left = with_evaluations * (self._settings.steps - steps)
-        return {"tokens_per_second": tokens / seconds, "seconds_left": left}
+        return {f"{self._unit}_per_second": count / seconds, "seconds_left": left}
