@@ -20,6 +20,7 @@ from mamba_core.batches import Examples, Tokens, batch
 from mamba_core.evaluation import HeldOut, HeldOutExamples
 from mamba_core.runs import save_checkpoint
 from mamba_core.weights.formats import CheckpointError, read_input
+from mamba_core.weights.tables import write_config
 from mamba_core.wrappers import unwrap
 
 __all__ = ["TrainSettings", "batch", "load_settings", "save_checkpoint", "train"]
@@ -138,7 +139,9 @@ def train(
     model = unwrap(model, "training")
     _check_count("checkpoint_every", checkpoint_every)
     if checkpoint is not None or resume is not None:
-        factory.storable(model)  # refused now rather than at the end, where the files cannot hold the model
+        # Refused now rather than at the end, where the files cannot hold the model.
+        factory.storable(model)
+        write_config("hf", model.config)
     runs.check_target(checkpoint, resume)
     kept = None if tokenizer is None else read_input(tokenizer)
     path = None if resume is None else Path(resume)

@@ -397,3 +397,15 @@ def test_metrics_that_are_cut_short_are_made_when_the_run_is_resumed(tmp_path):
     assert not {"sum", "held_out_loss"} & first[0].keys()
     again = mc.train(mc.load(out, backend=backend), data, settings, **given, resume=out, checkpoint=out)
     assert again == whole
+
+
+def test_a_model_that_no_file_holds_is_refused_before_a_step(tmp_path):
+    task = {"task": "image_classification", "task_options": {"image_size": 4, "patch_size": 2, "num_classes": 2}}
+    model = mc.build(mc.MambaConfig(**SIZES, **task), backend=installed()[0], device="cpu")
+    data = {"inputs": np.zeros((4, 3, 4, 4), np.float32), "targets": np.array([0, 1, 0, 1])}
+    settings, seen = mc.TrainSettings(steps=1, batch_size=2), []
+    with pytest.raises(ValueError, match="a model of task 'image_classification' cannot be written as hf"):
+        mc.train(model, data, settings, log=seen.append, checkpoint=tmp_path / "out")
+    assert not seen
+    mc.train(model, data, settings, log=seen.append)
+    assert len(seen) == 1
