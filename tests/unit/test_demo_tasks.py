@@ -8,6 +8,7 @@ import pytest
 
 from mamba_core import datasets, vision
 from mamba_core.benchmarks import demo_data, demo_tasks
+from mamba_core.cli.demo import clear
 from mamba_core.config import from_dict
 
 for package in ("rich", *demo_data.PACKAGES):
@@ -95,3 +96,14 @@ def test_an_accuracy_must_reach_its_target():
         part = demo_tasks.PARTS[name]
         report = {"metrics": {part.metric: value}}
         assert demo_tasks._judged(part, report, {"naive_mase": 1.0})["missed"] == missed
+
+
+def test_the_other_demo_leaves_its_results_alone(tmp_path):
+    (tmp_path / "tasks").mkdir()
+    clear(tmp_path, ("model",))
+    assert (tmp_path / "tasks").is_dir()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "mine").touch()
+    with pytest.raises(ValueError, match="holds something else than a demo's results"):
+        clear(other, ("model",))
