@@ -1,13 +1,18 @@
-# make demo and make test are all the set-up there is: each makes .venv on its first run.
+# make demo, make demo-tasks and make test are all the set-up there is: each makes .venv on its first run.
 PYTHON ?= python3
 VENV ?= .venv
+BACKEND ?= torch
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check lint bench bench-quick clean
+.PHONY: demo demo-tasks test check lint bench bench-quick clean
 
 demo: $(VENV)/.demo
 	$(BIN)/mamba-core demo --backends torch,mlx,jax
+
+# Trains on data that Python packages ship; BACKEND is torch, mlx or jax. What it draws is in demo-out/tasks.
+demo-tasks: $(VENV)/.demo-tasks
+	$(BIN)/python -m mamba_core.benchmarks.demo_tasks --backend $(BACKEND)
 
 test: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -39,6 +44,10 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) --editable ".[all]"
+	touch $@
+
+$(VENV)/.demo-tasks: $(VENV)/.demo
+	$(PIP) --editable ".[all,demo]"
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo

@@ -12,6 +12,7 @@ import os
 import platform
 import shutil
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ from mamba_core.weights.opening import open_model
 CONFIG = MambaConfig(d_model=112, n_layer=3, vocab_size=256)
 SETTINGS = TrainSettings(steps=320, batch_size=8, length=192, learning_rate=6e-3, warmup_steps=20)
 REPORT = "report.json"
+TASKS = "tasks"  # in the folder of results: those of `make demo-tasks`
 PROMPT = "import os\n\ndef "
 FIRST_LOSS, LAST_LOSS = 5.0, 2.2  # nats a byte: a model that has learnt nothing has log(256) = 5.55
 
@@ -58,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.prompt:
         raise ValueError("--prompt is empty; give at least one character")
     data = standard_library() if arguments.text is None else read_tokens(arguments.text)
-    _clear(arguments.out)
+    clear(arguments.out, ("model", "mamba_ssm", "hf"))
     checkpoint = arguments.out / "model"
 
     history = _train(names[0], data, dataclasses.replace(SETTINGS, steps=arguments.steps), checkpoint, arguments.json)
@@ -81,11 +83,12 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-def _clear(out: Path) -> None:
-    """Make the folder; what an earlier demo left there goes, anything else is refused."""
-    if out.exists() and any(out.iterdir()) and not (out / REPORT).is_file():
+def clear(out: Path, folders: Iterable[str]) -> None:
+    """Make the folder; these folders of an earlier demo in it go, anything else is refused."""
+    others = out.exists() and any(entry.name != TASKS for entry in out.iterdir())
+    if others and not (out / REPORT).is_file():
         raise ValueError(f"{out}: holds something else than a demo's results; choose another --out")
-    for name in ("model", "mamba_ssm", "hf"):
+    for name in folders:
         shutil.rmtree(out / name, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     (out / REPORT).write_text("{}\n")  # so that after an interrupt the folder is known for a demo's

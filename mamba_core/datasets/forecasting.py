@@ -64,7 +64,7 @@ class Forecasting(Data):
         levels, naive = self._task.quantiles, self.naive()
         found = in_units(self.config, outputs, quantiles=levels is not None)
         middle = point(self._task, found)
-        band = None if levels is None else (found[..., 0], found[..., -1])
+        band = None if levels is None or len(levels) == 1 else (found[..., 0], found[..., -1])
         path, names = folder / "forecast.png", self.facts["targets"]
         shown = self.series.values[max(0, self.end - 2 * self.facts["length"]) :]
         figures.forecast(path, names, shown, len(self.series), self._starts(), middle, naive, band)
