@@ -54,7 +54,7 @@ def check_mixers_step(model: Any, use: str) -> None:
     Raises:
         ValueError: a mixer does not say so.
     """
-    for index, block in enumerate(getattr(model.backbone, "layers", ())):
+    for index, block in enumerate(getattr(getattr(model, "backbone", None), "layers", ())):
         mixer = getattr(block, "mixer", None)
         if (
             mixer is not None
