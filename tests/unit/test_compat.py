@@ -35,6 +35,12 @@ class Characters:
         return "".join(chr(64 + number) for number in ids)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def the_same_values():
+    """Of both packages' initial values, in every run."""
+    torch.manual_seed(0)
+
+
 def carried(theirs, module):
     """Both in evaluation form, with the weights of the first."""
     tensors = theirs.state_dict()
@@ -123,7 +129,7 @@ def test_generation_of_minimamba(causal):
     greedy = model.generate(prompt, max_new_tokens=5, do_sample=False)
     assert greedy.shape == (2, 9)
     assert torch.equal(greedy[:, :4], prompt)
-    assert torch.equal(greedy[:, 4], model(prompt)[:, -1].argmax(-1))
+    assert torch.equal(greedy[:, 4], model(prompt)[:, -1, :30].argmax(-1))
     torch.manual_seed(3)
     drawn = model.generate(prompt, max_length=12, top_k=20, use_cache=False)
     torch.manual_seed(3)
