@@ -258,7 +258,10 @@ def test_a_language_model_of_mambapy():
     assert not embedding.grad[0].any()
     assert embedding.grad[int(given[0, 0])].any()
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    decayed, others = optimizer.param_groups
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    assert {value.ndim for value in others["params"]} == {1}
+    assert min(value.ndim for value in decayed["params"]) == 2
     assert model.generate(Characters(), "hello", num_tokens=4).startswith(Characters().decode([8, 5, 12, 12, 15]))
     assert len(model.generate(Characters(), "hello", num_tokens=4, batch_size=3)) == 3
 
