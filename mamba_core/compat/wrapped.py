@@ -17,6 +17,8 @@ from mamba_core.weights.transforms import SAME
 class Wrapped(nn.Module):
     """core: the model of ours; its parameters are this module's, under their own names."""
 
+    core: Any
+
     def __init__(self, core: nn.Module, layout: str, scheme: Scheme | None = None):
         super().__init__()
         self.core = core

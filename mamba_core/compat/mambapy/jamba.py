@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mamba_core import factory
 from mamba_core.compat.mambapy.lm import LanguageModel
@@ -70,7 +70,7 @@ class JambaLMConfig:
 class LayerCache(NamedTuple):
     """A layer of a `Jamba`, which knows its empty cache."""
 
-    core: nn.Module
+    core: Any
     layer: int
 
     def get_empty_cache(self, batch_size: int, device=None) -> tuple:
@@ -84,7 +84,8 @@ def _layers(core: Any) -> list[LayerCache]:
 
 def _routed(core: Any, *inputs: Tensor, **given: Tensor) -> tuple[Any, list[Tensor]]:
     """The output, and a router's logits (rows, experts) for each layer: ones (rows, 1) where it has none."""
-    rows, found = math.prod((*inputs, *given.values())[0].shape[:2]), {}
+    rows = math.prod((*inputs, *given.values())[0].shape[:2])
+    found: dict[str, Tensor] = {}
     if core.config.num_experts == 1:
         output = core(*inputs, **given)
     else:

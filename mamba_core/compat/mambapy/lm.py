@@ -29,7 +29,7 @@ class LanguageModel(Wrapped):
         ids = tokenizer(prompt, return_tensors="pt").input_ids[0].tolist()
         if sample and temperature <= 0:
             raise ValueError(f"temperature is {temperature}; expected more than 0, or sample=False")
-        settings = {"temperature": temperature, "top_k": top_k or 0} if sample else {}
+        settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k or 0} if sample else {}
         seeds = drawn_seeds(rows)
         found = generation.generate(self.core, [ids] * rows, max_new_tokens=count, seed=seeds, **settings)
         return [ids + tokens for tokens in found.tokens]

@@ -79,7 +79,6 @@ class MambaEncoder(Wrapped, CachedModule):
     """
 
     def __init__(self, config: BaseMambaConfig, mixer_cls: type[nn.Module] | None = None):
-        self.core: Any
         if mixer_cls is None:
             core = seeded(ours(config, task="layers", vocab_size=1))
             super().__init__(core, "minimamba", scheme("layers", "layers"))
@@ -88,7 +87,8 @@ class MambaEncoder(Wrapped, CachedModule):
             self.core = None
             self.layers = nn.ModuleList(MambaBlock(config, mixer_cls) for _ in range(config.n_layer))
             for index, layer in enumerate(self.layers):
-                layer.mixer.layer_idx = index
+                mixer: Any = layer.mixer
+                mixer.layer_idx = index
         self.config, self.norm = config, RMSNorm(config.d_model, config.norm_epsilon)
 
     def forward(self, hidden_states: Tensor, inference_params: Any = None) -> Tensor:

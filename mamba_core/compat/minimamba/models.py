@@ -58,7 +58,7 @@ class MambaForCausalLM(Wrapped, CachedModule):
             stop=() if eos_token_id is None else eos_token_id,
             seed=drawn_seeds(len(input_ids)),
         )
-        fill = eos_token_id if pad_token_id is None else pad_token_id
+        fill: Any = eos_token_id if pad_token_id is None else pad_token_id
         longest = max(map(len, result.tokens), default=0)
         rows = [row + [fill] * (longest - len(row)) for row in result.tokens]
         new = torch.tensor(rows, dtype=input_ids.dtype, device=input_ids.device).reshape(len(input_ids), longest)
@@ -122,7 +122,6 @@ class MambaForFeatureExtraction(Wrapped, CachedModule):
     """Hidden states (b, l, d) of ids (b, l) where the config has a vocabulary, or of embeddings (b, l, d)."""
 
     def __init__(self, config: BaseMambaConfig):
-        self.core: Any
         has_embeddings = getattr(config, "vocab_size", 0) > 0
         if has_embeddings:
             super().__init__(seeded(ours(config, task="features")), "minimamba")
